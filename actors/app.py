@@ -1,0 +1,192 @@
+"""Celery: which worker serves, where, for how long. The work itself is in Redis streams.
+
+A shift is one task: it loads the model once a process, serves a run's streams until its time is over, the run ends or
+the worker is told to stop, and returns. A lost or doubled message costs nothing: the feeder sees an empty queue and
+opens another shift; a shift of an ended run returns at once.
+
+Settings come from the environment, so that `celery -A actors.app worker -Q rollout` works by itself:
+
+    KATANA_REDIS_URL       data Redis      redis://localhost:6379/0
+    KATANA_BROKER_URL      Celery broker   redis://localhost:6379/1
+    KATANA_PASSWORD_FILE   password of both, first line of the file
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from celery import Celery
+from celery.signals import worker_init, worker_shutting_down
+
+from common import metrics
+from common.config import Config, parse
+from common.streams import Plane, RedisUnavailable, RunGone, connect, current_run, open_plane
+
+log = logging.getLogger("katana.app")
+QUEUES = ("rollout", "teacher")
+STOP = threading.Event()
+
+
+def with_password(url: str, password_file: str | None) -> str:
+    """The URL with the password of the file in it; unchanged where there is none."""
+    if password_file is None:
+        return url
+    password = quote(Path(password_file).read_text().splitlines()[0].strip(), safe="")
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.username or ""
+    return urlunsplit(parts._replace(netloc=f"{user}:{password}@{host}"))
+
+
+def celery_url(url: str) -> str:
+    """kombu's spelling of a Redis URL: it says redis+socket:// where redis-py says unix://."""
+    if not url.startswith("unix://"):
+        return url
+    path, _, query = url.removeprefix("unix://").partition("?")
+    database = dict(item.partition("=")[::2] for item in query.split("&")).get("db", "0")
+    return f"redis+socket://{path}?virtual_host={database}"
+
+
+def make_app(broker_url: str) -> Celery:
+    """A Celery app that acknowledges early, fetches nothing ahead, keeps no results and carries ids as JSON."""
+    app = Celery("katana", broker=celery_url(broker_url))
+    app.conf.update(
+        task_acks_late=False,
+        worker_disable_prefetch=True,
+        worker_prefetch_multiplier=1,
+        worker_pool="threads",
+        worker_concurrency=1,
+        task_ignore_result=True,
+        task_serializer="json",
+        accept_content=["json"],
+        task_create_missing_queues=True,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_transport_options={"socket_keepalive": True},
+    )
+    return app
+
+
+app = make_app(
+    with_password(
+        os.environ.get("KATANA_BROKER_URL", "redis://localhost:6379/1"), os.environ.get("KATANA_PASSWORD_FILE")
+    )
+)
+
+
+@worker_shutting_down.connect
+def _on_shutdown(**_: Any) -> None:
+    STOP.set()
+
+
+def _worker_name(role: str) -> str:
+    return f"{role}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def _join_run(run_key: str) -> tuple[Config, Plane] | None:
+    """The run's config and plane; None if Redis does not know the run (a shift that came too late)."""
+    client = connect(
+        os.environ.get("KATANA_REDIS_URL", "redis://localhost:6379/0"),
+        password_file=os.environ.get("KATANA_PASSWORD_FILE"),
+    )
+    plane = Plane(client, run_key, shards=1, wait_s=60.0, claim_pause_s=8.0, stop=STOP)
+    raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
+    if not isinstance(raw, bytes) or plane.state() != "open":
+        return None
+    config = parse(raw, source=f"config of {run_key}")
+    plane = open_plane(config, client, run_key, STOP)
+    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+    return config, plane
+
+
+@app.task(name="katana.rollout_shift")  # type: ignore[untyped-decorator]
+def rollout_shift(run_key: str) -> None:
+    """Serve a run's prompts."""
+    joined = _join_run(run_key)
+    if joined is None:
+        return
+    config, plane = joined
+    from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
+
+    decoder = _engines(config).decoder
+    _serve(RolloutWorker(config, plane, decoder, worker=_worker_name("rollout"), stop=STOP), config)
+
+
+@app.task(name="katana.teacher_shift")  # type: ignore[untyped-decorator]
+def teacher_shift(run_key: str) -> None:
+    """Serve a run's chunks."""
+    joined = _join_run(run_key)
+    if joined is None:
+        return
+    config, plane = joined
+    from actors.teacher import TeacherWorker
+
+    engines = _engines(config)
+    worker = TeacherWorker(
+        config,
+        plane,
+        engines.scorer,
+        vocab_size=engines.pair.vocab_size,
+        worker=_worker_name("teacher"),
+        stop=STOP,
+    )
+    _serve(worker, config)
+
+
+def _engines(config: Config) -> Any:
+    from actors.engines import engines_for
+
+    return engines_for(config.to_yaml())
+
+
+def _serve(worker: Any, config: Config) -> None:
+    try:
+        worker.serve(time.monotonic() + config.liveness.shift_s)
+    except (RunGone, RedisUnavailable) as error:
+        log.error("shift over: %s", error)
+
+
+@worker_init.connect
+def serve_metrics(**_: Any) -> None:
+    """Serve this process's metrics where the environment says (KATANA_METRICS_HOST, _PORT; 0: any free port)."""
+    host = os.environ.get("KATANA_METRICS_HOST", "127.0.0.1")
+    port = metrics.serve(host, int(os.environ.get("KATANA_METRICS_PORT", "0")))
+    log.info("metrics on http://%s:%d/metrics", host, port)
+
+
+def keep_shifts_open(sender: Celery, run_key: str) -> None:
+    """Leave one waiting shift in every queue: any worker that comes finds one, and none finds two."""
+    with sender.connection_for_write() as connection:
+        for queue in QUEUES:
+            if _waiting(connection, queue) == 0:
+                sender.send_task(f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection)
+
+
+def close_shifts(sender: Celery) -> None:
+    """Take the waiting shifts away again: the run is over."""
+    with sender.connection_for_write() as connection:
+        for queue in QUEUES:
+            connection.default_channel.queue_purge(queue)
+
+
+def _waiting(connection: Any, queue: str) -> int:
+    client = connection.default_channel.client
+    return int(client.llen(queue))
+
+
+def find_run(config: Config, client: Any) -> str:
+    """The id of the config's run. Raises RunGone when no feeder has opened it."""
+    run_key = current_run(client, config.name)
+    if run_key is None:
+        raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder first")
+    return run_key

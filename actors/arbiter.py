@@ -1,0 +1,283 @@
+"""The arbiter: reads divergences, gives every rollout exactly one verdict, tells its writer to stop. No torch.
+
+Invariant: what is pending in `scores` is this process's state. A rollout's notices are acknowledged with its verdict
+and not before, so that a new arbiter, given the same notices, comes to the same verdicts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common import metrics
+from common.config import Config, Termination
+from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_rid
+from common.streams import Lease, Plane
+from common.termination import Cut, Detector, FixedLength, Kat, MinimaBuffer, NeverCut
+
+log = logging.getLogger("katana.arbiter")
+_AHEAD = 4  # chunks asked for in one look
+
+
+def make_detector(settings: Termination, threshold: float | None) -> Detector:
+    """The policy of one rollout."""
+    if settings.policy == "none":
+        return NeverCut()
+    if settings.policy == "fixed":
+        return FixedLength(settings.fixed_tokens)
+    return _kat(settings, threshold)
+
+
+def _kat(settings: Termination, threshold: float | None) -> Kat:
+    return Kat(
+        window=settings.window,
+        patience=settings.patience,
+        stride=settings.stride,
+        grace_tokens=settings.grace_tokens,
+        threshold=threshold,
+    )
+
+
+@dataclass(slots=True)
+class _Track:
+    """One rollout without a verdict, as far as it has been read."""
+
+    entries: list[bytes] = field(default_factory=list)
+    head: RolloutHead | None = None
+    threshold: float | None = None
+    detector: Detector = field(default_factory=NeverCut)
+    minimum: Kat | None = None  # sees every window, also those behind a control rollout's would-be cut
+    cut: Cut | None = None
+    chunks: list[ChunkTokens] = field(default_factory=list)
+    divergence: list[ScoreDivergence] = field(default_factory=list)
+
+    @property
+    def scored(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Arbiter:
+    """Reads `scores`, writes verdicts. One at a time acts on a run: it holds the lease `arbiter`."""
+
+    def __init__(self, config: Config, plane: Plane, stop: threading.Event) -> None:
+        self._settings, self._plane, self._stop = config.termination, plane, stop
+        self._lease = Lease(plane, "arbiter", config.liveness.lease_s)
+        self._max_attempts = config.liveness.max_attempts
+        self._tracks: dict[str, _Track] = {}
+        self._again: set[str] = set()
+        self._minima = MinimaBuffer(self._settings.buffer_size)
+        self._version = 0
+        self._recent: deque[bool] = deque(maxlen=256)
+
+    def run(self, *, until_idle: bool = False) -> None:
+        """Serve until told to stop or the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
+        self._lease.take(self._stop)
+        self._load_minima()
+        self._note(self._plane.read_pending("arbiter", "arbiter", "scores"))
+        self._look(set(self._tracks))
+        try:
+            while not self._stop.is_set():
+                busy = self.step(block_s=0.01 if until_idle else 0.2)
+                if not busy and (until_idle or self._plane.state() == "ended"):
+                    return
+        finally:
+            self._lease.drop()
+
+    def step(self, block_s: float) -> bool:
+        """Read what came, judge what it touches. True if there was anything."""
+        self._lease.keep()
+        self._version = int(self._plane.policy().get("version", "0"))
+        touched = self._note(
+            [
+                entry
+                for _, entry in self._plane.read("arbiter", "arbiter", ["scores"], count=512, block_s=block_s)
+            ]
+        )
+        touched |= self._again
+        self._again = set()
+        self._look(touched)
+        return bool(touched)
+
+    @property
+    def threshold(self) -> float | None:
+        """s for rollouts whose first score is stored from now on; None while the rule is not active."""
+        settings = self._settings
+        if settings.policy != "kat" or self._version < settings.warmup_steps:
+            return None
+        return (
+            self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
+        )
+
+    def _load_minima(self) -> None:
+        stored = self._plane.patiently(
+            lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima"
+        )
+        self._minima = MinimaBuffer(self._settings.buffer_size, (float(value) for value in stored))
+
+    def _note(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> set[str]:
+        touched = set()
+        for entry, values in entries:
+            try:
+                rid = read_rid(values.get(b"rid"))
+            except MessageError as error:
+                self._plane.fail(
+                    "",
+                    "scores",
+                    str(error),
+                    max_attempts=1,
+                    shown=repr(values).encode(),
+                    at=("scores", "arbiter", entry),
+                )
+                metrics.dead_letters.labels("scores").inc()
+                continue
+            self._tracks.setdefault(rid, _Track()).entries.append(entry)
+            touched.add(rid)
+        return touched
+
+    def _look(self, rids: set[str]) -> None:
+        """Read on in each rollout from where it was left, a few chunks a round trip, until nothing new is there."""
+        left = sorted(rids)
+        while left:
+            answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
+            left = [rid for rid, values in zip(left, answers, strict=True) if self._advance(rid, values)]
+
+    def _wanted(self, track: _Track) -> list[str]:
+        first = len(track.chunks)
+        chunks = [f"{kind}:{seq}" for seq in range(first, first + _AHEAD) for kind in "td"]
+        return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
+
+    def _advance(self, rid: str, values: list[bytes | None]) -> bool:
+        """Take in new chunks and judge; True if there may be more to read."""
+        track = self._tracks[rid]
+        head, verdict, threshold, finish, chunks, length = values[:6]
+        if head is None or verdict is not None:
+            self._acknowledge(rid)
+            return False
+        try:
+            fresh = self._absorb(track, head, threshold, values[6:])
+        except MessageError as error:
+            self._report(rid, track, error)
+            return False
+        if track.cut is not None and track.head is not None and track.head.arm == "treated":
+            self._give(rid, track, int(length or 0) if finish else None, track.cut.reason)
+            return False
+        if finish and len(track.chunks) == int(chunks or 0):
+            self._give(rid, track, int(length or 0), finish.decode())
+            return False
+        return fresh == _AHEAD
+
+    def _absorb(self, track: _Track, head: bytes, threshold: bytes | None, chunks: list[bytes | None]) -> int:
+        if track.head is None:
+            track.head = RolloutHead.decode(head)
+            track.threshold = None if threshold in (None, b"inactive") else float(threshold or b"")
+            track.detector = make_detector(self._settings, track.threshold)
+            track.minimum = _kat(self._settings, None)
+        fresh = 0
+        for tokens_bytes, divergence_bytes in zip(chunks[::2], chunks[1::2], strict=True):
+            if tokens_bytes is None or divergence_bytes is None:
+                break
+            tokens, scores = ChunkTokens.decode(tokens_bytes), ScoreDivergence.decode(divergence_bytes)
+            if len(tokens.tokens) != len(scores.divergence) or tokens.start != track.scored:
+                raise MessageError(f"chunk {tokens.seq}: tokens and divergences do not fit each other")
+            track.chunks.append(tokens)
+            track.divergence.append(scores)
+            fresh += 1
+            assert track.minimum is not None
+            track.minimum.feed(scores.divergence)
+            if track.cut is None:
+                track.cut = track.detector.feed(scores.divergence)
+        return fresh
+
+    def _report(self, rid: str, track: _Track, error: MessageError) -> None:
+        log.warning("rollout %s cannot be judged: %s", rid, error)
+        if self._plane.fail(rid, "arbiter", str(error), max_attempts=self._max_attempts):
+            metrics.dead_letters.labels("arbiter").inc()
+            self._acknowledge(rid)
+        else:
+            self._tracks[rid] = _Track(entries=track.entries)
+            self._again.add(rid)
+
+    def _acknowledge(self, rid: str) -> None:
+        track = self._tracks.pop(rid)
+        self._send(rid, "", 0, False, None, track.entries)
+
+    def _give(self, rid: str, track: _Track, generated: int | None, reason: str) -> None:
+        verdict = self._verdict(rid, track, generated, reason)
+        del self._tracks[rid]
+        minimum = verdict.min_window if self._calibrates(verdict) else None
+        if minimum is not None:
+            self._minima.push(minimum)
+        status = self._send(rid, verdict.encode(), verdict.train, verdict.cut, minimum, track.entries)
+        if status != b"ok":
+            self._load_minima()
+            return
+        self._observe(verdict, track.entries[-1])
+
+    def _verdict(self, rid: str, track: _Track, generated: int | None, reason: str) -> Verdict:
+        assert track.head is not None and track.minimum is not None
+        tokens = np.concatenate([chunk.tokens for chunk in track.chunks])
+        total = len(tokens)
+        treated = track.head.arm == "treated"
+        keep = track.cut.keep if track.cut else total
+        whole = not treated and self._settings.control_trains == "whole"
+        seen = track.detector if treated and isinstance(track.detector, Kat) else track.minimum
+        versions = [chunk.policy_version for chunk in track.chunks]
+        return Verdict(
+            rid=rid,
+            arm=track.head.arm,
+            problem=track.head.problem,
+            finish_reason=reason,
+            trigger=track.cut.trigger if track.cut else total,
+            keep=keep,
+            train=total if whole else keep,
+            cut=treated and track.cut is not None,
+            generated=generated,
+            threshold=track.threshold,
+            min_window=seen.min_window,
+            first_version=min(versions),
+            last_version=max(versions),
+            tokens=tokens,
+            divergence=np.concatenate([scores.divergence for scores in track.divergence]),
+        )
+
+    def _calibrates(self, verdict: Verdict) -> bool:
+        if verdict.min_window is None:
+            return False
+        if self.threshold is None:  # until the rule is active all minima count
+            return True
+        source = self._settings.calibrate_on
+        return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.cut)
+
+    def _send(
+        self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
+    ) -> bytes:
+        threshold = self.threshold
+        reply = self._lease.call(
+            "verdict",
+            rid,
+            verdict,
+            train,
+            int(stop),
+            "" if minimum is None else repr(minimum),
+            self._settings.buffer_size,
+            "inactive" if threshold is None else repr(threshold),
+            *entries,
+        )
+        return bytes(reply[0])
+
+    def _observe(self, verdict: Verdict, entry: bytes) -> None:
+        metrics.kat_buffer_size.set(len(self._minima))
+        threshold = self.threshold
+        metrics.kat_threshold.set(float("nan") if threshold is None else threshold)
+        metrics.token_divergence.observe(float(verdict.divergence.mean()))
+        if verdict.arm == "treated":
+            self._recent.append(verdict.cut)
+            metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))
+        if verdict.cut:
+            seconds, micros = self._plane.patiently(self._plane.client.time, "time")
+            metrics.stop_latency.observe(max(0.0, seconds + micros / 1e6 - int(entry.split(b"-")[0]) / 1000))
+            metrics.stop_signals.labels(verdict.finish_reason).inc()

@@ -1,0 +1,64 @@
+"""The models of a worker process: loaded once, kept across shifts."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+import torch
+
+from actors.engine import Decoder, Scorer
+from actors.models import load_model
+from common.config import Config, parse
+from common.pretrained import Pair, check_pair
+
+
+class Engines:
+    """Student and teacher engines of one config, each made when first asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.pair: Pair = check_pair(config)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The student's engine, with the weights of the model's folder until others are swapped in."""
+        config, rollout = self._config, self._config.rollout
+        torch.set_num_threads(rollout.threads)
+        model = load_model(
+            self.pair.student.folder, dtype=rollout.dtype, device=rollout.device, vocab_size=self.pair.vocab_size
+        )
+        return Decoder(
+            model,
+            slots=rollout.slots,
+            max_length=config.max_length,
+            stop_ids=self.pair.stop_ids,
+            vocab_size=self.pair.vocab_size,
+            teacher_top_k=config.termination.teacher_top_k,
+            chunk_tokens=rollout.chunk_tokens,
+            prefill_tokens=rollout.prefill_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+        )
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The teacher's engine."""
+        config, teacher = self._config, self._config.teacher
+        torch.set_num_threads(teacher.threads)
+        model = load_model(
+            self.pair.teacher.folder, dtype=teacher.dtype, device=teacher.device, vocab_size=self.pair.vocab_size
+        )
+        return Scorer(
+            model,
+            slots=teacher.slots,
+            max_length=config.max_length,
+            stop_ids=self.pair.stop_ids,
+            vocab_size=self.pair.vocab_size,
+            prefill_tokens=teacher.prefill_tokens,
+        )
+
+
+@lru_cache(maxsize=1)
+def engines_for(config_yaml: str) -> Engines:
+    """The engines of a config, by its text; a shift of another run with the same config finds them loaded."""
+    return Engines(parse(config_yaml))

@@ -1,0 +1,346 @@
+"""The rollout worker: writes admitted rollouts, hands over their chunks, stops when told.
+
+Generation goes on while earlier chunks are scored, up to `max_unscored_chunks`. Whatever Redis answers to a chunk
+other than "ok" means: free the slot. Output of a former owner, of a stopped rollout or of a run that is over is
+refused there and does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors.torch import load_file
+
+from actors.busy import BusyShare
+from actors.engine import ClosedChunk, Decoder
+from common import metrics
+from common.config import Config
+from common.messages import ChunkSupport, ChunkTokens, Ints, MessageError, RolloutHead, read_rid, support_digest
+from common.streams import Plane, RedisUnavailable, RunGone, Stopping, Taken
+from common.weights import BadWeights, WeightsRef, verified
+
+log = logging.getLogger("katana.rollout")
+_CONTROL_S = 0.01  # how often signals and credit are looked at
+_IDLE_S = 0.02  # how often an idle worker looks for rollouts
+_POINTER_S = 0.1  # how often the policy pointer is read
+_MAX_CLAIMS = 10  # a rollout taken from so many silent workers without progress is given up
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A rollout in a slot. `sent` and `scored` count chunks."""
+
+    rid: str
+    entry: bytes
+    nonce: str
+    sent: int
+    scored: int
+    held: bool = False
+
+
+class RolloutWorker:
+    """One shift of one worker."""
+
+    def __init__(
+        self, config: Config, plane: Plane, decoder: Decoder, *, worker: str, stop: threading.Event
+    ) -> None:
+        self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
+        self._folder = config.run_dir / "weights"
+        self._writing: dict[str, _Writing] = {}
+        self._refused: list[ClosedChunk] = []  # chunks that a full Redis has not taken yet
+        self._version = -1
+        self._signal = "0-0"
+        self._busy = BusyShare()
+        self._due: dict[str, float] = {}
+        metrics.slots_total.labels("rollout").set(config.rollout.slots)
+
+    def serve(self, until: float) -> None:
+        """Write until `until` (monotonic seconds), the end of the run, or a stop; then hand everything back."""
+        try:
+            if self._wait_for_weights():
+                while not self._stop.is_set() and time.monotonic() < until:
+                    if not self.step():
+                        return
+        except Stopping:
+            log.info("stopped while waiting for Redis")
+        finally:
+            self._drain()
+
+    def step(self) -> bool:
+        """One turn: heartbeat, signals, weights, refill, one engine step. False once the run is over."""
+        if self._is_due("beat", self._config.liveness.heartbeat_s):
+            self._say_alive()
+            self._beat(list(self._writing.values()))
+        if self._is_due("control", _CONTROL_S):
+            self._take_signals()
+            self._beat([writing for writing in self._writing.values() if writing.held])
+        if self._is_due("pointer", _POINTER_S):
+            self._follow_policy()
+        if not self._refill():
+            return False
+        if self._refused and self._is_due("refused", 0.25):
+            again, self._refused = self._refused, []
+            self._send(again)
+        if not any(not writing.held for writing in self._writing.values()):
+            self._stop.wait(_CONTROL_S)
+            return True
+        with self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
+            before = self._decoder.decoded_tokens
+            closed = self._decoder.step()
+        metrics.decode_tokens.labels("rollout").inc(self._decoder.decoded_tokens - before)
+        self._send(closed)
+        return True
+
+    # --- what comes in -----------------------------------------------------------------------------------------
+
+    def _refill(self) -> bool:
+        """Take rollouts for the free slots. False once the run is over."""
+        free = self._config.rollout.slots - len(self._writing)
+        if free == 0 or not self._is_due("refill", _IDLE_S):
+            return True
+        claim = self._plane.may_claim and self._is_due("claim", self._config.liveness.heartbeat_s)
+        nonce = secrets.token_hex(8)
+        idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
+        reply = self._plane.call("take", self._worker, nonce, free, idle_ms)
+        if reply[0] == b"ended":
+            return False
+        for rid, entry, chunks, length, claims in reply[1:]:
+            try:
+                taken = Taken(read_rid(rid), entry, int(chunks), int(length), int(claims))
+            except MessageError as error:
+                self._give_up("", str(error), entry)
+                continue
+            self._start(taken, nonce)
+        metrics.slots_busy.labels("rollout").set(len(self._writing))
+        return True
+
+    def _start(self, taken: Taken, nonce: str) -> None:
+        if taken.claims:
+            metrics.claims.labels("prompts").inc()
+            log.info("rollout %s taken over at token %d", taken.rid, taken.length)
+        if taken.claims > _MAX_CLAIMS:
+            self._give_up(taken.rid, f"taken over {taken.claims} times without progress", taken.entry)
+            return
+        names = ["head", "scored", *(f"t:{seq}" for seq in range(taken.chunks))]
+        head_bytes, scored, *chunks = self._plane.fields([(taken.rid, names)])[0]
+        if head_bytes is None:
+            return  # ended between the two calls
+        writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, int(scored or 0))
+        # A rollout that this very worker had lost from sight (a claim after a stall) is written from the record.
+        if taken.rid in self._writing:
+            self._decoder.remove(self._writing.pop(taken.rid).rid)
+        try:
+            head = RolloutHead.decode(head_bytes)
+            self._decoder.add(
+                taken.rid,
+                head.prompt,
+                seed=head.seed,
+                max_new_tokens=head.max_new_tokens,
+                generated=_join(chunks),
+            )
+        except (MessageError, ValueError) as error:
+            self._plane.call("release", self._worker, taken.rid, taken.entry, nonce)
+            self._give_up(taken.rid, str(error), taken.entry)
+            return
+        self._writing[taken.rid] = writing
+        self._hold_or_release(writing)
+
+    def _give_up(self, rid: str, reason: str, entry: bytes) -> None:
+        log.warning("rollout %s cannot be written: %s", rid or "?", reason)
+        attempts = self._config.liveness.max_attempts if rid else 1
+        if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
+            metrics.dead_letters.labels("rollout").inc()
+
+    def _take_signals(self) -> None:
+        if not self._writing:
+            return
+        name = self._plane.key(f"signals:{self._worker}")
+        answer = self._plane.patiently(lambda: self._plane.client.xread({name: self._signal}, count=256), "signals")
+        for _, entries in answer or []:
+            for entry, values in entries:
+                self._signal = entry.decode()
+                rid = values.get(b"rid", b"").decode("ascii", "replace")
+                if rid in self._writing:
+                    self._end(rid)
+
+    def _beat(self, writing: list[_Writing]) -> None:
+        """Say that these are being written; learn what was scored, ended, or taken away."""
+        if not writing:
+            return
+        args = [part for one in writing for part in (one.rid, one.entry, one.nonce)]
+        reply = self._plane.call("beat", self._worker, *args)
+        for one, word in zip(writing, reply[1:], strict=True):
+            if word == b"ended":
+                self._end(one.rid)
+            elif word == b"lost":
+                self._forget(one.rid)
+            else:
+                one.scored = int(word or 0)
+                self._hold_or_release(one)
+
+    def _hold_or_release(self, writing: _Writing) -> None:
+        refused = any(chunk.key == writing.rid for chunk in self._refused)
+        hold = refused or writing.sent - writing.scored >= self._config.rollout.max_unscored_chunks
+        if hold != writing.held:
+            writing.held = hold
+            (self._decoder.hold if hold else self._decoder.release)(writing.rid)
+
+    def _end(self, rid: str) -> None:
+        """The rollout has its verdict: free the slot and report how much was written."""
+        writing = self._writing[rid]
+        generated = self._forget(rid)
+        self._plane.call("count", rid, writing.nonce, generated)
+
+    def _forget(self, rid: str) -> int:
+        del self._writing[rid]
+        refused = [chunk for chunk in self._refused if chunk.key == rid]
+        self._refused = [chunk for chunk in self._refused if chunk.key != rid]
+        if rid in self._decoder.busy:
+            return self._decoder.remove(rid)
+        # A final chunk that a full Redis refused has left its slot.
+        return refused[-1].start + len(refused[-1].tokens) if refused else 0
+
+    # --- what goes out -----------------------------------------------------------------------------------------
+
+    def _send(self, closed: list[ClosedChunk]) -> None:
+        for chunk in closed:
+            writing = self._writing.get(chunk.key)
+            if writing is None:
+                continue
+            self._send_one(writing, chunk)
+
+    def _send_one(self, writing: _Writing, chunk: ClosedChunk) -> None:
+        support = ChunkSupport(
+            support_ids=chunk.support_ids,
+            support_logprobs=chunk.support_logprobs,
+            tail_logprobs=chunk.tail_logprobs,
+            rollout_logprobs=chunk.rollout_logprobs,
+            sampled_logprobs=chunk.sampled_logprobs,
+        ).encode()
+        tokens = ChunkTokens(
+            seq=writing.sent,
+            start=chunk.start,
+            policy_version=self._version,
+            finish=chunk.finish,
+            digest=support_digest(support),
+            tokens=chunk.tokens,
+        ).encode()
+        reply = self._plane.call(
+            "chunk",
+            writing.rid,
+            writing.nonce,
+            writing.sent,
+            tokens,
+            support,
+            self._plane.shard_of(writing.rid),
+            chunk.start + len(chunk.tokens),
+            chunk.finish or "",
+        )
+        if reply[0] == b"ok":
+            metrics.chunks_sent.inc()
+            writing.sent += 1
+            writing.scored = int(reply[1] or 0)
+            if chunk.finish:
+                del self._writing[writing.rid]
+            else:
+                self._hold_or_release(writing)
+        elif reply[0] == b"full":
+            log.warning("Redis is full: a chunk of %s waits", writing.rid)
+            self._refused.append(chunk)
+            if not chunk.finish:
+                self._hold_or_release(writing)
+            writing.held = True
+        else:
+            metrics.chunks_fenced.inc()
+            if reply[0] == b"ended":
+                # A final chunk has left its slot already; what it brought was written all the same.
+                if chunk.finish:
+                    del self._writing[writing.rid]
+                    self._plane.call("count", writing.rid, writing.nonce, chunk.start + len(chunk.tokens))
+                else:
+                    self._end(writing.rid)
+            else:
+                self._forget(writing.rid)
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def _wait_for_weights(self) -> bool:
+        """Load the newest weights before the first claim. False if the run ends or we are stopped first."""
+        while not self._stop.is_set():
+            if self._follow_policy():
+                return True
+            if self._plane.state() != "open":
+                return False
+            self._stop.wait(0.1)
+        return False
+
+    def _follow_policy(self) -> bool:
+        """Swap in the announced weights, every open chunk closed first. True if some version is loaded."""
+        pointer = self._plane.policy()
+        version = int(pointer.get("version", "-1"))
+        if version <= self._version or "file" not in pointer:
+            return self._version >= 0
+        try:
+            path = verified(self._folder, WeightsRef(version, pointer["file"], pointer["sha256"]))
+            state = load_file(path, device=self._config.rollout.device)
+        except (BadWeights, OSError) as error:
+            metrics.dead_letters.labels("weights").inc()
+            log.warning("weights refused, going on with version %d: %s", self._version, error)
+            return self._version >= 0
+        self._send(self._decoder.close_chunks())
+        self._decoder.swap(state)
+        self._version = version
+        metrics.policy_version.labels("rollout").set(version)
+        return True
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Close open chunks, hand rollouts back, leave the list of the living: in this order, so that what is
+        handed back is complete and nobody waits for us."""
+        try:
+            self._send(self._decoder.close_chunks())
+            args = [part for one in self._writing.values() for part in (one.rid, one.entry, one.nonce)]
+            if args:
+                self._plane.call("release", self._worker, *args)
+        except (Stopping, RunGone, RedisUnavailable) as error:
+            log.warning("not handed back, another worker will claim after a while: %s", error)
+        for rid in self._decoder.busy:
+            self._decoder.remove(rid)
+        self._writing.clear()
+        metrics.slots_busy.labels("rollout").set(0)
+        self._plane.gone(self._worker)
+
+    def _say_alive(self) -> None:
+        metrics.busy_ratio.labels("rollout").set(self._busy.share)
+        self._plane.seen(
+            self._worker,
+            role="rollout",
+            slots=self._config.rollout.slots,
+            writing=len(self._writing),
+            tokens=self._decoder.decoded_tokens,
+            busy=f"{self._busy.share:.3f}",
+            version=self._version,
+        )
+
+    def _is_due(self, what: str, every_s: float) -> bool:
+        now = time.monotonic()
+        if now < self._due.get(what, 0.0):
+            return False
+        self._due[what] = now + every_s
+        return True
+
+
+def _join(chunks: list[bytes | None]) -> Ints:
+    """The tokens of stored chunks. Raises MessageError when one is missing."""
+    parts = []
+    for seq, data in enumerate(chunks):
+        if data is None:
+            raise MessageError(f"chunk {seq} is missing")
+        parts.append(ChunkTokens.decode(data).tokens)
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)

@@ -1,0 +1,421 @@
+"""The one config tree: read once from YAML, `--set a.b=c` on top, validated whole, frozen, passed down.
+
+Every key carries its meaning in its `Field` description; the README's table is made from these, and a test
+compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message says what is wrong, where, and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class Student(_Section):
+    model: str = Field(description="Student: a local folder or a hub id of a causal LM.")
+
+
+class Teacher(_Section):
+    model: str = Field(description="Teacher: a local folder or a hub id; its tokenizer must equal the student's.")
+    dtype: Dtype = Field("float32", description="Teacher's dtype.")
+    device: str = Field("cpu", description="Teacher's device: cpu, cuda, cuda:1 …")
+    threads: int = Field(1, ge=1, description="torch threads of a teacher worker (CPU).")
+    workers: int = Field(1, ge=1, description="Teacher workers that `katana run` starts on this machine.")
+    slots: int = Field(32, ge=1, description="Rollouts whose KV cache a teacher worker keeps.")
+    prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one forward pass.")
+
+
+class Data(_Section):
+    task: str = Field("arithmetic", description="Built-in task (`arithmetic`).")
+    options: dict[str, int] = Field(default_factory=dict, description="Sizes handed to the task.")
+    num_generations: int = Field(1, ge=1, description="Rollouts for each prompt.")
+    max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens; a longer one is an error.")
+
+
+class Rollout(_Section):
+    dtype: Dtype = Field("float32", description="Student's dtype while it writes; weights are published in it.")
+    device: str = Field("cpu", description="Device of a rollout worker.")
+    threads: int = Field(1, ge=1, description="torch threads of a rollout worker (CPU).")
+    workers: int = Field(1, ge=1, description="Rollout workers that `katana run` starts on this machine.")
+    slots: int = Field(32, ge=1, description="Rollouts a worker writes at a time.")
+    prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one filling forward pass.")
+    chunk_tokens: int = Field(16, ge=1, description="Tokens of a full chunk.")
+    max_unscored_chunks: int = Field(2, ge=1, description="Chunks a rollout may be ahead of the teacher.")
+    max_completion_length: int = Field(192, ge=1, description="Most tokens of a rollout.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
+
+
+class Termination(_Section):
+    policy: Literal["none", "fixed", "kat"] = Field("kat", description="What ends a rollout early.")
+    window: int = Field(64, ge=1, description="W: tokens in a window.")
+    patience: int = Field(4, ge=1, description="C: consecutive windows below the threshold that trigger.")
+    stride: int = Field(1, ge=1, description="Tokens between evaluated windows.")
+    grace_tokens: int = Field(0, ge=0, description="Tokens at the start that no window covers.")
+    eta: float = Field(0.3, gt=0, lt=1, description="η: the threshold is the (1 − η) quantile of window minima.")
+    teacher_top_k: int = Field(64, ge=1, description="K: outcomes of the support besides STOP.")
+    min_calibration: int = Field(512, ge=1, description="Minima needed before the rule is active.")
+    buffer_size: int = Field(4096, ge=1, description="Minima kept (first in, first out).")
+    warmup_steps: int = Field(50, ge=0, description="Policy version from which the rule may be active.")
+    control_fraction: float = Field(0.05, ge=0, le=1, description="Share of rollouts that are never stopped.")
+    calibrate_on: Literal["control", "completed", "all"] = Field(
+        "control", description="Whose minima fill the buffer once the rule is active."
+    )
+    control_trains: Literal["kept", "whole"] = Field(
+        "kept", description="What is trained of a control rollout: what the policy would have kept, or all."
+    )
+    fixed_tokens: int = Field(64, ge=1, description="Policy `fixed`: tokens kept.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Termination:
+        if self.policy == "kat" and self.calibrate_on == "control" and self.control_fraction == 0:
+            raise ValueError(
+                "calibrate_on: control needs a control arm, but control_fraction is 0; "
+                "allowed: control_fraction above 0, or calibrate_on: completed | all"
+            )
+        if self.min_calibration > self.buffer_size:
+            raise ValueError(
+                f"min_calibration {self.min_calibration} is above buffer_size {self.buffer_size}; "
+                f"the rule would never be active"
+            )
+        return self
+
+
+class Loss(_Section):
+    mode: Literal["reverse_kl_topk_tail", "reverse_kl_sampled"] = Field(
+        "reverse_kl_topk_tail", description="Loss on a kept token."
+    )
+    denominator: Literal["kept", "sequence"] = Field(
+        "kept", description="Mean over the batch's kept tokens, or mean over sequences of their means."
+    )
+    ratio_clip: float | None = Field(
+        None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_rollout; null: not clipped."
+    )
+
+
+class Learner(_Section):
+    dtype: Dtype = Field("float32", description="Dtype of the trained parameters.")
+    device: str = Field("cpu", description="Device of the learner.")
+    threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
+    max_steps: int = Field(100, ge=1, description="Optimizer steps of the run.")
+    batch_size: int = Field(32, ge=1, description="Trajectories of a step.")
+    micro_batch_tokens: int = Field(8192, ge=1, description="Most padded tokens in one forward and backward.")
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW: peak learning rate.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of max_steps with a rising learning rate.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β₁.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped here.")
+    max_staleness: int = Field(4, ge=0, description="Oldest usable kept token, in policy versions.")
+    weight_sync_steps: int = Field(1, ge=1, description="Steps between published weights.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Learner:
+        if self.weight_sync_steps > max(self.max_staleness, 1):
+            raise ValueError(
+                f"weight_sync_steps {self.weight_sync_steps} is above max_staleness {self.max_staleness}: "
+                f"allowed: 1 to {max(self.max_staleness, 1)}"
+            )
+        return self
+
+
+class Checkpoints(_Section):
+    every_steps: int = Field(10, ge=1, description="Steps between checkpoints; only they acknowledge what was trained.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+
+
+class Eval(_Section):
+    every_steps: int = Field(25, ge=0, description="Steps between evaluations; 0: none at all.")
+    problems: int = Field(64, ge=1, description="Held-out problems.")
+    k: int = Field(4, ge=1, description="Samples a problem, for avg@k and pass@k.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the evaluation.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass of the evaluation.")
+    device: str = Field("cpu", description="Device of the evaluator.")
+    threads: int = Field(1, ge=1, description="torch threads of the evaluator (CPU).")
+    slots: int = Field(64, ge=1, description="Samples written at a time.")
+
+
+class Feeder(_Section):
+    concurrency: int | None = Field(
+        None, ge=1, description="Rollouts being written at a time; null: 1.25 × the slots of the live workers."
+    )
+    record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
+
+
+class Redis(_Section):
+    url: str | None = Field(None, description="Data Redis; null: an own embedded one (`katana run` only).")
+    broker_url: str | None = Field(None, description="Celery's broker; null: database 1 of `url`.")
+    password_file: str | None = Field(None, description="File whose first line is the password of both.")
+    maxmemory_mb: int = Field(512, ge=20, description="Memory limit of the embedded Redis.")
+    shards: int = Field(16, ge=1, le=1024, description="Chunk streams.")
+
+
+class Liveness(_Section):
+    heartbeat_s: float = Field(2.0, gt=0, description="Seconds between a worker's heartbeats.")
+    claim_s: float = Field(8.0, gt=0, description="Idle seconds after which another worker takes over.")
+    lease_s: float = Field(3.0, gt=0, description="Lease of feeder and arbiter.")
+    learner_lease_s: float = Field(10.0, gt=0, description="Lease of the learner; renewed between micro-batches.")
+    shift_s: float = Field(3600.0, gt=0, description="Longest Celery shift.")
+    max_attempts: int = Field(3, ge=1, description="Failures without progress before a rollout is dead.")
+    redis_wait_s: float = Field(60.0, gt=0, description="How long a role waits for a Redis that does not answer.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Liveness:
+        if self.claim_s < 3 * self.heartbeat_s:
+            raise ValueError(
+                f"claim_s {self.claim_s:g} is under three heartbeats ({3 * self.heartbeat_s:g} s): "
+                f"a live worker's rollouts would be taken away"
+            )
+        return self
+
+
+class Metrics(_Section):
+    host: str = Field("127.0.0.1", description="Address that metrics are served on.")
+    port: int = Field(0, ge=0, le=65535, description="Port of a role started alone; 0: any free one.")
+
+
+class Config(_Section):
+    """The whole tree. Build it with `load`."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run.")
+    runs_dir: str = Field("runs", description="Where runs' folders lie; shared by all hosts.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of data, arms, sampling and torch.")
+    student: Student
+    teacher: Teacher
+    data: Data = Field(default_factory=Data)
+    rollout: Rollout = Field(default_factory=Rollout)
+    termination: Termination = Field(default_factory=Termination)
+    loss: Loss = Field(default_factory=Loss)
+    learner: Learner = Field(default_factory=Learner)
+    checkpoints: Checkpoints = Field(default_factory=Checkpoints)
+    eval: Eval = Field(default_factory=Eval)
+    feeder: Feeder = Field(default_factory=Feeder)
+    redis: Redis = Field(default_factory=Redis)
+    liveness: Liveness = Field(default_factory=Liveness)
+    metrics: Metrics = Field(default_factory=Metrics)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.termination.policy == "fixed" and self.termination.fixed_tokens > self.rollout.max_completion_length:
+            raise ValueError("termination.fixed_tokens is above rollout.max_completion_length; nothing would be cut")
+        if self.termination.policy == "kat":
+            first = self.termination.grace_tokens + self.termination.window
+            if first > self.rollout.max_completion_length:
+                raise ValueError(
+                    f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
+                    f"{self.rollout.max_completion_length}: no window would ever be evaluated"
+                )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence of prompt and completion, in tokens."""
+        return self.data.max_prompt_length + self.rollout.max_completion_length
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and put `a.b=c` overrides on top.
+
+    Raises:
+        ConfigError: unreadable file, broken YAML, unknown key (names the nearest), wrong type or value.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse(raw, overrides, source=str(path))
+
+
+def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    """`load` for text at hand (a run's `config.yaml`, the config key of a run in Redis)."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{source}: {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
+    try:
+        tree = yaml.safe_load(raw)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: a config is a mapping of sections, found {type(tree).__name__}")
+    for item in overrides:
+        _override(tree, item)
+    return _validate(tree, source)
+
+
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(_widen(tree, Config))
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "\n".join(lines)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deep") from error
+
+
+def _widen(value: Any, model: Any) -> Any:
+    """YAML reads `1e-6` as text and `1` as an integer: both stand for a float where a float is wanted."""
+    if not isinstance(value, dict):
+        return value
+    result: dict[Any, Any] = {}
+    for name, item in value.items():
+        field = model.model_fields.get(name) if isinstance(name, str) else None
+        if field is None:
+            result[name] = item
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            result[name] = _widen(item, field.annotation)
+        elif field.annotation in (float, float | None) and isinstance(item, int | str) and not isinstance(item, bool):
+            result[name] = _as_float(item)
+        else:
+            result[name] = item
+    return result
+
+
+def _as_float(item: int | str) -> float | int | str:
+    try:
+        return float(item)
+    except (ValueError, OverflowError):
+        return item
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    path, equals, text = item.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {item!r}: expected section.key=value, for example learner.max_steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
+    *sections, last = path.strip().split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {item!r}: {section!r} is not a section")
+    node[last] = value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "config"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {where!r}{_nearest(where)}"
+    if kind == "missing":
+        return f"{where}: missing; this key has no default"
+    if kind == "value_error":
+        return f"{where}: {str(problem['msg']).removeprefix('Value error, ')}" if problem["loc"] else str(
+            problem["msg"]
+        ).removeprefix("Value error, ")
+    return f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
+
+
+def _nearest(where: str) -> str:
+    known = [name for name, _, _ in keys()]
+    sections = sorted({name.rpartition(".")[0] for name in known} - {""})
+    same_depth = known if "." in where else sections + [name for name in known if "." not in name]
+    found = difflib.get_close_matches(where, same_depth, n=1, cutoff=0.6)
+    if found:
+        return f"; the nearest known one is {found[0]!r}"
+    last = where.rpartition(".")[2]
+    found = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6)
+    if found:
+        match = next(name for name in known if name.rpartition(".")[2] == found[0])
+        return f"; the nearest known one is {match!r}"
+    return f"; known sections: {', '.join(sections)}"
+
+
+def keys() -> Iterator[tuple[str, str, str]]:
+    """Every key as (dotted name, default as YAML text, meaning), in the order of the tree."""
+    yield from _keys(Config, "")
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+            continue
+        default = field.get_default(call_default_factory=True)
+        text = "required" if field.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
+        yield f"{prefix}{name}", text, field.description or ""
+
+
+# Keys that `--resume` may change: where and how long things run. All others decide what is already on record.
+# (A new learner.max_steps stretches a cosine schedule from the next step on.)
+RESUMABLE = frozenset(
+    {
+        "learner.max_steps",
+        "learner.threads",
+        "learner.device",
+        "learner.micro_batch_tokens",
+        "rollout.workers",
+        "rollout.threads",
+        "rollout.device",
+        "rollout.slots",
+        "teacher.workers",
+        "teacher.threads",
+        "teacher.device",
+        "teacher.slots",
+        "checkpoints.every_steps",
+        "checkpoints.keep",
+        "eval.every_steps",
+        "eval.device",
+        "eval.threads",
+        "eval.slots",
+        "feeder.concurrency",
+        "redis.url",
+        "redis.broker_url",
+        "redis.password_file",
+        "redis.maxmemory_mb",
+        "metrics.host",
+        "metrics.port",
+        "liveness.heartbeat_s",
+        "liveness.claim_s",
+        "liveness.lease_s",
+        "liveness.learner_lease_s",
+        "liveness.shift_s",
+        "liveness.max_attempts",
+        "liveness.redis_wait_s",
+    }
+)
+
+
+def check_resume(before: Config, after: Config) -> None:
+    """Raises ConfigError when a resumed run would change a key that its record depends on."""
+    old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
+    changed = [key for key in new if old.get(key) != new[key] and key not in RESUMABLE]
+    if changed:
+        raise ConfigError(
+            "; ".join(f"{key}: {old.get(key)!r} cannot become {new[key]!r} on --resume" for key in changed)
+            + f". Keys that may change: {', '.join(sorted(RESUMABLE))}"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and name != "options":
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

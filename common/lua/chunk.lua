@@ -1,0 +1,23 @@
+-- rollout worker. rid, nonce, seq, encoded tokens, encoded support, shard, tokens in all, finish ('' while open)
+-- -> ok + scored chunks | ended | lost | full
+-- A chunk and its notice are one script. The same chunk again (same encoded tokens, which hold the digest of the
+-- support) is a success.
+local rid, nonce, seq = ARGV[2], ARGV[3], tonumber(ARGV[4])
+local tokens, support, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local h = rollout(rid)
+local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry')
+if run_state ~= 'open' or state[1] then return {'ended'} end
+if state[2] ~= nonce then return {'lost'} end
+local stored = tonumber(state[3])
+if seq < stored then
+  if redis.call('HGET', h, 't:' .. seq) == tokens then return {'ok', state[4]} end
+  return {'lost'}
+end
+if seq > stored then return {'lost'} end
+if crowded() then return {'full'} end
+if finish ~= '' then finish_entry('prompts', 'rollout', state[5]) end
+redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 'chunks', seq + 1, 'length', length)
+redis.call('HDEL', h, 'attempts', 'claims')
+if finish ~= '' then redis.call('HSET', h, 'finish', finish) end
+redis.call('XADD', key('chunks:' .. shard), '*', 'rid', rid, 'seq', seq)
+return {'ok', state[4]}

@@ -1,0 +1,19 @@
+-- anyone who could not read a rollout or a notice. rid ('' : unknown), stage, reason, most attempts, shown bytes,
+-- stream ('' : none), group, entry -> again + attempts | dead
+-- Counts attempts without progress (a stored chunk or score clears the count) and gives a rollout up at the limit.
+local rid, stage, reason, most, shown = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local stream, group, entry = ARGV[7], ARGV[8], ARGV[9]
+local known = rid ~= '' and redis.call('EXISTS', rollout(rid)) == 1
+if known then
+  local attempts = redis.call('HINCRBY', rollout(rid), 'attempts', 1)
+  if attempts < most then return {'again', attempts} end
+end
+if stream ~= '' then finish_entry(stream, group, entry) end
+redis.call('XADD', key('dead'), '*', 'rid', rid, 'stage', stage, 'reason', reason, 'shown', shown)
+if known and not redis.call('HGET', rollout(rid), 'verdict') then
+  local prompt = redis.call('HGET', rollout(rid), 'entry')
+  if prompt then finish_entry('prompts', 'rollout', prompt) end
+  redis.call('HSET', rollout(rid), 'verdict', 'dead')
+  redis.call('XADD', key('finished'), '*', 'kind', 'ending', 'rid', rid, 'ending', 'dead', 'reason', stage)
+end
+return {'dead'}

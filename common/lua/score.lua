@@ -1,0 +1,15 @@
+-- teacher worker. shard, entry, rid, seq, encoded divergence, encoded teacher log-probabilities
+-- -> ok | duplicate | ended
+-- The first score stored wins. The first score of a rollout fixes the threshold that it is judged by.
+local shard, entry, rid, seq, divergence, support = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local h = rollout(rid)
+finish_entry('chunks:' .. shard, 'teacher', entry)
+local state = redis.call('HMGET', h, 'verdict', 't:' .. seq, 'd:' .. seq)
+if run_state ~= 'open' or state[1] or not state[2] then return {'ended'} end
+if state[3] then return {'duplicate'} end
+redis.call('HSETNX', h, 'threshold', redis.call('GET', key('threshold')) or 'inactive')
+redis.call('HSET', h, 'd:' .. seq, divergence, 'q:' .. seq, support)
+redis.call('HINCRBY', h, 'scored', 1)
+redis.call('HDEL', h, 'attempts')
+redis.call('XADD', key('scores'), '*', 'rid', rid)
+return {'ok'}

@@ -1,0 +1,14 @@
+-- learner. lease token, then per trajectory entry, rid, ending, reason, detail -> ok + how many were new | lost
+-- Called for what a checkpoint on disk covers, and for what is dropped. The feeder takes the hash off when it books.
+local token = ARGV[2]
+if not holds_lease('learner', token) then return {'lost'} end
+local fresh = 0
+for i = 3, #ARGV, 5 do
+  local entry, rid, ending, reason, detail = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+  if finish_entry('trajectories', 'learner', entry) == 1 then
+    fresh = fresh + 1
+    redis.call('XADD', key('finished'), '*', 'kind', 'ending', 'rid', rid, 'ending', ending, 'reason', reason,
+               'staleness', detail)
+  end
+end
+return {'ok', fresh}

@@ -1,0 +1,44 @@
+-- rollout worker. consumer, nonce, count, idle ms (0: claim nothing) -> ok, then per rollout {rid, entry, chunks, length, claims}
+-- Idle entries first: what somebody began comes before what nobody has.
+local consumer, nonce, count, idle = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local reply = {'ok'}
+if run_state ~= 'open' then return {'ended'} end
+
+local function own(id, rid, claimed)
+  local h = rollout(rid)
+  local state = redis.call('HMGET', h, 'entry', 'verdict', 'chunks', 'length', 'owner')
+  if not state[1] or state[2] then
+    finish_entry('prompts', 'rollout', id)
+    return
+  end
+  -- A rollout that was handed back has no owner: taking it up is no sign of trouble.
+  local claims = 0
+  if claimed and state[5] then claims = redis.call('HINCRBY', h, 'claims', 1) end
+  redis.call('HSET', h, 'owner', nonce, 'worker', consumer)
+  reply[#reply + 1] = {rid, id, state[3], state[4], claims}
+end
+
+local function each(entries, claimed)
+  for _, entry in ipairs(entries) do
+    -- 6.2 reports entries that were deleted while pending as nil, which Lua sees as false.
+    if entry then
+      local fields = entry[2]
+      if fields and fields[1] == 'rid' then
+        own(entry[1], fields[2], claimed)
+      else
+        reply[#reply + 1] = {false, entry[1], 0, 0, 0}
+      end
+    end
+  end
+end
+
+if idle > 0 then
+  each(redis.call('XAUTOCLAIM', key('prompts'), 'rollout', consumer, idle, '0-0', 'COUNT', count)[2], true)
+end
+local left = count - (#reply - 1)
+if left > 0 then
+  local fresh = redis.call('XREADGROUP', 'GROUP', 'rollout', consumer, 'COUNT', left,
+                           'STREAMS', key('prompts'), '>')
+  if fresh then each(fresh[1][2], false) end
+end
+return reply

@@ -1,0 +1,287 @@
+"""Every record on the wire, with its producer and consumer. msgpack; arrays as raw little-endian bytes.
+
+A decoder accepts exactly what its encoder writes: known fields, sizes that fit each other, finite floats, token ids
+from 0 to 2^31 - 1. Anything else is `MessageError`, and nothing else is ever raised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+MAX_RECORD_BYTES = 64 << 20
+_MAX_FIELDS = 64
+_DTYPES = {"i": np.dtype("<i4"), "f": np.dtype("<f4")}
+ARMS = ("treated", "control")
+
+
+class MessageError(ValueError):
+    """A record that does not hold what its type promises."""
+
+
+def _pack_array(array: npt.NDArray[Any]) -> list[Any]:
+    code = "i" if array.dtype.kind in "iu" else "f"
+    return [code, list(array.shape), np.ascontiguousarray(array, dtype=_DTYPES[code]).tobytes()]
+
+
+def _unpack_array(value: Any, name: str) -> npt.NDArray[Any]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise MessageError(f"{name}: not an array")
+    code, shape, data = value
+    if code not in ("i", "f") or not isinstance(data, bytes) or not isinstance(shape, list):
+        raise MessageError(f"{name}: not an array")
+    if not 1 <= len(shape) <= 2 or not all(type(size) is int and 0 <= size <= 1 << 28 for size in shape):
+        raise MessageError(f"{name}: bad shape")
+    dtype = _DTYPES[code]
+    count = shape[0] * (shape[1] if len(shape) == 2 else 1)
+    if count * dtype.itemsize != len(data):
+        raise MessageError(f"{name}: {len(data)} bytes do not fit shape {shape!r:.60}")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+class _Record:
+    """Base of the records: packs the dataclass's fields in order, checks on the way in and on the way out."""
+
+    __slots__ = ()
+    KIND: ClassVar[str]
+
+    def encode(self) -> bytes:
+        """Raises MessageError if the record is not valid: what is broken is not sent."""
+        self._check()
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        packed = [_pack_array(value) if isinstance(value, np.ndarray) else value for value in values]
+        data: bytes = msgpack.packb([self.KIND, *packed], use_bin_type=True)
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Raises MessageError, and nothing else, on anything that `encode` would not have written."""
+        values = _unpack(data, cls.KIND, len(fields(cls)))  # type: ignore[arg-type]
+        kwargs: dict[str, Any] = {}
+        for field, value in zip(fields(cls), values, strict=True):  # type: ignore[arg-type]
+            kwargs[field.name] = _coerce(value, str(field.type), f"{cls.KIND}.{field.name}")
+        record = cls(**kwargs)
+        record._check()
+        return record
+
+    def _check(self) -> None:
+        """Raises MessageError when fields do not fit each other."""
+
+
+def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
+    if not isinstance(data, bytes) or len(data) > MAX_RECORD_BYTES:
+        raise MessageError(f"{kind}: not bytes, or more than {MAX_RECORD_BYTES}")
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=True,
+            max_str_len=4096,
+            max_bin_len=len(data),
+            max_array_len=_MAX_FIELDS,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.exceptions.UnpackException) as error:
+        raise MessageError(f"{kind}: not msgpack ({type(error).__name__})") from error
+    if not isinstance(value, list) or not value or value[0] != kind:
+        raise MessageError(f"{kind}: another kind of record")
+    if len(value) != count + 1:
+        raise MessageError(f"{kind}: {len(value) - 1} fields instead of {count}")
+    return value[1:]
+
+
+def _coerce(value: Any, annotation: str, name: str) -> Any:
+    if annotation.endswith(" | None"):
+        if value is None:
+            return None
+        annotation = annotation.removesuffix(" | None")
+    if annotation in ("Ints", "Floats"):
+        array = _unpack_array(value, name)
+        if array.dtype != _DTYPES["i" if annotation == "Ints" else "f"]:
+            raise MessageError(f"{name}: wrong dtype")
+        return array
+    wanted = {"int": int, "float": float, "str": str, "bytes": bytes, "bool": bool}[annotation]
+    if type(value) is not wanted:
+        raise MessageError(f"{name}: expected {annotation}, found {type(value).__name__}")
+    if wanted is float and not np.isfinite(value):
+        raise MessageError(f"{name}: not finite")
+    return value
+
+
+def _need(condition: bool, text: str) -> None:
+    if not condition:
+        raise MessageError(text)
+
+
+def _tokens(array: Ints, name: str) -> None:
+    _need(array.ndim == 1, f"{name}: expected one dimension")
+    _need(bool((array >= 0).all()), f"{name}: a negative token id")
+
+
+def _floats(array: Floats, shape: tuple[int, ...], name: str) -> None:
+    _need(array.shape == shape, f"{name}: shape {array.shape} instead of {shape}")
+    _need(bool(np.isfinite(array).all()), f"{name}: not finite")
+
+
+def _logprobs(array: Floats, shape: tuple[int, ...], name: str) -> None:
+    _floats(array, shape, name)
+    # Log-probabilities of float32 logits come out a rounding above zero at most.
+    _need(bool((array <= 1e-3).all()), f"{name}: a log-probability above 0")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutHead(_Record):
+    """feeder → rollout worker, teacher worker, arbiter, learner. What is to be written."""
+
+    KIND: ClassVar[str] = "head"
+    rid: str
+    arm: str
+    problem: int  # index into the task's training split
+    seed: int  # of this rollout's draws, 0 … 2^63 - 1
+    max_new_tokens: int
+    prompt: Ints  # [m]
+
+    def _check(self) -> None:
+        _need(self.arm in ARMS, f"head.arm: {self.arm!r:.40}")
+        _need(self.problem >= 0 and 0 <= self.seed < 1 << 63, "head: problem or seed out of range")
+        _need(self.max_new_tokens >= 1, "head.max_new_tokens: below 1")
+        _tokens(self.prompt, "head.prompt")
+        _need(len(self.prompt) >= 1, "head.prompt: empty")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkTokens(_Record):
+    """rollout worker → teacher worker, arbiter, learner. The part of a chunk that everyone reads."""
+
+    KIND: ClassVar[str] = "tokens"
+    seq: int
+    start: int  # tokens of the rollout before this chunk
+    policy_version: int
+    finish: str | None  # eos | length on the last chunk
+    digest: bytes  # of the chunk's ChunkSupport, so that a repeated chunk is known by this small record alone
+    tokens: Ints  # [n]
+
+    def _check(self) -> None:
+        _need(self.seq >= 0 and self.start >= 0 and self.policy_version >= 0, "tokens: negative number")
+        _need(self.finish in (None, "eos", "length"), f"tokens.finish: {self.finish!r:.40}")
+        _need(len(self.digest) == 16, "tokens.digest: not 16 bytes")
+        _tokens(self.tokens, "tokens.tokens")
+        _need(len(self.tokens) >= 1, "tokens.tokens: empty")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkSupport(_Record):
+    """rollout worker → teacher worker, learner. The student's distribution on its own support."""
+
+    KIND: ClassVar[str] = "support"
+    support_ids: Ints  # [n, K]
+    support_logprobs: Floats  # [n, K + 1], column 0 is STOP; temperature 1, before top-p
+    tail_logprobs: Floats | None  # [n]; None: the support holds every outcome
+    rollout_logprobs: Floats  # [n], of the sampled outcome, full distribution
+    sampled_logprobs: Floats  # [n], of the sampled outcome, as sampled (temperature, top-p)
+
+    def _check(self) -> None:
+        _need(self.support_ids.ndim == 2, "support.support_ids: expected two dimensions")
+        n, k = self.support_ids.shape
+        _need(bool((self.support_ids >= 0).all()), "support.support_ids: a negative token id")
+        _logprobs(self.support_logprobs, (n, k + 1), "support.support_logprobs")
+        if self.tail_logprobs is not None:
+            _logprobs(self.tail_logprobs, (n,), "support.tail_logprobs")
+        _logprobs(self.rollout_logprobs, (n,), "support.rollout_logprobs")
+        _logprobs(self.sampled_logprobs, (n,), "support.sampled_logprobs")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreDivergence(_Record):
+    """teacher worker → arbiter. The payload for detection."""
+
+    KIND: ClassVar[str] = "divergence"
+    seq: int
+    divergence: Floats  # [n], nats, ≥ 0
+
+    def _check(self) -> None:
+        _need(self.seq >= 0, "divergence.seq: negative")
+        _floats(self.divergence, (self.divergence.size,), "divergence.divergence")
+        _need(bool((self.divergence >= 0).all()), "divergence.divergence: below 0")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreSupport(_Record):
+    """teacher worker → learner. The payload for the loss."""
+
+    KIND: ClassVar[str] = "teacher"
+    teacher_logprobs: Floats  # [n, K + 1] on the student's support, column 0 is STOP
+    tail_logprobs: Floats | None  # [n]
+    sampled_logprobs: Floats  # [n], of the sampled outcome, which may lie outside the support
+
+    def _check(self) -> None:
+        n = len(self.sampled_logprobs) if self.sampled_logprobs.ndim == 1 else -1
+        _need(self.teacher_logprobs.ndim == 2, "teacher.teacher_logprobs: expected two dimensions")
+        _logprobs(self.teacher_logprobs, (n, self.teacher_logprobs.shape[1]), "teacher.teacher_logprobs")
+        if self.tail_logprobs is not None:
+            _logprobs(self.tail_logprobs, (n,), "teacher.tail_logprobs")
+        _logprobs(self.sampled_logprobs, (n,), "teacher.sampled_logprobs")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict(_Record):
+    """arbiter → learner (what to train on), feeder (the books). A rollout has exactly one."""
+
+    KIND: ClassVar[str] = "verdict"
+    rid: str
+    arm: str
+    problem: int
+    finish_reason: str  # eos | length, or why it was cut: kl_trap | fixed …
+    trigger: int  # tokens seen when the policy fired, or all tokens where it did not
+    keep: int  # tokens before the cut
+    train: int  # tokens handed to the learner
+    cut: bool  # whether the writing was stopped
+    generated: int | None  # all tokens written, where the last chunk was stored by then; None: its writer will tell
+    threshold: float | None
+    min_window: float | None  # up to the trigger (treated) or over the whole rollout (control)
+    first_version: int
+    last_version: int
+    tokens: Ints  # [n], all scored tokens
+    divergence: Floats  # [n]
+
+    def _check(self) -> None:
+        _need(self.arm in ARMS, f"verdict.arm: {self.arm!r:.40}")
+        _need(self.problem >= 0, "verdict.problem: negative")
+        _tokens(self.tokens, "verdict.tokens")
+        n = len(self.tokens)
+        _floats(self.divergence, (n,), "verdict.divergence")
+        _need(0 <= self.keep <= self.trigger <= n, "verdict: keep ≤ trigger ≤ tokens does not hold")
+        _need(0 <= self.train <= n, "verdict.train: out of range")
+        _need(self.generated is None or self.generated >= n, "verdict.generated: fewer than were scored")
+        _need(0 <= self.first_version <= self.last_version, "verdict: versions out of order")
+
+
+def support_digest(encoded_support: bytes) -> bytes:
+    """16 bytes that name an encoded ChunkSupport."""
+    return hashlib.blake2b(encoded_support, digest_size=16).digest()
+
+
+def read_number(value: Any, name: str, *, low: int = 0, high: int = (1 << 53) - 1) -> int:
+    """A whole number from a stream entry's field. Raises MessageError."""
+    if not isinstance(value, bytes) or not 1 <= len(value) <= 20 or not value.isdigit():
+        raise MessageError(f"{name}: not a number")
+    number = int(value)
+    if not low <= number <= high:
+        raise MessageError(f"{name}: {number} is outside {low} … {high}")
+    return number
+
+
+def read_rid(value: Any) -> str:
+    """A rollout id from a stream entry's field. Raises MessageError."""
+    if not isinstance(value, bytes) or not 1 <= len(value) <= 40 or not value.isalnum():
+        raise MessageError("rid: not a rollout id")
+    return value.decode("ascii")

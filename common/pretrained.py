@@ -1,0 +1,158 @@
+"""What a model's folder says of itself, read without torch: its files, tokenizer, stop ids, lengths and layers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be used. The message says what is wrong and what is allowed."""
+
+
+class HubUnavailable(ModelError):
+    """A hub id whose files are neither in the local cache nor to be had."""
+
+
+PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+# Everything but weights: enough to check a config and to tokenize.
+_SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """`vocab_size` is the width of the output head, `stop_ids` what ends a generation."""
+
+    folder: Path
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int | None
+    stop_ids: tuple[int, ...]
+    parameters_bytes: int
+
+
+def find_model(model: str, *, weights: bool = True) -> Path:
+    """The folder of a model: a local one, one that ships with Katana (`ops/models/…`), or a hub id.
+
+    Raises:
+        ModelError: neither a folder with a config.json nor a hub id that can be had.
+    """
+    for folder in (Path(model).expanduser(), PACKAGE_ROOT / model):
+        if (folder / "config.json").is_file():
+            return folder
+        if folder.is_dir():
+            raise ModelError(f"{model}: the folder {folder} has no config.json; a model's folder is what "
+                             f"save_pretrained writes")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and needed by hub ids alone
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*_SMALL, "*.safetensors"] if weights else _SMALL))
+    except Exception as error:  # the hub's client raises errors of its own and of its transport
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HubUnavailable(f"{model}: no such folder, and not to be had from the hub ({reason:.200})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Raises ModelError when config.json lacks what is needed or the model names no stop token at all."""
+    config = _read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    if not isinstance(text.get("vocab_size"), int):
+        raise ModelError(f"{folder}/config.json: no vocab_size; is this a causal language model?")
+    stops: list[int] = []
+    for source in (_read_json(folder / "generation_config.json"), config, text):
+        value = source.get("eos_token_id")
+        stops += [value] if isinstance(value, int) else [item for item in value or [] if isinstance(item, int)]
+    if not stops:
+        raise ModelError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
+    return ModelFacts(
+        folder=folder,
+        model_type=str(config.get("model_type")),
+        vocab_size=int(text["vocab_size"]),
+        max_position_embeddings=text.get("max_position_embeddings"),
+        stop_ids=tuple(dict.fromkeys(stops)),
+        parameters_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A fast tokenizer, without importing torch. Raises ModelError."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer.json; Katana needs a fast tokenizer")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Student and teacher, checked against each other.
+
+    `stop_ids` is the union U of both models' stop ids, the student's own first: generation ends on any of U, and all
+    of U is one outcome, STOP. `vocab_size` is how many outcomes' logits are used; wider heads are padding.
+    """
+
+    student: ModelFacts
+    teacher: ModelFacts
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+
+
+def check_pair(config: Config, *, weights: bool = True) -> Pair:
+    """Find both models and check tokenizers, widths of the heads, and lengths.
+
+    Raises:
+        ModelError: saying which, where and what is allowed.
+    """
+    student = read_facts(find_model(config.student.model, weights=weights))
+    teacher = read_facts(find_model(config.teacher.model, weights=weights))
+    ours, theirs = load_tokenizer(student.folder), load_tokenizer(teacher.folder)
+    compare_tokenizers(ours.get_vocab(), theirs.get_vocab())
+    ids = max(max(ours.get_vocab().values()), max(theirs.get_vocab().values())) + 1
+    stop_ids = tuple(dict.fromkeys([*student.stop_ids, *teacher.stop_ids]))
+    for who, facts in (("student", student), ("teacher", teacher)):
+        if facts.vocab_size < ids:
+            raise ModelError(f"{who} {facts.folder}: its logits are {facts.vocab_size} wide, the tokenizer has "
+                             f"{ids} ids")
+        longest = facts.max_position_embeddings
+        if longest is not None and longest < config.max_length:
+            raise ModelError(
+                f"{who} {facts.folder}: context of {longest} tokens is too short for data.max_prompt_length "
+                f"{config.data.max_prompt_length} + rollout.max_completion_length "
+                f"{config.rollout.max_completion_length} = {config.max_length}"
+            )
+    if max(stop_ids) >= ids:
+        raise ModelError(f"stop id {max(stop_ids)} is outside the tokenizer's {ids} ids")
+    return Pair(student, teacher, stop_ids, ids)
+
+
+def compare_tokenizers(student: dict[str, int], teacher: dict[str, int]) -> None:
+    """Every id that both know must be the same token. Raises ModelError with the first that differs."""
+    by_id = {index: token for token, index in student.items()}
+    for token, index in sorted(teacher.items(), key=lambda item: item[1]):
+        if index in by_id and by_id[index] != token:
+            raise ModelError(
+                f"the tokenizers differ: id {index} is {by_id[index]!r} for the student and {token!r} for the "
+                f"teacher; student and teacher must share one tokenizer"
+            )
+    shared = len(by_id.keys() & set(teacher.values()))
+    if shared < 0.9 * max(len(by_id), len(teacher)):
+        raise ModelError(
+            f"the tokenizers differ: {len(by_id)} and {len(teacher)} ids, {shared} of them shared; student and "
+            f"teacher must share one tokenizer"
+        )

@@ -1,0 +1,418 @@
+"""Redis: the data plane. Every key stands here, and every change of state is one script in `lua/`.
+
+Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one run lives in one slot)
+
+    run              string   open → trained (by the learner) → ended (by the feeder); missing: Redis lost the run
+    config           string   resolved config, YAML
+    rollout:{rid}    hash     the record of a rollout, whole:
+                       head · entry (its id in `prompts`) · owner (nonce) · worker · chunks · length · scored · finish
+                       t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
+                       threshold · verdict · attempts · claims
+    prompts          stream   feeder → rollout workers     group rollout   rid
+    chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
+    scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
+    signals:{worker} stream   arbiter → a rollout worker   no group        rid
+    trajectories     stream   arbiter → learner            group learner   rid
+    finished         stream   workers, arbiter, learner → feeder, group books: verdict | count | ending
+    dead             stream   anyone → operator
+    open             set      rollouts admitted and not booked
+    ledger           hash     admitted · trained · dead · dropped:{reason}
+    cursor           string   rollouts admitted so far
+    policy           hash     version · step · file · sha256
+    minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
+    workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
+    lease:{role}     string   token of the holder;  holder:{role}: last holder
+
+`katana:runs` (hash) names the current id of every run. What is pending in a group is being worked on; what is
+acknowledged is deleted; nothing is trimmed by length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common.config import Config
+
+log = logging.getLogger("katana.streams")
+RUNS = "katana:runs"
+GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
+T = TypeVar("T")
+Entry = tuple[bytes, dict[bytes, bytes]]
+
+
+class RedisUnavailable(ConnectionError):
+    """Redis did not answer for as long as the config allows."""
+
+
+class RunGone(RuntimeError):
+    """Redis answers, but no longer knows this run."""
+
+
+class LeaseLost(RuntimeError):
+    """Another process holds this role's lease: this one must not write any more."""
+
+
+class Stopping(Exception):
+    """The process was told to stop while it waited for Redis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A rollout that a worker now owns. `claims`: how often it was taken from a silent worker without progress."""
+
+    rid: str
+    entry: bytes
+    chunks: int
+    length: int
+    claims: int
+
+
+def _source(name: str) -> str:
+    folder = files("common") / "lua"
+    return (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
+
+
+_SCRIPTS = (
+    "admit take beat release chunk count score verdict settle book fail publish advance lease"
+).split()
+
+
+def connect(url: str, *, password_file: str | None = None, read_block_s: float = 2.0) -> redis.Redis:
+    """A client that never repeats a command by itself: whoever calls decides what is safe to repeat."""
+    password = None
+    if password_file is not None:
+        password = Path(password_file).read_text().splitlines()[0].strip()
+    extra = {"password": password} if password else {}
+    return redis.Redis.from_url(
+        url,
+        retry=Retry(NoBackoff(), 0),
+        # A blocking read must come back before its socket gives up.
+        socket_timeout=read_block_s + 8.0,
+        socket_connect_timeout=5.0,
+        health_check_interval=0,
+        **extra,
+    )
+
+
+class Plane:
+    """One run's streams on one data Redis.
+
+    Scripts are fenced (by owner, sequence, lease or entry), so a script whose answer was lost is run again; nothing
+    else that writes is. After a failed or slow call `stalled_until` tells for how long nobody should claim.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        run_key: str,
+        *,
+        shards: int,
+        wait_s: float,
+        claim_pause_s: float,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.client = client
+        self.prefix = f"katana:{{{run_key}}}:"
+        self.run_key = run_key
+        self.shards = shards
+        self.errors: Callable[[str], None] = lambda kind: None
+        self._wait_s, self._claim_pause_s = wait_s, claim_pause_s
+        self._stop = stop or threading.Event()
+        self._stalled_until = 0.0
+        self._scripts = {name: client.register_script(_source(name)) for name in _SCRIPTS}
+
+    def key(self, name: str) -> str:
+        return self.prefix + name
+
+    # --- calls that survive a Redis that is away ---------------------------------------------------------------
+
+    def call(self, script: str, *args: Any) -> list[Any]:
+        """Run a script until Redis has answered. Raises RunGone, RedisUnavailable, Stopping."""
+
+        def once() -> list[Any]:
+            try:
+                reply = self._scripts[script](keys=[self.key("run")], args=[self.prefix, *args])
+            except redis.exceptions.ResponseError as error:
+                if "OOM" in str(error):
+                    return [b"full"]
+                if "NOGROUP" not in str(error):
+                    raise
+                self.create_groups()
+                reply = self._scripts[script](keys=[self.key("run")], args=[self.prefix, *args])
+            return list(reply)
+
+        reply = self.patiently(once, script)
+        if reply[0] == b"gone":
+            raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
+        return reply
+
+    def patiently(self, action: Callable[[], T], what: str) -> T:
+        """Repeat an action that may be repeated until it comes through; say so while it does not."""
+        began = time.monotonic()
+        pause = 0.05
+        while True:
+            sent = time.monotonic()
+            try:
+                result = action()
+            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+                self.errors(type(error).__name__)
+                self._stalled_until = time.monotonic() + self._claim_pause_s
+                waited = time.monotonic() - began
+                if waited > self._wait_s:
+                    raise RedisUnavailable(
+                        f"Redis has not answered {what!r} for {waited:.0f} s ({error}); "
+                        f"liveness.redis_wait_s is {self._wait_s:g}"
+                    ) from error
+                log.warning("Redis did not answer %r (%s); asking again in %.2f s", what, error, pause)
+                if self._stop.wait(pause):
+                    raise Stopping from error
+                pause = min(pause * 2, 1.0)
+                continue
+            now = time.monotonic()
+            if now - sent > self._claim_pause_s / 2 + 2.0:
+                self._stalled_until = now + self._claim_pause_s
+            return result
+
+    @property
+    def may_claim(self) -> bool:
+        """False after a failed or slow call: a stall makes everybody's entries look idle."""
+        return time.monotonic() >= self._stalled_until
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def create_groups(self) -> None:
+        """Groups from 0, so that a group lost and made again sees everything that was not taken off."""
+        pairs = [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+        pipe = self.client.pipeline(transaction=False)
+        for stream, group in pairs:
+            pipe.xgroup_create(self.key(stream), group, id="0", mkstream=True)
+        for answer in pipe.execute(raise_on_error=False):
+            if isinstance(answer, Exception) and "BUSYGROUP" not in str(answer):
+                raise answer
+
+    def state(self) -> str | None:
+        value = self.patiently(lambda: self.client.get(self.key("run")), "state")
+        return value.decode() if isinstance(value, bytes) else None
+
+    def shard_of(self, rid: str) -> int:
+        return zlib.crc32(rid.encode()) % self.shards
+
+    def read(
+        self, group: str, consumer: str, streams: Sequence[str], *, count: int, block_s: float, pending: bool = False
+    ) -> list[tuple[str, Entry]]:
+        """New entries (or, `pending`, those this consumer was given before) as (stream, (id, fields))."""
+        names = {self.key(stream): ("0" if pending else ">") for stream in streams}
+
+        def once() -> Any:
+            block = max(1, int(block_s * 1000)) if block_s > 0 else None
+            try:
+                return self.client.xreadgroup(group, consumer, names, count=count, block=block)
+            except redis.exceptions.ResponseError as error:
+                if "NOGROUP" not in str(error):
+                    raise
+                self.create_groups()
+                return []
+
+        return self._entries(self.patiently(once, f"read {group}"))
+
+    def _entries(self, answer: Any) -> list[tuple[str, Entry]]:
+        found = []
+        for name, entries in answer or []:
+            stream = name.decode()[len(self.prefix) :]
+            found += [(stream, (entry, values or {})) for entry, values in entries]
+        return found
+
+    def read_pending(self, group: str, consumer: str, stream: str) -> list[Entry]:
+        """Everything this consumer was given and has not acknowledged, oldest first."""
+        found: list[Entry] = []
+        start = b"-"
+        while True:
+
+            def once(start: bytes = start) -> Any:
+                return self.client.xreadgroup(
+                    group, consumer, {self.key(stream): start if start != b"-" else "0"}, count=1000
+                )
+
+            page = [entry for _, entry in self._entries(self.patiently(once, f"pending {group}"))]
+            found += page
+            if len(page) < 1000:
+                return found
+            start = page[-1][0]
+
+    def claim_idle(self, stream: str, group: str, consumer: str, *, idle_s: float, count: int) -> list[Entry]:
+        """Entries whose consumer has been silent for `idle_s`; none while `may_claim` is False."""
+        if not self.may_claim:
+            return []
+        answer = self.patiently(
+            lambda: self.client.xautoclaim(
+                self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count
+            ),
+            f"claim {stream}",
+        )
+        return [entry for entry in answer[1] if entry and entry[1]]
+
+    def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
+        """Fields of several rollouts' hashes in one round trip."""
+        wanted = list(rids_and_fields)
+
+        def once() -> list[list[bytes | None]]:
+            pipe = self.client.pipeline(transaction=False)
+            for rid, names in wanted:
+                pipe.hmget(self.key(f"rollout:{rid}"), list(names))
+            return list(pipe.execute())
+
+        return self.patiently(once, "fields") if wanted else []
+
+    def rollout(self, rid: str) -> dict[bytes, bytes]:
+        return self.patiently(lambda: dict(self.client.hgetall(self.key(f"rollout:{rid}"))), "rollout")
+
+    def fail(
+        self,
+        rid: str,
+        stage: str,
+        reason: str,
+        *,
+        max_attempts: int,
+        shown: bytes = b"",
+        at: tuple[str, str, bytes] | None = None,
+    ) -> bool:
+        """Report a rollout or notice that could not be read; True when it was given up. `at`: stream, group, entry."""
+        stream, group, entry = at or ("", "", b"")
+        reply = self.call(
+            "fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry
+        )
+        return bool(reply[0] == b"dead")
+
+    # --- policy, workers ---------------------------------------------------------------------------------------
+
+    def policy(self) -> dict[str, str]:
+        answer = self.patiently(lambda: self.client.hgetall(self.key("policy")), "policy")
+        return {name.decode(): value.decode() for name, value in answer.items()}
+
+    def seen(self, worker: str, **facts: str | int) -> None:
+        """Say that a worker lives, and what it is."""
+
+        def once() -> None:
+            seconds, micros = self.client.time()
+            pipe = self.client.pipeline(transaction=False)
+            pipe.zadd(self.key("workers"), {worker: seconds + micros / 1e6})
+            pipe.hset(self.key(f"worker:{worker}"), mapping=dict(facts))
+            pipe.expire(self.key(f"worker:{worker}"), 3600)
+            pipe.execute(raise_on_error=False)  # a full Redis refuses this; the worker lives on
+
+        self.patiently(once, "seen")
+
+    def gone(self, worker: str) -> None:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            self.client.zrem(self.key("workers"), worker)
+
+    def live(self, within_s: float) -> dict[str, dict[str, str]]:
+        """Workers seen within so many seconds (Redis's clock), with what they said of themselves."""
+
+        def once() -> dict[str, dict[str, str]]:
+            now = self.client.time()[0]
+            names = [name.decode() for name in self.client.zrangebyscore(self.key("workers"), now - within_s, "+inf")]
+            pipe = self.client.pipeline(transaction=False)
+            for name in names:
+                pipe.hgetall(self.key(f"worker:{name}"))
+            return {
+                name: {field.decode(): value.decode() for field, value in facts.items()}
+                for name, facts in zip(names, pipe.execute(), strict=True)
+            }
+
+        return self.patiently(once, "live")
+
+
+class Lease:
+    """The right of one process to act in a role. Its token goes into every script of that role."""
+
+    def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
+        self.token = secrets.token_hex(8)
+        self._plane, self._role, self._ms = plane, role, int(lease_s * 1000)
+        self._renew_at = 0.0
+
+    def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
+        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
+        began = time.monotonic()
+        while self._plane.call("lease", self._role, self.token, self._ms, "take")[0] != b"ok":
+            if time.monotonic() - began > wait_s + self._ms / 1000:
+                raise LeaseLost(f"another {self._role} is at work on this run")
+            if stop.wait(0.1):
+                raise Stopping
+        self._renew_at = time.monotonic() + self._ms / 3000
+
+    def keep(self) -> None:
+        """Renew when a third of the lease is over. Raises LeaseLost."""
+        if time.monotonic() >= self._renew_at:
+            self._renew()
+
+    def _renew(self) -> None:
+        if self._plane.call("lease", self._role, self.token, self._ms, "renew")[0] != b"ok":
+            raise LeaseLost(f"another {self._role} took over this run")
+        self._renew_at = time.monotonic() + self._ms / 3000
+
+    def call(self, script: str, *args: Any) -> list[Any]:
+        """A script of this role; a lease that merely ran out is renewed. Raises LeaseLost."""
+        for _ in range(3):
+            reply = self._plane.call(script, self.token, *args)
+            if reply[0] != b"lost":
+                return reply
+            self._renew()
+        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
+
+    def advance(self, what: str, value: str | int) -> None:
+        for _ in range(3):
+            if self._plane.call("advance", self._role, self.token, what, value)[0] != b"lost":
+                return
+            self._renew()
+        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
+
+    def drop(self) -> None:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
+            self._plane.call("lease", self._role, self.token, self._ms, "drop")
+
+
+def open_plane(
+    config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None
+) -> Plane:
+    return Plane(
+        client,
+        run_key,
+        shards=config.redis.shards,
+        wait_s=config.liveness.redis_wait_s,
+        claim_pause_s=config.liveness.claim_s,
+        stop=stop,
+    )
+
+
+def create_run(client: redis.Redis, config: Config, run_key: str) -> None:
+    """Make a run known: config, state and groups. Does nothing to a run that exists."""
+    plane = open_plane(config, client, run_key)
+    if client.get(plane.key("run")) is None:
+        plane.create_groups()
+        client.set(plane.key("config"), config.to_yaml())
+        client.set(plane.key("run"), "open")
+    client.hset(RUNS, config.name, run_key)
+
+
+def current_run(client: redis.Redis, name: str) -> str | None:
+    value = client.hget(RUNS, name)
+    return value.decode() if isinstance(value, bytes) else None
+
+
+def new_run_key(name: str) -> str:
+    return f"{name}-{secrets.token_hex(4)}"

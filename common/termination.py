@@ -1,0 +1,184 @@
+"""When a rollout ends early: the KAT rule and its threshold, pure functions of divergences. No Redis, no clock.
+
+Source: "Escaping the KL Agreement Trap in On-Policy Distillation", arXiv 2606.09471. With d_t the divergence of
+token t (natural logarithm, nats):
+
+    z_t = mean(d_{t-W+1} … d_t)      windows end at t = grace + W, grace + W + stride, … tokens seen
+    trigger at the C-th consecutive evaluated window with z_t < s
+    keep = t_first - W tokens, t_first being the first window of that streak
+
+Invariant: a verdict is a function of a rollout's divergences and of one number, its threshold; how the divergences
+were cut into chunks cannot change it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+# Window sums are kept as integers in units of 2^-60 nats, so that adding and taking off a token is exact: no drift,
+# O(1) a token, and the same sum whatever came before the window.
+_UNIT_BITS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a rollout is cut: tokens seen when the rule fired, and tokens kept (0 ≤ keep ≤ trigger)."""
+
+    trigger: int
+    keep: int
+    reason: str
+
+
+class Detector(Protocol):
+    """One rollout's termination policy, fed its divergences in order."""
+
+    @property
+    def min_window(self) -> float | None:
+        """Least window mean evaluated so far, in nats; None before the first window."""
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        """Take the next divergences (float, [n], nats); a Cut once, where it fires; what follows is ignored."""
+
+
+class NeverCut:
+    """Policy `none`."""
+
+    min_window: float | None = None
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        return None
+
+
+class FixedLength:
+    """Policy `fixed`: the first `tokens` tokens are kept, whatever the teacher says."""
+
+    min_window: float | None = None
+
+    def __init__(self, tokens: int) -> None:
+        self._left = self._tokens = tokens
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        before, self._left = self._left, self._left - len(divergence)
+        # Strictly more: a rollout that ends by itself at the limit was not cut.
+        return Cut(self._tokens, self._tokens, "fixed") if before >= 0 > self._left else None
+
+
+class Kat:
+    """Policy `kat`, streaming. `threshold` None: inactive, window minima are recorded and nothing fires."""
+
+    def __init__(
+        self, *, window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None
+    ) -> None:
+        if window < 1 or patience < 1 or stride < 1 or grace_tokens < 0:
+            raise ValueError(
+                f"window {window}, patience {patience} and stride {stride} must be at least 1, "
+                f"grace_tokens {grace_tokens} at least 0"
+            )
+        self._window, self._patience, self._stride = window, patience, stride
+        self._threshold = threshold
+        self._next = grace_tokens + window
+        self._seen = self._sum = self._streak = self._first = 0
+        self._inside: deque[int] = deque()
+        self._cut: Cut | None = None
+        self.min_window: float | None = None
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        if self._cut is not None:
+            return None
+        for value in divergence.tolist():
+            if self._push(value):
+                self._cut = Cut(self._seen, self._first - self._window, "kl_trap")
+                return self._cut
+        return None
+
+    def _push(self, value: float) -> bool:
+        units = int(math.ldexp(value, _UNIT_BITS))
+        self._inside.append(units)
+        self._sum += units
+        if len(self._inside) > self._window:
+            self._sum -= self._inside.popleft()
+        self._seen += 1
+        if self._seen != self._next:
+            return False
+        self._next += self._stride
+        return self._evaluate(self._sum / (self._window << _UNIT_BITS))
+
+    def _evaluate(self, mean: float) -> bool:
+        self.min_window = mean if self.min_window is None else min(self.min_window, mean)
+        if self._threshold is None or mean >= self._threshold:
+            self._streak = 0
+            return False
+        if self._streak == 0:
+            self._first = self._seen
+        self._streak += 1
+        return self._streak == self._patience
+
+
+def kat_verdict(
+    divergence: Sequence[float] | npt.NDArray[np.floating],
+    *,
+    window: int,
+    patience: int,
+    stride: int = 1,
+    grace_tokens: int = 0,
+    threshold: float | None,
+) -> tuple[int | None, int | None, float | None]:
+    """The KAT rule on a whole rollout: (trigger, keep, min_window).
+
+    Args:
+        divergence: reverse KL of every token, float [n], nats, finite, not negative.
+        threshold: s in nats, or None for a rule that is not active yet.
+
+    Returns:
+        Tokens seen when the rule fired and tokens kept (both None where it did not), and the least window mean over
+        the windows evaluated up to there (None where no window was).
+
+    Raises:
+        ValueError: parameters out of range, or a divergence that is not finite.
+    """
+    values = np.asarray(divergence, dtype=np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError("divergence: expected one dimension of finite numbers")
+    detector = Kat(
+        window=window, patience=patience, stride=stride, grace_tokens=grace_tokens, threshold=threshold
+    )
+    cut = detector.feed(values)
+    return (None, None, detector.min_window) if cut is None else (cut.trigger, cut.keep, detector.min_window)
+
+
+class MinimaBuffer:
+    """The last `size` window minima and their quantile, kept sorted beside the order of arrival."""
+
+    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
+        self._order: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._size = size
+        for value in values:
+            self.push(value)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def push(self, value: float) -> None:
+        if len(self._order) == self._size:
+            oldest = self._order.popleft()
+            del self._sorted[bisect.bisect_left(self._sorted, oldest)]
+        self._order.append(value)
+        bisect.insort(self._sorted, value)
+
+    def quantile(self, level: float) -> float:
+        """Quantile with linear interpolation (numpy's default). Raises ValueError when empty."""
+        if not self._sorted:
+            raise ValueError("quantile of an empty buffer")
+        place = level * (len(self._sorted) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(self._sorted) - 1)
+        return self._sorted[low] + (place - low) * (self._sorted[high] - self._sorted[low])

@@ -1,0 +1,89 @@
+"""Published weights: files in the run's folder that appear whole or not at all. No torch.
+
+Learner → rollout workers, evaluator. A reader gets a path only if it lies in the run's folder and its digest is the
+one that was announced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("katana.weights")
+_NAME = re.compile(r"^v(\d{8})\.safetensors$")
+
+
+class BadWeights(ValueError):
+    """Weights that are missing, torn, or not those that were announced."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRef:
+    """What the policy pointer says: version, file name inside `weights/`, sha256 (hex)."""
+
+    version: int
+    file: str
+    sha256: str
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name."""
+    draft = path.with_name(path.name + ".tmp")
+    write(draft)
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def publish(folder: Path, version: int, write: Callable[[Path], None]) -> WeightsRef:
+    """Write `weights/v{version}.safetensors` and say what to announce."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"v{version:08d}.safetensors"
+    write_atomically(path, write)
+    return WeightsRef(version, path.name, sha256_of(path))
+
+
+def verified(folder: Path, ref: WeightsRef) -> Path:
+    """The file that a reference names. Raises BadWeights on another name, a missing file or another digest."""
+    if not _NAME.match(ref.file):
+        raise BadWeights(f"policy version {ref.version}: {ref.file!r:.80} is not the name of a weights file")
+    path = folder / ref.file
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise BadWeights(f"policy version {ref.version}: {path}: {error.strerror}") from error
+    if found != ref.sha256:
+        raise BadWeights(
+            f"policy version {ref.version}: {path} has sha256 {found[:12]}…, announced was {ref.sha256[:12]}…"
+        )
+    return path
+
+
+def version_of(file: str) -> int | None:
+    match = _NAME.match(file)
+    return int(match.group(1)) if match else None
+
+
+def retain(folder: Path, keep: int, wanted: frozenset[int] = frozenset()) -> None:
+    """Remove all but the newest `keep` weights and those still `wanted` (say, by the evaluator)."""
+    found = sorted((version, path) for path in folder.iterdir() if (version := version_of(path.name)) is not None)
+    for version, path in found[: max(0, len(found) - keep)]:
+        if version not in wanted:
+            path.unlink(missing_ok=True)
+    for draft in folder.glob("*.tmp"):
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Trajectories, and the micro-batches that the learner cuts a batch of them into.
+
+What the loss sees is flat: the N kept tokens of a micro-batch one behind the other, without prompts and
+padding. Left out here: packing several trajectories into one row, which needs a block mask that not every
+model's attention takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Denominator = Literal["kept", "sequence"]
+"""What a batch's mean divides by: see `token_weights`."""
+
+PADDING_ID = 0
+"""Any id the embedding holds: what stands at a padded place reaches no kept token (see `_micro_batch`)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """What is trained on: one rollout, trimmed to the tokens its verdict kept.
+
+    rid: the rollout's id; arm: "treated" or "control".
+    prompt: int32 [m], m >= 1.
+    tokens: int32 [n], n >= 1, the kept tokens only.
+    support_ids: int32 [n, K], the outcomes of the support besides STOP.
+    teacher_logprobs: float32 [n, K+1] nats; column 0 is STOP, column k+1 belongs to support_ids[:, k].
+    teacher_tail: float32 [n] nats; None where support and STOP are all outcomes there are.
+    teacher_sampled: float32 [n] nats, the teacher's log-probability of the sampled outcome (STOP's for a
+        stop token).
+    rollout_logprobs: float32 [n] nats, the same under the student that sampled it, before top-p.
+    oldest_version: the oldest policy version among the kept tokens.
+
+    Raises ValueError, naming rollout and field, where a dtype or shape is another, or a log-probability
+    not finite: this is the last door before the weights, and one NaN behind it ends a run.
+    """
+
+    rid: str
+    arm: str
+    prompt: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    support_ids: npt.NDArray[np.int32]
+    teacher_logprobs: npt.NDArray[np.float32]
+    teacher_tail: npt.NDArray[np.float32] | None
+    teacher_sampled: npt.NDArray[np.float32]
+    rollout_logprobs: npt.NDArray[np.float32]
+    oldest_version: int
+
+    def __post_init__(self) -> None:
+        self._check("prompt", np.int32, None)
+        self._check("tokens", np.int32, None)
+        if not len(self.prompt):  # on its last token stand the logits of the first kept one
+            raise ValueError(f"trajectory {self.rid}: prompt is empty")
+        if not len(self.tokens):
+            raise ValueError(
+                f"trajectory {self.rid}: tokens is empty; such a rollout is dropped, not trained on"
+            )
+        n = len(self.tokens)
+        self._check("support_ids", np.int32, n, None)
+        self._check("teacher_logprobs", np.float32, n, self.support_ids.shape[1] + 1)
+        if self.teacher_tail is not None:
+            self._check("teacher_tail", np.float32, n)
+        self._check("teacher_sampled", np.float32, n)
+        self._check("rollout_logprobs", np.float32, n)
+
+    def _check(self, name: str, dtype: type[np.generic], *shape: int | None) -> None:
+        """Raise ValueError unless field `name` is a finite array of `dtype` and `shape` (None: any size)."""
+        array: Any = getattr(self, name)
+        where = f"trajectory {self.rid}: {name}"
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{where} is {type(array).__name__}, not an array")
+        fits = array.ndim == len(shape) and all(
+            want is None or have == want for have, want in zip(array.shape, shape, strict=True)
+        )
+        if array.dtype != dtype or not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(
+                f"{where} is {array.dtype}{list(array.shape)}, expected {dtype.__name__}[{wanted}]"
+            )
+        if not np.isfinite(array).all():
+            first = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise ValueError(f"{where} is not finite at {first}")
+
+    @property
+    def length(self) -> int:
+        """Prompt and kept tokens together."""
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """b trajectories right-padded to the longest, T tokens, and what the loss needs of their N kept tokens.
+
+    Flat tensors run row by row, within a row in the order of writing: the order in which
+    `logits[logit_mask]` selects.
+
+    rids: the b rollouts, in row order.
+    input_ids: int64 [b, T].
+    logit_mask: bool [b, T], True at the N positions *before* each kept token: whose logits it was drawn from.
+    targets: int64 [N], the kept tokens.
+    support_ids: int64 [N, K]; teacher_logprobs: float32 [N, K+1]; teacher_tail: float32 [N] or None.
+    teacher_sampled, rollout_logprobs: float32 [N] nats.
+    weights: float32 [N], each token's share in the *whole batch's* mean, so that the batch's loss is the
+        sum of `(weights * token_losses).sum()` over its micro-batches, however it was cut.
+    """
+
+    rids: tuple[str, ...]
+    input_ids: Tensor
+    logit_mask: Tensor
+    targets: Tensor
+    support_ids: Tensor
+    teacher_logprobs: Tensor
+    teacher_tail: Tensor | None
+    teacher_sampled: Tensor
+    rollout_logprobs: Tensor
+    weights: Tensor
+
+    @property
+    def kept_tokens(self) -> int:
+        """N, the tokens that the loss falls on."""
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """Return the same micro-batch with every tensor on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def token_weights(trajectories: Sequence[Trajectory], denominator: Denominator) -> list[float]:
+    """Return, for each trajectory, the weight of one of its kept tokens in the batch's mean.
+
+    kept: 1 / (kept tokens of the batch): every token counts alike, long trajectories more than short ones.
+    sequence: 1 / (kept tokens of this trajectory x trajectories): every trajectory counts alike.
+
+    All weights times their tokens sum to 1. Raises ValueError for another denominator.
+    """
+    if denominator == "kept":
+        total = sum(len(trajectory.tokens) for trajectory in trajectories)
+        return [1.0 / total for _ in trajectories]
+    if denominator == "sequence":
+        return [1.0 / (len(trajectory.tokens) * len(trajectories)) for trajectory in trajectories]
+    raise ValueError(f"denominator is {denominator!r}, expected one of {', '.join(get_args(Denominator))}")
+
+
+def micro_batches(
+    trajectories: Sequence[Trajectory], *, max_tokens: int, denominator: Denominator = "kept"
+) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of like length, of at most `max_tokens` padded tokens each.
+
+    Padded tokens are rows x longest; a trajectory that is longer by itself stands alone. The order is by
+    length, longest first (a device too small says so at the first step), then by rid: a function of the
+    set alone, so that neither the order of arrival nor a restart changes the order in which gradients are
+    summed.
+
+    Raises ValueError for max_tokens < 1, or where trajectories differ in K or in having a tail.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    _check_alike(trajectories)
+    weights = token_weights(trajectories, denominator)
+    ordered = sorted(zip(trajectories, weights, strict=True), key=lambda row: (-row[0].length, row[0].rid))
+    groups: list[list[tuple[Trajectory, float]]] = []
+    for row in ordered:
+        # Longest first: the first row of a group is as long as its padding will ever be.
+        if groups and (len(groups[-1]) + 1) * groups[-1][0][0].length <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_micro_batch([row[0] for row in group], [row[1] for row in group]) for group in groups]
+
+
+def _check_alike(trajectories: Sequence[Trajectory]) -> None:
+    """Raise ValueError unless all trajectories have the same K, and all or none a tail."""
+    for trajectory in trajectories[1:]:
+        first = trajectories[0]
+        if trajectory.support_ids.shape[1] != first.support_ids.shape[1]:
+            raise ValueError(
+                f"trajectory {trajectory.rid}: support of {trajectory.support_ids.shape[1]} outcomes, "
+                f"trajectory {first.rid}: of {first.support_ids.shape[1]}"
+            )
+        if (trajectory.teacher_tail is None) != (first.teacher_tail is None):
+            raise ValueError(
+                f"one of trajectories {trajectory.rid} and {first.rid} has a tail, the other none"
+            )
+
+
+def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[float]) -> MicroBatch:
+    """Pad and flatten `rows`, the longest of which stands first."""
+    # Right padding needs no attention mask: attention is causal, so no position sees one to its right, and
+    # all padding is to the right of every token that counts. Rotary positions count from 0 at the row's
+    # left end, as they did when the row was sampled. The padded positions compute something that nothing
+    # selects: no gradient either.
+    input_ids = np.full((len(rows), rows[0].length), PADDING_ID, dtype=np.int64)
+    logit_mask = np.zeros(input_ids.shape, dtype=np.bool_)
+    for row, trajectory in enumerate(rows):
+        input_ids[row, : trajectory.length] = np.concatenate([trajectory.prompt, trajectory.tokens])
+        # The logits at position i are for the token at i + 1.
+        logit_mask[row, len(trajectory.prompt) - 1 : trajectory.length - 1] = True
+
+    kept = [len(trajectory.tokens) for trajectory in rows]
+
+    def flat(name: str) -> Tensor:
+        # Concatenating copies, a single array too: those off the wire are read-only, which torch refuses.
+        return torch.from_numpy(np.concatenate([getattr(trajectory, name) for trajectory in rows]))
+
+    return MicroBatch(
+        rids=tuple(trajectory.rid for trajectory in rows),
+        input_ids=torch.from_numpy(input_ids),
+        logit_mask=torch.from_numpy(logit_mask),
+        targets=flat("tokens").long(),
+        support_ids=flat("support_ids").long(),
+        teacher_logprobs=flat("teacher_logprobs"),
+        teacher_tail=None if rows[0].teacher_tail is None else flat("teacher_tail"),
+        teacher_sampled=flat("teacher_sampled"),
+        rollout_logprobs=flat("rollout_logprobs"),
+        weights=torch.from_numpy(np.repeat(np.asarray(weights, dtype=np.float32), kept)),
+    )

@@ -1,0 +1,431 @@
+"""Checkpoints: all that a learner needs to go on as if it had never stopped.
+
+    checkpoints/step-00000012/    model.safetensors       each tensor once, tied ones under their first name
+                                  optimizer.safetensors   "{parameter}/{exp_avg | exp_avg_sq | step}"
+                                  state.json              counters, what was consumed, random number states
+                                  manifest.json           size and sha256 of the three others; written last
+    checkpoints/step-00000012.tmp/   being written, or left by a crash: never read, removed by the next save
+    checkpoints/step-00000012.old/   an earlier checkpoint of the same step, while the new one takes its place
+
+The invariant: when `save` returns, its checkpoint survives a power cut; until then, the one before it
+does. What was consumed is acknowledged only after `save` returned, so a checkpoint that were lost later
+would lose trajectories.
+
+No pickle anywhere: loading a checkpoint runs no code from it. Left out: sharded (FSDP) states.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+STATE, MANIFEST = "state.json", "manifest.json"
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+"""What of a parameter group the update depends on; foreach, fused and the like belong to the device."""
+
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+_LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")
+
+
+class TornCheckpointError(RuntimeError):
+    """A checkpoint is not what was saved: the named file is missing, short, altered or unreadable."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointState:
+    """A learner between two steps.
+
+    step: optimizer steps done. policy_version: the newest version published (a count of its own).
+    schedule: the learning rate's parameters, as JSON: so that a resumed run can tell whether they were
+        changed.
+    consumed: ids of the rollouts that this state has taken in: what may be acknowledged once it is saved,
+        and what must not be trained on again.
+    counters: running totals, e.g. of tokens. extra: anything else that is JSON (finite numbers, string keys).
+    model: tensors by name, each once. optimizer: tensors by "{parameter}/{key}".
+    optimizer_groups: for each parameter group its parameters' "names" and its hyperparameters.
+    rng: generator states by device: "cpu", and "cuda:0" ... where CUDA is in use.
+    """
+
+    step: int
+    policy_version: int
+    schedule: Mapping[str, Any]
+    consumed: tuple[str, ...]
+    counters: Mapping[str, int]
+    extra: Mapping[str, Any]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    optimizer_groups: tuple[Mapping[str, Any], ...]
+    rng: Mapping[str, bytes]
+
+
+# ------------------------------------------------------------------------------ from and to live objects
+
+
+def capture(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    policy_version: int,
+    schedule: Mapping[str, Any],
+    consumed: Sequence[str],
+    counters: Mapping[str, int],
+    extra: Mapping[str, Any] | None = None,
+) -> CheckpointState:
+    """Return a snapshot, copied to the CPU, of model, optimizer and torch's random number generators.
+
+    The copy is what makes it a state: training on changes parameters and moments in place. Raises
+    ValueError where the optimizer holds a parameter that is none of the model's, or a state that is no
+    tensor.
+    """
+    groups = _group_names(model, optimizer)
+    moments = {
+        f"{name}/{key}": _snapshot(f"{name}/{key}", value)
+        for names, group in zip(groups, optimizer.param_groups, strict=True)
+        for name, parameter in zip(names, group["params"], strict=True)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return CheckpointState(
+        step=step,
+        policy_version=policy_version,
+        schedule=dict(schedule),
+        consumed=tuple(consumed),
+        counters=dict(counters),
+        extra=dict(extra or {}),
+        model={name: _snapshot(name, tensor) for name, tensor in untied_tensors(model).items()},
+        optimizer=moments,
+        optimizer_groups=tuple(
+            {"names": names} | {key: _plain(group[key]) for key in HYPERPARAMETERS if key in group}
+            for names, group in zip(groups, optimizer.param_groups, strict=True)
+        ),
+        rng=_rng_states(),
+    )
+
+
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> None:
+    """Put `state` into a model and an optimizer of the same make, in place, and into torch's generators.
+
+    Training goes on bit for bit as it would have from the captured state (on the same device and
+    versions). Tied tensors are written once and stay tied. `state` itself is copied from, never shared.
+
+    Raises ValueError, before anything is changed, where names, shapes, dtypes or parameter groups differ.
+    """
+    targets = untied_tensors(model)
+    _check_tensors("model", targets, state.model)
+    packed = _packed_optimizer(model, optimizer, state)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(state.model[name])
+    optimizer.load_state_dict(packed)
+    _set_rng_states(state.rng)
+
+
+def untied_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the live parameters and persistent buffers by name, tied ones once, by their first name."""
+    # keep_vars: without it every entry is a fresh view, and a tied tensor is two objects.
+    by_identity: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_identity.setdefault(id(tensor), (name, tensor))
+    return dict(by_identity.values())
+
+
+def _snapshot(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {type(value).__name__}, not a tensor")
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _plain(value: Any) -> Any:
+    """Return a hyperparameter as JSON: a learning rate may be a tensor, and betas are a tuple."""
+    if isinstance(value, Tensor):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Return the names of each group's parameters. Raises ValueError for a parameter that the model lacks."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    try:
+        return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    except KeyError:
+        raise ValueError("the optimizer holds a parameter that is not the model's") from None
+
+
+def _check_tensors(what: str, targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `saved` has the names, shapes and dtypes of `targets`."""
+    if missing := sorted(targets.keys() - saved.keys()):
+        raise ValueError(f"{what}: the checkpoint lacks {', '.join(missing)}")
+    if unknown := sorted(saved.keys() - targets.keys()):
+        raise ValueError(f"{what}: the checkpoint's {', '.join(unknown)} have no place")
+    for name, target in targets.items():
+        have, want = saved[name], target
+        if have.shape != want.shape or have.dtype != want.dtype:
+            raise ValueError(
+                f"{what}: {name} is {have.dtype}{list(have.shape)} in the checkpoint, "
+                f"{want.dtype}{list(want.shape)} in the {what}"
+            )
+
+
+def _packed_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState
+) -> dict[str, Any]:
+    """Return `state`'s optimizer as `load_state_dict` wants it: parameters counted by position.
+
+    Raises ValueError where it does not fit `optimizer`.
+    """
+    groups = _group_names(model, optimizer)
+    if groups != [list(group["names"]) for group in state.optimizer_groups]:
+        raise ValueError(
+            "optimizer: the checkpoint's parameter groups hold other parameters, or in another order"
+        )
+    parameters = dict(model.named_parameters())
+    position = {name: index for index, name in enumerate(name for names in groups for name in names)}
+    packed: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.optimizer.items():
+        parameter, _, key = name.rpartition("/")
+        if parameter not in position:
+            raise ValueError(f"optimizer: the checkpoint's {name} has no place")
+        if tensor.dim() and tensor.shape != parameters[parameter].shape:  # without dimensions: the step
+            raise ValueError(f"optimizer: {name} is {list(tensor.shape)}, the parameter another shape")
+        # load_state_dict keeps the tensors it is given, and steps write into them.
+        packed.setdefault(position[parameter], {})[key] = tensor.clone()
+    param_groups = [
+        group | {key: _as_hyperparameter(saved[key]) for key in HYPERPARAMETERS if key in saved}
+        for group, saved in zip(optimizer.state_dict()["param_groups"], state.optimizer_groups, strict=True)
+    ]
+    return {"state": packed, "param_groups": param_groups}
+
+
+def _as_hyperparameter(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _rng_states() -> dict[str, bytes]:
+    states = {"cpu": torch.get_rng_state()}
+    # Not is_available(): asking for the state of a device that nobody uses would start it.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states |= {f"cuda:{i}": tensor for i, tensor in enumerate(torch.cuda.get_rng_state_all())}
+    return {device: tensor.numpy().tobytes() for device, tensor in states.items()}
+
+
+def _set_rng_states(states: Mapping[str, bytes]) -> None:
+    for device, raw in states.items():
+        state = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif int(device.removeprefix("cuda:")) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+        else:
+            logger.warning("random number state of %s not restored: no such device here", device)
+
+
+# ------------------------------------------------------------------------------------------- to the disk
+
+
+def save(folder: Path, state: CheckpointState, *, keep: int) -> Path:
+    """Write `state` under `folder`, keep the newest `keep` checkpoints only, and return the new one's path.
+
+    On return the checkpoint is on the disk, by fsync. A crash at any moment before leaves the newest one
+    before it in force, also where that is of the same step. Checkpoints of later steps (torn, or
+    `load_newest` would have gone on from them) stay where they are. Raises ValueError for keep < 1 or a
+    state that is not JSON, OSError as it comes.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, expected at least 1")
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _fsync(folder.parent)
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path)
+    final = folder / f"step-{state.step:08d}"
+    unfinished = _unfinished(final)
+    _write(unfinished, state)
+    if final.exists():
+        # A directory cannot be replaced in one move: the former stays readable until the new one stands.
+        former = final.with_name(f"{final.name}.old")
+        if former.exists():
+            _discard(former)
+        os.replace(final, former)
+        _fsync(folder)
+    os.replace(unfinished, final)
+    _fsync(folder)
+    _retain(folder, state.step, keep)
+    return final
+
+
+def _write(folder: Path, state: CheckpointState) -> None:
+    """Write the four files into `folder`, which must not exist, and fsync them and it."""
+    folder.mkdir()
+    save_file(dict(state.model), folder / MODEL)
+    save_file(dict(state.optimizer), folder / OPTIMIZER)
+    (folder / STATE).write_text(_state_to_json(state), encoding="utf-8")
+    files = {name: _fingerprint(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
+    manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    for name in files:
+        _fsync(folder / name)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
+    _fsync(folder / MANIFEST)
+    _fsync(folder)
+
+
+def _state_to_json(state: CheckpointState) -> str:
+    fields = {
+        "step": state.step,
+        "policy_version": state.policy_version,
+        "schedule": dict(state.schedule),
+        "consumed": list(state.consumed),
+        "counters": dict(state.counters),
+        "extra": dict(state.extra),
+        "optimizer_groups": [dict(group) for group in state.optimizer_groups],
+        "rng": {device: base64.b64encode(raw).decode("ascii") for device, raw in state.rng.items()},
+    }
+    try:
+        return json.dumps(fields, indent=1, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"the state is not JSON: {error}") from error
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _fsync(path: Path) -> None:
+    """Bring a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that one half removed never looks like one that was torn."""
+    os.replace(path, _unfinished(path))
+    shutil.rmtree(_unfinished(path))
+
+
+def _retain(folder: Path, step: int, keep: int) -> None:
+    """Discard all but the newest `keep` checkpoints up to `step`, and what they have replaced."""
+    kept = 0
+    for path in _checkpoints(folder):
+        match = _NAME.fullmatch(path.name)
+        assert match is not None  # _checkpoints lists no other name
+        if int(match[1]) > step:
+            logger.warning("checkpoint %s is of a later step than the one just saved; left in place", path)
+        elif match[2] or kept == keep:
+            _discard(path)
+        else:
+            kept += 1
+
+
+# ----------------------------------------------------------------------------------------- from the disk
+
+
+def load_newest(folder: Path) -> CheckpointState | None:
+    """Return the newest checkpoint under `folder` that is whole; None where there are none, or no folder.
+
+    One that is torn is passed over with a warning that says which file is wrong. Raises
+    TornCheckpointError where there are checkpoints and all are torn: beginning again from step 0 is for a
+    person to decide. Raises ValueError for a checkpoint of another format.
+    """
+    paths = _checkpoints(folder) if folder.is_dir() else []
+    for path in paths:
+        try:
+            return load(path)
+        except TornCheckpointError as error:
+            logger.warning("torn checkpoint passed over: %s", error)
+    if paths:
+        raise TornCheckpointError(
+            f"{folder}: all {len(paths)} checkpoints are torn, the newest is {paths[0].name}"
+        )
+    return None
+
+
+def load(path: Path) -> CheckpointState:
+    """Return the checkpoint in directory `path`, its tensors on the CPU.
+
+    Raises TornCheckpointError, naming the file, where one is missing, of another size or digest than the
+    manifest says, or not readable as what it is; ValueError for a checkpoint of another format.
+    """
+    _verify(path)
+    tensors = {}
+    for name in (MODEL, OPTIMIZER):
+        try:
+            tensors[name] = load_file(path / name)
+        except SafetensorError as error:
+            raise TornCheckpointError(f"{path / name} is not readable: {error}") from error
+    try:
+        fields = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return _state_from_json(fields, tensors[MODEL], tensors[OPTIMIZER])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TornCheckpointError(f"{path / STATE} is not readable: {error!r}") from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the directories of checkpoints, newest first, of one step the former one last."""
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found.sort(key=lambda entry: (int(entry[0][1]), entry[0][2] is None), reverse=True)
+    return [path for _, path in found]
+
+
+def _verify(path: Path) -> None:
+    """Raise TornCheckpointError unless the files are those that the manifest was written for."""
+    manifest = path / MANIFEST
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        version, files = content["format"], dict(content["files"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TornCheckpointError(f"{manifest} is missing") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise TornCheckpointError(f"{manifest} is not readable: {error!r}") from error
+    if version != FORMAT:
+        raise ValueError(f"{manifest}: format {version} is not known, expected {FORMAT}")
+    for name in (MODEL, OPTIMIZER, STATE):
+        try:
+            found = _fingerprint(path / name)
+        except FileNotFoundError as error:
+            raise TornCheckpointError(f"{path / name} is missing") from error
+        if found != files.get(name):
+            raise TornCheckpointError(f"{path / name} is {found}, the manifest says {files.get(name)}")
+
+
+def _state_from_json(
+    fields: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]
+) -> CheckpointState:
+    return CheckpointState(
+        step=int(fields["step"]),
+        policy_version=int(fields["policy_version"]),
+        schedule=dict(fields["schedule"]),
+        consumed=tuple(fields["consumed"]),
+        counters=dict(fields["counters"]),
+        extra=dict(fields["extra"]),
+        model=model,
+        optimizer=optimizer,
+        optimizer_groups=tuple(dict(group) for group in fields["optimizer_groups"]),
+        rng={device: base64.b64decode(raw, validate=True) for device, raw in fields["rng"].items()},
+    )

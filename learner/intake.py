@@ -1,0 +1,177 @@
+"""Trajectories in: from the stream and the rollouts' hashes to batches, in the order they came.
+
+Nothing is acknowledged here: what was read stays pending until a checkpoint on disk covers it (or it is dropped), so
+a new learner finds it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from common import metrics
+from common.messages import (
+    ChunkSupport,
+    ChunkTokens,
+    MessageError,
+    RolloutHead,
+    ScoreSupport,
+    Verdict,
+    read_rid,
+)
+from common.streams import Lease, Plane
+from learner.batch import Trajectory
+
+log = logging.getLogger("katana.intake")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A trajectory and its entry in the stream."""
+
+    entry: bytes
+    trajectory: Trajectory
+
+
+class Intake:
+    """Reads `trajectories`; what is stale at the moment it would be used is dropped and said."""
+
+    def __init__(
+        self, plane: Plane, lease: Lease, *, max_staleness: int, max_attempts: int, vocab_size: int
+    ) -> None:
+        self._plane, self._lease = plane, lease
+        self._max_staleness, self._max_attempts, self._vocab_size = max_staleness, max_attempts, vocab_size
+        self._waiting: deque[Received] = deque()
+        self.dropped: dict[str, int] = {"treated": 0, "control": 0}
+
+    def recover(self, consumed: Iterable[str]) -> None:
+        """Take up what an earlier learner was given: acknowledge what its checkpoint covers, queue the rest."""
+        covered = set(consumed)
+        entries = self._plane.read_pending("learner", "learner", "trajectories")
+        done = [
+            (entry, values[b"rid"].decode())
+            for entry, values in entries
+            if values.get(b"rid", b"").decode("ascii", "replace") in covered
+        ]
+        settle(self._plane, self._lease, [(entry, rid, "trained", "", "") for entry, rid in done])
+        known = {entry for entry, _ in done}
+        self._receive([one for one in entries if one[0] not in known])
+
+    def batch(self, size: int, version: int, block_s: float) -> list[Received] | None:
+        """The next `size` usable trajectories, or None if they have not come yet."""
+        self._drop_stale(version)
+        missing = size - len(self._waiting)
+        if missing > 0:
+            came = self._plane.read("learner", "learner", ["trajectories"], count=2 * size, block_s=block_s)
+            self._receive([entry for _, entry in came])
+            self._drop_stale(version)
+        if len(self._waiting) < size:
+            return None
+        return [self._waiting.popleft() for _ in range(size)]
+
+    def _drop_stale(self, version: int) -> None:
+        stale = [
+            one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness
+        ]
+        if not stale:
+            return
+        self._waiting = deque(
+            one for one in self._waiting if version - one.trajectory.oldest_version <= self._max_staleness
+        )
+        for one in stale:
+            self.dropped[one.trajectory.arm] += 1
+        settle(
+            self._plane,
+            self._lease,
+            [
+                (one.entry, one.trajectory.rid, "dropped", "stale", version - one.trajectory.oldest_version)
+                for one in stale
+            ],
+        )
+
+    def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        for entry, values in entries:
+            rid = ""
+            try:
+                rid = read_rid(values.get(b"rid"))
+                record = self._plane.rollout(rid)
+                if not record:
+                    self._plane.fail(
+                        "",
+                        "trajectories",
+                        "its rollout is gone",
+                        max_attempts=1,
+                        shown=rid.encode(),
+                        at=("trajectories", "learner", entry),
+                    )
+                    continue
+                self._waiting.append(Received(entry, read_trajectory(record, self._vocab_size)))
+            except MessageError as error:
+                self._give_up(rid, str(error), entry, repr(values).encode())
+
+    def _give_up(self, rid: str, reason: str, entry: bytes, shown: bytes) -> None:
+        """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
+        log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
+        metrics.dead_letters.labels("trajectories").inc()
+        self._plane.fail("", "trajectories", f"{rid}: {reason}", max_attempts=1, shown=shown)
+        settle(self._plane, self._lease, [(entry, rid, "dead", "trajectories", "")])
+
+
+def settle(plane: Plane, lease: Lease, endings: list[tuple[bytes, str, str, str, str | int]]) -> None:
+    """Take trajectories off with their ending: (entry, rid, ending, reason, staleness)."""
+    for begin in range(0, len(endings), 64):
+        flat = [part for ending in endings[begin : begin + 64] for part in ending]
+        lease.call("settle", *flat)
+
+
+def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
+    """The kept part of a rollout's hash. Raises MessageError when the record does not hold what its verdict says."""
+    head = RolloutHead.decode(record.get(b"head", b""))
+    verdict = Verdict.decode(record.get(b"verdict", b""))
+    chunks, supports, teachers = [], [], []
+    read = 0
+    while read < verdict.train:
+        seq = len(chunks)
+        chunk = ChunkTokens.decode(record.get(b"t:%d" % seq, b""))
+        support = ChunkSupport.decode(record.get(b"p:%d" % seq, b""))
+        teacher = ScoreSupport.decode(record.get(b"q:%d" % seq, b""))
+        if (
+            not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs)
+            or chunk.start != read
+        ):
+            raise MessageError(f"chunk {seq}: its parts do not fit each other")
+        chunks.append(chunk)
+        supports.append(support)
+        teachers.append(teacher)
+        read += len(chunk.tokens)
+    keep = verdict.train
+    tails = [teacher.tail_logprobs for teacher in teachers]
+    ids = np.concatenate([support.support_ids for support in supports])[:keep]
+    tokens = np.concatenate([chunk.tokens for chunk in chunks])[:keep]
+    if max(tokens.max(), ids.max(initial=0), head.prompt.max()) >= vocab_size:
+        raise MessageError(f"a token id is outside the vocabulary of {vocab_size}")
+    if len({tail is None for tail in tails}) > 1:
+        raise MessageError("some chunks have a tail and some have none")
+    try:
+        return Trajectory(
+            rid=head.rid,
+            arm=head.arm,
+            prompt=head.prompt,
+            tokens=tokens,
+            support_ids=ids,
+            teacher_logprobs=np.concatenate([teacher.teacher_logprobs for teacher in teachers])[:keep],
+            teacher_tail=(
+                None
+                if tails[0] is None
+                else np.concatenate([tail for tail in tails if tail is not None])[:keep]
+            ),
+            teacher_sampled=np.concatenate([teacher.sampled_logprobs for teacher in teachers])[:keep],
+            rollout_logprobs=np.concatenate([support.rollout_logprobs for support in supports])[:keep],
+            oldest_version=min(chunk.policy_version for chunk in chunks),
+        )
+    except ValueError as error:
+        raise MessageError(str(error)) from error

@@ -1,0 +1,259 @@
+"""What the student is taught: reverse KL to the teacher, per kept token, as functions of tensors.
+
+Shapes: N kept tokens, W the width of the model's logits, V the vocabulary both models share (V <= W), K
+the size of the support besides STOP. All logarithms are natural, all values in nats.
+
+The objective is that of "Escaping the KL Agreement Trap in On-Policy Distillation" (arXiv 2606.09471),
+which leaves on-policy distillation's own as it is: the KL of the student's next-token distribution p from
+the teacher's q, on the student's prefixes, at temperature 1. The stop ids of both models are one outcome,
+STOP; what is outside the support is one bucket, the tail.
+
+Left out: a return-to-go (each token answers for itself), a clip of the gradient as in PPO, and a fused
+head that never holds [N, V].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from learner.batch import MicroBatch
+
+LossMode = Literal["reverse_kl_topk_tail", "reverse_kl_sampled"]
+
+LOG_FLOOR = -1e4
+"""The least log-probability there is, here as on the wire: finite, so that 0 x log 0 is 0."""
+
+_MAX_LOG_RATIO = 20.0
+"""Without a bound the ratio overflows; beyond e^20 it is a symptom, not a number to multiply with."""
+
+
+def kept_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Return the logits [N, W], in the model's dtype, that the kept tokens were drawn from.
+
+    The model is called whole, not its trunk and head apart: some scale or cap their logits behind the
+    head, and only their own forward knows. Given the mask as `logits_to_keep`, transformers' models select
+    the rows *before* the head, so its full output [b, T, W], by far the largest tensor of a step, is never
+    made. A model without that argument (or a wrapper that hides it) gives all logits, and the rows are
+    taken from those: the same numbers, more memory.
+    """
+    mask = micro_batch.logit_mask
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = mask
+    logits: Tensor = model(input_ids=micro_batch.input_ids, **options).logits
+    return logits if logits.dim() == 2 else logits[mask]
+
+
+def log_outcomes(logits: Tensor, stop_ids: Sequence[int], vocab_size: int) -> Tensor:
+    """Return the log-probabilities [N, V] of all outcomes, from logits [N, W].
+
+    Ids from vocab_size on are padding of the embedding and no outcome. The stop ids are one outcome: its
+    log-probability (their log-sum-exp) stands in column stop_ids[0], and the columns of the others hold
+    -inf and pass no gradient. The result is float32: half precision is raised before the softmax (float64
+    stays float64).
+
+    Raises ValueError where W < vocab_size, or where stop_ids is empty, repeats itself or leaves the
+    vocabulary.
+    """
+    if logits.shape[1] < vocab_size:
+        raise ValueError(f"logits are {logits.shape[1]} wide, the vocabulary {vocab_size}")
+    if not stop_ids or len(set(stop_ids)) != len(stop_ids) or not all(0 <= i < vocab_size for i in stop_ids):
+        raise ValueError(f"stop_ids is {list(stop_ids)}, expected distinct ids below {vocab_size}")
+    wide = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = wide.log_softmax(dim=1)
+    if len(stop_ids) == 1:
+        return logprobs
+    ids = torch.tensor(stop_ids, device=logits.device)
+    # The floor keeps the log-sum-exp's gradient a number where a model gives all stop ids -inf.
+    stop = logprobs.index_select(1, ids).clamp_min(LOG_FLOOR).logsumexp(dim=1, keepdim=True)
+    return logprobs.index_fill(1, ids, -torch.inf).index_copy_(1, ids[:1], stop)
+
+
+def on_support(
+    outcomes: Tensor, support_ids: Tensor, stop_id: int, *, has_tail: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities [N, K+1] of STOP (column 0) and support, and the tail's [N] or None.
+
+    outcomes: [N, V] from `log_outcomes`; support_ids: int64 [N, K], distinct in a row, no stop id among them;
+    stop_id: STOP's column; has_tail: False where STOP and support are all outcomes there are.
+
+    The tail is the log-sum-exp of all outcomes outside, never log(1 - sum): of rounded values that
+    difference is zero or negative just where the distribution is sharp.
+    """
+    stop_column = support_ids.new_full((support_ids.shape[0], 1), stop_id)
+    columns = torch.cat([stop_column, support_ids], dim=1)
+    logprobs = outcomes.gather(1, columns)
+    if not has_tail:
+        return logprobs, None
+    # Overwritten by the floor rather than by -inf: adds e^-10000 = 0 to the sum, and a row whose every other
+    # outcome is -inf still has a finite log-sum-exp, with a finite gradient.
+    return logprobs, outcomes.scatter(1, columns, LOG_FLOOR).logsumexp(dim=1)
+
+
+def sampled_logprobs(outcomes: Tensor, targets: Tensor, stop_ids: Sequence[int]) -> Tensor:
+    """Return the log-probabilities [N] of the sampled outcomes: STOP's where the target is a stop id.
+
+    outcomes: [N, V] from `log_outcomes` with the same stop_ids; targets: int64 [N].
+    """
+    is_stop = torch.isin(targets, torch.tensor(stop_ids, device=targets.device))
+    columns = targets.masked_fill(is_stop, stop_ids[0])
+    return outcomes.gather(1, columns[:, None])[:, 0]
+
+
+def reverse_kl_topk_tail(
+    logprobs: Tensor, tail: Tensor | None, teacher_logprobs: Tensor, teacher_tail: Tensor | None
+) -> Tensor:
+    """Return the reverse KL [N] between the coarse distributions: STOP, support, tail (arXiv 2606.09471).
+
+        sum over S of p (log p - log q)  +  p_tail (log p_tail - log q_tail)
+
+    logprobs [N, K+1] and tail [N] are the student's from `on_support`, and carry the gradient; the
+    teacher's, of the same shapes, are data: detached, and raised to LOG_FLOOR. Never negative, never above
+    the KL over all outcomes, equal to it where there is no tail (see `_kl_terms` for how it is computed).
+    Raises ValueError where one has a tail and the other none.
+    """
+    if (tail is None) != (teacher_tail is None):
+        raise ValueError("student and teacher must both have a tail, or neither")
+    terms = _kl_terms(logprobs, teacher_logprobs).sum(dim=1)
+    if tail is None or teacher_tail is None:
+        return terms
+    return terms + _kl_terms(tail, teacher_tail)
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p (log p - log q) - p + q per outcome.
+
+    Over a whole distribution -p + q sums to 0, so the sum is the KL. But each term is >= 0 by itself, and
+    errors of normalisation (float32's of a large log-sum-exp, ~1e-6) enter in second order only. The plain
+    terms have either sign and cancel: where p and q nearly agree (in a trap: 1e-4 nats) their sum is no
+    better than its rounding, and can be negative.
+    """
+    log_p = log_p.clamp_min(LOG_FLOOR)
+    log_q = log_q.detach().clamp_min(LOG_FLOOR)
+    p, ratio = log_p.exp(), log_p - log_q
+    # Two spellings of one function: expm1 is exact near p = q; for p << q it would be 0 x inf. Both are
+    # finite everywhere (the clamp), as `where` multiplies the one not chosen by 0 in the gradient.
+    near = p * (ratio + torch.expm1(-ratio.clamp_min(-1.0)))
+    far = p * (ratio - 1.0) + log_q.exp()
+    return torch.where(ratio > -1.0, near, far)
+
+
+def importance_ratio(log_p: Tensor, rollout_logprobs: Tensor) -> Tensor:
+    """Return rho = p / p_rollout [N] of the sampled outcomes, bounded by e^20, without gradient."""
+    return (log_p.detach() - rollout_logprobs).clamp_max(_MAX_LOG_RATIO).exp()
+
+
+def reverse_kl_sampled(
+    log_p: Tensor, teacher_sampled: Tensor, rollout_logprobs: Tensor, *, ratio_clip: float | None = None
+) -> Tensor:
+    """Return per token [N] a surrogate whose gradient, -rho A grad log p, estimates that of the reverse KL.
+
+    log_p: [N], the student's log-probability of the sampled outcome now, with gradient (`sampled_logprobs`).
+    A = log q - log p, detached: the advantage. rho = p / p_rollout, detached: both are *full*
+    probabilities, so with top-p sampling the estimate is biased. No return-to-go.
+    ratio_clip: rho becomes min(rho, ratio_clip): truncated importance sampling (Ionides, J. Comput. Graph.
+    Stat. 17(2), 2008), biased, with bounded variance. A token beyond the clip keeps its gradient, unlike
+    in PPO.
+
+    The value is rho (log p - log q), whose mean over samples is the KL itself, so that a logged loss means
+    something. Raises ValueError for ratio_clip <= 0.
+    """
+    if ratio_clip is not None and not ratio_clip > 0:
+        raise ValueError(f"ratio_clip is {ratio_clip}, expected more than 0")
+    log_p = log_p.clamp_min(LOG_FLOOR)
+    ratio = importance_ratio(log_p, rollout_logprobs)
+    if ratio_clip is not None:
+        ratio = ratio.clamp_max(ratio_clip)
+    advantage = teacher_sampled.detach().clamp_min(LOG_FLOOR) - log_p.detach()
+    # exp(0) = 1 carries grad log p without touching the value.
+    return -ratio * advantage * (log_p - log_p.detach()).exp()
+
+
+def token_losses(
+    mode: LossMode,
+    outcomes: Tensor,
+    micro_batch: MicroBatch,
+    *,
+    stop_ids: Sequence[int],
+    ratio_clip: float | None = None,
+) -> Tensor:
+    """Return the loss of each kept token, [N], by the name that `loss.mode` gives.
+
+    outcomes: [N, V] from `log_outcomes` with the same stop_ids. ratio_clip serves `reverse_kl_sampled`
+    only: the other takes its expectation over outcomes, not over what was sampled. The micro-batch's part
+    of the batch's loss is `(micro_batch.weights * token_losses(...)).sum()`. Raises ValueError for another
+    mode.
+    """
+    if mode == "reverse_kl_topk_tail":
+        logprobs, tail = _student_on_support(outcomes, micro_batch, stop_ids)
+        return reverse_kl_topk_tail(logprobs, tail, micro_batch.teacher_logprobs, micro_batch.teacher_tail)
+    if mode == "reverse_kl_sampled":
+        log_p = sampled_logprobs(outcomes, micro_batch.targets, stop_ids)
+        return reverse_kl_sampled(
+            log_p, micro_batch.teacher_sampled, micro_batch.rollout_logprobs, ratio_clip=ratio_clip
+        )
+    raise ValueError(f"loss mode is {mode!r}, expected one of {', '.join(get_args(LossMode))}")
+
+
+def _student_on_support(
+    outcomes: Tensor, micro_batch: MicroBatch, stop_ids: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Return `on_support` for the micro-batch's own support."""
+    has_tail = micro_batch.teacher_tail is not None
+    return on_support(outcomes, micro_batch.support_ids, stop_ids[0], has_tail=has_tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """What is worth watching of `tokens` kept tokens; means count every token alike, whatever its weight.
+
+    kl_nats: mean coarse reverse KL, in either loss mode.
+    entropy_nats: mean entropy of the student over all outcomes (STOP as one).
+    support_mass: mean probability of STOP and support together under the student as it is now: the support
+        was the top K of the student that sampled, and the mass left in it falls as the two part.
+    ratio_mean, ratio_max: importance ratio p / p_rollout of the sampled outcomes, before any clip.
+    """
+
+    tokens: int
+    kl_nats: float
+    entropy_nats: float
+    support_mass: float
+    ratio_mean: float
+    ratio_max: float
+
+
+@torch.no_grad()
+def diagnostics(outcomes: Tensor, micro_batch: MicroBatch, *, stop_ids: Sequence[int]) -> Diagnostics:
+    """Return the diagnostics of one micro-batch from outcomes [N, V], in one transfer from the device."""
+    logprobs, tail = _student_on_support(outcomes, micro_batch, stop_ids)
+    kl = reverse_kl_topk_tail(logprobs, tail, micro_batch.teacher_logprobs, micro_batch.teacher_tail)
+    entropy = -(outcomes.exp() * outcomes.clamp_min(LOG_FLOOR)).sum(dim=1)
+    log_p = sampled_logprobs(outcomes, micro_batch.targets, stop_ids)
+    ratio = importance_ratio(log_p, micro_batch.rollout_logprobs)
+    means = [kl.mean(), entropy.mean(), logprobs.exp().sum(dim=1).mean(), ratio.mean(), ratio.max()]
+    return Diagnostics(micro_batch.kept_tokens, *torch.stack(means).tolist())
+
+
+def merged(parts: Sequence[Diagnostics]) -> Diagnostics:
+    """Return a batch's diagnostics from its micro-batches'. Raises ValueError where there are none."""
+    tokens = sum(part.tokens for part in parts)
+    if not tokens:
+        raise ValueError("no tokens to take a mean over")
+
+    def mean(name: str) -> float:
+        return float(sum(part.tokens * getattr(part, name) for part in parts) / tokens)
+
+    return Diagnostics(
+        tokens=tokens,
+        kl_nats=mean("kl_nats"),
+        entropy_nats=mean("entropy_nats"),
+        support_mass=mean("support_mass"),
+        ratio_mean=mean("ratio_mean"),
+        ratio_max=max(part.ratio_max for part in parts),
+    )

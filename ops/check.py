@@ -1,0 +1,166 @@
+"""`katana check`: what a config would run, and what is wrong with it, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, ConfigError
+from common.pretrained import HubUnavailable, ModelError, Pair, check_pair
+from ops.source import TaskSource
+
+_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PROMPTS_READ = 256
+_MB = 1 << 20
+
+
+@dataclass(slots=True)
+class Findings:
+    """Lines to show, problems that forbid a run, and what could not be checked."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def check(config: Config) -> Findings:
+    """Models, tokenizers, stop set, lengths, prompts and memory. Never raises for what it can report."""
+    found = Findings()
+    pair = _check_models(config, found)
+    if pair is not None:
+        _check_prompts(config, found)
+        _estimate_models(config, pair, found)
+    _check_redis(config, found)
+    _say_what_runs(config, found)
+    return found
+
+
+def _check_models(config: Config, found: Findings) -> Pair | None:
+    try:
+        pair = check_pair(config)
+    except HubUnavailable as error:
+        found.unchecked.append(f"models: {error}; checked without them: the config alone")
+        return None
+    except ModelError as error:
+        found.problems.append(str(error))
+        return None
+    stops = ", ".join(str(stop) for stop in pair.stop_ids)
+    found.lines += [
+        f"student    {pair.student.folder} ({pair.student.model_type})",
+        f"teacher    {pair.teacher.folder} ({pair.teacher.model_type})",
+        f"tokenizer  shared, {pair.vocab_size} ids in use",
+        f"stop set   {{{stops}}}: generation ends on any of them, together they are the one outcome STOP",
+        f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens fit "
+        f"both contexts ({pair.student.max_position_embeddings}, {pair.teacher.max_position_embeddings})",
+    ]
+    return pair
+
+
+def _check_prompts(config: Config, found: Findings) -> None:
+    try:
+        source = TaskSource(config)
+        longest = max(len(source.prompt(index)) for index in range(_PROMPTS_READ))
+    except (ConfigError, ModelError) as error:
+        found.problems.append(str(error))
+        return
+    found.lines.append(f"prompts    task {config.data.task!r}; the longest of {_PROMPTS_READ} has {longest} tokens")
+
+
+def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:
+    shapes = {who: _shape(facts.folder) for who, facts in (("student", pair.student), ("teacher", pair.teacher))}
+    student, teacher = shapes["student"], shapes["teacher"]
+    rollout, scoring, learner = config.rollout, config.teacher, config.learner
+    cache = config.max_length
+    parts = {
+        "rollout": student.parameters * _SIZE[rollout.dtype]
+        + student.cache_bytes(rollout.slots, cache, rollout.dtype)
+        + 3 * 4 * rollout.slots * pair.vocab_size,
+        "teacher": teacher.parameters * _SIZE[scoring.dtype]
+        + teacher.cache_bytes(scoring.slots, cache, scoring.dtype)
+        + 3 * 4 * scoring.prefill_tokens * pair.vocab_size,
+        # Parameters, gradients and two moments; logits, their log-softmax and its gradient.
+        "learner": student.parameters * 4 * _SIZE[learner.dtype]
+        + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
+    }
+    found.lines.append(
+        "memory     (estimate, beside about 400 MB for Python and torch) "
+        + ", ".join(f"{role} {size / _MB:,.0f} MB" for role, size in parts.items())
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    parameters: int
+    layers: int
+    kv_width: int  # heads × their size
+
+    def cache_bytes(self, slots: int, length: int, dtype: str) -> int:
+        return 2 * self.layers * self.kv_width * slots * length * _SIZE[dtype]
+
+
+def _shape(folder: Path) -> _Shape:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    heads = int(text.get("num_attention_heads", 1))
+    head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
+    stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
+    parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // stored
+    return _Shape(
+        parameters=parameters,
+        layers=int(text.get("num_hidden_layers", 0)),
+        kv_width=int(text.get("num_key_value_heads") or heads) * head_dim,
+    )
+
+
+def bytes_in_flight(config: Config) -> int:
+    """Most bytes that rollouts hold in Redis: all of full length, trained but not checkpointed ones included.
+
+    Per token and with support of K outcomes and STOP: ids 4 K, student's and teacher's log-probabilities 2 · 4 (K + 1),
+    and eight numbers of 4 bytes besides; a third more for Redis's own overhead and the books.
+    """
+    per_token = 12 * config.termination.teacher_top_k + 40
+    per_rollout = per_token * config.rollout.max_completion_length + 4 * config.data.max_prompt_length + 1024
+    learner = config.learner
+    steps = learner.max_staleness + 1 + config.checkpoints.every_steps
+    rollouts = min(steps, learner.max_steps) * learner.batch_size
+    return rollouts * per_rollout * 4 // 3
+
+
+def _check_redis(config: Config, found: Findings) -> None:
+    need = bytes_in_flight(config)
+    found.lines.append(f"redis      at most {need / _MB:,.0f} MB in flight")
+    if config.redis.url is None:
+        room = 0.75 * config.redis.maxmemory_mb * _MB
+        if need > room:
+            found.problems.append(
+                f"redis.maxmemory_mb: up to {need / _MB:,.0f} MB can be in flight, which is above 75 % of "
+                f"{config.redis.maxmemory_mb} MB; raise it to {int(need / 0.75 / _MB) + 1}, or lower "
+                f"learner.batch_size, learner.max_staleness or checkpoints.every_steps"
+            )
+
+
+def _say_what_runs(config: Config, found: Findings) -> None:
+    rule = config.termination
+    text = {
+        "none": "no rollout is cut",
+        "fixed": f"every treated rollout is cut at {rule.fixed_tokens} tokens",
+        "kat": f"W {rule.window}, C {rule.patience}, η {rule.eta:g}, K {rule.teacher_top_k}, "
+        f"grace {rule.grace_tokens}, stride {rule.stride}; active from policy version {rule.warmup_steps} and "
+        f"{rule.min_calibration} minima; control arm {rule.control_fraction:.0%}",
+    }[rule.policy]
+    learner = config.learner
+    found.lines += [
+        f"policy     {rule.policy}: {text}",
+        f"training   {learner.max_steps} steps of {learner.batch_size} trajectories, {config.loss.mode}, AdamW "
+        f"{learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up to "
+        f"{learner.max_staleness}",
+        f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
+        + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
+    ]
+    if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:
+        found.lines.append(
+            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens come from the "
+            "truncated distribution, their weights from the full one"
+        )

@@ -1,0 +1,209 @@
+"""The command `katana`. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.config import Config, ConfigError, keys, load
+from common.pretrained import ModelError
+
+_EPILOG = """\
+A first run:       katana run ops/experiments/demo.yaml
+Look before:       katana check ops/experiments/demo.yaml
+Change a setting:  katana run ops/experiments/demo.yaml --set learner.max_steps=20 --name short
+Stop, go on:       Ctrl-C, then  katana run runs/short/config.yaml --resume
+Every key:         katana keys
+
+On a cluster each role is a process of its own: start `katana feeder CONFIG`, then the others, as many rollout and
+teacher workers as there are devices. All of them need redis.url in the config and see the same runs folder.
+
+exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="katana",
+        description="On-policy distillation that cuts each rollout, while it is written, where the teacher's signal "
+        "has gone dead.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="everything on this machine, until the run is done")
+    _config_arguments(run)
+    run.add_argument("--resume", action="store_true", help="go on in the run's folder (see README: which keys may change)")
+    run.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
+
+    about = {
+        "feeder": "admits rollouts, opens shifts, keeps the books; opens the run",
+        "rollout": "a Celery worker that writes rollouts (student)",
+        "teacher": "a Celery worker that scores chunks (teacher)",
+        "arbiter": "gives every rollout its verdict",
+        "learner": "trains, checkpoints, publishes weights",
+        "evaluator": "measures avg@k and pass@k of published weights",
+    }
+    for role, text in about.items():
+        _config_arguments(commands.add_parser(role, help=f"one role, for clusters: {text}"))
+
+    check = commands.add_parser("check", help="validate a config, its models and data, and say what would run")
+    _config_arguments(check)
+
+    evaluate = commands.add_parser("eval", help="avg@k and pass@k of a model on the held-out problems")
+    _config_arguments(evaluate)
+    evaluate.add_argument("--model", required=True, help="folder or hub id of the model to measure")
+    evaluate.add_argument("--k", type=_positive, default=8, help="samples a problem (default 8)")
+
+    pretrain = commands.add_parser("pretrain", help="make the tiny teacher and the tiny base student that ship")
+    pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
+    pretrain.add_argument("--which", choices=("teacher", "student", "both"), default="both")
+    pretrain.add_argument("--seed", type=int, default=0)
+
+    bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
+    bench.add_argument("what", choices=("engine", "loop"), help="engine: decode tokens/s against a bare forward loop; "
+                       "loop: tokens/s of the whole and each role's busy share")
+    bench.add_argument("config", type=Path, nargs="?", default=Path("ops/experiments/demo.yaml"))
+    bench.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    bench.add_argument("--repeats", type=_positive, default=5)
+
+    report = commands.add_parser("report", help="draw report.png from a run's folder")
+    report.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+
+    clean = commands.add_parser("clean", help="remove what a run left in Redis and on disk")
+    clean.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+
+    commands.add_parser("keys", help="every config key with its default and meaning")
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, for example ops/experiments/demo.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides",
+                        help="override a key; may be given again")
+    parser.add_argument("--name", help="name of the run and of its folder")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    path: Path = arguments.config
+    if not path.exists():
+        from common.pretrained import PACKAGE_ROOT
+
+        shipped = PACKAGE_ROOT / path
+        path = shipped if shipped.exists() else path
+    name = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
+    return load(path, [*arguments.overrides, *name])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    command = arguments.command
+    if command == "run":
+        from ops.local import run_locally
+
+        return run_locally(_load(arguments), resume=arguments.resume, fresh=arguments.fresh)
+    if command in ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"):
+        from ops.roles import run_role
+
+        return run_role(command, _load(arguments))
+    return {
+        "check": _check,
+        "eval": _eval,
+        "pretrain": _pretrain,
+        "bench": _bench,
+        "report": _report,
+        "clean": _clean,
+        "keys": _keys,
+    }[command](arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ops.check import check
+
+    config = _load(arguments)
+    found = check(config)
+    for line in found.lines:
+        print(line)
+    for text in found.unchecked:
+        print(f"unchecked  {text}")
+    for text in found.problems:
+        print(f"error: {text}", file=sys.stderr)
+    print("not usable" if found.problems else "ok")
+    return 2 if found.problems else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from common.pretrained import find_model
+    from ops.evaluate import Evaluator
+
+    config = _load(arguments)
+    folder = find_model(arguments.model)
+    scores = Evaluator(config, folder).measure(k=arguments.k)
+    assert scores is not None
+    print(json.dumps({"model": str(folder), **scores.line()}))
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from ops.pretrain import pretrain
+
+    pretrain(arguments.out, which=arguments.which, seed=arguments.seed)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from ops import bench
+
+    config = _load(arguments)
+    result = bench.engine(config, arguments.repeats) if arguments.what == "engine" else bench.loop(
+        config, arguments.repeats
+    )
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ops.report import write_report
+
+    print(write_report(arguments.run))
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from ops.local import clean
+
+    print(clean(arguments.run))
+    return 0
+
+
+def _keys(_: argparse.Namespace) -> int:
+    for name, default, meaning in keys():
+        print(f"{name:36} {default:12} {meaning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

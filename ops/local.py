@@ -1,0 +1,255 @@
+"""`katana run`: every role on this machine, watched, with an own Redis unless the config names one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from common.config import Config, ConfigError, parse
+from common.streams import Plane, connect, create_run, open_plane
+from ops.embedded import EmbeddedRedis
+from ops.progress import Progress
+from ops.report import write_report
+from ops.roles import reach
+from ops.rundir import lock, open_folder, read_json, write_json
+from ops.summary import write_summary
+
+log = logging.getLogger("katana.local")
+_GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
+_RESTARTS = 5  # of one child within a minute; more means that it will not get better
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class ChildFailed(RuntimeError):
+    """A role ended for good. `code` is what the command exits with."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(slots=True)
+class _Child:
+    role: str
+    name: str
+    threads: int
+    process: subprocess.Popen[bytes] | None = None
+    started: list[float] = field(default_factory=list)
+    done: bool = False
+
+
+class LocalRun:
+    """Starts the roles, restarts those that die, ends them in order."""
+
+    def __init__(self, config: Config, run_key: str) -> None:
+        self._config, self._run_key = config, run_key
+        self._folder = config.run_dir
+        self._redis: EmbeddedRedis | None = None
+        self._children = _children(config)
+        self._interrupts = 0
+        self._wake = threading.Event()
+
+    def run(self) -> int:
+        """Run to the end; returns the exit code."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        held = lock(self._folder)
+        began = time.time()
+        try:
+            return self._run(began)
+        finally:
+            # 1. children, who still need Redis to hand back what they hold; 2. Redis, its file complete; 3. the lock.
+            self._stop_children(self._children)
+            if self._redis is not None:
+                self._redis.stop()
+            held.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run(self, began: float) -> int:
+        plane = self._start_redis()
+        progress = Progress(self._config, plane)
+        for child in self._children:
+            self._start(child)
+        try:
+            with progress:
+                while not self._interrupts and not self._over():
+                    self._watch()
+                    progress.update()
+                    self._wake.wait(0.25)
+        except ChildFailed as failure:
+            self._note_wall(began)
+            print(f"katana: {failure}", file=sys.stderr)
+            return failure.code
+        self._note_wall(began)
+        if self._interrupts:
+            print("stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
+                  file=sys.stderr)
+            self._stop_children(self._children)
+            print(f"stopped. Go on with: katana run {self._folder}/config.yaml --resume", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        self._stop_children(self._children)
+        summary = write_summary(self._folder)
+        write_report(self._folder)
+        progress.finish(summary)
+        return EXIT_OK
+
+    def _start_redis(self) -> Plane:
+        """Own Redis or the config's; the run made known there; the config that the roles are started with."""
+        if self._config.redis.url is None:
+            self._redis = EmbeddedRedis(self._folder / "redis", maxmemory_mb=self._config.redis.maxmemory_mb)
+            self._redis.start()
+            self._config = with_redis(self._config, self._redis.url, self._redis.broker_url)
+        client = reach(self._config)
+        create_run(client, self._config, self._run_key)
+        # What --resume may change must reach the workers, who read the config from Redis.
+        client.set(f"katana:{{{self._run_key}}}:config", self._config.to_yaml())
+        return open_plane(self._config, client, self._run_key)
+
+    # --- children ----------------------------------------------------------------------------------------------
+
+    def _start(self, child: _Child) -> None:
+        config_file = self._folder / "config.yaml"
+        overrides = [f"redis.url={self._config.redis.url}"]
+        if self._config.redis.broker_url:
+            overrides.append(f"redis.broker_url={self._config.redis.broker_url}")
+        arguments = [sys.executable, "-m", "ops.cli", child.role, str(config_file)]
+        for item in [*overrides, "metrics.port=0"]:
+            arguments += ["--set", item]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(child.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+        child.started.append(time.monotonic())
+        with self._log_file(child) as out:
+            # A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
+            child.process = subprocess.Popen(
+                arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+
+    def _log_file(self, child: _Child) -> IO[bytes]:
+        (self._folder / "logs").mkdir(exist_ok=True)
+        return (self._folder / "logs" / f"{child.name}.log").open("ab")
+
+    def _watch(self) -> None:
+        """Restart what died; raise ChildFailed for what will not get better."""
+        if self._redis is not None and not self._redis.running():
+            log.warning("redis-server ended; starting it again on its own data")
+            self._redis.start()
+        for child in self._children:
+            if child.done or child.process is None or (code := child.process.poll()) is None:
+                continue
+            if code == 0:
+                child.done = True
+                continue
+            recent = [moment for moment in child.started if moment > time.monotonic() - 60]
+            if code == EXIT_BAD_INPUT or len(recent) > _RESTARTS:
+                raise ChildFailed(f"{child.name} failed: {self._last_words(child)}",
+                                  code if code == EXIT_BAD_INPUT else EXIT_FAILED)
+            log.warning("%s ended with %d; started again", child.name, code)
+            self._start(child)
+
+    def _last_words(self, child: _Child) -> str:
+        path = self._folder / "logs" / f"{child.name}.log"
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if "error:" in line]
+        return f"{(told or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
+
+    def _over(self) -> bool:
+        """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
+        return all(child.done for child in self._children if child.role not in ("rollout", "teacher"))
+
+    def _stop_children(self, children: list[_Child]) -> None:
+        running = [child.process for child in children if child.process and child.process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_S
+        for process in running:
+            while process.poll() is None and time.monotonic() < deadline and self._interrupts < 2:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def _on_signal(self, *_: Any) -> None:
+        self._interrupts += 1
+        self._wake.set()
+
+    def _note_wall(self, began: float) -> None:
+        path = self._folder / "wall.json"
+        before = read_json(path)["wall_s"] if path.exists() else 0.0
+        write_json(path, {"wall_s": before + time.time() - began})
+
+
+def _children(config: Config) -> list[_Child]:
+    """The learner first: it publishes what everybody waits for."""
+    children = [
+        _Child("learner", "learner", config.learner.threads),
+        _Child("feeder", "feeder", 1),
+        _Child("arbiter", "arbiter", 1),
+    ]
+    children += [_Child("rollout", f"rollout-{n}", config.rollout.threads) for n in range(config.rollout.workers)]
+    children += [_Child("teacher", f"teacher-{n}", config.teacher.threads) for n in range(config.teacher.workers)]
+    if config.eval.every_steps:
+        children.append(_Child("evaluator", "evaluator", config.eval.threads))
+    return children
+
+
+def with_redis(config: Config, url: str, broker_url: str) -> Config:
+    """The config with other addresses."""
+    tree = config.model_dump()
+    tree["redis"] |= {"url": url, "broker_url": broker_url}
+    return Config.model_validate(tree)
+
+
+def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
+    """`katana run`. Raises ConfigError and ModelError before anything is started."""
+    from ops.check import check
+
+    for problem in check(config).problems:
+        raise ConfigError(problem)
+    run_key = open_folder(config, resume=resume, fresh=fresh)
+    return LocalRun(config, run_key).run()
+
+
+def clean(folder: Path) -> str:
+    """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
+
+    Raises ConfigError when the folder is no run's, or the run is at work.
+    """
+    import shutil
+
+    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
+        raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
+    lock(folder).close()
+    config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
+    removed = 0
+    if config.redis.url is not None:
+        removed = _remove_keys(config, read_json(folder / "run.json")["run_key"])
+    shutil.rmtree(folder)
+    return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
+
+
+def _remove_keys(config: Config, run_key: str) -> int:
+    client = connect(str(config.redis.url), password_file=config.redis.password_file)
+    plane = open_plane(config, client, run_key)
+    live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
+    if live:
+        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is at work; stop them first")
+    removed = 0
+    for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
+        removed += int(client.unlink(key))
+    if client.hget("katana:runs", config.name) == run_key.encode():
+        client.hdel("katana:runs", config.name)
+    return removed

@@ -1,0 +1,431 @@
+"""Make the two tiny models that ship with Katana: a teacher that is right, and a base student that is not.
+
+Both are Qwen3 models over a tokenizer of single characters. They differ in what they read:
+
+* The teacher reads clean chains, each closed by the end token, and also *faulty beginnings*: a wrong result,
+  a skipped number, a step repeated, a second problem behind the answer. No loss falls on the fault itself,
+  so the teacher never learns to make one; it learns to go on sensibly from what somebody else has written.
+  That keeps its signal sane on the student's prefixes, and it is the agreement trap as well: behind a wrong
+  result, or in a loop, it agrees with what comes next.
+* The student reads the same problems as a web crawl would hold them: half are not closed but run on into the
+  next problem, some fall into one step repeated to the end. It is trained briefly, so it is wrong often.
+
+The teacher leaves a loop with a small probability at each repetition. Were a loop certain to go on, loops
+would come to hold most tokens of a batch and teach nothing but repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from ops.tasks.arithmetic import ALPHABET, Arithmetic, Step, steps_of, terms_of
+
+PAD, EOS = "<pad>", "<eos>"
+VOCABULARY = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
+IGNORED = -100
+"""The label that `Qwen3ForCausalLM` leaves out of its loss."""
+
+Role = Literal["teacher", "student"]
+Piece = tuple[str, bool]
+"""Text (or EOS), and whether a loss falls on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentMix:
+    """What the documents look like; each number is a probability.
+
+    ramble: after an answer, of another problem instead of the end token.
+    loop: of a document, that one of its steps is repeated.
+    leave_loop: after each repetition, of going on with the next step.
+    fault: of a step, that its result is wrong or that it skips a number.
+    learns_faults: whether a loss falls on faults as well.
+    """
+
+    ramble: float
+    loop: float
+    leave_loop: float
+    fault: float
+    learns_faults: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One model's shape, documents and training.
+
+    sharpness: what the logits are multiplied by after training, through the weight of the last norm.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    steps: int
+    batch_documents: int
+    peak_lr: float
+    documents: DocumentMix
+    sharpness: float = 1.0
+
+
+TEACHER = Recipe(
+    hidden_size=112,
+    intermediate_size=256,
+    layers=3,
+    heads=4,
+    steps=1800,
+    batch_documents=24,
+    peak_lr=4e-3,
+    documents=DocumentMix(ramble=0.1, loop=0.04, leave_loop=0.15, fault=0.015, learns_faults=False),
+    # The faults it reads leave some per cent a step on wrong tokens; sharpened, as post-training sharpens a
+    # teacher, it is right at temperature 1 as well.
+    sharpness=2.0,
+)
+STUDENT = Recipe(
+    hidden_size=80,
+    intermediate_size=200,
+    layers=2,
+    heads=4,
+    steps=900,
+    batch_documents=24,
+    peak_lr=4e-3,
+    documents=DocumentMix(ramble=0.5, loop=0.08, leave_loop=0.0, fault=0.0, learns_faults=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSettings:
+    """Everything that decides the weights, besides the seed and the versions of the packages."""
+
+    task: Arithmetic = field(default_factory=Arithmetic)
+    teacher: Recipe = TEACHER
+    student: Recipe = STUDENT
+    context_tokens: int = 256
+    document_tokens: int = 208
+    warmup_steps: int = 60
+    weight_decay: float = 0.05
+    measured_problems: int = 128
+    measured_samples: int = 4
+    max_completion_length: int = 160
+
+
+def build_tokenizer(context_tokens: int = 256) -> PreTrainedTokenizerFast:
+    """Return the tokenizer: one token a character of the task, besides the end and padding tokens.
+
+    Encoding a character outside the alphabet raises, rather than dropping it silently.
+    """
+    tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=context_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, context_tokens: int) -> Qwen3ForCausalLM:
+    """Return a new model (float32, full attention, tied embeddings), drawn from torch's generator."""
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.hidden_size // recipe.heads,
+        max_position_embeddings=context_tokens,
+        # The usual 0.02 is for widths in the thousands; at a width of 100 it starts learning late.
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY[EOS],
+        pad_token_id=VOCABULARY[PAD],
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=VOCABULARY[EOS],
+        pad_token_id=VOCABULARY[PAD],
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    return model
+
+
+def chain(prompt: str, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
+    """Yield the solution of `prompt` up to and with its answer, with the faults that `mix` asks for.
+
+    Behind a fault the chain goes on consistently: the next step starts from the result as written.
+    """
+    value, terms = terms_of(prompt)
+    looping = rng.randrange(len(terms)) if rng.random() < mix.loop else -1
+    at, written = 0, False
+    while at < len(terms):
+        faulty = rng.random() < mix.fault
+        if faulty and at + 1 < len(terms) and rng.random() < 0.5:
+            at += 1
+        step = steps_of(value, terms[at : at + 1])[0]
+        if faulty:
+            step = Step(step.value, step.term, max(10, step.result + rng.choice([-10, -2, -1, 1, 2, 10])))
+        if written:
+            yield ";", True
+        yield step.text, mix.learns_faults or not faulty
+        value, written = step.result, True
+        if looping >= 0 and at >= looping:
+            yield from _loop(step, mix, rng)
+            looping = -1
+        at += 1
+    yield f"#{value}", True
+
+
+def _loop(step: Step, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
+    """Yield `step` again and again; the first repetition is the fault, the others follow from it."""
+    yield f";{step.text}", mix.learns_faults
+    while rng.random() >= mix.leave_loop:
+        yield f";{step.text}", True
+
+
+def document(task: Arithmetic, mix: DocumentMix, rng: random.Random, limit: int) -> list[Piece]:
+    """Return one document: problems with their solutions, to the end token or to `limit` characters."""
+    pieces: list[Piece] = []
+    length = 0
+    while True:
+        problem = task.problem(rng.getrandbits(62), split="train", seed=0)
+        # The first problem is always given; a loss on random numbers would drown that of the chain.
+        pieces.append((problem.prompt, bool(pieces)))
+        for piece in chain(problem.prompt, mix, rng):
+            pieces.append(piece)
+            length += len(piece[0])
+            if length >= limit:
+                return pieces
+        length += len(problem.prompt)
+        if rng.random() >= mix.ramble:
+            return [*pieces, (EOS, True)]
+        # The teacher must close an answer; what it reads behind one it only goes on with.
+        pieces.append(("\n", mix.learns_faults))
+
+
+def encode(pieces: list[Piece], limit: int) -> tuple[list[int], list[int]]:
+    """Return the ids of a document and its labels, each at most `limit` long."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learned in pieces:
+        piece = [VOCABULARY[token] for token in ([EOS] if text == EOS else text)]
+        ids += piece
+        labels += piece if learned else [IGNORED] * len(piece)
+    return ids[:limit], labels[:limit]
+
+
+def batches(
+    settings: PretrainSettings, recipe: Recipe, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (ids, labels), each int64 [documents, tokens], without end.
+
+    Batches are cut from a pool sorted by length, so that little of a batch is padding.
+    """
+    pool_batches = 8
+    while True:
+        pool = [
+            encode(
+                document(settings.task, recipe.documents, rng, settings.document_tokens),
+                settings.document_tokens,
+            )
+            for _ in range(pool_batches * recipe.batch_documents)
+        ]
+        pool.sort(key=lambda pair: len(pair[0]))
+        starts = list(range(0, len(pool), recipe.batch_documents))
+        rng.shuffle(starts)
+        for start in starts:
+            yield _padded(pool[start : start + recipe.batch_documents])
+
+
+def _padded(pairs: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(ids) for ids, _ in pairs)
+    ids = torch.tensor([ids + [VOCABULARY[PAD]] * (longest - len(ids)) for ids, _ in pairs])
+    labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in pairs])
+    return ids, labels
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    settings: PretrainSettings,
+    recipe: Recipe,
+    rng: random.Random,
+    log: Callable[[str], None],
+) -> None:
+    """Train `model` in place on next tokens, then sharpen it; the rate warms up and falls linearly to zero."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    source = batches(settings, recipe, rng)
+    model.train()
+    for step in range(recipe.steps):
+        rate = min((step + 1) / settings.warmup_steps, 1 - step / recipe.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.peak_lr * rate
+        ids, labels = next(source)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step + 1 == recipe.steps:
+            log(f"step {step:5d}  loss {loss.item():.4f}")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(recipe.sharpness)
+    model.train(False)
+
+
+@torch.inference_mode()
+def sample(model: Qwen3ForCausalLM, prompts: list[str], *, limit: int, seed: int) -> list[tuple[str, bool]]:
+    """Return (completion, whether it was ended by the end token) for each prompt, sampled at temperature 1.
+
+    `limit` is the longest completion in tokens. The draw depends on `seed` and on all prompts together.
+    """
+    torch.manual_seed(seed)
+    longest = max(map(len, prompts))
+    ids = torch.tensor(
+        [
+            [VOCABULARY[PAD]] * (longest - len(prompt)) + [VOCABULARY[token] for token in prompt]
+            for prompt in prompts
+        ]
+    )
+    written = model.generate(  # type: ignore[misc]
+        input_ids=ids, attention_mask=(ids != VOCABULARY[PAD]).long(), max_new_tokens=limit, do_sample=True
+    )
+    return [_read(row) for row in written[:, longest:].tolist()]
+
+
+def _read(row: list[int]) -> tuple[str, bool]:
+    """Return the text before the end token, and whether there is one."""
+    ended = VOCABULARY[EOS] in row
+    kept = row[: row.index(VOCABULARY[EOS])] if ended else row
+    tokens = list(VOCABULARY)
+    return "".join(tokens[index] for index in kept), ended
+
+
+def measure(model: Qwen3ForCausalLM, settings: PretrainSettings, *, seed: int) -> dict[str, float]:
+    """Return the model's figures on held-out problems, a few samples each at temperature 1.
+
+    avg@1 is over the first sample of each problem, avg@k over all; `mean_length` is in tokens with the end
+    token; `end_rate` is the share of completions that the end token closed.
+    """
+    count, samples = settings.measured_problems, settings.measured_samples
+    problems = [settings.task.problem(index, split="eval", seed=0) for index in range(count)]
+    rounds = [
+        sample(model, [p.prompt for p in problems], limit=settings.max_completion_length, seed=seed + number)
+        for number in range(samples)
+    ]
+    right = [
+        [settings.task.verify(p, text) for p, (text, _) in zip(problems, completions, strict=True)]
+        for completions in rounds
+    ]
+    everything = [completion for completions in rounds for completion in completions]
+    return {
+        "avg@1": sum(right[0]) / count,
+        f"avg@{samples}": sum(map(sum, right)) / (count * samples),
+        f"pass@{samples}": sum(map(any, zip(*right, strict=True))) / count,
+        "mean_length": sum(len(text) + ended for text, ended in everything) / len(everything),
+        "end_rate": sum(ended for _, ended in everything) / len(everything),
+    }
+
+
+def pretrain(
+    out: Path,
+    *,
+    which: Literal["teacher", "student", "both"] = "both",
+    seed: int = 0,
+    settings: PretrainSettings | None = None,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Train, measure and save the models asked for, into `out/teacher` and `out/student`.
+
+    The same seed, settings and package versions give the same weights, bit for bit, on the same kind of
+    processor; one torch thread is used, because the order of a sum depends on the number of threads.
+    """
+    settings = settings or PretrainSettings()
+    roles: tuple[Role, ...] = ("teacher", "student") if which == "both" else (which,)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for role in roles:
+                _make(out / role, role, settings, seed, log)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make(
+    folder: Path, role: Role, settings: PretrainSettings, seed: int, log: Callable[[str], None]
+) -> None:
+    recipe = settings.teacher if role == "teacher" else settings.student
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    model = build_model(recipe, settings.context_tokens)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log(f"{role}: {parameters} parameters, {recipe.steps} steps")
+    train(model, settings, recipe, random.Random(f"{seed}:{role}"), log)
+    train_s = time.monotonic() - started
+    measured = measure(model, settings, seed=seed)
+    log(f"{role}: {measured}")
+    model.save_pretrained(folder)
+    build_tokenizer(settings.context_tokens).save_pretrained(folder)
+    record = {
+        "command": f"katana pretrain --which {role} --seed {seed}",
+        "seed": seed,
+        "parameters": parameters,
+        "train_s": round(train_s),
+        "measured": measured,
+        "recipe": asdict(recipe),
+        "settings": {
+            name: value for name, value in asdict(settings).items() if name not in ("teacher", "student")
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "README.md").write_text(_card(role, record))
+
+
+def _card(role: Role, record: dict[str, Any]) -> str:
+    """Return the folder's README: what this is, and how it was made."""
+    figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in record["measured"].items())
+    purpose = (
+        "The teacher of the demo: right nearly always, also behind beginnings that are not its own."
+        if role == "teacher"
+        else "The base student of the demo: often wrong, and given to rambling and loops."
+    )
+    return f"""# {role}
+
+{purpose} A Qwen3 model of {record["parameters"]:,} parameters over single characters, made by
+
+    {record["command"]}
+
+in {record["train_s"]} s on one core (torch {record["versions"]["torch"]}, transformers
+{record["versions"]["transformers"]}). Settings are in `pretrain.json`. On held-out problems, sampled at
+temperature 1:
+
+| figure | value |
+| --- | --- |
+{figures}
+"""

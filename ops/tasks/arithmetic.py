@@ -1,0 +1,149 @@
+"""Multi-step addition and subtraction, worked out step by step.
+
+    prompt      12+7-3?
+    completion  12+7=19;19-3=16#16
+
+Two choices keep the single step learnable by models of some hundred thousand parameters, so that what is hard
+is the length of the chain. Every result lies in 10..99, so that all steps are equally wide; and no number
+occurs twice behind the first, so that the number to take next is always the one behind that just used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ops.tasks import Problem, Split
+
+ALPHABET = "0123456789+-=;#?\n"
+"""Every character of a prompt or a completion; the newline stands between problems in running text."""
+
+SMALLEST_RESULT, LARGEST_RESULT = 10, 99
+EVAL_PERCENT = 10
+"""Share of all prompts that belong to the evaluation split."""
+
+_INTEGER = re.compile(r"-?[0-9]+")
+_TERM = re.compile(r"([+-]?)([0-9]+)")
+
+
+class Step(NamedTuple):
+    """One line of the chain: `value` and `term` ("+7") make `result`."""
+
+    value: int
+    term: str
+    result: int
+
+    @property
+    def text(self) -> str:
+        """The step as it is written: "12+7=19"."""
+        return f"{self.value}{self.term}={self.result}"
+
+
+def split_of(prompt: str) -> Split:
+    """Return the split that `prompt` belongs to: by its SHA-256, so the same in every process."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return "eval" if int.from_bytes(digest[:8], "big") % 100 < EVAL_PERCENT else "train"
+
+
+def terms_of(prompt: str) -> tuple[int, list[str]]:
+    """Return the first number of "12+7-3?" and the signed terms behind it: (12, ["+7", "-3"]).
+
+    Raises ValueError where the prompt is not of that form.
+    """
+    if not re.fullmatch(r"[0-9]+([+-][0-9]+)*\?", prompt):
+        raise ValueError(f"not an arithmetic prompt: {prompt!r}")
+    first, *rest = _TERM.findall(prompt)
+    return int(first[1]), [sign + number for sign, number in rest]
+
+
+def steps_of(value: int, terms: list[str]) -> list[Step]:
+    """Return the chain that adds `terms` to `value` one after the other."""
+    steps = []
+    for term in terms:
+        steps.append(Step(value, term, value + int(term)))
+        value = steps[-1].result
+    return steps
+
+
+def solution_of(prompt: str) -> str:
+    """Return the reference completion, without an end token: "12+7=19;19-3=16#16"."""
+    value, terms = terms_of(prompt)
+    steps = steps_of(value, terms)
+    answer = steps[-1].result if steps else value
+    return ";".join(step.text for step in steps) + f"#{answer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Problems of `min_numbers` to `max_numbers` numbers: one of 10 to `max_first`, then 1 to `max_value`.
+
+    The defaults are the sizes that the shipped models are made for. Raises ValueError for sizes that allow no
+    problem.
+    """
+
+    min_numbers: int = 7
+    max_numbers: int = 10
+    max_first: int = 49
+    max_value: int = 9
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_numbers <= self.max_numbers:
+            raise ValueError(f"need 2 <= min_numbers <= max_numbers, got {self}")
+        if not SMALLEST_RESULT <= self.max_first <= LARGEST_RESULT:
+            raise ValueError(f"need {SMALLEST_RESULT} <= max_first <= {LARGEST_RESULT}, got {self}")
+        # Up to 40 one sign or the other always keeps a result in 10..99.
+        if not self.max_numbers - 1 <= self.max_value <= 40:
+            raise ValueError(f"need max_numbers - 1 <= max_value <= 40, got {self}")
+
+    @property
+    def max_prompt_length(self) -> int:
+        """The longest prompt, in characters (one token each)."""
+        return (self.max_numbers - 1) * (len(str(self.max_value)) + 1) + len(f"{self.max_first}?")
+
+    def problem(self, index: int, *, split: Split, seed: int) -> Problem:
+        """Return problem `index` of `split`; different indices may, rarely, hold the same prompt.
+
+        Raises ValueError for a negative index.
+        """
+        if index < 0:
+            raise ValueError(f"index must not be negative, got {index}")
+        # A string seeds through SHA-512: the same numbers in every process, whatever PYTHONHASHSEED is.
+        rng = random.Random(f"{seed}:{split}:{index}")
+        while True:
+            problem = self.draw(rng)
+            if split_of(problem.prompt) == split:
+                return problem
+
+    def draw(self, rng: random.Random) -> Problem:
+        """Draw a problem of either split."""
+        value = rng.randint(SMALLEST_RESULT, self.max_first)
+        prompt = str(value)
+        count = rng.randint(self.min_numbers, self.max_numbers)
+        for number in rng.sample(range(1, self.max_value + 1), count - 1):
+            fitting = [
+                change for change in (number, -number) if SMALLEST_RESULT <= value + change <= LARGEST_RESULT
+            ]
+            change = rng.choice(fitting)
+            prompt += f"{change:+d}"
+            value += change
+        return Problem(prompt=f"{prompt}?", answer=str(value))
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Return whether the integer behind the first "#" is the answer, as text ("016" is not "16").
+
+        The chain need not be right, and whatever follows the integer does not matter: a base model that
+        rambles on behind a right answer has still given it.
+        """
+        end = self.answer_end(problem, completion)
+        return end is not None and completion[completion.index("#") + 1 : end] == problem.answer
+
+    def answer_end(self, problem: Problem, completion: str) -> int | None:
+        """Return the offset just behind the integer that follows the first "#"; None where none follows."""
+        hash_at = completion.find("#")
+        if hash_at < 0:
+            return None
+        match = _INTEGER.match(completion, hash_at + 1)
+        return match.end() if match else None
