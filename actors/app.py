@@ -84,7 +84,7 @@ app = make_app(
 )
 
 
-@worker_shutting_down.connect
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
 def _on_shutdown(**_: Any) -> None:
     STOP.set()
 
@@ -156,7 +156,7 @@ def _serve(worker: Any, config: Config) -> None:
         log.error("shift over: %s", error)
 
 
-@worker_init.connect
+@worker_init.connect  # type: ignore[untyped-decorator]
 def serve_metrics(**_: Any) -> None:
     """Serve this process's metrics where the environment says (KATANA_METRICS_HOST, _PORT; 0: any free port)."""
     host = os.environ.get("KATANA_METRICS_HOST", "127.0.0.1")

@@ -92,10 +92,7 @@ class Arbiter:
         self._lease.keep()
         self._version = int(self._plane.policy().get("version", "0"))
         touched = self._note(
-            [
-                entry
-                for _, entry in self._plane.read("arbiter", "arbiter", ["scores"], count=512, block_s=block_s)
-            ]
+            [entry for _, entry in self._plane.read("arbiter", "arbiter", ["scores"], count=512, block_s=block_s)]
         )
         touched |= self._again
         self._again = set()
@@ -108,14 +105,10 @@ class Arbiter:
         settings = self._settings
         if settings.policy != "kat" or self._version < settings.warmup_steps:
             return None
-        return (
-            self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
-        )
+        return self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
 
     def _load_minima(self) -> None:
-        stored = self._plane.patiently(
-            lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima"
-        )
+        stored = self._plane.patiently(lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima")
         self._minima = MinimaBuffer(self._settings.buffer_size, (float(value) for value in stored))
 
     def _note(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> set[str]:
@@ -203,7 +196,7 @@ class Arbiter:
 
     def _acknowledge(self, rid: str) -> None:
         track = self._tracks.pop(rid)
-        self._send(rid, "", 0, False, None, track.entries)
+        self._send(rid, b"", 0, False, None, track.entries)
 
     def _give(self, rid: str, track: _Track, generated: int | None, reason: str) -> None:
         verdict = self._verdict(rid, track, generated, reason)

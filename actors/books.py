@@ -1,4 +1,4 @@
-"""The books: one line in `rollouts.jsonl` for every rollout that ended, and the same in the metrics. No torch, no Redis.
+"""The books: a line in `rollouts.jsonl` for every rollout that ended, and the same in the metrics. No torch, no Redis.
 
 Per rollout, in tokens: generated = kept + detection + overshoot, with detection = trigger - keep and overshoot =
 generated - trigger. `tokens_trained` is what the learner was given, 0 for a rollout that was dropped.

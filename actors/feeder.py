@@ -115,9 +115,7 @@ class Feeder:
         ledger = self._plane.patiently(lambda: client.hgetall(key("ledger")), "ledger")
         self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
         self._cursor = int(self._plane.patiently(lambda: client.get(key("cursor")), "cursor") or 0)
-        rids = sorted(
-            rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open")
-        )
+        rids = sorted(rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open"))
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
         self._running = {rid for rid, (verdict,) in zip(rids, verdicts, strict=True) if verdict is None}
         for entry, values in self._plane.read_pending("books", "feeder", "finished"):
@@ -129,9 +127,7 @@ class Feeder:
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             self._lease.keep()
-            for _, (entry, values) in self._plane.read(
-                "books", "feeder", ["finished"], count=512, block_s=0.1
-            ):
+            for _, (entry, values) in self._plane.read("books", "feeder", ["finished"], count=512, block_s=0.1):
                 self._note(entry, values)
         self._book_ready(wait_s=0.0)
         names = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
@@ -147,9 +143,7 @@ class Feeder:
     def ledger(self) -> dict[str, object]:
         """admitted = trained + dropped + dead + open."""
         dropped = {
-            name.removeprefix("dropped:"): value
-            for name, value in self._ledger.items()
-            if name.startswith("dropped:")
+            name.removeprefix("dropped:"): value for name, value in self._ledger.items() if name.startswith("dropped:")
         }
         admitted, trained, dead = (self._ledger.get(name, 0) for name in ("admitted", "trained", "dead"))
         return {
@@ -182,7 +176,7 @@ class Feeder:
         rollout.entries.append(entry)
         if rid in self._books.booked:
             # Late word on a rollout whose line is written; the script books it if a crash came between the two.
-            self._settle(rid, rollout.ending and _ledger_field(*rollout.ending[:2]) or "", rollout.entries)
+            self._settle(rid, _ledger_field(*rollout.ending[:2]) if rollout.ending else "", rollout.entries)
             self._rollouts.pop(rid, None)
             return
         self._rollouts[rid] = rollout

@@ -46,9 +46,7 @@ class _Writing:
 class RolloutWorker:
     """One shift of one worker."""
 
-    def __init__(
-        self, config: Config, plane: Plane, decoder: Decoder, *, worker: str, stop: threading.Event
-    ) -> None:
+    def __init__(self, config: Config, plane: Plane, decoder: Decoder, *, worker: str, stop: threading.Event) -> None:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._folder = config.run_dir / "weights"
         self._writing: dict[str, _Writing] = {}

@@ -113,8 +113,9 @@ class TeacherWorker:
                 rid = read_rid(values.get(b"rid"))
                 seq = read_number(values.get(b"seq"), "chunks.seq", high=1 << 31)
             except MessageError as error:
-                self._plane.fail("", "chunks", str(error), max_attempts=1, shown=repr(values).encode(),
-                                 at=(stream, "teacher", entry))
+                self._plane.fail(
+                    "", "chunks", str(error), max_attempts=1, shown=repr(values).encode(), at=(stream, "teacher", entry)
+                )
                 metrics.dead_letters.labels("chunks").inc()
                 continue
             self._waiting.append(_Work(shard, entry, rid, seq))
@@ -132,9 +133,7 @@ class TeacherWorker:
 
     def _say_alive(self) -> None:
         metrics.busy_ratio.labels("teacher").set(self._busy.share)
-        self._plane.seen(
-            self._worker, role="teacher", tokens=self._scored_tokens, busy=f"{self._busy.share:.3f}"
-        )
+        self._plane.seen(self._worker, role="teacher", tokens=self._scored_tokens, busy=f"{self._busy.share:.3f}")
         live = self._plane.live(within_s=3 * self._config.liveness.heartbeat_s + 1)
         teachers = sorted(name for name, facts in live.items() if facts.get("role") == "teacher") or [self._worker]
         self._mine = [shard for shard in range(self._plane.shards) if rendezvous(shard, teachers) == self._worker]
@@ -216,7 +215,9 @@ class TeacherWorker:
             divergence = ScoreDivergence(
                 seq=one.work.seq,
                 divergence=coarse_reverse_kl(
-                    one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs,
+                    one.support.support_logprobs,
+                    scored.teacher_logprobs,
+                    one.support.tail_logprobs,
                     scored.tail_logprobs,
                 ),
             ).encode()

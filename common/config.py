@@ -324,9 +324,11 @@ def _explain(problem: Any) -> str:
     if kind == "missing":
         return f"{where}: missing; this key has no default"
     if kind == "value_error":
-        return f"{where}: {str(problem['msg']).removeprefix('Value error, ')}" if problem["loc"] else str(
-            problem["msg"]
-        ).removeprefix("Value error, ")
+        return (
+            f"{where}: {str(problem['msg']).removeprefix('Value error, ')}"
+            if problem["loc"]
+            else str(problem["msg"]).removeprefix("Value error, ")
+        )
     return f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
 
 

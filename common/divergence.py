@@ -44,4 +44,5 @@ def coarse_reverse_kl(
     # Both sum to one only up to rounding. p log(p/q) - p + q is never negative term by term and adds up to the same
     # where they do, so a sharp case cannot come out at -1e-8.
     terms = p * (log_p - log_q) - p + q
-    return np.maximum(terms, 0.0).sum(axis=1).astype(np.float32)
+    divergence: Floats = np.maximum(terms, 0.0).sum(axis=1).astype(np.float32)
+    return divergence

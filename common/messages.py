@@ -7,6 +7,7 @@ from 0 to 2^31 - 1. Anything else is `MessageError`, and nothing else is ever ra
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -112,7 +113,7 @@ def _coerce(value: Any, annotation: str, name: str) -> Any:
     wanted = {"int": int, "float": float, "str": str, "bytes": bytes, "bool": bool}[annotation]
     if type(value) is not wanted:
         raise MessageError(f"{name}: expected {annotation}, found {type(value).__name__}")
-    if wanted is float and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise MessageError(f"{name}: not finite")
     return value
 

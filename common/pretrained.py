@@ -45,8 +45,9 @@ def find_model(model: str, *, weights: bool = True) -> Path:
         if (folder / "config.json").is_file():
             return folder
         if folder.is_dir():
-            raise ModelError(f"{model}: the folder {folder} has no config.json; a model's folder is what "
-                             f"save_pretrained writes")
+            raise ModelError(
+                f"{model}: the folder {folder} has no config.json; a model's folder is what save_pretrained writes"
+            )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and needed by hub ids alone
@@ -127,8 +128,9 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     stop_ids = tuple(dict.fromkeys([*student.stop_ids, *teacher.stop_ids]))
     for who, facts in (("student", student), ("teacher", teacher)):
         if facts.vocab_size < ids:
-            raise ModelError(f"{who} {facts.folder}: its logits are {facts.vocab_size} wide, the tokenizer has "
-                             f"{ids} ids")
+            raise ModelError(
+                f"{who} {facts.folder}: its logits are {facts.vocab_size} wide, the tokenizer has {ids} ids"
+            )
         longest = facts.max_position_embeddings
         if longest is not None and longest < config.max_length:
             raise ModelError(

@@ -87,8 +87,9 @@ def _source(name: str) -> str:
 
 
 _SCRIPTS = (
-    "admit take beat release chunk count score verdict settle book fail publish advance lease"
-).split()
+    *("admit", "take", "beat", "release", "chunk", "count", "score", "verdict"),
+    *("settle", "book", "fail", "publish", "advance", "lease"),
+)
 
 
 def connect(url: str, *, password_file: str | None = None, read_block_s: float = 2.0) -> redis.Redis:
@@ -125,7 +126,7 @@ class Plane:
         claim_pause_s: float,
         stop: threading.Event | None = None,
     ) -> None:
-        self.client = client
+        self.client: Any = client  # redis-py types every answer as any of several, str and bytes alike
         self.prefix = f"katana:{{{run_key}}}:"
         self.run_key = run_key
         self.shards = shards
@@ -292,9 +293,7 @@ class Plane:
     ) -> bool:
         """Report a rollout or notice that could not be read; True when it was given up. `at`: stream, group, entry."""
         stream, group, entry = at or ("", "", b"")
-        reply = self.call(
-            "fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry
-        )
+        reply = self.call("fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry)
         return bool(reply[0] == b"dead")
 
     # --- policy, workers ---------------------------------------------------------------------------------------
@@ -386,9 +385,7 @@ class Lease:
             self._plane.call("lease", self._role, self.token, self._ms, "drop")
 
 
-def open_plane(
-    config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None
-) -> Plane:
+def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None) -> Plane:
     return Plane(
         client,
         run_key,
@@ -399,7 +396,7 @@ def open_plane(
     )
 
 
-def create_run(client: redis.Redis, config: Config, run_key: str) -> None:
+def create_run(client: Any, config: Config, run_key: str) -> None:
     """Make a run known: config, state and groups. Does nothing to a run that exists."""
     plane = open_plane(config, client, run_key)
     if client.get(plane.key("run")) is None:
@@ -409,7 +406,7 @@ def create_run(client: redis.Redis, config: Config, run_key: str) -> None:
     client.hset(RUNS, config.name, run_key)
 
 
-def current_run(client: redis.Redis, name: str) -> str | None:
+def current_run(client: Any, name: str) -> str | None:
     value = client.hget(RUNS, name)
     return value.decode() if isinstance(value, bytes) else None
 

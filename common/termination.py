@@ -74,9 +74,7 @@ class FixedLength:
 class Kat:
     """Policy `kat`, streaming. `threshold` None: inactive, window minima are recorded and nothing fires."""
 
-    def __init__(
-        self, *, window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None
-    ) -> None:
+    def __init__(self, *, window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None) -> None:
         if window < 1 or patience < 1 or stride < 1 or grace_tokens < 0:
             raise ValueError(
                 f"window {window}, patience {patience} and stride {stride} must be at least 1, "
@@ -147,9 +145,7 @@ def kat_verdict(
     values = np.asarray(divergence, dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError("divergence: expected one dimension of finite numbers")
-    detector = Kat(
-        window=window, patience=patience, stride=stride, grace_tokens=grace_tokens, threshold=threshold
-    )
+    detector = Kat(window=window, patience=patience, stride=stride, grace_tokens=grace_tokens, threshold=threshold)
     cut = detector.feed(values)
     return (None, None, detector.min_window) if cut is None else (cut.trigger, cut.keep, detector.min_window)
 

@@ -40,6 +40,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, then give it its name."""
     draft = path.with_name(path.name + ".tmp")
     write(draft)
+    # safetensors makes files that only their owner can read; a run's folder is read by every host and user of the run.
+    draft.chmod(0o666 & ~_umask())
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(draft, path)
@@ -48,6 +50,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
 
 
 def publish(folder: Path, version: int, write: Callable[[Path], None]) -> WeightsRef:

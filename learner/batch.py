@@ -59,9 +59,7 @@ class Trajectory:
         if not len(self.prompt):  # on its last token stand the logits of the first kept one
             raise ValueError(f"trajectory {self.rid}: prompt is empty")
         if not len(self.tokens):
-            raise ValueError(
-                f"trajectory {self.rid}: tokens is empty; such a rollout is dropped, not trained on"
-            )
+            raise ValueError(f"trajectory {self.rid}: tokens is empty; such a rollout is dropped, not trained on")
         n = len(self.tokens)
         self._check("support_ids", np.int32, n, None)
         self._check("teacher_logprobs", np.float32, n, self.support_ids.shape[1] + 1)
@@ -81,9 +79,7 @@ class Trajectory:
         )
         if array.dtype != dtype or not fits:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(
-                f"{where} is {array.dtype}{list(array.shape)}, expected {dtype.__name__}[{wanted}]"
-            )
+            raise ValueError(f"{where} is {array.dtype}{list(array.shape)}, expected {dtype.__name__}[{wanted}]")
         if not np.isfinite(array).all():
             first = np.argwhere(~np.isfinite(array))[0].tolist()
             raise ValueError(f"{where} is not finite at {first}")
@@ -187,9 +183,7 @@ def _check_alike(trajectories: Sequence[Trajectory]) -> None:
                 f"trajectory {first.rid}: of {first.support_ids.shape[1]}"
             )
         if (trajectory.teacher_tail is None) != (first.teacher_tail is None):
-            raise ValueError(
-                f"one of trajectories {trajectory.rid} and {first.rid} has a tail, the other none"
-            )
+            raise ValueError(f"one of trajectories {trajectory.rid} and {first.rid} has a tail, the other none")
 
 
 def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[float]) -> MicroBatch:

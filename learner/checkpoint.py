@@ -194,9 +194,7 @@ def _packed_optimizer(
     """
     groups = _group_names(model, optimizer)
     if groups != [list(group["names"]) for group in state.optimizer_groups]:
-        raise ValueError(
-            "optimizer: the checkpoint's parameter groups hold other parameters, or in another order"
-        )
+        raise ValueError("optimizer: the checkpoint's parameter groups hold other parameters, or in another order")
     parameters = dict(model.named_parameters())
     position = {name: index for index, name in enumerate(name for names in groups for name in names)}
     packed: dict[int, dict[str, Tensor]] = {}
@@ -360,9 +358,7 @@ def load_newest(folder: Path) -> CheckpointState | None:
         except TornCheckpointError as error:
             logger.warning("torn checkpoint passed over: %s", error)
     if paths:
-        raise TornCheckpointError(
-            f"{folder}: all {len(paths)} checkpoints are torn, the newest is {paths[0].name}"
-        )
+        raise TornCheckpointError(f"{folder}: all {len(paths)} checkpoints are torn, the newest is {paths[0].name}")
     return None
 
 
@@ -414,9 +410,7 @@ def _verify(path: Path) -> None:
             raise TornCheckpointError(f"{path / name} is {found}, the manifest says {files.get(name)}")
 
 
-def _state_from_json(
-    fields: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]
-) -> CheckpointState:
+def _state_from_json(fields: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> CheckpointState:
     return CheckpointState(
         step=int(fields["step"]),
         policy_version=int(fields["policy_version"]),

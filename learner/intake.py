@@ -40,9 +40,7 @@ class Received:
 class Intake:
     """Reads `trajectories`; what is stale at the moment it would be used is dropped and said."""
 
-    def __init__(
-        self, plane: Plane, lease: Lease, *, max_staleness: int, max_attempts: int, vocab_size: int
-    ) -> None:
+    def __init__(self, plane: Plane, lease: Lease, *, max_staleness: int, max_attempts: int, vocab_size: int) -> None:
         self._plane, self._lease = plane, lease
         self._max_staleness, self._max_attempts, self._vocab_size = max_staleness, max_attempts, vocab_size
         self._waiting: deque[Received] = deque()
@@ -74,9 +72,7 @@ class Intake:
         return [self._waiting.popleft() for _ in range(size)]
 
     def _drop_stale(self, version: int) -> None:
-        stale = [
-            one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness
-        ]
+        stale = [one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness]
         if not stale:
             return
         self._waiting = deque(
@@ -132,17 +128,16 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
     """The kept part of a rollout's hash. Raises MessageError when the record does not hold what its verdict says."""
     head = RolloutHead.decode(record.get(b"head", b""))
     verdict = Verdict.decode(record.get(b"verdict", b""))
-    chunks, supports, teachers = [], [], []
+    chunks: list[ChunkTokens] = []
+    supports: list[ChunkSupport] = []
+    teachers: list[ScoreSupport] = []
     read = 0
     while read < verdict.train:
         seq = len(chunks)
         chunk = ChunkTokens.decode(record.get(b"t:%d" % seq, b""))
         support = ChunkSupport.decode(record.get(b"p:%d" % seq, b""))
         teacher = ScoreSupport.decode(record.get(b"q:%d" % seq, b""))
-        if (
-            not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs)
-            or chunk.start != read
-        ):
+        if not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs) or chunk.start != read:
             raise MessageError(f"chunk {seq}: its parts do not fit each other")
         chunks.append(chunk)
         supports.append(support)
@@ -165,9 +160,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             support_ids=ids,
             teacher_logprobs=np.concatenate([teacher.teacher_logprobs for teacher in teachers])[:keep],
             teacher_tail=(
-                None
-                if tails[0] is None
-                else np.concatenate([tail for tail in tails if tail is not None])[:keep]
+                None if tails[0] is None else np.concatenate([tail for tail in tails if tail is not None])[:keep]
             ),
             teacher_sampled=np.concatenate([teacher.sampled_logprobs for teacher in teachers])[:keep],
             rollout_logprobs=np.concatenate([support.rollout_logprobs for support in supports])[:keep],

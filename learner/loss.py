@@ -75,9 +75,7 @@ def log_outcomes(logits: Tensor, stop_ids: Sequence[int], vocab_size: int) -> Te
     return logprobs.index_fill(1, ids, -torch.inf).index_copy_(1, ids[:1], stop)
 
 
-def on_support(
-    outcomes: Tensor, support_ids: Tensor, stop_id: int, *, has_tail: bool
-) -> tuple[Tensor, Tensor | None]:
+def on_support(outcomes: Tensor, support_ids: Tensor, stop_id: int, *, has_tail: bool) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities [N, K+1] of STOP (column 0) and support, and the tail's [N] or None.
 
     outcomes: [N, V] from `log_outcomes`; support_ids: int64 [N, K], distinct in a row, no stop id among them;

@@ -144,10 +144,7 @@ class Learner:
         else:
             self._lease.advance("step", self.step_count)
         self._write_line(batch, staleness, loss, norm, rate, seen, time.monotonic() - began)
-        if (
-            self.step_count % self._config.checkpoints.every_steps == 0
-            or self.step_count == settings.max_steps
-        ):
+        if self.step_count % self._config.checkpoints.every_steps == 0 or self.step_count == settings.max_steps:
             self.checkpoint()
 
     def _backward(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
@@ -195,6 +192,7 @@ class Learner:
         now = time.monotonic()
         idle, self._idle_s = self._idle_s, 0.0
         whole, self._working_since = now - self._working_since, now
+        idle_ratio = idle / max(whole, 1e-9)
         line = {
             "step": self.step_count,
             "policy_version": self.version,
@@ -214,7 +212,7 @@ class Learner:
             "staleness_max": max(staleness),
             "stale_dropped": dict(self._intake.dropped),
             "step_s": step_s,
-            "idle_ratio": idle / max(whole, 1e-9),
+            "idle_ratio": idle_ratio,
             "unix_s": time.time(),
         }
         with self._log_file.open("a") as file:
@@ -222,7 +220,7 @@ class Learner:
         metrics.learner_steps.inc()
         metrics.learner_loss.set(loss)
         metrics.learner_step_seconds.observe(step_s)
-        metrics.learner_idle.set(line["idle_ratio"])
+        metrics.learner_idle.set(idle_ratio)
 
     # --- weights and checkpoints -------------------------------------------------------------------------------
 

@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="everything on this machine, until the run is done")
     _config_arguments(run)
-    run.add_argument("--resume", action="store_true", help="go on in the run's folder (see README: which keys may change)")
+    run.add_argument(
+        "--resume", action="store_true", help="go on in the run's folder (the README says which keys may change)"
+    )
     run.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
 
     about = {
@@ -65,8 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--seed", type=int, default=0)
 
     bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
-    bench.add_argument("what", choices=("engine", "loop"), help="engine: decode tokens/s against a bare forward loop; "
-                       "loop: tokens/s of the whole and each role's busy share")
+    bench.add_argument(
+        "what",
+        choices=("engine", "loop"),
+        help="engine: decode tokens/s against a bare forward loop; "
+        "loop: tokens/s of the whole and each role's busy share",
+    )
     bench.add_argument("config", type=Path, nargs="?", default=Path("ops/experiments/demo.yaml"))
     bench.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     bench.add_argument("--repeats", type=_positive, default=5)
@@ -82,9 +88,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, for example ops/experiments/demo.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides",
-                        help="override a key; may be given again")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a YAML file, for example ops/experiments/demo.yaml"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="overrides",
+        help="override a key; may be given again",
+    )
     parser.add_argument("--name", help="name of the run and of its folder")
 
 
@@ -178,8 +192,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from ops import bench
 
     config = _load(arguments)
-    result = bench.engine(config, arguments.repeats) if arguments.what == "engine" else bench.loop(
-        config, arguments.repeats
+    result = (
+        bench.engine(config, arguments.repeats) if arguments.what == "engine" else bench.loop(config, arguments.repeats)
     )
     print(json.dumps(result, indent=2))
     return 0

@@ -54,8 +54,14 @@ class Scores:
     def line(self) -> dict[str, Any]:
         """As it stands in eval.jsonl and summary.json."""
         fields = asdict(self)
-        return {"k": self.k, "n": self.n, "avg@k": fields["avg_at_k"], "pass@k": fields["pass_at_k"],
-                "mean_length": self.mean_length, "eos_rate": self.eos_rate}
+        return {
+            "k": self.k,
+            "n": self.n,
+            "avg@k": fields["avg_at_k"],
+            "pass@k": fields["pass_at_k"],
+            "mean_length": self.mean_length,
+            "eos_rate": self.eos_rate,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,12 +91,15 @@ class LocalRun:
             return failure.code
         self._note_wall(began)
         if self._interrupts:
-            print("stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
-                  file=sys.stderr)
+            print(
+                "stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
+                file=sys.stderr,
+            )
             self._stop_children(self._children)
             print(f"stopped. Go on with: katana run {self._folder}/config.yaml --resume", file=sys.stderr)
             return EXIT_INTERRUPTED
         self._stop_children(self._children)
+        write_json(self._folder / "busy.json", progress.busy_shares())
         summary = write_summary(self._folder)
         write_report(self._folder)
         progress.finish(summary)
@@ -153,8 +156,9 @@ class LocalRun:
                 continue
             recent = [moment for moment in child.started if moment > time.monotonic() - 60]
             if code == EXIT_BAD_INPUT or len(recent) > _RESTARTS:
-                raise ChildFailed(f"{child.name} failed: {self._last_words(child)}",
-                                  code if code == EXIT_BAD_INPUT else EXIT_FAILED)
+                raise ChildFailed(
+                    f"{child.name} failed: {self._last_words(child)}", code if code == EXIT_BAD_INPUT else EXIT_FAILED
+                )
             log.warning("%s ended with %d; started again", child.name, code)
             self._start(child)
 

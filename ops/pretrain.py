@@ -149,7 +149,7 @@ def build_model(recipe: Recipe, context_tokens: int) -> Qwen3ForCausalLM:
         num_key_value_heads=recipe.heads,
         head_dim=recipe.hidden_size // recipe.heads,
         max_position_embeddings=context_tokens,
-        # The usual 0.02 is for widths in the thousands; at a width of 100 it starts learning late.
+        # The usual 0.02 is meant for widths in the thousands; 1 / sqrt(width) would be 0.1 here.
         initializer_range=0.06,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -302,10 +302,7 @@ def sample(model: Qwen3ForCausalLM, prompts: list[str], *, limit: int, seed: int
     torch.manual_seed(seed)
     longest = max(map(len, prompts))
     ids = torch.tensor(
-        [
-            [VOCABULARY[PAD]] * (longest - len(prompt)) + [VOCABULARY[token] for token in prompt]
-            for prompt in prompts
-        ]
+        [[VOCABULARY[PAD]] * (longest - len(prompt)) + [VOCABULARY[token] for token in prompt] for prompt in prompts]
     )
     written = model.generate(  # type: ignore[misc]
         input_ids=ids, attention_mask=(ids != VOCABULARY[PAD]).long(), max_new_tokens=limit, do_sample=True
@@ -372,9 +369,7 @@ def pretrain(
         torch.set_num_threads(threads)
 
 
-def _make(
-    folder: Path, role: Role, settings: PretrainSettings, seed: int, log: Callable[[str], None]
-) -> None:
+def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: Callable[[str], None]) -> None:
     recipe = settings.teacher if role == "teacher" else settings.student
     started = time.monotonic()
     torch.manual_seed(seed)
@@ -394,9 +389,7 @@ def _make(
         "train_s": round(train_s),
         "measured": measured,
         "recipe": asdict(recipe),
-        "settings": {
-            name: value for name, value in asdict(settings).items() if name not in ("teacher", "student")
-        },
+        "settings": {name: value for name, value in asdict(settings).items() if name not in ("teacher", "student")},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -417,13 +410,14 @@ def _card(role: Role, record: dict[str, Any]) -> str:
     )
     return f"""# {role}
 
-{purpose} A Qwen3 model of {record["parameters"]:,} parameters over single characters, made by
+{purpose}
+
+A Qwen3 model of {record["parameters"]:,} parameters over single characters, made by
 
     {record["command"]}
 
-in {record["train_s"]} s on one core (torch {record["versions"]["torch"]}, transformers
-{record["versions"]["transformers"]}). Settings are in `pretrain.json`. On held-out problems, sampled at
-temperature 1:
+in {record["train_s"]} s on one core; the settings and the versions of the packages are in `pretrain.json`. On held-out
+problems, sampled at temperature 1:
 
 | figure | value |
 | --- | --- |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -17,21 +18,22 @@ from rich.table import Table
 
 from common.config import Config
 from common.streams import Plane
-from ops.summary import length_saving
+from ops.summary import ARMS, length_saving
 
 
 class _Tail:
     """New whole lines of a growing JSON-lines file."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._place = path, 0
+        self._path, self._place, self._inode = path, 0, -1
 
     def read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
-            if file.seek(0, 2) < self._place:  # cut back to a checkpoint
-                self._place = 0
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:  # another file took its place: cut back to a checkpoint
+                self._place, self._inode = 0, inode
             file.seek(self._place)
             data = file.read()
         end = data.rfind(b"\n") + 1
@@ -52,6 +54,8 @@ class Progress:
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
         self._facts: dict[str, Any] = {}
+        self._busy: dict[str, list[float]] = {}
+        self._idle: list[float] = []
         self._console = Console()
         self._live = Live(self._table(), console=self._console, refresh_per_second=4) if sys.stdout.isatty() else None
         self._update_at = 0.0
@@ -65,7 +69,9 @@ class Progress:
             self._say(f"run {self._config.name} in {self._config.run_dir}: starting")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.update(self._table())
             self._live.stop()
@@ -76,10 +82,10 @@ class Progress:
         if now < self._update_at:
             return
         self._update_at = now + 0.5
-        for self._step in self._steps.read() or [self._step]:
-            pass
-        for self._eval in self._evals.read() or [self._eval]:
-            pass
+        steps = self._steps.read()
+        self._idle += [step["idle_ratio"] for step in steps]
+        self._step = [self._step, *steps][-1]
+        self._eval = [self._eval, *self._evals.read()][-1]
         for line in self._lines.read():
             self._booked.append(line)
             self._recent[line["arm"]].append(line["tokens_generated"])
@@ -99,10 +105,19 @@ class Progress:
         self._facts["buffer"] = client.llen(key("minima"))
         live = self._plane.live(within_s=10.0)
         self._facts["workers"] = live
+        for facts in live.values():
+            self._busy.setdefault(facts.get("role", "?"), []).append(float(facts.get("busy", 0)))
         tokens = sum(int(facts.get("tokens", 0)) for facts in live.values() if facts.get("role") == "rollout")
         if not self._written or tokens != self._written[-1][1]:
             self._written.append((time.monotonic(), tokens))
         self._facts.pop("redis", None)
+
+    def busy_shares(self) -> dict[str, float]:
+        """Mean busy share by role over the run so far: who is the bottleneck."""
+        shares = {role: sum(seen) / len(seen) for role, seen in self._busy.items()}
+        if self._idle:
+            shares["learner"] = 1 - sum(self._idle) / len(self._idle)
+        return shares
 
     # --- figures -----------------------------------------------------------------------------------------------
 
@@ -122,16 +137,21 @@ class Progress:
         )
         threshold = self._facts.get("threshold")
         rate = self._rate()
-        roles = [f"{facts.get('role')} {float(facts.get('busy', 0)):.0%}" for facts in self._facts.get("workers", {}).values()]
-        evaluated = self._eval and f"{self._eval['avg@k']:.3f} / {self._eval['pass@k']:.3f} at step {self._eval['step']}"
+        workers = self._facts.get("workers", {}).values()
+        roles = [f"{facts.get('role')} {float(facts.get('busy', 0)):.0%}" for facts in workers]
+        last = self._eval
+        evaluated = last and f"{last['avg@k']:.3f} / {last['pass@k']:.3f} at step {last['step']}"
         return {
             "step": f"{self._step.get('step', 0)} / {self._config.learner.max_steps}",
             "loss": _number(self._step.get("loss"), ".4f"),
-            "length treated / control": f"{_number(means['treated'], '.0f')} / {_number(means['control'], '.0f')} tokens",
+            "length treated / control": "{} / {} tokens".format(*(_number(means[arm], ".0f") for arm in ARMS)),
             "saving": interval,
-            "threshold": f"{threshold:.2e} nats" if threshold is not None else (
+            "threshold": f"{threshold:.2e} nats"
+            if threshold is not None
+            else (
                 f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
-                if self._config.termination.policy == "kat" else "–"
+                if self._config.termination.policy == "kat"
+                else "–"
             ),
             "lag": f"{_number(self._step.get('staleness_mean'), '.2f')} versions",
             "written": f"{_number(rate, '.0f')} tokens/s",
@@ -177,7 +197,8 @@ def describe(summary: dict[str, Any], config: Config) -> str:
     """A summary as text."""
     saving, ledger = summary["length_saving"], summary["ledger"]
     lines = [
-        f"{summary['steps']} steps in {_number(summary['wall_s'], '.0f')} s, policy version {summary['policy_version']}",
+        f"{summary['steps']} steps in {_number(summary['wall_s'], '.0f')} s, "
+        f"policy version {summary['policy_version']}",
     ]
     for line in summary["eval"]:
         lines.append(

@@ -59,8 +59,9 @@ def reach(config: Config) -> redis.Redis:
     try:
         client = connect(config.redis.url, password_file=config.redis.password_file)
     except (ValueError, OSError, IndexError) as error:
-        raise ConfigError(f"redis.url {config.redis.url!r}, password_file {config.redis.password_file!r}: "
-                          f"{error}") from error
+        raise ConfigError(
+            f"redis.url {config.redis.url!r}, password_file {config.redis.password_file!r}: {error}"
+        ) from error
     deadline = time.monotonic() + min(10.0, config.liveness.redis_wait_s)
     while True:
         try:
@@ -155,7 +156,17 @@ def _run_celery_worker(role: str, config: Config) -> int:
 
     celery: Any = app
     celery.worker_main(
-        ["worker", "-Q", role, "-n", f"{role}-{os.getpid()}@%h", "--loglevel", "INFO", "--without-gossip",
-         "--without-mingle", "--without-heartbeat"]
+        [
+            "worker",
+            "-Q",
+            role,
+            "-n",
+            f"{role}-{os.getpid()}@%h",
+            "--loglevel",
+            "INFO",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
     )
     return 0

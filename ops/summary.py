@@ -37,7 +37,8 @@ def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: i
     usable = [
         line
         for line in lines
-        if line["active"] and not (line["ending"] == "dropped" and line["reason"] in _UNFINISHED)
+        if line["active"]
+        and not (line["ending"] == "dropped" and line["reason"] in _UNFINISHED)
         and line["ending"] != "dead"
     ]
     if {line["arm"] for line in usable} != set(ARMS):

@@ -1,6 +1,6 @@
 -- arbiter. lease token, rid, encoded verdict ('' when there is none to give: only acknowledge), tokens to train,
 -- stop (1: signal the writer), window minimum for the buffer ('' : none), buffer size, threshold from now on,
--- then the rollout's pending score entries -> ok | duplicate | gone | lost
+-- then the rollout's pending score entries -> ok | duplicate | absent (the rollout was booked and taken off) | lost
 -- A rollout has exactly one verdict; with it everything that waited for it is taken off.
 local token, rid, verdict, train = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local stop, minimum, size, threshold = ARGV[6], ARGV[7], tonumber(ARGV[8]), ARGV[9]
@@ -8,7 +8,7 @@ if not holds_lease('arbiter', token) then return {'lost'} end
 for i = 10, #ARGV do finish_entry('scores', 'arbiter', ARGV[i]) end
 local h = rollout(rid)
 local state = redis.call('HMGET', h, 'head', 'verdict', 'entry', 'worker')
-if not state[1] then return {'gone'} end
+if not state[1] then return {'absent'} end
 if state[2] or verdict == '' then return {'duplicate'} end
 finish_entry('prompts', 'rollout', state[3])
 redis.call('HSET', h, 'verdict', verdict)

@@ -123,9 +123,7 @@ class Arithmetic:
         prompt = str(value)
         count = rng.randint(self.min_numbers, self.max_numbers)
         for number in rng.sample(range(1, self.max_value + 1), count - 1):
-            fitting = [
-                change for change in (number, -number) if SMALLEST_RESULT <= value + change <= LARGEST_RESULT
-            ]
+            fitting = [change for change in (number, -number) if SMALLEST_RESULT <= value + change <= LARGEST_RESULT]
             change = rng.choice(fitting)
             prompt += f"{change:+d}"
             value += change

@@ -505,6 +505,17 @@ def test_a_position_beyond_the_capacity_is_refused(student: PreTrainedModel) -> 
         slots.forward(np.array([0]), np.zeros((1, 3), np.int64), np.array([6]), np.array([3]), [0])
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [1, 2], [3, 1], [2]])
+def test_rows_are_the_ones_named_in_the_order_named(student: PreTrainedModel, order: list[int]) -> None:
+    slots = SlotModel(student, slots=4, capacity=8)
+    rows, texts = np.array(order), np.stack([prompt_of(6, seed) for seed in range(4)]).astype(np.int64)
+    one = np.ones(len(rows), dtype=np.int64)
+    slots.forward(None, texts[:, :5], np.zeros(4, np.int64), np.full(4, 5), [])
+    got = slots.forward(rows, texts[rows, 5:], 5 * one, one, [0])[:, 0]
+    expected = student(input_ids=torch.from_numpy(texts[rows]), use_cache=False).logits[:, -1]
+    close(got.numpy(), expected.detach().numpy())
+
+
 def test_padding_and_idle_rows_leave_the_cache_alone(student: PreTrainedModel) -> None:
     slots = SlotModel(student, slots=3, capacity=8)
     ids = prompt_of(8).astype(np.int64)

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from learner.batch import MicroBatch, Trajectory, micro_batches, token_weights
 
 
-def trajectory(
-    rid: str, prompt: list[int], tokens: list[int], *, support: int = 2, tail: bool = True
-) -> Trajectory:
+def trajectory(rid: str, prompt: list[int], tokens: list[int], *, support: int = 2, tail: bool = True) -> Trajectory:
     """A trajectory whose every number tells its field, its rollout's first prompt token and its position."""
     n = len(tokens)
     mark = (prompt[0] + np.arange(n) / 100).astype(np.float32)

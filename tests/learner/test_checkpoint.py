@@ -381,21 +381,15 @@ def test_unparsable_though_its_digest_agrees(
         load(path)
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", '{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": 3}']
-)
-def test_a_manifest_that_names_nothing(
-    tmp_path: Path, states: dict[int, CheckpointState], content: str
-) -> None:
+@pytest.mark.parametrize("content", ["[]", '{"format": 1}', '{"format": 1, "files": {}}', '{"format": 1, "files": 3}'])
+def test_a_manifest_that_names_nothing(tmp_path: Path, states: dict[int, CheckpointState], content: str) -> None:
     path = save(tmp_path, states[2], keep=1)
     (path / "manifest.json").write_text(content)
     with pytest.raises(TornCheckpointError, match="manifest"):
         load(path)
 
 
-def test_all_torn_is_an_error_and_no_new_beginning(
-    tmp_path: Path, states: dict[int, CheckpointState]
-) -> None:
+def test_all_torn_is_an_error_and_no_new_beginning(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
     for step in (1, 2):
         path = save(tmp_path, states[step], keep=2)
         (path / "model.safetensors").unlink()

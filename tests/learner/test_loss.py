@@ -62,9 +62,7 @@ def slow_full_kl(student: Tensor, teacher: Tensor, stops: list[int], vocab: int)
     return (p.exp() * (p - q)).sum()
 
 
-def slow_coarse_kl(
-    student: Tensor, teacher: Tensor, support: list[int], stops: list[int], vocab: int
-) -> Tensor:
+def slow_coarse_kl(student: Tensor, teacher: Tensor, support: list[int], stops: list[int], vocab: int) -> Tensor:
     """Reverse KL of one row between STOP, `support` and one bucket of all else, in float64."""
     labels, p = slow_outcomes(student, stops, vocab)
     _, q = slow_outcomes(teacher, stops, vocab)
@@ -172,9 +170,7 @@ def test_reverse_kl_by_hand() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 2**20), scale=st.sampled_from([0.01, 0.3, 1.0, 5.0, 30.0, 100.0]), k=st.integers(0, 9)
-)
+@given(seed=st.integers(0, 2**20), scale=st.sampled_from([0.01, 0.3, 1.0, 5.0, 30.0, 100.0]), k=st.integers(0, 9))
 def test_between_nothing_and_the_full_vocabulary(seed: int, scale: float, k: int) -> None:
     """Reverse KL with tail and STOP event: >= 0, <= the full-vocabulary value, equal to it without tail."""
     student, teacher = random_case(seed, scale)
@@ -184,9 +180,7 @@ def test_between_nothing_and_the_full_vocabulary(seed: int, scale: float, k: int
     for row, value in enumerate(values.tolist()):
         full = slow_full_kl(student[row], teacher[row], STOPS, VOCAB).item()
         coarse = slow_coarse_kl(student[row], teacher[row], support[row].tolist(), STOPS, VOCAB).item()
-        room = (
-            2e-6 * (1.0 + scale) * max(1e-3, min(1.0, full)) + 1e-5 * full
-        )  # rounding of logits of this size
+        room = 2e-6 * (1.0 + scale) * max(1e-3, min(1.0, full)) + 1e-5 * full  # rounding of logits of this size
         assert value >= 0.0
         assert value <= full + room
         assert value == pytest.approx(coarse, abs=room)
@@ -202,10 +196,7 @@ def test_small_divergences_are_exact_in_float32() -> None:
     support = top_support(student, 4, STOPS, VOCAB)
     values = coarse_kl(student, teacher, support, STOPS, VOCAB)
     exact = torch.stack(
-        [
-            slow_coarse_kl(s, t, row.tolist(), STOPS, VOCAB)
-            for s, t, row in zip(student, teacher, support, strict=True)
-        ]
+        [slow_coarse_kl(s, t, row.tolist(), STOPS, VOCAB) for s, t, row in zip(student, teacher, support, strict=True)]
     )
     assert exact.median() < 3e-6
     torch.testing.assert_close(values.double(), exact, rtol=2e-2, atol=1e-10)
@@ -431,9 +422,7 @@ def batch_gradient(model: Any, micros: list[MicroBatch], mode: Any) -> tuple[flo
     model.zero_grad()
     total = 0.0
     for micro in micros:
-        losses = token_losses(
-            mode, log_outcomes(kept_logits(model, micro), STOPS, VOCAB), micro, stop_ids=STOPS
-        )
+        losses = token_losses(mode, log_outcomes(kept_logits(model, micro), STOPS, VOCAB), micro, stop_ids=STOPS)
         loss = (micro.weights * losses).sum()
         loss.backward()
         total += loss.item()

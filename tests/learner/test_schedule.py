@@ -35,9 +35,7 @@ def test_the_base_scales_everything() -> None:
 
 
 def test_constant_by_hand() -> None:
-    rates = [
-        learning_rate(s, base=3.0, schedule="constant", warmup_steps=3, max_steps=5) for s in (0, 1, 2, 3, 99)
-    ]
+    rates = [learning_rate(s, base=3.0, schedule="constant", warmup_steps=3, max_steps=5) for s in (0, 1, 2, 3, 99)]
     assert rates == pytest.approx([1.0, 2.0, 3.0, 3.0, 3.0])
 
 

@@ -31,10 +31,7 @@ def test_a_problem_depends_on_index_split_and_seed_alone() -> None:
 
 
 def test_problems_are_the_same_in_another_process() -> None:
-    code = (
-        "from ops.tasks.arithmetic import Arithmetic\n"
-        "print(Arithmetic().problem(7, split='eval', seed=1).prompt)"
-    )
+    code = "from ops.tasks.arithmetic import Arithmetic\nprint(Arithmetic().problem(7, split='eval', seed=1).prompt)"
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     assert printed.stdout.strip() == TASK.problem(7, split="eval", seed=1).prompt

@@ -97,9 +97,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_folders_load(tmp_path: Pat
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
-@pytest.mark.parametrize(
-    ("role", "fewest", "most"), [("teacher", 350_000, 450_000), ("student", 120_000, 180_000)]
-)
+@pytest.mark.parametrize(("role", "fewest", "most"), [("teacher", 350_000, 450_000), ("student", 120_000, 180_000)])
 def test_a_shipped_folder_loads_and_has_the_size_it_claims(role: str, fewest: int, most: int) -> None:
     model = Qwen3ForCausalLM.from_pretrained(SHIPPED / role)
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED / role)

@@ -1,0 +1,50 @@
+# Every command is written once, here: CI and pre-commit call these targets.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: setup demo test test-fast test-only lint format types bench pretrain clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Katana needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The main job: embedded Redis, shipped models. A former run moves to runs/demo.1, runs/demo.2 …
+demo: setup
+	$(BIN)/katana run ops/experiments/demo.yaml --fresh
+
+test: lint types test-only
+
+test-only: setup
+	$(RUN_ENV) $(BIN)/python -m pytest
+
+# What needs no processes and no training, in under two minutes.
+test-fast: setup
+	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+# Figures for BENCHMARKS.md; nothing else should run meanwhile.
+bench: setup
+	$(RUN_ENV) $(BIN)/katana bench engine
+	$(RUN_ENV) $(BIN)/katana bench loop --repeats 3
+
+# Makes the shipped models again: minutes on one core.
+pretrain: setup
+	$(RUN_ENV) $(BIN)/katana pretrain --out ops/models
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

