@@ -230,9 +230,7 @@ class Decoder:
         it."""
         log_probs = log_outcomes(logits, self._stops, self._vocab_size)
         outcome, sampled = sample(log_probs, draws, self._temperature, self._top_p)
-        ids, support, tail = student_support(
-            log_probs, self._stop_ids[0], self._top_k, stop_count=len(self._stop_ids)
-        )
+        ids, support, tail = student_support(log_probs, self._stop_ids[0], self._top_k, stop_count=len(self._stop_ids))
         drawn = outcome[:, None]
         numbers = torch.cat(
             [

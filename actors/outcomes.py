@@ -131,15 +131,11 @@ def sample(log_outcomes: Tensor, uniforms: Tensor, temperature: float, top_p: fl
 def _invert(cdf: Tensor, uniforms: Tensor) -> Tensor:
     """The first column of `cdf` float64 [N, V] beyond `uniforms` [N] of its total: int64 [N].
 
-    Strictly beyond, so a column without mass is never met; and the target stays below the total, which
-    rounding could otherwise reach.
+    Strictly beyond, so a column without mass is never met. No float64 below 1 times the total rounds up to the
+    total, so there is such a column.
     """
-    total = cdf[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniforms * total, below)
-    found = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
-    # Out of range only where the row is not a number: the caller sees that in the log-probability, not as a
-    # crash.
+    found = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    # Out of range only where the row is not a number: the caller sees that in the log-probability, not as a crash.
     return found.clamp_(max=cdf.shape[1] - 1)
 
 

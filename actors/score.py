@@ -229,13 +229,15 @@ class Scorer:
         return list(wave.values()), left
 
     def _settle(self, run: _Run) -> None:
-        """Give a run its slot, with all of its text; what the slot has forwarded of the same text stays."""
+        """Give a run its slot, with all of its text.
+
+        What the slot has forwarded of the same text stays, even if it was another rollout's: of one prompt, say.
+        """
         slot = self._slot.get(run.key)
         if slot is None:
             if not self._unused:
                 self.drop(next(iter(self._slot)))
             slot = self._slot[run.key] = self._unused.pop()
-            self._cached[slot] = 0
         shared = min(int(self._cached[slot]), len(run.text))
         differs = np.flatnonzero(self._text[slot, :shared] != run.text[:shared])
         common = int(differs[0]) if len(differs) else shared

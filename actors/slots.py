@@ -81,9 +81,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [rows, heads, T, head_dim] at `writes`; return `rows` up to `length`, [rows, heads, length,
         head_dim]."""
         if not self.is_initialized:

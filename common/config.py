@@ -109,7 +109,7 @@ class Loss(_Section):
 
 
 class Learner(_Section):
-    dtype: Dtype = Field("float32", description="Dtype of the trained parameters.")
+    dtype: Dtype = Field("float32", description="Dtype that the learner computes in; parameters and moments are float32.")
     device: str = Field("cpu", description="Device of the learner.")
     threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
     max_steps: int = Field(100, ge=1, description="Optimizer steps of the run.")

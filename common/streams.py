@@ -134,6 +134,8 @@ class Plane:
         self._wait_s, self._claim_pause_s = wait_s, claim_pause_s
         self._stop = stop or threading.Event()
         self._stalled_until = 0.0
+        self._last_read: dict[tuple[str, str], bytes] = {}  # (stream, consumer) -> id
+        self._unsure: set[tuple[str, str]] = set()  # read whose answer never came
         self._scripts = {name: client.register_script(_source(name)) for name in _SCRIPTS}
 
     def key(self, name: str) -> str:
@@ -201,8 +203,10 @@ class Plane:
         pipe = self.client.pipeline(transaction=False)
         for stream, group in pairs:
             pipe.xgroup_create(self.key(stream), group, id="0", mkstream=True)
-        for answer in pipe.execute(raise_on_error=False):
-            if isinstance(answer, Exception) and "BUSYGROUP" not in str(answer):
+        for (stream, _), answer in zip(pairs, pipe.execute(raise_on_error=False), strict=True):
+            if not isinstance(answer, Exception):
+                self._last_read = {place: entry for place, entry in self._last_read.items() if place[0] != stream}
+            elif "BUSYGROUP" not in str(answer):
                 raise answer
 
     def state(self) -> str | None:
@@ -213,22 +217,43 @@ class Plane:
         return zlib.crc32(rid.encode()) % self.shards
 
     def read(
-        self, group: str, consumer: str, streams: Sequence[str], *, count: int, block_s: float, pending: bool = False
+        self, group: str, consumer: str, streams: Sequence[str], *, count: int, block_s: float
     ) -> list[tuple[str, Entry]]:
-        """New entries (or, `pending`, those this consumer was given before) as (stream, (id, fields))."""
-        names = {self.key(stream): ("0" if pending else ">") for stream in streams}
+        """New entries as (stream, (id, fields)).
+
+        A read that Redis carried out and whose answer was lost has made its entries pending. They are behind the last
+        entry that this consumer did see, and come first.
+        """
 
         def once() -> Any:
             block = max(1, int(block_s * 1000)) if block_s > 0 else None
-            try:
-                return self.client.xreadgroup(group, consumer, names, count=count, block=block)
-            except redis.exceptions.ResponseError as error:
-                if "NOGROUP" not in str(error):
-                    raise
-                self.create_groups()
-                return []
+            unsure = [stream for stream in streams if (stream, consumer) in self._unsure]
+            self._unsure.update((stream, consumer) for stream in streams)
+            names = {self.key(stream): self._last_read.get((stream, consumer), b"0") for stream in unsure}
+            answer: Any = names and self._or_groups(
+                lambda: self.client.xreadgroup(group, consumer, names, count=count)
+            )
+            if not any(entries for _, entries in answer or ()):
+                fresh = {self.key(stream): ">" for stream in streams}
+                answer = self._or_groups(
+                    lambda: self.client.xreadgroup(group, consumer, fresh, count=count, block=block)
+                )
+                self._unsure.difference_update((stream, consumer) for stream in streams)
+            return answer
 
-        return self._entries(self.patiently(once, f"read {group}"))
+        found = self._entries(self.patiently(once, f"read {group}"))
+        self._last_read.update({(stream, consumer): entry for stream, (entry, _) in found})
+        return found
+
+    def _or_groups(self, action: Callable[[], Any]) -> Any:
+        """What Redis answers; nothing, and the groups made again, where it lost them."""
+        try:
+            return action()
+        except redis.exceptions.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.create_groups()
+            return []
 
     def _entries(self, answer: Any) -> list[tuple[str, Entry]]:
         found = []
@@ -244,12 +269,13 @@ class Plane:
         while True:
 
             def once(start: bytes = start) -> Any:
-                return self.client.xreadgroup(
-                    group, consumer, {self.key(stream): start if start != b"-" else "0"}, count=1000
-                )
+                names = {self.key(stream): start if start != b"-" else "0"}
+                return self._or_groups(lambda: self.client.xreadgroup(group, consumer, names, count=1000))
 
             page = [entry for _, entry in self._entries(self.patiently(once, f"pending {group}"))]
             found += page
+            if page:
+                self._last_read[stream, consumer] = page[-1][0]
             if len(page) < 1000:
                 return found
             start = page[-1][0]
@@ -258,13 +284,14 @@ class Plane:
         """Entries whose consumer has been silent for `idle_s`; none while `may_claim` is False."""
         if not self.may_claim:
             return []
-        answer = self.patiently(
-            lambda: self.client.xautoclaim(
+
+        def once() -> Any:
+            return self.client.xautoclaim(
                 self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count
-            ),
-            f"claim {stream}",
-        )
-        return [entry for entry in answer[1] if entry and entry[1]]
+            )
+
+        answer = self.patiently(lambda: self._or_groups(once), f"claim {stream}")
+        return [entry for entry in answer[1] if entry and entry[1]] if answer else []
 
     def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
         """Fields of several rollouts' hashes in one round trip."""

@@ -155,7 +155,9 @@ class Learner:
             batch, max_tokens=config.learner.micro_batch_tokens, denominator=config.loss.denominator
         ):
             micro = micro.to(config.learner.device)
-            outcomes = log_outcomes(kept_logits(self.model, micro), stop_ids, self._pair.vocab_size)
+            with self._cast():
+                logits = kept_logits(self.model, micro)
+            outcomes = log_outcomes(logits, stop_ids, self._pair.vocab_size)
             losses = token_losses(
                 config.loss.mode, outcomes, micro, stop_ids=stop_ids, ratio_clip=config.loss.ratio_clip
             )
@@ -168,6 +170,11 @@ class Learner:
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {self.step_count + 1}: the gradient norm is {float(norm)}")
         return loss, float(norm), merged(parts)
+
+    def _cast(self) -> Any:
+        settings = self._config.learner
+        dtype = getattr(torch, settings.dtype)
+        return torch.autocast(torch.device(settings.device).type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _learning_rate(self) -> float:
         settings = self._config.learner
@@ -279,7 +286,8 @@ class Learner:
 def _load(folder: Path, config: Config) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
-        dtype=getattr(torch, config.learner.dtype),
+        # Steps of 1e-6 vanish in bfloat16 parameters: these stay float32, the forward pass is cast.
+        dtype=torch.float32,
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,

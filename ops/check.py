@@ -81,7 +81,7 @@ def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:
         + teacher.cache_bytes(scoring.slots, cache, scoring.dtype)
         + 3 * 4 * scoring.prefill_tokens * pair.vocab_size,
         # Parameters, gradients and two moments; logits, their log-softmax and its gradient.
-        "learner": student.parameters * 4 * _SIZE[learner.dtype] + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
+        "learner": student.parameters * 4 * 4 + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
     }
     found.lines.append(
         "memory     (estimate, beside about 400 MB for Python and torch) "

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def draw(run: Run, decode: Callable[[list[int]], str] | None) -> Figure:
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(0.012, 0.965, headline(run), fontsize=19, fontweight="bold", color=INK, va="center", parse_math=False)
-    left = figure.add_gridspec(2, 1, left=0.055, right=0.425, top=0.895, bottom=0.295, hspace=0.46)
+    left = figure.add_gridspec(2, 1, left=0.055, right=0.425, top=0.895, bottom=0.285, hspace=0.6)
     draw_accuracy(figure.add_subplot(left[0]), run)
     draw_length(figure.add_subplot(left[1]), run)
     draw_traces(figure, run, decode)
@@ -123,15 +124,19 @@ def headline(run: Run) -> str:
     curve = data.accuracy_curve(run.evaluations, data.generated_at_steps(run.lines, run.config.learner.batch_size))
     parts = []
     if curve:
-        parts.append(f"accuracy {_percent(curve[0].avg_at_k)} → {_percent(curve[-1].avg_at_k)}")
+        grown = f" → {_percent(curve[-1].avg_at_k)}" if len(curve) > 1 else ""
+        parts.append(f"accuracy {_percent(curve[0].avg_at_k)}{grown}")
     if run.saving.ratio is not None:
-        parts.append(_saved(run.saving.ratio))
+        parts.append(_saved(run.saving))
     parts.append(f"{_tokens(run.generated)} tokens written" if run.lines else "nothing on record yet")
     return f"Katana · {run.config.name}:  " + ", ".join(parts)
 
 
-def _saved(ratio: float) -> str:
-    return f"rollouts {_percent(abs(ratio))} {'shorter' if ratio >= 0 else 'longer'} by cutting"
+def _saved(saving: Saving) -> str:
+    """Only what the interval allows to say."""
+    if saving.ratio is None or saving.low is None or saving.high is None or saving.low <= 0 <= saving.high:
+        return "no clear length saving"
+    return f"rollouts {_percent(abs(saving.ratio))} {'shorter' if saving.ratio > 0 else 'longer'} by cutting"
 
 
 def _percent(share: float) -> str:
@@ -141,10 +146,6 @@ def _percent(share: float) -> str:
 def _tokens(count: float) -> str:
     """31,308 as 31.3 k."""
     return str(EngFormatter(places=1 if count >= 1000 else 0, sep=" ")(count))
-
-
-def _nats(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
 
 
 # --- accuracy and length -------------------------------------------------------------------------------------------
@@ -173,10 +174,11 @@ def draw_accuracy(axes: Any, run: Run) -> None:
         axes.plot(tokens, values, style, color=GREEN, marker="o", markersize=6, linewidth=2.2, clip_on=False)
         axes.annotate(f"{name} {values[-1]:.2f}\n{meaning}", (tokens[-1], height), xytext=(10, 0), fontsize=12.5,
                       textcoords="offset points", color=GREEN, va="center", linespacing=1.1)
-    axes.set_xlim(0, max(tokens[-1], 1) * 1.28)
+    axes.set_xlim(0, 1.28 * max(tokens[-1], 1) if len(curve) > 1 else max(run.generated, 10))
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_xlabel("tokens generated so far")
+    later = len(run.evaluations) - len(curve)
+    axes.set_xlabel("tokens generated so far" + (f" ({later} later evaluations: not booked yet)" if later else ""))
     axes.set_ylabel(f"share right, {problems} problems")
     _plain(axes)
 
@@ -188,19 +190,24 @@ def draw_length(axes: Any, run: Run) -> None:
     if not any(curves.values()):
         _say_missing(axes, "Length", "no finished rollout in rollouts.jsonl")
         return
-    _title(axes, _length_title(run.saving))
+    cuts = run.config.termination.policy != "none"
+    _title(axes, _length_title(run.saving) if cuts else "Length: nothing is cut (policy none)", pad=30)
     for arm, curve in curves.items():
         versions = [point.version for point in curve]
         tokens = np.array([point.tokens for point in curve])
         half = np.array([point.half_width for point in curve])
         axes.fill_between(versions, tokens - half, tokens + half, color=ARM_COLOURS[arm], alpha=0.16, linewidth=0)
-        name = f"{arm} ({'may be cut' if arm == 'treated' else 'never cut'})"
+        meaning = f" ({'may' if arm == 'treated' else 'never'} be cut)" if cuts else ""
         axes.plot(versions, tokens, color=ARM_COLOURS[arm], marker="os"[arm == "control"], markersize=5,
-                  linewidth=2.2, label=name)
+                  linewidth=2.2, label=arm + meaning)
     began = data.active_from(run.lines)
-    if began is not None and run.config.termination.policy != "none":
-        axes.axvline(began, color=INK, linewidth=1.2, linestyle=":", label=f"rule active from version {began}")
-    axes.legend(frameon=False, fontsize=12, loc="upper right", labelcolor=INK, borderaxespad=0.1)
+    newest = max(point.version for curve in curves.values() for point in curve)
+    if began is not None and cuts:
+        axes.axvline(began, color=INK, linewidth=1.2, linestyle=":")
+        axes.annotate(f" rule active from version {began} ", (began, 0.97), xycoords=("data", "axes fraction"),
+                      va="top", ha="left" if began <= newest / 2 else "right", fontsize=12.5, color=INK)
+    axes.legend(frameon=False, fontsize=12.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), borderaxespad=0, ncol=2,
+                labelcolor=INK)
     # Not up to the widest interval: a bin of three rollouts would press all curves flat.
     axes.set_ylim(0, 1.4 * max(point.tokens for curve in curves.values() for point in curve))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -223,9 +230,9 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
     grid = figure.add_gridspec(
         3, 1, left=0.505, right=0.925, top=0.858, bottom=0.275, hspace=0.4, height_ratios=(2.7, 1, 1)
     )
-    heat = figure.add_subplot(grid[0])
     groups = [data.heat_rows(run.traces[arm].traces, ROWS[arm]) for arm in ARMS]
     cut = any(groups)
+    heat = figure.add_subplot(grid[0] if cut else grid[:])
     if not cut:
         groups = [data.heat_rows(run.traces["uncut"].traces, sum(ROWS.values())), []]
     rows = groups[0] + groups[1]
@@ -234,9 +241,10 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
         return
     width = data.shown_width(rows)
     _draw_heat(figure, heat, groups, width)
+    heat.set_autoscalex_on(False)  # what lies under it shares its positions
     _title(heat, _heat_title(run), pad=34 if cut else 10)
     if not cut:
-        heat.set_xlabel("token position")
+        heat.set_xlabel("token position", fontsize=13, color=INK)
         return
     _draw_sides(heat, run)
     above = figure.add_subplot(grid[1], sharex=heat)
@@ -252,19 +260,17 @@ def _heat_title(run: Run) -> str:
     if not run.traces["treated"].found:
         return "No rollout was cut: divergence along some of them"
     cut, judged = data.cut_share(run.lines)
-    return "Cut where the teacher agrees: " + (
-        f"{cut:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts"
-    )
+    where = "Cut where the teacher agrees" if run.config.termination.policy == "kat" else "Cut"
+    return f"{where}: " + (f"{cut:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts")
 
 
 def _draw_sides(axes: Any, run: Run) -> None:
     """What the rule saw, and what came after it where nothing was stopped: whether the signal was dead for good."""
     before, noticed, _ = data.mean_divergences(run.traces["treated"].traces)
     _, _, behind = data.mean_divergences(run.traces["control"].traces)
-    text = f"mean nats a token: {_nats(before)} kept, {_nats(noticed)} cut to trigger"
-    if behind is not None:
-        text += f"; control, going on: {_nats(behind)}"
-    axes.text(0, 1.045, text, transform=axes.transAxes, fontsize=12.5, color=GREY)
+    known = {"kept": before, "cut to trigger": noticed, "control, going on": behind}
+    text = " · ".join(f"{name} {value:.2g}" for name, value in known.items() if value is not None)
+    axes.text(0, 1.045, f"mean nats a token:  {text}", transform=axes.transAxes, fontsize=12.5, color=GREY)
 
 
 def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]], width: int) -> None:
@@ -294,8 +300,9 @@ def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]]
 
 def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -> None:
     first, second = (len(group) for group in groups)
-    named = [(first / 2, f"{first} treated"), (first + gap + second / 2, f"{second} control")]
-    axes.set_yticks([place for place, _ in named if place], labels=[name for place, name in named if place],
+    places = {f"{first} treated": first / 2, f"{second} control": first + gap + second / 2}
+    named = [(place, name) for name, place in places.items() if not name.startswith("0 ")]
+    axes.set_yticks([place for place, _ in named], labels=[name for _, name in named],
                     rotation=90, va="center", fontsize=12.5)
     axes.tick_params(length=0, labelsize=12.5, colors=INK)
     for side in axes.spines.values():
@@ -357,7 +364,7 @@ def _legend_of_examples(figure: Figure) -> None:
         Line2D([], [], color=BLUE, linewidth=2, label="window mean $z_t$"),
         Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="threshold"),
         Line2D([], [], color=VERMILLION, linewidth=2.6, label="cut (keep)"),
-        Line2D([], [], color=INK, linewidth=1.4, linestyle=":", label="trigger"),
+        Line2D([], [], color=INK, linewidth=1.4, linestyle=":", marker="<", markerfacecolor="white", label="trigger"),
     ]
     figure.legend(handles=handles, ncol=5, frameon=False, fontsize=12, loc="lower center",
                   bbox_to_anchor=(0.715, 0.183), columnspacing=1.3, handlelength=1.5)
@@ -379,17 +386,16 @@ def draw_fates(axes: Any, lines: Sequence[data.Line]) -> None:
                    fontweight="bold", color=INK, pad=28)
     names = ("trained on", "kept, not trained on", "detection", "overshoot")
     colours = (GREEN, PALE, VERMILLION, PURPLE)
-    for place, fate in enumerate(fates.values()):
-        start = 0.0
-        for name, colour, count in zip(
-            names, colours, (fate.trained, fate.unused, fate.detection, fate.overshoot), strict=True
-        ):
-            share = 100 * count / fate.total
-            axes.barh(place, share, left=start, color=colour, height=0.7, label=name if place == 0 else None)
-            if share >= 6:
-                axes.text(start + share / 2, place, f"{share:.0f} %", ha="center", va="center", fontsize=12.5,
-                          color=INK if colour == PALE else "white", fontweight="bold")
-            start += share
+    counts = np.array([[fate.trained, fate.unused, fate.detection, fate.overshoot] for fate in fates.values()])
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    for column in np.flatnonzero(shares.any(axis=0)):
+        lefts = shares[:, :column].sum(axis=1)
+        axes.barh(range(len(fates)), shares[:, column], left=lefts, color=colours[column], height=0.7,
+                  label=names[column])
+        for place, (left, share) in enumerate(zip(lefts, shares[:, column], strict=True)):
+            if share >= 8:
+                axes.text(left + share / 2, place, f"{share:.0f} %", ha="center", va="center", fontsize=12.5,
+                          color=INK if colours[column] == PALE else "white", fontweight="bold")
     axes.set_yticks(range(len(fates)), labels=[f"{arm}\n{_tokens(fate.total)}" for arm, fate in fates.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -411,10 +417,12 @@ def draw_caption(figure: Figure, run: Run) -> None:
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),
     ]
-    for place, (name, text) in enumerate(entries):
-        height = 0.15 - 0.03 * place
+    height = 0.152
+    for name, text in entries:
         figure.text(0.465, height, name, fontsize=12.5, color=GREY)
-        figure.text(0.522, height, text, fontsize=12.5, color=INK, parse_math=False)
+        for line in wrap(text, 80):
+            figure.text(0.522, height, line, fontsize=12.5, color=INK, parse_math=False)
+            height -= 0.024
 
 
 # --- common to the panels ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 -- Counts attempts without progress (a stored chunk or score clears the count) and gives a rollout up at the limit.
 local rid, stage, reason, most, shown = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
 local stream, group, entry = ARGV[7], ARGV[8], ARGV[9]
+even_when_full()
 local known = rid ~= '' and redis.call('EXISTS', rollout(rid)) == 1
 if known then
   local attempts = redis.call('HINCRBY', rollout(rid), 'attempts', 1)

@@ -4,6 +4,7 @@ local role, token, ms, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local name = key('lease:' .. role)
 local holder = redis.call('GET', name)
 if holder and holder ~= token then return {'held'} end
+even_when_full()
 if mode == 'drop' then
   redis.call('DEL', name)
 elseif mode == 'renew' and not holder and redis.call('GET', key('holder:' .. role)) ~= token then

@@ -18,9 +18,13 @@ local function holds_lease(role, token)
   return redis.call('GET', key('lease:' .. role)) == token
 end
 
--- Acknowledge and remove an entry; 0 if somebody has done so before.
+-- Acknowledge and remove an entry; false if somebody has done so before. An entry that a lost group no longer calls
+-- pending counts as long as it is in the stream.
 local function finish_entry(stream, group, id)
   local acked = redis.call('XACK', key(stream), group, id)
-  redis.call('XDEL', key(stream), id)
-  return acked
+  return redis.call('XDEL', key(stream), id) + acked > 0
 end
+
+-- A full Redis refuses a script whose first write adds something, and runs one to its end that began by taking off:
+-- scripts that must go through, and have nothing to take off, begin with this.
+local function even_when_full() redis.call('XDEL', key('dead'), '0-1') end

@@ -5,7 +5,7 @@ if not holds_lease('learner', token) then return {'lost'} end
 local fresh = 0
 for i = 3, #ARGV, 5 do
   local entry, rid, ending, reason, detail = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
-  if finish_entry('trajectories', 'learner', entry) == 1 then
+  if finish_entry('trajectories', 'learner', entry) then
     fresh = fresh + 1
     redis.call('XADD', key('finished'), '*', 'kind', 'ending', 'rid', rid, 'ending', ending, 'reason', reason,
                'staleness', detail)

@@ -106,9 +106,7 @@ def prompt_of(length: int, seed: int = 0) -> Ints:
 # --- references ---
 
 
-def slow_rows(
-    model: PreTrainedModel, prompt: Ints, completion: Ints, stops: Sequence[int] = STOPS
-) -> NDArray[Any]:
+def slow_rows(model: PreTrainedModel, prompt: Ints, completion: Ints, stops: Sequence[int] = STOPS) -> NDArray[Any]:
     """Log-probabilities of outcomes at each completion token, float64 [n, VOCAB], other stop columns -inf."""
     text = torch.from_numpy(np.concatenate([prompt, completion])[None].astype(np.int64))
     with torch.no_grad():
@@ -202,11 +200,11 @@ def collect(into: Written, chunks: Sequence[ClosedChunk]) -> None:
         into.setdefault(chunk.key, []).append(chunk)
 
 
-def drain(engine: Decoder, each_step: Callable[[], None] = lambda: None) -> Written:
+def drain(engine: Decoder) -> Written:
     written: Written = {}
     while engine.busy:
         collect(written, engine.step())
-        each_step()
+        assert engine.steps < 1000, f"{engine.busy} do not end"
     return written
 
 
@@ -214,9 +212,7 @@ def whole(chunks: Sequence[ClosedChunk]) -> list[int]:
     return [int(token) for c in chunks for token in c.tokens]
 
 
-def alone(
-    model: PreTrainedModel, prompt: Ints, seed: int, limit: int = 20, **changes: Any
-) -> list[ClosedChunk]:
+def alone(model: PreTrainedModel, prompt: Ints, seed: int, limit: int = 20, **changes: Any) -> list[ClosedChunk]:
     engine = decoder(model, **changes)
     engine.add("alone", prompt, seed=seed, max_new_tokens=limit)
     return drain(engine)["alone"]
@@ -279,9 +275,7 @@ def test_a_resumed_rollout_goes_on_alike_from_any_split(student: PreTrainedModel
     while waiting or engine.busy:
         while waiting and engine.free:
             n = waiting.pop()
-            engine.add(
-                str(n), prompt, seed=seed, max_new_tokens=20, generated=np.array(full[:n], dtype=np.int32)
-            )
+            engine.add(str(n), prompt, seed=seed, max_new_tokens=20, generated=np.array(full[:n], dtype=np.int32))
         collect(written, engine.step())
     for n in range(len(full)):
         assert written[str(n)][0].start == n
@@ -730,6 +724,23 @@ def test_a_key_used_for_another_text_is_not_mistaken(teacher: PreTrainedModel) -
     (scored,) = engine.score([renamed])
     (expected,) = scorer(teacher).score([other])
     close(scored.teacher_logprobs, expected.teacher_logprobs)
+    elsewhere = ScoreRequest("a", (other.prompt + 1) % VOCAB, 6, other.tokens, other.support_ids)
+    with pytest.raises(KeyError, match="a"):
+        engine.score([elsewhere])
+
+
+def test_rollouts_of_one_prompt_are_not_confused(teacher: PreTrainedModel) -> None:
+    """The slot of the first is taken by the second, which begins with the same tokens."""
+    engine = scorer(teacher, slots=1)
+    first = request("a", 0, 12)
+    tokens = first.tokens.copy()
+    tokens[6:] = (tokens[6:] + 1) % VOCAB
+    second = ScoreRequest("b", first.prompt, 0, tokens, first.support_ids)
+    engine.score([first])
+    (scored,) = engine.score([second])
+    (expected,) = scorer(teacher).score([second])
+    close(scored.teacher_logprobs, expected.teacher_logprobs)
+    close(scored.sampled, expected.sampled)
 
 
 def test_drop_frees_the_slot(teacher: PreTrainedModel) -> None:

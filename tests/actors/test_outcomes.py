@@ -141,9 +141,7 @@ def test_support_equals_a_slow_reference(case: tuple[np.ndarray, list[int], int]
         assert torch.equal(tail, tail_again)
 
 
-def draw(
-    probabilities: torch.Tensor, u: float, temperature: float = 1.0, top_p: float = 1.0
-) -> tuple[Any, Any]:
+def draw(probabilities: torch.Tensor, u: float, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Any, Any]:
     outcome, logprob = sample(
         probabilities.log().clamp(min=FLOOR_NATS), torch.tensor([u], dtype=torch.float64), temperature, top_p
     )

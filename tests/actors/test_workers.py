@@ -1,0 +1,341 @@
+"""The real rollout and teacher workers on the shipped tiny models and a real Redis, driven turn by turn."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from samples import Run
+from transformers import PreTrainedModel
+
+from actors.engine import Decoder, Scorer
+from actors.models import load_model
+from actors.rollout import RolloutWorker
+from actors.teacher import TeacherWorker, rendezvous
+from common.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
+from common.pretrained import PACKAGE_ROOT, read_facts
+from common.weights import publish
+from ops.embedded import EmbeddedRedis
+
+STUDENT, TEACHER = (PACKAGE_ROOT / "ops" / "models" / name for name in ("student", "teacher"))
+VOCAB = read_facts(STUDENT).vocab_size
+STOPS = read_facts(STUDENT).stop_ids
+PROMPT = np.array([5, 11, 6, 15], np.int32)
+CHUNK, LENGTH = 8, 48
+
+
+@pytest.fixture(scope="module")
+def student() -> PreTrainedModel:
+    torch.set_num_threads(1)
+    return load_model(STUDENT, dtype="float32", device="cpu", vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    return load_model(TEACHER, dtype="float32", device="cpu", vocab_size=VOCAB)
+
+
+@pytest.fixture
+def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
+    return start(
+        embedded_redis,
+        rollout={"chunk_tokens": CHUNK, "max_completion_length": LENGTH, "slots": 4, "max_unscored_chunks": 2},
+        teacher={"slots": 8},
+        data={"max_prompt_length": 16},
+    )
+
+
+def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 0.0) -> Path:
+    """Publish the student's weights, all of them moved by `change`, as the learner would."""
+    state = {name: (tensor + change).contiguous() for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    folder = run.config.run_dir / "weights"
+    ref = publish(folder, version, lambda path: save_file(state, path))
+    run.lease("learner").call("publish", ref.version, 0, ref.file, ref.sha256)
+    return folder / ref.file
+
+
+def rollout_worker(run: Run, model: PreTrainedModel, name: str = "w1") -> RolloutWorker:
+    decoder = Decoder(
+        model,
+        slots=run.config.rollout.slots,
+        max_length=run.config.max_length,
+        stop_ids=STOPS,
+        vocab_size=VOCAB,
+        teacher_top_k=8,
+        chunk_tokens=CHUNK,
+        prefill_tokens=256,
+    )
+    return RolloutWorker(run.config, run.plane, decoder, worker=name, stop=threading.Event())
+
+
+def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1") -> TeacherWorker:
+    scorer = Scorer(
+        model,
+        slots=run.config.teacher.slots,
+        max_length=run.config.max_length,
+        stop_ids=STOPS,
+        vocab_size=VOCAB,
+        prefill_tokens=256,
+    )
+    return TeacherWorker(run.config, run.plane, scorer, vocab_size=VOCAB, worker=name, stop=threading.Event())
+
+
+def turn(worker: RolloutWorker, until: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert worker.step()
+        assert time.monotonic() < deadline, "it did not come to pass"
+
+
+def stored(run: Run, rid: str) -> list[ChunkTokens]:
+    record = run.plane.rollout(rid)
+    return [ChunkTokens.decode(record[b"t:%d" % seq]) for seq in range(int(record[b"chunks"]))]
+
+
+def tokens_of(run: Run, rid: str) -> list[int]:
+    return [int(token) for chunk in stored(run, rid) for token in chunk.tokens]
+
+
+def wrote(run: Run, rid: str, chunks: int) -> Callable[[], bool]:
+    return lambda: int(run.field(rid, "chunks") or 0) >= chunks
+
+
+def admit(run: Run, rid: str, seed: int) -> None:
+    assert run.admit(rid, prompt=PROMPT, seed=seed, max_new_tokens=LENGTH) == b"ok"
+
+
+def long_seed(run: Run, model: PreTrainedModel) -> int:
+    """A seed whose rollout is at least five chunks long: found by writing."""
+    decoder = rollout_worker(run, model)._decoder
+    for seed in range(100):
+        decoder.add("probe", PROMPT, seed=seed, max_new_tokens=LENGTH)
+        while not (closed := decoder.step()) or closed[0].start < 4 * CHUNK:
+            if closed and closed[0].finish:
+                break
+        if "probe" in decoder.busy:
+            decoder.remove("probe")
+            return seed
+    raise AssertionError("no long rollout among 100 seeds")
+
+
+def whole_text(model: PreTrainedModel, run: Run, seed: int) -> list[int]:
+    decoder = rollout_worker(run, model)._decoder
+    decoder.add("whole", PROMPT, seed=seed, max_new_tokens=LENGTH)
+    tokens: list[int] = []
+    while decoder.busy:
+        for chunk in decoder.step():
+            tokens += [int(token) for token in chunk.tokens]
+    return tokens
+
+
+def test_a_rollout_is_never_more_than_max_unscored_chunks_ahead_of_the_teacher(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
+    turn(writer, wrote(run, "r1", 2))
+    for _ in range(30):
+        assert writer.step()
+    assert run.field("r1", "chunks") == b"2"
+    assert scorer.step()
+    turn(writer, wrote(run, "r1", 4))
+    for _ in range(30):
+        assert writer.step()
+    assert run.field("r1", "chunks") == b"4"
+
+
+def test_a_stop_takes_effect_at_the_next_chunk_and_the_writer_reports_its_count(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    admit(run, "r2", seed)
+    announce(run, student, 0)
+    writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
+    turn(writer, wrote(run, "r1", 1))
+    assert scorer.step()
+    written = int(run.field("r1", "length") or 0)
+    assert run.verdict("r1", stop=True) == b"ok"
+    for _ in range(CHUNK + 2):
+        writer.step()
+        time.sleep(0.002)
+    counts = [entry for entry in run.entries("finished") if entry["kind"] == "count"]
+    assert [entry["rid"] for entry in counts] == ["r1"]
+    assert written <= int(counts[0]["generated"]) <= written + CHUNK
+    assert int(run.field("r1", "length") or 0) == written, "a chunk was stored behind the verdict"
+    assert "r1" not in writer._decoder.busy
+
+
+def test_new_weights_close_open_chunks_and_every_chunk_names_its_version(run: Run, student: PreTrainedModel) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, lambda: writer._decoder.decoded_tokens >= 3)
+    announce(run, student, 1)
+    writer._due.clear()  # look at the pointer now
+    turn(writer, wrote(run, "r1", 2))
+    first, second = stored(run, "r1")[:2]
+    assert (first.policy_version, second.policy_version) == (0, 1)
+    assert len(first.tokens) < CHUNK
+    assert second.start == len(first.tokens)
+
+
+def test_weights_with_another_digest_are_refused_and_writing_goes_on(run: Run, student: PreTrainedModel) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, wrote(run, "r1", 1))
+    path = announce(run, student, 1)
+    path.write_bytes(path.read_bytes()[:-1000])
+    writer._due.clear()
+    turn(writer, wrote(run, "r1", 2))
+    assert {chunk.policy_version for chunk in stored(run, "r1")} == {0}
+
+
+def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    seed = long_seed(run, student)
+    expected = whole_text(student, run, seed)
+    admit(run, "r1", seed)
+    announce(run, student, 0)
+    silent = rollout_worker(run, student, "silent")
+    turn(silent, wrote(run, "r1", 1))
+    for _ in range(3):
+        silent.step()  # an open chunk that will be lost
+    time.sleep(run.config.liveness.claim_s + 0.1)
+    other, scorer = rollout_worker(run, student, "other"), teacher_worker(run, teacher)
+    deadline = time.monotonic() + 20
+    while run.field("r1", "finish") is None:
+        other.step()
+        scorer.step(block_s=0.001)
+        assert time.monotonic() < deadline
+    assert tokens_of(run, "r1") == expected
+    # The former owner is told, and frees its slot without harm.
+    silent.step()
+    silent._due.clear()
+    silent.step()
+    assert silent._decoder.busy == ()
+    assert tokens_of(run, "r1") == expected
+
+
+def test_a_drain_hands_back_and_the_next_worker_loses_no_token(run: Run, student: PreTrainedModel) -> None:
+    seed = long_seed(run, student)
+    expected = whole_text(student, run, seed)
+    admit(run, "r1", seed)
+    announce(run, student, 0)
+    first = rollout_worker(run, student, "first")
+    turn(first, lambda: first._decoder.decoded_tokens >= 5)
+    first._drain()
+    assert tokens_of(run, "r1") == expected[:5]
+    assert run.field("r1", "owner") is None
+    second = rollout_worker(run, student, "second")
+    turn(second, wrote(run, "r1", 2))  # at once, without waiting for the claim time
+    assert tokens_of(run, "r1") == expected[: 5 + CHUNK]
+    assert run.field("r1", "claims") is None, "being handed back is no failure"
+
+
+def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_cache(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    writer, one, two = rollout_worker(run, student), teacher_worker(run, teacher), teacher_worker(run, teacher, "t2")
+    for number, scorer in enumerate((one, two, one), start=1):
+        turn(writer, wrote(run, "r1", number))
+        while int(run.field("r1", "scored") or 0) < number:
+            scorer.step(block_s=0.01)
+    record = run.plane.rollout("r1")
+    tokens = np.array(tokens_of(run, "r1"))
+    network: Any = teacher
+    with torch.no_grad():
+        text = torch.from_numpy(np.concatenate([PROMPT, tokens]).astype(np.int64))[None]
+        log_q = network(text).logits[0].double().log_softmax(-1).numpy()
+    place = len(PROMPT) - 1
+    for seq in range(int(record[b"scored"])):
+        chunk, support = ChunkTokens.decode(record[b"t:%d" % seq]), ChunkSupport.decode(record[b"p:%d" % seq])
+        said = ScoreSupport.decode(record[b"q:%d" % seq])
+        divergence = ScoreDivergence.decode(record[b"d:%d" % seq]).divergence
+        for row, token in enumerate(chunk.tokens):
+            q = log_q[place + chunk.start + row]
+            ids = np.array([STOPS[0], *support.support_ids[row]])
+            outside = np.setdiff1d(np.arange(VOCAB), ids)
+            assert np.allclose(said.teacher_logprobs[row], q[ids], atol=1e-4)
+            assert said.sampled_logprobs[row] == pytest.approx(q[token], abs=1e-4)
+            p, q_tail = np.exp(support.support_logprobs[row].astype(float)), np.exp(q[outside]).sum()
+            assert support.tail_logprobs is not None
+            p_tail = np.exp(float(support.tail_logprobs[row]))
+            expected = (p * (np.log(p) - q[ids])).sum() + p_tail * (np.log(p_tail) - np.log(q_tail))
+            assert divergence[row] == pytest.approx(expected, abs=2e-4, rel=1e-3)
+
+
+def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_flows(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    admit(run, "r2", seed)
+    announce(run, student, 0)
+    writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
+    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    run.client.hset(run.key("rollout:r1"), "p:0", b"\xc1 not a support")
+    for _ in range(6):
+        scorer.step(block_s=0.001)
+    dead = run.entries("dead")
+    assert [(entry["rid"], entry["stage"]) for entry in dead] == [("r1", "teacher")]
+    assert run.field("r1", "verdict") == b"dead"
+    assert int(run.field("r2", "scored") or 0) >= 1
+    assert run.pending(f"chunks:{run.plane.shard_of('r1')}") == 0
+    endings = [entry for entry in run.entries("finished") if entry["kind"] == "ending"]
+    assert [(entry["rid"], entry["ending"]) for entry in endings] == [("r1", "dead")]
+
+
+def test_a_notice_of_nothing_is_taken_off_and_harms_nobody(run: Run, teacher: PreTrainedModel) -> None:
+    run.admit("r1")
+    shard = run.plane.shard_of("r1")
+    run.client.xadd(run.key(f"chunks:{shard}"), {"rid": "r1", "seq": 7})
+    run.client.xadd(run.key(f"chunks:{shard}"), {"rid": "nobody", "seq": 0})
+    run.client.xadd(run.key(f"chunks:{shard}"), {"what": "?"})
+    scorer = teacher_worker(run, teacher)
+    for _ in range(3):
+        scorer.step(block_s=0.001)
+    assert run.client.xlen(run.key(f"chunks:{shard}")) == 0
+    assert run.field("r1", "verdict") is None
+    assert [entry["stage"] for entry in run.entries("dead")] == ["chunks"]
+
+
+def test_a_prompt_that_does_not_fit_is_given_up_and_the_rest_is_written(run: Run, student: PreTrainedModel) -> None:
+    run.admit("r1", prompt=np.zeros(100, np.int32), max_new_tokens=LENGTH)
+    admit(run, "r2", 3)
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
+    assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
+
+
+def test_a_run_that_is_over_ends_the_shift(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    admit(run, "r1", 1)
+    announce(run, student, 0)
+    run.client.set(run.key("run"), "ended")
+    began = time.monotonic()
+    rollout_worker(run, student).serve(time.monotonic() + 20)
+    teacher_worker(run, teacher).serve(time.monotonic() + 20)
+    assert time.monotonic() - began < 5
+    assert run.plane.live(60) == {}
+
+
+def test_shards_move_only_from_or_to_the_teacher_that_comes_or_goes() -> None:
+    before = {shard: rendezvous(shard, ["a", "b", "c"]) for shard in range(256)}
+    after = {shard: rendezvous(shard, ["a", "b", "c", "d"]) for shard in range(256)}
+    moved = {shard for shard in before if before[shard] != after[shard]}
+    assert {after[shard] for shard in moved} == {"d"}
+    assert 32 < len(moved) < 96

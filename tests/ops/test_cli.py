@@ -1,0 +1,146 @@
+"""The command line: bad input is refused with exit code 2 and a message that says what, where and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.cli import main
+from ops.rundir import lock
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[str, str]:
+    return "--set", f"runs_dir={tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("learner.max_step=3", "the nearest known one is 'learner.max_steps'"),
+        ("lerner.max_steps=3", "the nearest known one is 'learner"),
+        ("learner.max_steps=many", "learner.max_steps"),
+        ("learner.weight_sync_steps=9", "above max_staleness 4"),
+        ("teacher.model=/no/such/folder", "/no/such/folder: there is no such folder"),
+        ("rollout.max_completion_length=1000", "too short"),
+        ("data.max_prompt_length=5", "data.max_prompt_length is 5"),
+        ("redis.maxmemory_mb=20", None),
+        ("data.task=poetry", "known tasks: arithmetic"),
+        ("data.options={min_number: 3}", "data.options"),
+        ("name=../elsewhere", "name"),
+        ("nonsense", "expected section.key=value"),
+    ],
+)
+def test_run_and_check_refuse_bad_settings(
+    setting: str, told: str | None, runs: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    extra = ("--set", "learner.batch_size=4096") if told is None else ()
+    told = told or "above 75 %"
+    assert told in refused(capsys, "run", DEMO, *runs, "--set", setting, *extra)
+    assert told in refused(capsys, "check", DEMO, *runs, "--set", setting, *extra)
+    assert not list(tmp_path.iterdir()), "something was written before the config was refused"
+
+
+def test_a_config_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no/such.yaml" in refused(capsys, "check", "no/such.yaml")
+
+
+def test_check_tells_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", DEMO]) == 0
+    told = capsys.readouterr().out
+    for words in ("stop set", "tokenizer  shared", "memory", "redis      at most", "policy     kat", "ok"):
+        assert words in told
+
+
+def test_check_says_what_it_could_not_check_without_the_hub(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["check", str(ROOT / "ops" / "experiments" / "qwen3-math.yaml")]) == 0
+    told = capsys.readouterr().out
+    assert "unchecked  models: Qwen/Qwen3-1.7B-Base" in told
+    assert "W 64, C 4, η 0.3, K 64" in told
+
+
+def test_tokenizers_that_differ_are_refused_with_the_first_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "teacher"
+    shutil.copytree(ROOT / "ops" / "models" / "teacher", other)
+    text = (other / "tokenizer.json").read_text()
+    tree: dict[str, Any] = json.loads(text)
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["+"], vocabulary["-"] = vocabulary["-"], vocabulary["+"]
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    told = refused(capsys, "check", DEMO, "--set", f"teacher.model={other}")
+    assert "tokenizers differ" in told
+    assert "'+'" in told
+
+
+def test_a_redis_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--set", f"redis.url=unix://{tmp_path}/none.sock", "--set", "liveness.redis_wait_s=0.3")
+    assert "Redis does not answer" in refused(capsys, "feeder", DEMO, *settings)
+    assert "redis.url: not set" in refused(capsys, "arbiter", DEMO)
+
+
+def test_a_run_folder_that_exists(tmp_path: Path, runs: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    told = refused(capsys, "run", DEMO, *runs)
+    assert "exists already" in told
+    assert "--resume" in told
+    assert (tmp_path / "demo" / "notes.txt").read_text() == "mine"
+    assert "nothing to resume" in refused(capsys, "run", DEMO, *runs, "--resume")
+
+
+def test_clean_removes_a_runs_folder_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(Path(DEMO).read_text())
+    assert "not a run's folder" in refused(capsys, "clean", str(folder))
+    (folder / "run.json").write_text('{"run_key": "old-1"}')
+    held = lock(folder)
+    assert "at work" in refused(capsys, "clean", str(folder))
+    held.close()
+    assert main(["clean", str(folder)]) == 0
+    assert not folder.exists()
+    assert tmp_path.exists()
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    told = capsys.readouterr().out
+    assert "katana run ops/experiments/demo.yaml" in told
+    assert "exit codes" in told
+
+
+def test_no_command_and_bad_flags_exit_with_2() -> None:
+    for arguments in ([], ["run"], ["bench", "nothing"], ["eval", DEMO, "--model", "x", "--k", "0"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
+
+
+def test_eval_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(ROOT / "ops" / "models" / "teacher")
+    assert main(["eval", DEMO, "--model", model, "--k", "2", "--set", "eval.problems=16"]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["k"] == 2
+    assert scores["n"] == 16
+    assert scores["avg@k"] > 0.9

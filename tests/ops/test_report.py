@@ -1,0 +1,314 @@
+"""The report: its figures by hand-worked numbers, and that there is a picture whatever state a run's folder is in."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from actors.books import BookLine
+from common.config import ConfigError, parse
+from ops import report, report_data
+from ops.summary import Saving
+
+CONFIG = """
+name: small
+student: {model: ./absent-student}
+teacher: {model: ./absent-teacher}
+termination: {window: 4, patience: 2, min_calibration: 2, control_fraction: 0.5}
+learner: {batch_size: 2, max_steps: 2}
+rollout: {max_completion_length: 16}
+"""
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    """A booked rollout of 10 tokens, all trained on."""
+    fields: dict[str, Any] = {
+        "rid": "r0", "arm": "treated", "problem": 0, "finish_reason": "eos", "ending": "trained", "reason": "",
+        "active": True, "tokens_generated": 10, "tokens_kept": 10, "tokens_trained": 10, "tokens_detection": 0,
+        "tokens_overshoot": 0, "threshold": 0.5, "min_window": 0.6, "policy_version_first": 0,
+        "policy_version_last": 0, "staleness": 0, "correct": True,
+    }
+    return fields | changes
+
+
+def test_lines_here_have_the_fields_of_the_books() -> None:
+    assert set(line()) == set(BookLine.__dataclass_fields__)
+
+
+def trace_line(
+    divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0"
+) -> dict[str, Any]:
+    return {
+        "rid": rid, "arm": arm, "problem": 0, "trigger": trigger, "keep": keep,
+        "cut": arm == "treated" and keep < len(divergence), "threshold": 0.5, "version": 0,
+        "tokens": base64.b64encode(np.arange(len(divergence), dtype="<i4").tobytes()).decode(),
+        "divergence": base64.b64encode(np.array(divergence, dtype="<f4").tobytes()).decode(),
+    }
+
+
+def trace(divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0") -> report_data.Trace:
+    return report_data.read_trace(trace_line(divergence, keep, trigger, arm, rid))
+
+
+def evaluation(step: int, average: float) -> dict[str, Any]:
+    return {"policy_version": step, "step": step, "tokens_trained": 0, "k": 4, "n": 8, "avg@k": average,
+            "pass@k": average + 0.1, "mean_length": 9.0, "eos_rate": 1.0, "wall_s": 1.0}
+
+
+# --- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_at_a_step_are_all_that_was_booked_up_to_its_last_trajectory() -> None:
+    lines = [
+        line(tokens_generated=5),
+        line(tokens_generated=7, ending="dropped", reason="empty"),
+        line(tokens_generated=11),  # the second trajectory: step 1 at 23 tokens
+        line(tokens_generated=2, ending="dead"),
+        line(tokens_generated=3),
+        line(tokens_generated=4),  # the fourth: step 2 at 32
+        line(tokens_generated=100),
+    ]
+    assert report_data.generated_at_steps(lines, 2) == [0, 23, 32]
+    assert report_data.generated_at_steps([], 2) == [0]
+
+
+def test_accuracy_stands_over_tokens_and_leaves_out_what_is_not_booked_yet() -> None:
+    curve = report_data.accuracy_curve([evaluation(2, 0.5), evaluation(0, 0.25), evaluation(3, 0.75)], [0, 23, 32])
+    assert [(point.step, point.tokens, point.avg_at_k) for point in curve] == [(0, 0, 0.25), (2, 32, 0.5)]
+
+
+def test_length_is_binned_by_version_without_what_the_run_ended() -> None:
+    lines = [
+        line(tokens_generated=10, policy_version_last=0),
+        line(tokens_generated=14, policy_version_last=1),
+        line(tokens_generated=30, policy_version_last=3),
+        line(tokens_generated=99, policy_version_last=3, arm="control"),
+        line(tokens_generated=1, ending="dropped", reason="run_end"),
+        line(tokens_generated=1, ending="dead"),
+        line(tokens_generated=1, ending="dropped", reason="stale", finish_reason="unfinished"),
+    ]
+    first, second = report_data.length_curve(lines, "treated", 2)
+    assert (first.version, first.tokens, first.rollouts) == (0.5, 12.0, 2)
+    assert first.half_width == pytest.approx(1.96 * 2.0)  # s = √8, over √2
+    assert (second.version, second.tokens, second.half_width) == (3.0, 30.0, 0.0)
+
+
+@pytest.mark.parametrize(("newest", "width"), [(0, 1), (15, 1), (16, 2), (79, 5)])
+def test_there_are_at_most_sixteen_bins(newest: int, width: int) -> None:
+    assert report_data.bin_width([line(policy_version_last=newest)]) == width
+
+
+def test_active_from_the_first_version_that_could_cut() -> None:
+    lines = [line(active=False, policy_version_last=1), line(policy_version_first=2, policy_version_last=5),
+             line(policy_version_first=3, policy_version_last=3)]
+    assert report_data.active_from(lines) == 3
+    assert report_data.active_from(lines[:1]) is None
+
+
+def test_cut_share_counts_treated_rollouts_that_could_have_been_cut() -> None:
+    cut = {"tokens_kept": 4, "tokens_detection": 5, "tokens_overshoot": 1}
+    lines = [line(), line(**cut), line(arm="control", **cut), line(active=False)]
+    assert report_data.cut_share(lines) == (1, 2)
+
+
+def test_every_generated_token_has_one_fate() -> None:
+    lines = [
+        line(tokens_kept=4, tokens_trained=4, tokens_detection=5, tokens_overshoot=1),
+        line(ending="dropped", reason="stale", tokens_trained=0),
+        line(arm="control", tokens_kept=4, tokens_trained=10, tokens_detection=5, tokens_overshoot=1),
+    ]
+    assert report_data.token_fates(lines, "treated") == report_data.Fates(4, 10, 5, 1)
+    assert report_data.token_fates(lines, "treated").total == 20
+    assert report_data.token_fates(lines, "control") == report_data.Fates(10, 0, 0, 0)  # control_trains: whole
+
+
+def test_window_means() -> None:
+    means = report_data.window_means(np.array([1.0, 3.0, 5.0, 1.0], dtype=np.float32), 2)
+    assert np.isnan(means[0])
+    assert means[1:].tolist() == [2.0, 4.0, 3.0]
+    assert np.isnan(report_data.window_means(np.ones(3), 4)).all()
+
+
+def test_heat_map_is_the_logarithm_and_empty_behind_the_end() -> None:
+    image = report_data.heat_map([trace([0.1, 10.0, 1.0], 1, 2), trace([0.0], 0, 1)], 2)
+    assert image[0].tolist() == pytest.approx([-1, 1])
+    assert image[1].tolist() == pytest.approx([-6, float("nan")], nan_ok=True)
+
+
+def test_rows_are_spread_over_the_run_and_sorted_by_cut() -> None:
+    traces = [trace([1.0] * 9, keep, 9) for keep in (5, 8, 1, 8, 3)]
+    assert [row.keep for row in report_data.heat_rows(traces, 3)] == [1, 3, 5]
+    assert report_data.spread([1, 2], 5) == [1, 2]
+
+
+def test_one_long_rollout_does_not_set_the_width() -> None:
+    rows = [trace([1.0] * 10, 2, 4) for _ in range(9)] + [trace([1.0] * 90, 2, 12)]
+    assert report_data.shown_width(rows) == 12
+    assert report_data.shown_width(rows[:9]) == 10
+
+
+def test_mean_divergence_on_the_sides_of_the_cut() -> None:
+    assert report_data.mean_divergences([trace([4.0, 2.0, 1.0, 1.0, 8.0], 2, 4), trace([9.0], 1, 1)]) == (5.0, 1.0, 8.0)
+    assert report_data.mean_divergences([]) == (None, None, None)
+
+
+def test_the_typical_rollout_keeps_the_median_and_is_the_newest_of_equals() -> None:
+    traces = [trace([1.0] * 9, keep, 9, rid=f"r{place}") for place, keep in enumerate((0, 0, 0, 2, 5, 5, 7))]
+    chosen = report_data.typical(traces)
+    assert chosen is not None
+    assert chosen.rid == "r5"
+    assert report_data.typical([]) is None
+
+
+def test_text_around_the_cut() -> None:
+    cut = trace([1.0] * 20, 8, 14)
+    assert report_data.cut_text(cut, lambda ids: "".join(chr(97 + i) for i in ids), 60) == (
+        "abcdefgh", "ijklmn", "opqrst"
+    )
+    assert report_data.cut_text(cut, lambda ids: "".join(chr(97 + i) for i in ids), 9) == ("…fgh", "ij…n", "opq…")
+    assert report_data.visible("a\n\x00$b") == "a↵·$b"
+
+
+def test_traces_are_sampled_by_kind(tmp_path: Path) -> None:
+    lines = [trace_line([1.0] * 6, keep, 6, rid=f"r{keep}") for keep in range(5)]
+    lines += [trace_line([1.0] * 6, 6, 6, rid="whole"), trace_line([1.0] * 6, 2, 4, "control", "marked"),
+              trace_line([1.0] * 6, 6, 6, "control", "unmarked")]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines) + '{"torn')
+    samples = report_data.sample_traces(tmp_path / "traces.jsonl", 3)
+    assert [item.rid for item in samples["treated"].traces] == ["r0", "r2", "r4"]
+    assert samples["treated"].found == 5
+    assert [item.rid for item in samples["control"].traces] == ["marked"]
+    assert [item.rid for item in samples["uncut"].traces] == ["whole"]
+
+
+def test_policy_and_finish_reasons_in_words() -> None:
+    config = parse(CONFIG)
+    lines = [line(threshold=0.25), line(threshold=0.5), line(threshold=None, finish_reason="kl_trap"), line()]
+    assert report_data.policy_text(config, lines).endswith("threshold 0.25 … 0.5 nats")
+    assert report_data.policy_text(config, []).endswith("threshold never active")
+    fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
+    assert report_data.policy_text(fixed, lines) == "fixed: the first 7 tokens"
+    assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
+
+
+@pytest.mark.parametrize(
+    ("ledger", "words"),
+    [
+        ({"admitted": 6, "trained": 4, "dropped": {"empty": 1}, "dead": 1, "open": 0}, "(closed)"),
+        ({"admitted": 6, "trained": 4, "dropped": {}, "dead": 0, "open": 2}, "(adds up)"),
+        ({"admitted": 6, "trained": 4, "dropped": {}, "dead": 0, "open": 0}, "DOES NOT ADD UP: 4"),
+        ({}, "cannot be read"),
+    ],
+)
+def test_the_ledger_is_added_up(tmp_path: Path, ledger: dict[str, Any], words: str) -> None:
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    assert words in report_data.ledger_text(tmp_path / "ledger.json")
+    assert report_data.ledger_text(tmp_path / "absent.json") == "no ledger.json yet"
+
+
+# --- the picture ---------------------------------------------------------------------------------------------------
+
+
+def fill(folder: Path, *, config: str = CONFIG) -> Path:
+    """A run of two steps: in each arm one rollout in which the rule fired, in each one in which it did not."""
+    cut = {"tokens_kept": 2, "tokens_trained": 2, "tokens_detection": 5, "tokens_overshoot": 3}
+    treated, control = {"arm": "treated"}, {"arm": "control", "policy_version_last": 1}
+    lines = [line(**treated), line(**treated, **cut), line(**control), line(**control, **cut)]
+    wave = [1.0, 2.0, *[0.001] * 5, 0.0, 3.0, 1.0]
+    traces = [trace_line(wave, 10, 10), trace_line(wave[:8], 2, 7), trace_line(wave, 2, 7, "control")]
+    files = {"rollouts.jsonl": lines, "traces.jsonl": traces, "eval.jsonl": [evaluation(0, 0.2), evaluation(2, 0.4)],
+             "metrics.jsonl": [{"step": 2, "policy_version": 2}]}
+    for name, items in files.items():
+        (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
+    ledger = {"admitted": 4, "trained": 4, "dropped": {}, "dead": 0, "open": 0}
+    (folder / "ledger.json").write_text(json.dumps(ledger))
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def pixels(path: Path) -> Any:
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    return imread(path)
+
+
+def words(run: report.Run) -> str:
+    """All text of the picture."""
+    figure = report.draw(run, None)
+    titles = [panel.get_title(loc="left") for panel in figure.axes]
+    texts = [text.get_text() for text in (*figure.texts, *(text for panel in figure.axes for text in panel.texts))]
+    return "\n".join(titles + texts)
+
+
+def test_the_picture_is_written(tmp_path: Path) -> None:
+    path = report.write_report(fill(tmp_path))
+    assert path == tmp_path / "report.png"
+    image = pixels(path)
+    assert image.shape[:2] == (1000, 1600)
+    assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.6  # neither blank nor black
+
+
+def test_titles_say_the_finding(tmp_path: Path) -> None:
+    text = words(report.read_run(fill(tmp_path)))
+    assert "Accuracy: avg@4 0.20 → 0.40 in 40 tokens" in text
+    assert "Length saving 0 %" in text
+    assert "Cut where the teacher agrees: 1 of 2 rollouts" in text
+    assert "Of 40 tokens, 60 % were trained on" in text
+    assert "(closed)" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.1, 0.3, "20 % shorter by cutting"), (-0.1, 0.5, "no clear length saving"), (None, None, "no clear")],
+)
+def test_the_headline_says_no_more_than_the_interval(low: float | None, high: float | None, said: str) -> None:
+    assert said in report._saved(Saving(0.2, low, high))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("eval.jsonl", "no eval.jsonl yet"),
+        ("rollouts.jsonl", "no finished rollout in rollouts.jsonl"),
+        ("traces.jsonl", "no traces.jsonl"),
+        ("ledger.json", "no ledger.json yet"),
+        ("metrics.jsonl", "0 of 2 steps"),
+    ],
+)
+def test_a_panel_says_what_is_missing(tmp_path: Path, name: str, said: str) -> None:
+    (fill(tmp_path) / name).unlink()
+    assert said in words(report.read_run(tmp_path))
+
+
+def test_a_folder_with_nothing_but_a_config_has_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "rollouts.jsonl").touch()
+    (tmp_path / "traces.jsonl").write_text('{"rid": "torn')
+    assert pixels(report.write_report(tmp_path)).shape[:2] == (1000, 1600)
+
+
+def test_a_run_that_cuts_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, config=CONFIG.replace("{window", "{policy: none, window"))
+    (tmp_path / "traces.jsonl").write_text(json.dumps(trace_line([0.1, 0.2, 0.3], 3, 3)) + "\n")
+    text = words(report.read_run(tmp_path))
+    assert "No rollout was cut" in text
+    assert "nothing is cut (policy none)" in text
+
+
+def test_text_is_decoded_by_the_tokenizer_of_the_run(tmp_path: Path) -> None:
+    fill(tmp_path, config=CONFIG.replace("./absent-student", "ops/models/student"))
+    decode = report.find_decoder(report.read_run(tmp_path))
+    assert decode is not None
+    assert isinstance(decode([3, 4]), str)
+    fill(tmp_path)
+    assert report.find_decoder(report.read_run(tmp_path)) is None
+
+
+def test_no_runs_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        report.write_report(tmp_path)
+    with pytest.raises(ConfigError, match="absent"):
+        report.write_report(tmp_path / "absent")
