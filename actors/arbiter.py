@@ -7,6 +7,7 @@ and not before, so that a new arbiter, given the same notices, comes to the same
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 
 from common import metrics
 from common.config import Config, Termination
-from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_rid
+from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
 from common.streams import Lease, Plane
 from common.termination import Cut, Detector, FixedLength, Kat, MinimaBuffer, NeverCut
 
@@ -30,6 +31,19 @@ def make_detector(settings: Termination, threshold: float | None) -> Detector:
     if settings.policy == "fixed":
         return FixedLength(settings.fixed_tokens)
     return _kat(settings, threshold)
+
+
+def _read_threshold(value: bytes | None) -> float | None:
+    """The threshold on a rollout's record. Raises MessageError."""
+    if value in (None, b"inactive"):
+        return None
+    try:
+        threshold = float(value or b"")
+    except ValueError as error:
+        raise MessageError(f"threshold: {value!r:.40} is no number") from error
+    if not math.isfinite(threshold):
+        raise MessageError(f"threshold: {threshold} is not finite")
+    return threshold
 
 
 def _kat(settings: Termination, threshold: float | None) -> Kat:
@@ -76,6 +90,7 @@ class Arbiter:
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until told to stop or the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
         self._lease.take(self._stop)
+        self._version = self._policy_version()
         self._load_minima()
         self._note(self._plane.read_pending("arbiter", "arbiter", "scores"))
         self._look(set(self._tracks))
@@ -90,7 +105,7 @@ class Arbiter:
     def step(self, block_s: float) -> bool:
         """Read what came, judge what it touches. True if there was anything."""
         self._lease.keep()
-        self._version = int(self._plane.policy().get("version", "0"))
+        self._version = self._policy_version()
         touched = self._note(
             [entry for _, entry in self._plane.read("arbiter", "arbiter", ["scores"], count=512, block_s=block_s)]
         )
@@ -106,6 +121,9 @@ class Arbiter:
         if settings.policy != "kat" or self._version < settings.warmup_steps:
             return None
         return self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
+
+    def _policy_version(self) -> int:
+        return int(self._plane.policy().get("version", "0"))
 
     def _load_minima(self) -> None:
         stored = self._plane.patiently(lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima")
@@ -152,21 +170,20 @@ class Arbiter:
             return False
         try:
             fresh = self._absorb(track, head, threshold, values[6:])
+            due = self._verdict(rid, track, finish, chunks, length)
+            body = due.encode() if due is not None else b""
         except MessageError as error:
             self._report(rid, track, error)
             return False
-        if track.cut is not None and track.head is not None and track.head.arm == "treated":
-            self._give(rid, track, int(length or 0) if finish else None, track.cut.reason)
-            return False
-        if finish and len(track.chunks) == int(chunks or 0):
-            self._give(rid, track, int(length or 0), finish.decode())
-            return False
-        return fresh == _AHEAD
+        if due is None:
+            return fresh == _AHEAD
+        self._give(track, due, body)
+        return False
 
     def _absorb(self, track: _Track, head: bytes, threshold: bytes | None, chunks: list[bytes | None]) -> int:
         if track.head is None:
             track.head = RolloutHead.decode(head)
-            track.threshold = None if threshold in (None, b"inactive") else float(threshold or b"")
+            track.threshold = _read_threshold(threshold)
             track.detector = make_detector(self._settings, track.threshold)
             track.minimum = _kat(self._settings, None)
         fresh = 0
@@ -198,23 +215,29 @@ class Arbiter:
         track = self._tracks.pop(rid)
         self._send(rid, b"", 0, False, None, track.entries)
 
-    def _give(self, rid: str, track: _Track, generated: int | None, reason: str) -> None:
-        verdict = self._verdict(rid, track, generated, reason)
-        del self._tracks[rid]
+    def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
+        del self._tracks[verdict.rid]
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
-        status = self._send(rid, verdict.encode(), verdict.train, verdict.cut, minimum, track.entries)
+        status = self._send(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
         if status != b"ok":
             self._load_minima()
             return
         self._observe(verdict, track.entries[-1])
 
-    def _verdict(self, rid: str, track: _Track, generated: int | None, reason: str) -> Verdict:
+    def _verdict(
+        self, rid: str, track: _Track, finish: bytes | None, chunks: bytes | None, length: bytes | None
+    ) -> Verdict | None:
+        """The verdict, if one is due: the rollout is to be cut, or it has ended by itself and is scored whole."""
         assert track.head is not None and track.minimum is not None
+        treated = track.head.arm == "treated"
+        cut = treated and track.cut is not None
+        if not cut and (not finish or len(track.chunks) < read_number(chunks, "chunks", low=1)):
+            return None
+        reason = track.cut.reason if cut and track.cut else (finish or b"").decode("ascii", "replace")
         tokens = np.concatenate([chunk.tokens for chunk in track.chunks])
         total = len(tokens)
-        treated = track.head.arm == "treated"
         keep = track.cut.keep if track.cut else total
         whole = not treated and self._settings.control_trains == "whole"
         seen = track.detector if treated and isinstance(track.detector, Kat) else track.minimum
@@ -227,8 +250,8 @@ class Arbiter:
             trigger=track.cut.trigger if track.cut else total,
             keep=keep,
             train=total if whole else keep,
-            cut=treated and track.cut is not None,
-            generated=generated,
+            cut=cut,
+            generated=read_number(length, "length") if finish else None,
             threshold=track.threshold,
             min_window=seen.min_window,
             first_version=min(versions),

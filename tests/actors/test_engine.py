@@ -395,6 +395,26 @@ def test_remove_counts_what_a_resumed_rollout_came_with(student: PreTrainedModel
     assert engine.remove("r") == 4
 
 
+def test_no_token_is_forwarded_twice(student: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwarded: list[int] = []
+    forward = SlotModel.forward
+
+    def count(self: SlotModel, rows: Any, tokens: Any, starts: Any, lengths: Any, logits_at: Any) -> Any:
+        forwarded.append(int(lengths.sum()))
+        return forward(self, rows, tokens, starts, lengths, logits_at)
+
+    monkeypatch.setattr(SlotModel, "forward", count)
+    chunks = alone(student, prompt_of(20), 1)
+    # The last token drawn is never forwarded; prefill goes eight by eight.
+    assert sum(forwarded) == 20 + len(whole(chunks)) - 1
+    assert forwarded[:3] == [8, 8, 3]
+    forwarded.clear()
+    engine = scorer(student, prefill_tokens=64)
+    for start in (0, 5, 10):
+        engine.score([request("a", start, start + 5)])
+    assert forwarded == [len(request("a", 0, 5).prompt) - 1, 5, 5, 5]
+
+
 def test_what_does_not_fit_is_refused(student: PreTrainedModel) -> None:
     engine = decoder(student, slots=1)
     for prompt, limit, generated in [(prompt_of(40), 9, 0), (prompt_of(0), 5, 0), (prompt_of(4), 5, 5)]:

@@ -341,3 +341,22 @@ def test_what_is_pending_is_read_whole_however_much_it_is(run: Run) -> None:
 def test_the_shard_of_a_rollout_is_its_crc32(run: Run) -> None:
     # crc32 of "123456789" is 0xCBF43926, the check value of the polynomial.
     assert Plane(run.client, "any", shards=16, wait_s=1, claim_pause_s=1).shard_of("123456789") == 6
+
+
+def test_after_a_lost_answer_nothing_is_given_twice(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> None:
+    """What a reader took up at its start, or read before, is in its hands already."""
+    run = start(own_redis)
+    for number in range(3):
+        run.client.xadd(run.key("trajectories"), {"rid": f"r{number}"})
+    run.plane.read("learner", "learner", ["trajectories"], count=3, block_s=0)
+    plane = open_plane(run.config, impatient(own_redis, 0.3), run.plane.run_key)
+    assert len(plane.read_pending("learner", "learner", "trajectories")) == 3
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    timer = threading.Timer(0.5, os.kill, (own_redis.pid, signal.SIGCONT))
+    timer.start()
+    assert plane.read("learner", "learner", ["trajectories"], count=10, block_s=0) == []
+    timer.join()
+    run.client.xadd(run.key("trajectories"), {"rid": "r3"})
+    [(_, (_, fields))] = plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
+    assert fields == {b"rid": b"r3"}
+    plane.client.close()

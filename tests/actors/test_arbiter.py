@@ -1,0 +1,459 @@
+"""The real arbiter on a real Redis: its verdicts are the rule's, whoever gives them and however the scores came."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from samples import Run, make_divergence
+
+from actors.arbiter import Arbiter
+from common.messages import Verdict
+from common.streams import LeaseLost
+from common.termination import kat_verdict
+from ops.embedded import EmbeddedRedis
+
+RULE = {"window": 4, "patience": 2, "stride": 1, "grace_tokens": 0}
+
+
+@dataclass
+class Writing:
+    """A rollout that is written and scored from outside, as far as Redis takes it."""
+
+    run: Run
+    rid: str
+    values: Sequence[float]
+    arm: str = "treated"
+    problem: int = 0
+    finish: str = "eos"
+    done: int = 0
+    chunks: int = 0
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.run.admit(self.rid, arm=self.arm, problem=self.problem) == b"ok"
+        self.run.take("w1", self.rid)
+
+    def go_on(self, size: int, version: int = 0) -> bool:
+        """Write and score the next chunk; False when there is no more, or Redis says that the rollout has ended."""
+        part = list(self.values[self.done : self.done + size])
+        if not part or self.ended:
+            return False
+        last = self.done + len(part) == len(self.values)
+        reply = self.run.chunk(
+            self.rid,
+            self.rid,
+            seq=self.chunks,
+            start=self.done,
+            tokens=range(self.done + 1, self.done + 1 + len(part)),
+            finish=self.finish if last else None,
+            version=version,
+        )
+        if reply[0] == b"ok":
+            reply = [self.run.score(self.rid, seq=self.chunks, values=part)]
+        self.ended = reply[0] == b"ended"
+        self.done += len(part)
+        self.chunks += 1
+        return not self.ended
+
+    def whole(self, size: int = 8) -> Writing:
+        while self.go_on(size):
+            pass
+        return self
+
+
+@pytest.fixture
+def begin(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Callable[..., Run]:
+    return lambda **overrides: start(embedded_redis, **overrides)
+
+
+@pytest.fixture
+def run(begin: Callable[..., Run]) -> Run:
+    return begin()
+
+
+def arbiter(run: Run) -> Arbiter:
+    return Arbiter(run.config, run.plane, threading.Event())
+
+
+def judge(run: Run) -> None:
+    arbiter(run).run(until_idle=True)
+
+
+def verdict(run: Run, rid: str) -> Verdict:
+    return Verdict.decode(run.field(rid, "verdict") or b"")
+
+
+def minima(run: Run) -> list[float]:
+    return [float(value) for value in run.client.lrange(run.key("minima"), 0, -1)]
+
+
+def threshold(run: Run) -> str:
+    value = run.client.get(run.key("threshold"))
+    return value.decode() if isinstance(value, bytes) else ""
+
+
+def random_values(rng: np.random.Generator) -> list[float]:
+    """Divergences around 0.5 with a stretch that is low, as float32."""
+    values = rng.gamma(2.0, 0.25, size=int(rng.integers(1, 40)))
+    low = int(rng.integers(0, 40))
+    values[low : low + int(rng.integers(0, 12))] *= 0.1
+    return [float(value) for value in values.astype(np.float32)]
+
+
+@pytest.fixture
+def cases(run: Run) -> Iterator[list[Writing]]:
+    rng = np.random.default_rng(20240501)
+    run.client.set(run.key("threshold"), "0.2")
+    yield [
+        Writing(run, f"r{number}", random_values(rng), arm="control" if number % 3 == 0 else "treated", problem=number)
+        for number in range(45)
+    ]
+
+
+def check(run: Run, case: Writing) -> str:
+    """Compare a verdict with the rule on the whole rollout; returns what happened."""
+    found = verdict(run, case.rid)
+    trigger, keep, lowest = kat_verdict(case.values, threshold=0.2, **RULE)
+    _, _, lowest_of_all = kat_verdict(case.values, threshold=None, **RULE)
+    total = len(case.values)
+    assert (found.rid, found.arm, found.problem, found.threshold) == (case.rid, case.arm, case.problem, 0.2)
+    assert found.keep == (total if keep is None else keep)
+    assert found.trigger == (len(found.tokens) if trigger is None else trigger)
+    assert found.train == found.keep
+    assert found.min_window == (lowest if case.arm == "treated" else lowest_of_all)
+    assert found.cut == (case.arm == "treated" and trigger is not None)
+    assert found.finish_reason == ("kl_trap" if found.cut else case.finish)
+    scored = len(found.tokens)
+    assert found.tokens.tolist() == list(range(1, scored + 1))
+    assert found.divergence.tolist() == list(case.values[:scored])
+    if not found.cut:
+        assert scored == total == found.generated
+    elif scored < total:
+        assert found.generated in (None, total)
+    return f"{case.arm} {'fired' if trigger is not None else 'never'}"
+
+
+def test_verdicts_are_those_of_the_rule_offline(run: Run, cases: list[Writing]) -> None:
+    rng = np.random.default_rng(1)
+    for case in cases:
+        while case.go_on(int(rng.integers(1, 12))):
+            pass
+    judge(run)
+    seen = [check(run, case) for case in cases]
+    # The cases do tell the arms and the outcomes apart.
+    assert min(seen.count(f"{arm} {what}") for arm in ("treated", "control") for what in ("fired", "never")) >= 3
+    assert (run.pending("scores"), run.entries("scores")) == (0, [])
+    assert run.entries("prompts") == []
+
+
+def test_another_chunking_and_a_new_arbiter_after_every_chunk_change_no_verdict(
+    run: Run, cases: list[Writing]
+) -> None:
+    """Arbiters die without a word: what they had read is still pending, so the next one starts where they started."""
+    rng = np.random.default_rng(2)
+    left, deaths = list(cases), 0
+    while left:
+        # The threshold in force moves on; what a rollout is judged by does not.
+        for case in left:
+            case.go_on(int(rng.integers(1, 12)))
+            if case.chunks == 1:
+                run.client.set(run.key("threshold"), "0.2")
+        left = [case for case in left if not case.ended and case.done < len(case.values)]
+        one = arbiter(run)
+        one._lease.take(threading.Event())
+        one._load_minima()
+        one._note(run.plane.read_pending("arbiter", "arbiter", "scores"))
+        one.step(block_s=0.01)
+        run.client.delete(run.key("lease:arbiter"))  # killed: the lease runs out
+        run.client.set(run.key("threshold"), "0.2")
+        deaths += 1
+    judge(run)
+    assert deaths > 5
+    for case in cases:
+        check(run, case)
+    bodies = [one["rid"] for one in run.entries("finished") if one["kind"] == "verdict"]
+    assert sorted(bodies) == sorted(case.rid for case in cases)
+
+
+def test_an_arbiter_that_lost_its_lease_writes_nothing_more(run: Run) -> None:
+    old = arbiter(run)
+    old._lease.take(threading.Event())
+    Writing(run, "r1", [0.5] * 5).whole()
+    run.client.delete(run.key("lease:arbiter"))
+    judge(run)
+    stored = run.field("r1", "verdict")
+    Writing(run, "r2", [0.5] * 5).whole()
+    new = arbiter(run)
+    new._lease.take(threading.Event())
+    with pytest.raises(LeaseLost):
+        old._look(old._note([(b"1-1", {b"rid": b"r2"})]))
+    assert run.field("r2", "verdict") is None
+    assert run.field("r1", "verdict") == stored
+    new._lease.drop()
+
+
+# --- what becomes of a verdict ---
+
+
+def test_a_trap_by_hand_is_cut_where_it_began_and_its_writer_is_told(run: Run) -> None:
+    # W 4, C 2, s 0.25: means of windows ending at 4, 5 …: 1, 0.75, 0.5, 0.25, 0, 0. Below 0.25 first at 8, fires at 9.
+    run.client.set(run.key("threshold"), "0.25")
+    Writing(run, "r1", [1.0] * 4 + [0.0] * 8).whole(5)
+    judge(run)
+    found = verdict(run, "r1")
+    assert (found.trigger, found.keep, found.train, found.cut) == (9, 4, 4, True)
+    assert found.min_window == 0.0
+    assert run.entries("signals:w1") == [{"rid": "r1"}]
+    assert run.entries("trajectories") == [{"rid": "r1"}]
+
+
+def test_a_trap_at_the_very_start_leaves_nothing_and_is_dropped_as_empty(run: Run) -> None:
+    run.client.set(run.key("threshold"), "0.25")
+    Writing(run, "r1", [0.0] * 12).whole()
+    judge(run)
+    assert (verdict(run, "r1").trigger, verdict(run, "r1").keep) == (5, 0)
+    assert run.entries("trajectories") == []
+    assert run.entries("finished")[1:] == [{"kind": "ending", "rid": "r1", "ending": "dropped", "reason": "empty"}]
+
+
+@pytest.mark.parametrize(("trains", "train"), [("kept", 4), ("whole", 12)])
+def test_a_control_rollout_is_never_stopped(begin: Callable[..., Run], trains: str, train: int) -> None:
+    run = begin(termination={"control_trains": trains})
+    run.client.set(run.key("threshold"), "0.25")
+    # Behind the would-be cut come windows that are lower still: the minimum is over the whole rollout.
+    case = Writing(run, "r1", [1.0] * 4 + [0.125] * 4 + [0.0] * 4, arm="control")
+    case.go_on(10)
+    judge(run)
+    assert run.field("r1", "verdict") is None
+    case.whole()
+    judge(run)
+    found = verdict(run, "r1")
+    assert (found.keep, found.trigger, found.train) == (4, 9, train)
+    assert (found.cut, found.finish_reason, found.generated) == (False, "eos", 12)
+    assert found.min_window == 0.0
+    assert run.entries("signals:w1") == []
+
+
+def test_an_inactive_rule_cuts_nothing_and_records_minima(run: Run) -> None:
+    Writing(run, "r1", [1.0] * 4 + [0.0] * 8, finish="length").whole()
+    judge(run)
+    found = verdict(run, "r1")
+    assert (found.cut, found.keep, found.threshold, found.finish_reason) == (False, 12, None, "length")
+    assert minima(run) == [0.0]
+
+
+def test_a_rollout_too_short_for_a_window_pushes_nothing(run: Run) -> None:
+    Writing(run, "r1", [0.5] * 3).whole()
+    judge(run)
+    assert verdict(run, "r1").min_window is None
+    assert minima(run) == []
+
+
+def test_a_verdict_waits_for_the_last_score(run: Run) -> None:
+    case = Writing(run, "r1", [0.5] * 12)
+    case.go_on(8)
+    run.chunk("r1", "r1", seq=1, start=8, tokens=range(9, 13), finish="eos")
+    judge(run)
+    assert run.field("r1", "verdict") is None
+    assert run.pending("scores") == 1
+    run.score("r1", seq=1, values=[0.5] * 4)
+    judge(run)
+    assert len(verdict(run, "r1").tokens) == 12
+
+
+def test_a_verdict_names_the_oldest_and_the_newest_version_of_its_tokens(run: Run) -> None:
+    case = Writing(run, "r1", [0.5] * 12)
+    for version in (3, 4, 6):
+        case.go_on(4, version=version)
+    judge(run)
+    assert (verdict(run, "r1").first_version, verdict(run, "r1").last_version) == (3, 6)
+
+
+@pytest.mark.parametrize(("length", "kept", "cut"), [(5, 5, False), (6, 6, False), (7, 6, True)])
+def test_policy_fixed_cuts_only_what_is_longer(begin: Callable[..., Run], length: int, kept: int, cut: bool) -> None:
+    run = begin(termination={"policy": "fixed", "fixed_tokens": 6})
+    Writing(run, "r1", [0.0] * length).whole(4)
+    judge(run)
+    found = verdict(run, "r1")
+    assert (found.keep, found.cut, found.finish_reason) == (kept, cut, "fixed" if cut else "eos")
+
+
+def test_policy_none_cuts_nothing(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"policy": "none"})
+    run.client.set(run.key("threshold"), "9.0")
+    Writing(run, "r1", [0.0] * 30).whole()
+    judge(run)
+    assert (verdict(run, "r1").cut, verdict(run, "r1").keep) == (False, 30)
+
+
+# --- the threshold ---
+
+
+def publish(run: Run, version: int) -> None:
+    assert run.lease("learner").call("publish", version, version, f"v{version:08d}.safetensors", "aa") == [b"ok"]
+
+
+def test_the_rule_is_active_once_there_are_enough_minima_and_the_policy_is_warm(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"min_calibration": 3, "warmup_steps": 2, "eta": 0.25})
+    publish(run, 2)
+    for number, level in enumerate((0.5, 0.25), start=1):
+        Writing(run, f"r{number}", [level] * 6).whole()
+        judge(run)
+        assert threshold(run) == "inactive"
+    Writing(run, "r3", [1.0] * 6).whole()
+    judge(run)
+    # 0.75 quantile of 0.25, 0.5, 1: place 1.5, halfway between 0.5 and 1.
+    assert float(threshold(run)) == 0.75
+    Writing(run, "r4", [0.5] * 6).go_on(3)
+    assert run.field("r4", "threshold") == b"0.75"
+
+
+def test_the_rule_stays_inactive_while_the_policy_is_cold(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"min_calibration": 1, "warmup_steps": 2})
+    publish(run, 1)
+    Writing(run, "r1", [0.5] * 6).whole()
+    judge(run)
+    assert threshold(run) == "inactive"
+    publish(run, 2)
+    Writing(run, "r2", [0.5] * 6, arm="control").whole()
+    judge(run)
+    assert float(threshold(run)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "counted"),
+    [("control", [0.125]), ("completed", [0.125, 0.75]), ("all", [0.125, 0.75, 0.0])],
+)
+def test_once_active_the_chosen_rollouts_fill_the_buffer(
+    begin: Callable[..., Run], mode: str, counted: list[float]
+) -> None:
+    run = begin(termination={"calibrate_on": mode, "min_calibration": 2})
+    publish(run, 0)
+    for number in range(2):
+        Writing(run, f"c{number}", [0.5] * 6).whole()
+        judge(run)
+    assert threshold(run) == "0.5"
+    Writing(run, "control", [0.125] * 6, arm="control").whole()
+    judge(run)
+    Writing(run, "whole", [0.75] * 6).whole()
+    judge(run)
+    run.client.set(run.key("threshold"), "0.5")
+    cut = Writing(run, "cut", [1.0] * 4 + [0.0] * 6)
+    cut.whole()
+    judge(run)
+    assert verdict(run, "cut").cut
+    lowest = verdict(run, "cut").min_window
+    expected = [lowest if value == 0.0 else value for value in counted]
+    assert minima(run) == [0.5, 0.5, *expected]
+
+
+def test_the_threshold_is_the_quantile_of_the_last_minima(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"calibrate_on": "all", "buffer_size": 8, "min_calibration": 4})
+    rng = np.random.default_rng(5)
+    levels = rng.random(20).astype(np.float32)
+    for number, level in enumerate(levels):
+        Writing(run, f"r{number}", [float(level)] * 4, arm="control").whole()
+        judge(run)
+    assert minima(run) == [float(level) for level in levels[-8:]]
+    assert float(threshold(run)) == pytest.approx(np.quantile(levels[-8:].astype(np.float64), 0.7), rel=1e-12)
+
+
+def test_an_arbiter_that_starts_on_an_active_run_goes_on_by_its_rules(begin: Callable[..., Run]) -> None:
+    """Verdicts that it finds due at its start count for the buffer, and set the threshold, as any other."""
+    run = begin(termination={"min_calibration": 2, "warmup_steps": 2})
+    publish(run, 2)
+    for number in range(2):
+        Writing(run, f"r{number}", [0.5] * 6).whole()
+    judge(run)
+    assert threshold(run) == "0.5"
+    Writing(run, "late", [0.75] * 6).whole()
+    run.score_entries()  # given to an arbiter that died
+    judge(run)
+    assert not verdict(run, "late").cut
+    assert threshold(run) == "0.5"
+    assert minima(run) == [0.5, 0.5]
+
+
+# --- what is broken ---
+
+
+def test_a_record_that_cannot_be_read_is_given_up_and_the_rest_flows(run: Run) -> None:
+    Writing(run, "bad", [0.5] * 6).whole()
+    run.client.hset(run.key("rollout:bad"), "d:0", b"\xc1 no msgpack")
+    Writing(run, "good", [0.5] * 6).whole()
+    judge(run)
+    assert verdict(run, "good").keep == 6
+    assert run.field("bad", "verdict") == b"dead"
+    [dead] = run.entries("dead")
+    assert (dead["rid"], dead["stage"]) == ("bad", "arbiter")
+    endings = [one for one in run.entries("finished") if one["kind"] == "ending"]
+    assert endings == [{"kind": "ending", "rid": "bad", "ending": "dead", "reason": "arbiter"}]
+    assert run.pending("scores") == 0
+
+
+def broken(field: str, value: bytes) -> Callable[[Run], Any]:
+    return lambda run: run.client.hset(run.key("rollout:bad"), field, value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        broken("d:0", make_divergence([0.5] * 5).encode()),
+        broken("head", b""),
+        broken("length", b"2"),
+        broken("length", b"many"),
+        broken("chunks", b"?"),
+        broken("threshold", b"low"),
+        broken("threshold", b"nan"),
+    ],
+    ids=["other size", "no head", "length too small", "length no number", "chunks no number", "threshold", "nan"],
+)
+def test_no_damage_to_a_record_stops_the_arbiter(run: Run, damage: Callable[[Run], Any]) -> None:
+    Writing(run, "bad", [0.5] * 6).whole()
+    damage(run)
+    Writing(run, "good", [0.5] * 6).whole()
+    judge(run)
+    assert run.field("bad", "verdict") == b"dead"
+    assert verdict(run, "good").keep == 6
+    assert run.pending("scores") == 0
+
+
+@pytest.mark.parametrize("fields", [{"what": "?"}, {"rid": ""}, {"rid": "a b"}, {"rid": b"\xff" * 8}, {"rid": "x" * 41}])
+def test_a_notice_that_names_no_rollout_is_given_up(run: Run, fields: dict[str, Any]) -> None:
+    run.client.xadd(run.key("scores"), fields)
+    Writing(run, "good", [0.5] * 6).whole()
+    judge(run)
+    assert len(run.client.xrange(run.key("dead"))) == 1
+    assert run.pending("scores") == 0
+    assert verdict(run, "good").keep == 6
+
+
+def test_notices_of_rollouts_that_are_judged_or_booked_are_taken_off(run: Run) -> None:
+    """A verdict may be given, and even booked, before the arbiter reads the last notices of its scores."""
+    Writing(run, "r1", [0.5] * 6).whole()
+    judge(run)
+    run.client.xadd(run.key("scores"), {"rid": "r1"})
+    run.client.xadd(run.key("scores"), {"rid": "booked"})
+    Writing(run, "r2", [0.5] * 6).whole()
+    judge(run)
+    assert run.entries("scores") == []
+    assert verdict(run, "r2").keep == 6
+    assert [one["rid"] for one in run.entries("finished") if one["kind"] == "verdict"] == ["r1", "r2"]
+
+
+def test_the_arbiter_returns_when_the_run_has_ended_or_when_it_is_stopped(run: Run) -> None:
+    stop = threading.Event()
+    one = Arbiter(run.config, run.plane, stop)
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert run.client.exists(run.key("lease:arbiter")) == 0
+    run.lease("feeder").advance("state", "ended")
+    arbiter(run).run()
