@@ -184,8 +184,11 @@ class Feeder:
     def _absorb(self, rollout: _Open, values: dict[bytes, bytes]) -> None:
         kind = values.get(b"kind")
         if kind == b"verdict":
-            rollout.verdict = Verdict.decode(values.get(b"body", b""))
-            self._running.discard(rollout.verdict.rid)
+            verdict = Verdict.decode(values.get(b"body", b""))
+            if verdict.rid.encode() != values[b"rid"]:
+                raise MessageError(f"finished.body: the verdict of {verdict.rid!r:.40}")
+            rollout.verdict = verdict
+            self._running.discard(verdict.rid)
         elif kind == b"count":
             rollout.counted = read_number(values.get(b"generated"), "finished.generated")
         elif kind == b"ending" and values.get(b"ending") in (b"trained", b"dropped", b"dead"):

@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
@@ -188,10 +189,10 @@ class RolloutWorker:
             writing.held = hold
             (self._decoder.hold if hold else self._decoder.release)(writing.rid)
 
-    def _end(self, rid: str) -> None:
-        """The rollout has its verdict: free the slot and report how much was written."""
+    def _end(self, rid: str, final: ClosedChunk | None = None) -> None:
+        """The rollout has its verdict: free the slot and report how much was written, the chunk at hand included."""
         writing = self._writing[rid]
-        generated = self._forget(rid)
+        generated = self._forget(rid) or (final.start + len(final.tokens) if final else 0)
         self._plane.call("count", rid, writing.nonce, generated)
 
     def _forget(self, rid: str) -> int:
@@ -206,13 +207,13 @@ class RolloutWorker:
     # --- what goes out -----------------------------------------------------------------------------------------
 
     def _send(self, closed: list[ClosedChunk]) -> None:
-        for chunk in closed:
-            writing = self._writing.get(chunk.key)
-            if writing is None:
-                continue
-            self._send_one(writing, chunk)
+        """Store chunks, at most one of a rollout, in one round trip."""
+        pairs = [(self._writing[chunk.key], chunk) for chunk in closed if chunk.key in self._writing]
+        replies = self._plane.call_each("chunk", [self._arguments(writing, chunk) for writing, chunk in pairs])
+        for (writing, chunk), reply in zip(pairs, replies, strict=True):
+            self._take_reply(writing, chunk, reply)
 
-    def _send_one(self, writing: _Writing, chunk: ClosedChunk) -> None:
+    def _arguments(self, writing: _Writing, chunk: ClosedChunk) -> tuple[str | int | bytes, ...]:
         support = ChunkSupport(
             support_ids=chunk.support_ids,
             support_logprobs=chunk.support_logprobs,
@@ -228,18 +229,13 @@ class RolloutWorker:
             digest=support_digest(support),
             tokens=chunk.tokens,
         ).encode()
-        reply = self._plane.call(
-            "chunk",
-            writing.rid,
-            writing.nonce,
-            writing.sent,
-            tokens,
-            support,
-            self._plane.shard_of(writing.rid),
-            chunk.start + len(chunk.tokens),
-            chunk.finish or "",
-        )
-        if reply[0] == b"ok":
+        length = chunk.start + len(chunk.tokens)
+        shard = self._plane.shard_of(writing.rid)
+        return writing.rid, writing.nonce, writing.sent, tokens, support, shard, length, chunk.finish or ""
+
+    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, reply: list[Any]) -> None:
+        word = reply[0]
+        if word == b"ok":
             metrics.chunks_sent.inc()
             writing.sent += 1
             writing.scored = int(reply[1] or 0)
@@ -247,21 +243,17 @@ class RolloutWorker:
                 del self._writing[writing.rid]
             else:
                 self._hold_or_release(writing)
-        elif reply[0] == b"full":
+        elif word == b"full":
             log.warning("Redis is full: a chunk of %s waits", writing.rid)
             self._refused.append(chunk)
-            if not chunk.finish:
+            if chunk.finish:  # it has left its slot already
+                writing.held = True
+            else:
                 self._hold_or_release(writing)
-            writing.held = True
         else:
             metrics.chunks_fenced.inc()
-            if reply[0] == b"ended":
-                # A final chunk has left its slot already; what it brought was written all the same.
-                if chunk.finish:
-                    del self._writing[writing.rid]
-                    self._plane.call("count", writing.rid, writing.nonce, chunk.start + len(chunk.tokens))
-                else:
-                    self._end(writing.rid)
+            if word == b"ended":
+                self._end(writing.rid, chunk)
             else:
                 self._forget(writing.rid)
 

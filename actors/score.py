@@ -177,8 +177,7 @@ class Scorer:
                 runs.append(run)
             if len(run.text) > self._text.shape[1]:
                 raise ValueError(f"{request.key}: {len(run.text)} tokens exceed {self._text.shape[1]}")
-        # Warm runs come first, into the slots they have: else an earlier wave could evict one that has no
-        # prefix.
+        # Warm runs come first, in the slots they have: evicted by an earlier wave, they would cost a rebuild.
         return sorted(runs, key=lambda run: not run.warm)
 
     def _check(self, request: ScoreRequest, support: int) -> None:
@@ -231,7 +230,7 @@ class Scorer:
     def _settle(self, run: _Run) -> None:
         """Give a run its slot, with all of its text.
 
-        What the slot has forwarded of the same text stays, even if it was another rollout's: of one prompt, say.
+        What the slot has forwarded of the same text stays, even another rollout's: of the same prompt, say.
         """
         slot = self._slot.get(run.key)
         if slot is None:
@@ -248,8 +247,7 @@ class Scorer:
         run.slot = slot
 
     def _batches(self, runs: list[_Run], goals: IntArray) -> Iterator[_Batch]:
-        """Forwards that bring each run's slot up to `goals` tokens; each counts as done when the next is
-        asked for."""
+        """Forwards that bring each run's slot up to `goals` tokens; each counts once the next is asked for."""
         slots = np.array([run.slot for run in runs])
         while (left := goals - self._cached[slots]).any():
             waiting = np.flatnonzero(left)

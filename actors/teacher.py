@@ -147,8 +147,7 @@ class TeacherWorker:
         with metrics.chunk_score_seconds.time():
             scored = self._scorer.score(self._requests(loaded))
         metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
-        for one, answer in zip(loaded, scored, strict=True):
-            self._store(one, answer)
+        self._store(loaded, scored)
 
     def _load(self, work: list[_Work]) -> list[_Loaded]:
         """Read what the notices point at, in the order of seq, each chunk once; notices without work are taken off."""
@@ -156,11 +155,10 @@ class TeacherWorker:
         answers = self._plane.fields(
             (one.rid, ["head", "verdict", f"d:{one.seq}", f"t:{one.seq}", f"p:{one.seq}"]) for one in work
         )
-        loaded = []
+        loaded, over = [], []
         for one, (head, verdict, done, tokens, support) in zip(work, answers, strict=True):
             if head is None or verdict is not None or done is not None or tokens is None:
-                # Nothing to score any more: the script only takes the notice off.
-                self._plane.call("score", one.shard, one.entry, one.rid, one.seq, b"", b"")
+                over.append((one.shard, one.entry, one.rid, one.seq, b"", b""))
                 if verdict is not None or head is None:
                     self._scorer.drop(one.rid)
                 continue
@@ -168,6 +166,7 @@ class TeacherWorker:
                 loaded.append(self._decode(one, head, tokens, support or b""))
             except MessageError as error:
                 self._give_up(one, str(error))
+        self._plane.call_each("score", over)  # nothing to score any more: the script only takes the notices off
         return loaded
 
     def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes) -> _Loaded:
@@ -210,36 +209,26 @@ class TeacherWorker:
         # A rollout that ended meanwhile has no hash; anything of the right length serves, its score is refused.
         return np.resize(prefix, one.tokens.start) if len(prefix) != one.tokens.start else prefix
 
-    def _store(self, one: _Loaded, scored: Scored) -> None:
-        try:
-            divergence = ScoreDivergence(
-                seq=one.work.seq,
-                divergence=coarse_reverse_kl(
-                    one.support.support_logprobs,
-                    scored.teacher_logprobs,
-                    one.support.tail_logprobs,
-                    scored.tail_logprobs,
-                ),
-            ).encode()
-            support = ScoreSupport(
-                teacher_logprobs=scored.teacher_logprobs,
-                tail_logprobs=scored.tail_logprobs,
-                sampled_logprobs=scored.sampled,
-            ).encode()
-        except ValueError as error:
-            self._give_up(one.work, str(error))
-            return
-        work = one.work
-        reply = self._plane.call("score", work.shard, work.entry, work.rid, work.seq, divergence, support)
-        self._scored_tokens += len(scored.sampled)
-        if reply[0] == b"ok":
-            metrics.chunks_scored.inc()
-            if one.tokens.finish:
-                self._scorer.drop(work.rid)
-        elif reply[0] == b"duplicate":
-            metrics.chunks_duplicate.inc()
-        else:
-            self._scorer.drop(work.rid)
+    def _store(self, loaded: list[_Loaded], scored: list[Scored]) -> None:
+        """Store what can be stored in one round trip; give up what cannot."""
+        good, calls = [], []
+        for one, answer in zip(loaded, scored, strict=True):
+            work = one.work
+            try:
+                divergence, support = _records(one, answer)
+            except ValueError as error:
+                self._give_up(work, str(error))
+                continue
+            good.append(one)
+            calls.append((work.shard, work.entry, work.rid, work.seq, divergence, support))
+        for one, reply in zip(good, self._plane.call_each("score", calls), strict=True):
+            self._scored_tokens += len(one.tokens.tokens)
+            if reply[0] == b"ok":
+                metrics.chunks_scored.inc()
+            elif reply[0] == b"duplicate":
+                metrics.chunks_duplicate.inc()
+            if reply[0] == b"ended" or one.tokens.finish:
+                self._scorer.drop(one.work.rid)
 
     def _give_up(self, work: _Work, reason: str) -> None:
         log.warning("chunk %d of rollout %s cannot be scored: %s", work.seq, work.rid, reason)
@@ -248,6 +237,19 @@ class TeacherWorker:
             metrics.dead_letters.labels("teacher").inc()
         else:
             self._waiting.append(work)
+
+
+def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
+    """Divergence and log-probabilities of a chunk, encoded. Raises ValueError where they are not finite."""
+    divergence = coarse_reverse_kl(
+        one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs, scored.tail_logprobs
+    )
+    support = ScoreSupport(
+        teacher_logprobs=scored.teacher_logprobs,
+        tail_logprobs=scored.tail_logprobs,
+        sampled_logprobs=scored.sampled,
+    )
+    return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
 
 
 def rendezvous(shard: int, teachers: list[str]) -> str:

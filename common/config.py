@@ -7,6 +7,7 @@ compares the two.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_CONFIG_BYTES = 1 << 20
+# PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
+# 2001-99-99 a ValueError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 class ConfigError(ValueError):
@@ -109,7 +113,9 @@ class Loss(_Section):
 
 
 class Learner(_Section):
-    dtype: Dtype = Field("float32", description="Dtype that the learner computes in; parameters and moments are float32.")
+    dtype: Dtype = Field(
+        "float32", description="Dtype that the learner computes in; parameters and moments are float32."
+    )
     device: str = Field("cpu", description="Device of the learner.")
     threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
     max_steps: int = Field(100, ge=1, description="Optimizer steps of the run.")
@@ -255,7 +261,7 @@ def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "con
         raise ConfigError(f"{source}: {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
     try:
         tree = yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a config is a mapping of sections, found {type(tree).__name__}")
@@ -305,14 +311,16 @@ def _override(tree: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set {item!r}: expected section.key=value, for example learner.max_steps=20")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
     *sections, last = path.strip().split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
+        found = node.get(section, {})
+        if not isinstance(found, dict):
             raise ConfigError(f"--set {item!r}: {section!r} is not a section")
+        # A copy: YAML's aliases make one dict of several sections.
+        node[section] = node = dict(found)
     node[last] = value
 
 
@@ -329,17 +337,28 @@ def _explain(problem: Any) -> str:
             if problem["loc"]
             else str(problem["msg"]).removeprefix("Value error, ")
         )
-    return f"{where}: {problem['msg']}, found {problem['input']!r:.80}"
+    return f"{where}: {problem['msg']}, found {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, however large it is: aliases can make a short YAML an endless tree."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:
+        return "a number with thousands of digits"
 
 
 def _nearest(where: str) -> str:
     known = [name for name, _, _ in keys()]
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
+    last = where.rpartition(".")[2]
+    for name in known:
+        if "." in where and name.rpartition(".")[2] == last:
+            return f"; the nearest known one is {name!r}"
     same_depth = known if "." in where else sections + [name for name in known if "." not in name]
     found = difflib.get_close_matches(where, same_depth, n=1, cutoff=0.6)
     if found:
         return f"; the nearest known one is {found[0]!r}"
-    last = where.rpartition(".")[2]
     found = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6)
     if found:
         match = next(name for name in known if name.rpartition(".")[2] == found[0])

@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float32]
 
 MAX_RECORD_BYTES = 64 << 20
 _MAX_FIELDS = 64
+_MAX_TEXT = 4096
+_ARRAYS = ("Ints", "Floats")
 _DTYPES = {"i": np.dtype("<i4"), "f": np.dtype("<f4")}
 ARMS = ("treated", "control")
 
@@ -28,9 +30,11 @@ class MessageError(ValueError):
     """A record that does not hold what its type promises."""
 
 
-def _pack_array(array: npt.NDArray[Any]) -> list[Any]:
-    code = "i" if array.dtype.kind in "iu" else "f"
-    return [code, list(array.shape), np.ascontiguousarray(array, dtype=_DTYPES[code]).tobytes()]
+def _pack_array(array: Any, annotation: str, name: str) -> list[Any]:
+    code = "i" if annotation == "Ints" else "f"
+    if not isinstance(array, np.ndarray) or array.dtype != _DTYPES[code] or not 1 <= array.ndim <= 2:
+        raise MessageError(f"{name}: expected {_DTYPES[code].name} of one or two dimensions")
+    return [code, list(array.shape), array.tobytes()]
 
 
 def _unpack_array(value: Any, name: str) -> npt.NDArray[Any]:
@@ -56,9 +60,11 @@ class _Record:
 
     def encode(self) -> bytes:
         """Raises MessageError if the record is not valid: what is broken is not sent."""
+        packed = [
+            _pack(getattr(self, field.name), str(field.type), f"{self.KIND}.{field.name}")
+            for field in fields(self)  # type: ignore[arg-type]
+        ]
         self._check()
-        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        packed = [_pack_array(value) if isinstance(value, np.ndarray) else value for value in values]
         data: bytes = msgpack.packb([self.KIND, *packed], use_bin_type=True)
         return data
 
@@ -85,7 +91,7 @@ def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
             data,
             raw=False,
             use_list=True,
-            max_str_len=4096,
+            max_str_len=_MAX_TEXT,
             max_bin_len=len(data),
             max_array_len=_MAX_FIELDS,
             max_map_len=0,
@@ -100,21 +106,39 @@ def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
     return value[1:]
 
 
+def _pack(value: Any, annotation: str, name: str) -> Any:
+    annotation, optional = _either(annotation)
+    if optional and value is None:
+        return None
+    return _pack_array(value, annotation, name) if annotation in _ARRAYS else _scalar(value, annotation, name)
+
+
 def _coerce(value: Any, annotation: str, name: str) -> Any:
-    if annotation.endswith(" | None"):
-        if value is None:
-            return None
-        annotation = annotation.removesuffix(" | None")
-    if annotation in ("Ints", "Floats"):
-        array = _unpack_array(value, name)
-        if array.dtype != _DTYPES["i" if annotation == "Ints" else "f"]:
-            raise MessageError(f"{name}: wrong dtype")
-        return array
+    annotation, optional = _either(annotation)
+    if optional and value is None:
+        return None
+    if annotation not in _ARRAYS:
+        return _scalar(value, annotation, name)
+    array = _unpack_array(value, name)
+    if array.dtype != _DTYPES["i" if annotation == "Ints" else "f"]:
+        raise MessageError(f"{name}: wrong dtype")
+    return array
+
+
+def _either(annotation: str) -> tuple[str, bool]:
+    return annotation.removesuffix(" | None"), annotation.endswith(" | None")
+
+
+def _scalar(value: Any, annotation: str, name: str) -> Any:
     wanted = {"int": int, "float": float, "str": str, "bytes": bytes, "bool": bool}[annotation]
     if type(value) is not wanted:
         raise MessageError(f"{name}: expected {annotation}, found {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise MessageError(f"{name}: not finite")
+    if isinstance(value, int) and not 0 <= value < 1 << 63:
+        raise MessageError(f"{name}: out of range")
+    if isinstance(value, str) and not (len(value) <= _MAX_TEXT and value.isascii()):
+        raise MessageError(f"{name}: not a short ASCII text")
     return value
 
 

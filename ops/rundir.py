@@ -45,6 +45,7 @@ def _resume(config: Config, folder: Path) -> str:
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: nothing to resume, there is no config.yaml")
     check_resume(load(folder / "config.yaml"), config)
+    lock(folder).close()  # refuse before anything of a run at work is touched
     write_text(folder / "config.yaml", config.to_yaml())
     run_key: str = read_json(folder / "run.json")["run_key"]
     return run_key

@@ -170,9 +170,7 @@ class Run:
         support = make_support(len(tokens))
         length = start + len(tokens)
         shard = self.plane.shard_of(rid)
-        return self.plane.call(
-            "chunk", rid, nonce, seq, record.encode(), support.encode(), shard, length, finish or ""
-        )
+        return self.plane.call("chunk", rid, nonce, seq, record.encode(), support.encode(), shard, length, finish or "")
 
     def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
         return bytes(self.plane.call("beat", consumer, rid, self.field(rid, "entry") or b"0-1", nonce)[1])
@@ -190,9 +188,7 @@ class Run:
         divergence = make_divergence(values, seq).encode()
         support = make_score_support(len(values)).encode()
         entry = self.notice(rid, seq)
-        return bytes(
-            self.plane.call("score", self.plane.shard_of(rid), entry, rid, seq, divergence, support)[0]
-        )
+        return bytes(self.plane.call("score", self.plane.shard_of(rid), entry, rid, seq, divergence, support)[0])
 
     # --- arbiter ---
 
@@ -237,10 +233,7 @@ class Run:
     def entries(self, stream: str) -> list[dict[str, str]]:
         """Fields of everything in a stream, as text (`body` left as its length)."""
         return [
-            {
-                name.decode(): str(len(value)) if name == b"body" else value.decode()
-                for name, value in values.items()
-            }
+            {name.decode(): str(len(value)) if name == b"body" else value.decode() for name, value in values.items()}
             for _, values in self.client.xrange(self.key(stream))
         ]
 

@@ -4,8 +4,8 @@
     completion  12+7=19;19-3=16#16
 
 Two choices keep the single step learnable by models of some hundred thousand parameters, so that what is hard
-is the length of the chain. Every result lies in 10..99, so that all steps are equally wide; and no number
-occurs twice behind the first, so that the number to take next is always the one behind that just used.
+is the length of the chain. Every result lies in 10..99, so that all steps are equally wide; and no signed number
+occurs twice behind the first, so that the one to take next is always the one behind that just used.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def solution_of(prompt: str) -> str:
 class Arithmetic:
     """Problems of `min_numbers` to `max_numbers` numbers: one of 10 to `max_first`, then 1 to `max_value`.
 
-    The defaults are the sizes that the shipped models are made for. Raises ValueError for sizes that allow no
-    problem.
+    Behind the first each number occurs once with each sign at most. The defaults are the sizes that the shipped
+    models are made for. Raises ValueError for sizes that allow no problem.
     """
 
-    min_numbers: int = 7
-    max_numbers: int = 10
+    min_numbers: int = 12
+    max_numbers: int = 15
     max_first: int = 49
     max_value: int = 9
 
@@ -95,12 +95,12 @@ class Arithmetic:
         if not SMALLEST_RESULT <= self.max_first <= LARGEST_RESULT:
             raise ValueError(f"need {SMALLEST_RESULT} <= max_first <= {LARGEST_RESULT}, got {self}")
         # Up to 40 one sign or the other always keeps a result in 10..99.
-        if not self.max_numbers - 1 <= self.max_value <= 40:
-            raise ValueError(f"need max_numbers - 1 <= max_value <= 40, got {self}")
+        if not self.max_numbers - 1 <= 2 * self.max_value <= 80:
+            raise ValueError(f"need max_numbers - 1 <= 2 max_value <= 80, got {self}")
 
     @property
     def max_prompt_length(self) -> int:
-        """The longest prompt, in characters (one token each)."""
+        """The longest prompt, in characters."""
         return (self.max_numbers - 1) * (len(str(self.max_value)) + 1) + len(f"{self.max_first}?")
 
     def problem(self, index: int, *, split: Split, seed: int) -> Problem:
@@ -119,15 +119,21 @@ class Arithmetic:
 
     def draw(self, rng: random.Random) -> Problem:
         """Draw a problem of either split."""
-        value = rng.randint(SMALLEST_RESULT, self.max_first)
-        prompt = str(value)
         count = rng.randint(self.min_numbers, self.max_numbers)
-        for number in rng.sample(range(1, self.max_value + 1), count - 1):
-            fitting = [change for change in (number, -number) if SMALLEST_RESULT <= value + change <= LARGEST_RESULT]
-            change = rng.choice(fitting)
-            prompt += f"{change:+d}"
-            value += change
-        return Problem(prompt=f"{prompt}?", answer=str(value))
+        while True:
+            changes = [sign * number for number in range(1, self.max_value + 1) for sign in (1, -1)]
+            first = value = rng.randint(SMALLEST_RESULT, self.max_first)
+            taken: list[int] = []
+            while len(taken) < count - 1:
+                fitting = [change for change in changes if SMALLEST_RESULT <= value + change <= LARGEST_RESULT]
+                if not fitting:
+                    break  # all that is left leads out of the range: draw again
+                taken.append(rng.choice(fitting))
+                changes.remove(taken[-1])
+                value += taken[-1]
+            else:
+                prompt = str(first) + "".join(f"{change:+d}" for change in taken)
+                return Problem(prompt=f"{prompt}?", answer=str(value))
 
     def verify(self, problem: Problem, completion: str) -> bool:
         """Return whether the integer behind the first "#" is the answer, as text ("016" is not "16").

@@ -484,9 +484,7 @@ def test_a_rollout_is_given_up_after_so_many_attempts_and_ends_as_dead(run: Run)
     assert run.entries("dead") == []
     assert run.plane.fail("r1", "rollout", "why", max_attempts=3, shown=b"bytes", at=at)
     assert run.entries("dead") == [{"rid": "r1", "stage": "rollout", "reason": "why", "shown": "bytes"}]
-    assert run.entries("finished") == [
-        {"kind": "ending", "rid": "r1", "ending": "dead", "reason": "rollout"}
-    ]
+    assert run.entries("finished") == [{"kind": "ending", "rid": "r1", "ending": "dead", "reason": "rollout"}]
     assert (run.entries("prompts"), run.pending("prompts")) == ([], 0)
     assert run.field("r1", "verdict") == b"dead"
 

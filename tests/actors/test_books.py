@@ -1,0 +1,158 @@
+"""The books: lines that add up, are written once, and survive a torn end."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import make_verdict
+
+from actors.books import Books, line_of, read_lines, trace_of, unjudged_line
+from common import metrics
+
+
+def line(rid: str = "r1", **changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "ending": "trained",
+        "reason": "",
+        "generated": 7,
+        "staleness": 1,
+        "active": True,
+        "correct": None,
+    }
+    return line_of(make_verdict(rid), **(values | changes))
+
+
+def value(metric: Any, *labels: str) -> float:
+    return float(metric.labels(*labels)._value.get())
+
+
+def test_a_line_by_hand() -> None:
+    """Trigger 3, keep 2, seven written: one token of detection, four of overshoot."""
+    one = line()
+    assert (one.tokens_generated, one.tokens_kept, one.tokens_trained) == (7, 2, 2)
+    assert (one.tokens_detection, one.tokens_overshoot) == (1, 4)
+    assert one.ledger_field == "trained"
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 30), st.sampled_from(["trained", "dropped", "dead"]))
+@settings(deadline=None)
+def test_generated_is_kept_and_detection_and_overshoot(a: int, b: int, generated: int, ending: str) -> None:
+    keep, trigger = sorted((a, b))
+    verdict = make_verdict(
+        keep=keep,
+        trigger=trigger,
+        train=keep,
+        tokens=np.arange(9, dtype=np.int32),
+        divergence=np.zeros(9, np.float32),
+    )
+    how: dict[str, Any] = {"reason": "stale", "staleness": None, "active": True, "correct": True}
+    one = line_of(verdict, ending=ending, generated=generated, **how)
+    assert one.tokens_generated == one.tokens_kept + one.tokens_detection + one.tokens_overshoot
+    assert min(one.tokens_kept, one.tokens_detection, one.tokens_overshoot) >= 0
+    assert one.tokens_trained == (keep if ending == "trained" else 0)
+
+
+def test_the_ledgers_field_names_the_reason_of_a_drop() -> None:
+    assert line(ending="dropped", reason="stale").ledger_field == "dropped:stale"
+    assert line(ending="dead", reason="arbiter").ledger_field == "dead"
+
+
+def test_an_unjudged_rollouts_line() -> None:
+    one = unjudged_line("r1", "control", 5, ending="dropped", reason="run_end", generated=9)
+    assert (one.arm, one.problem, one.finish_reason, one.active) == ("control", 5, "unfinished", False)
+    assert one.tokens_generated == one.tokens_kept + one.tokens_detection + one.tokens_overshoot == 9
+    assert one.tokens_trained == 0
+
+
+def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
+    books = Books(tmp_path / "run", record_traces=True)
+    books.write(line("r1"), make_verdict("r1"))
+    books.write(unjudged_line("r2", "treated", 0, ending="dead", reason="rollout", generated=0), None)
+    books.close()
+    first, second = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    assert (first["rid"], first["tokens_overshoot"], second["rid"]) == ("r1", 4, "r2")
+    [trace] = read_lines(tmp_path / "run" / "traces.jsonl")
+    assert np.frombuffer(base64.b64decode(trace["tokens"]), "<i4").tolist() == [1, 2, 3]
+    assert np.frombuffer(base64.b64decode(trace["divergence"]), "<f4").tolist() == [0.5, 0.25, 0.0]
+    assert trace == trace_of(make_verdict("r1"))
+    assert (trace["trigger"], trace["keep"], trace["threshold"]) == (3, 2, 0.25)
+
+
+def test_without_traces_there_is_no_file_of_them(tmp_path: Path) -> None:
+    books = Books(tmp_path, record_traces=False)
+    books.write(line(), make_verdict())
+    books.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
+
+
+def test_a_rollout_is_written_once_by_whatever_books(tmp_path: Path) -> None:
+    for _ in range(2):
+        books = Books(tmp_path, record_traces=True)
+        for _ in range(2):
+            books.write(line("r1", generated=9), make_verdict("r1"))
+        assert books.booked == {"r1"}
+        books.close()
+    for name in ("rollouts.jsonl", "traces.jsonl"):
+        assert len(list(read_lines(tmp_path / name))) == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"rid":"r2"', b"{", b"\xff\xfe", b"x" * 200_000])
+def test_a_torn_end_is_cut_off_and_written_over(tmp_path: Path, torn: bytes) -> None:
+    books = Books(tmp_path, record_traces=True)
+    books.write(line("r1"), make_verdict("r1"))
+    books.close()
+    for name in ("rollouts.jsonl", "traces.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(torn)
+    assert [one["rid"] for one in read_lines(tmp_path / "rollouts.jsonl")] == ["r1"]
+    books = Books(tmp_path, record_traces=True)
+    assert books.booked == {"r1"}
+    books.write(line("r2"), make_verdict("r2"))
+    books.close()
+    for name in ("rollouts.jsonl", "traces.jsonl"):
+        assert [json.loads(one)["rid"] for one in (tmp_path / name).read_bytes().splitlines()] == ["r1", "r2"]
+
+
+def test_a_file_that_is_nothing_but_a_torn_line_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.jsonl").write_bytes(b'{"rid":"r1","arm"')
+    books = Books(tmp_path, record_traces=False)
+    assert books.booked == set()
+    books.write(line("r1"), None)
+    books.close()
+    assert [one["rid"] for one in read_lines(tmp_path / "rollouts.jsonl")] == ["r1"]
+
+
+def test_no_file_has_no_lines(tmp_path: Path) -> None:
+    assert list(read_lines(tmp_path / "absent.jsonl")) == []
+
+
+def test_metrics_count_every_line_on_record_once_for_every_process(tmp_path: Path) -> None:
+    """A feeder that starts again serves counters that agree with the file."""
+
+    def seen() -> list[float]:
+        return [
+            value(metrics.rollouts_finished, "treated", "kl_trap"),
+            value(metrics.tokens_generated, "treated"),
+            value(metrics.tokens_trained, "treated"),
+            value(metrics.tokens_detection, "treated"),
+            value(metrics.tokens_overshoot, "treated"),
+            value(metrics.trajectories_dropped, "stale"),
+        ]
+
+    before = seen()
+    books = Books(tmp_path, record_traces=False)
+    books.write(line("r1"), None)
+    books.write(line("r2", ending="dropped", reason="stale", generated=3), None)
+    books.write(line("r2", ending="dropped", reason="stale", generated=3), None)
+    books.close()
+    once = [now - then for now, then in zip(seen(), before, strict=True)]
+    assert once == [2, 10, 2, 2, 4, 1]
+    Books(tmp_path, record_traces=False).close()
+    assert [now - then for now, then in zip(seen(), before, strict=True)] == [2 * number for number in once]

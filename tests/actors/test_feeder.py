@@ -1,0 +1,582 @@
+"""The real feeder on a real Redis: what is admitted, what is booked, and that neither happens twice or never."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from samples import Run, make_verdict
+
+import actors.feeder
+from actors.books import read_lines
+from actors.feeder import Feeder
+from common.messages import Ints, RolloutHead
+from common.streams import Lease, LeaseLost
+from ops.embedded import EmbeddedRedis
+
+
+class Counting:
+    """Prompt n is the token n + 1; completions of even problems are right."""
+
+    def prompt(self, problem: int) -> Ints:
+        return np.array([problem + 1], np.int32)
+
+    def judge(self, problem: int, tokens: Ints) -> bool:
+        return problem % 2 == 0
+
+
+class Desk:
+    """A run whose feeder can be asked to go on, or be killed; everybody else is played by the test."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.feeder = self._new()
+        self.taken: dict[str, bytes] = {}
+
+    def _new(self) -> Feeder:
+        feeder = Feeder(self.run.config, self.run.plane, Counting(), threading.Event())
+        feeder._lease.take(threading.Event())
+        feeder._load()
+        return feeder
+
+    def go_on(self) -> None:
+        while self.feeder.step(block_s=0.001):
+            pass
+
+    def kill(self) -> None:
+        """No word, no last deed: only the lease runs out."""
+        self.feeder._books.close()
+        self.run.client.delete(self.run.key("lease:feeder"))
+
+    def restart(self) -> None:
+        self.kill()
+        self.feeder = self._new()
+
+    def waited(self) -> None:
+        """As if the time for a writer's count were over."""
+        for rollout in self.feeder._rollouts.values():
+            rollout.ended_at -= actors.feeder._COUNT_WAIT_S
+        self.go_on()
+
+    # --- the others ---
+
+    def take(self) -> list[str]:
+        return [one[0].decode() for one in self.run.take("w1", "n1", count=1000)]
+
+    def write(self, rid: str, *, tokens: int = 3, finish: str | None = "eos") -> None:
+        assert self.run.chunk(rid, tokens=range(1, tokens + 1), finish=finish)[0] == b"ok"
+
+    def judge(self, rid: str, **changes: Any) -> None:
+        values = {"generated": 3, "cut": False, "finish_reason": "eos", "trigger": 3, "keep": 3, "train": 3} | changes
+        body = make_verdict(rid, **values)
+        args = (rid, body.encode(), body.train, 0, "", 4, "inactive")
+        assert self.run.lease("arbiter").call("verdict", *args)[0] == b"ok"
+
+    def count(self, rid: str, generated: int) -> None:
+        assert self.run.plane.call("count", rid, "n1", generated) == [b"ok"]
+
+    def settle(self, rid: str, ending: str = "trained", reason: str = "", staleness: int | str = 0) -> None:
+        if rid not in self.taken:
+            self.taken.update(self.run.trajectories())
+        reply = self.run.lease("learner").call("settle", self.taken.pop(rid), rid, ending, reason, staleness)
+        assert reply == [b"ok", 1]
+
+    def die(self, rid: str) -> None:
+        assert self.run.plane.fail(rid, "rollout", "poison", max_attempts=1)
+
+    def finish_run(self) -> None:
+        self.run.lease("learner").advance("state", "trained")
+
+    # --- looking ---
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        found = list(read_lines(self.run.config.run_dir / "rollouts.jsonl"))
+        assert len({line["rid"] for line in found}) == len(found), "a rollout is booked twice"
+        return {line["rid"]: line for line in found}
+
+    def head(self, rid: str) -> RolloutHead:
+        return RolloutHead.decode(self.run.field(rid, "head") or b"")
+
+
+@pytest.fixture
+def begin(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Callable[..., Desk]]:
+    desks: list[Desk] = []
+
+    def new(**overrides: Any) -> Desk:
+        defaults: dict[str, Any] = {"learner": {"batch_size": 4, "max_staleness": 1, "max_steps": 100}}
+        desks.append(Desk(start(embedded_redis, **(defaults | overrides))))
+        return desks[-1]
+
+    yield new
+    for desk in desks:
+        desk.feeder._books.close()
+
+
+@pytest.fixture
+def desk(begin: Callable[..., Desk]) -> Desk:
+    return begin(feeder={"concurrency": 6})
+
+
+# --- admission ---
+
+
+def test_admission_is_bounded_by_writers_and_by_staleness(desk: Desk) -> None:
+    """min(concurrency - running, (max_staleness + step + 1) · batch - (trained + waiting + running)), by hand."""
+
+    def admitted() -> int:
+        desk.go_on()
+        return desk.run.ledger()["admitted"]
+
+    assert admitted() == 6  # min(6 - 0, (1 + 0 + 1) · 4 - 0)
+    a, b, c, *_ = desk.take()
+    for rid in (a, b, c):
+        desk.judge(rid)
+    assert admitted() == 8  # + min(6 - 3, 8 - 6)
+    desk.settle(a, "dropped", "stale", 5)
+    assert admitted() == 9  # what was dropped gives its place back: + min(6 - 5, 8 - 7)
+    desk.settle(b)
+    assert admitted() == 9  # trained keeps its place
+    desk.run.lease("learner").advance("step", 1)
+    assert admitted() == 9  # 12 - 8 places, but six are being written
+    desk.judge(desk.take()[0])
+    assert admitted() == 10  # one writer is free
+    desk.die(sorted(desk.take())[0])
+    assert admitted() == 11  # the dead give their place back, too
+
+
+@pytest.mark.parametrize("how", ["dead", "empty"])
+def test_the_dead_and_the_dropped_give_their_place_back(begin: Callable[..., Desk], how: str) -> None:
+    desk = begin(feeder={"concurrency": 100})
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 8}
+    rid = desk.take()[0]
+    if how == "dead":
+        desk.die(rid)
+    else:
+        desk.judge(rid, keep=0, train=0)
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 9, "dead" if how == "dead" else "dropped:empty": 1}
+
+
+def test_no_more_is_admitted_than_the_run_can_train(begin: Callable[..., Desk]) -> None:
+    desk = begin(learner={"batch_size": 4, "max_staleness": 3, "max_steps": 2}, feeder={"concurrency": 100})
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 8}
+
+
+def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callable[..., Desk]) -> None:
+    desk = begin(rollout={"slots": 4}, learner={"batch_size": 100, "max_steps": 100})
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 5}
+    desk.run.plane.seen("w1", role="rollout", slots=4)
+    desk.run.plane.seen("w2", role="rollout", slots=12)
+    desk.run.plane.seen("t1", role="teacher", slots=99)
+    desk.feeder._housekeeping_at = 0.0
+    desk.feeder.step(block_s=0.001)
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 20}
+
+
+def test_a_full_redis_stops_admission_until_it_has_room(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = desk.feeder._lease.call
+    monkeypatch.setattr(desk.feeder._lease, "call", lambda *args: [b"full"] if args[0] == "admit" else call(*args))
+    desk.go_on()
+    assert desk.run.ledger() == {}
+    monkeypatch.setattr(desk.feeder._lease, "call", call)
+    desk.go_on()
+    assert desk.take() == [f"r{number:09d}" for number in range(6)]
+
+
+def test_heads_are_a_function_of_seed_and_place(begin: Callable[..., Desk]) -> None:
+    desk = begin(data={"num_generations": 2}, feeder={"concurrency": 8}, learner={"batch_size": 100})
+    desk.go_on()
+    heads = [desk.head(rid) for rid in desk.take()]
+    assert [head.problem for head in heads] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [head.prompt.tolist() for head in heads[:3]] == [[1], [1], [2]]
+    assert len({head.seed for head in heads}) == 8
+    assert all(head.max_new_tokens == 64 for head in heads)
+    desk.restart()
+    again = [desk.feeder._head(place) for place in range(8)]
+    assert [head.encode() for head in again] == [head.encode() for head in heads]
+
+
+def test_the_control_arm_has_its_share(begin: Callable[..., Desk]) -> None:
+    desk = begin(termination={"control_fraction": 0.25})
+    arms = Counter(desk.feeder._head(place).arm for place in range(4000))
+    assert abs(arms["control"] / 4000 - 0.25) < 0.03
+
+
+def test_a_prompt_that_is_too_long_ends_the_feeder(desk: Desk) -> None:
+    class Long(Counting):
+        def prompt(self, problem: int) -> Ints:
+            raise ValueError("problem 0: the prompt has 99 tokens")
+
+    desk.feeder._source = Long()
+    with pytest.raises(ValueError, match="99 tokens"):
+        desk.feeder.step(block_s=0.001)
+
+
+# --- lines, by hand ---
+
+
+def test_a_trained_rollouts_line(desk: Desk) -> None:
+    desk.go_on()
+    rid = desk.take()[0]
+    desk.judge(rid, finish_reason="kl_trap", cut=True, trigger=2, keep=1, train=1, generated=None, threshold=0.25)
+    desk.count(rid, 7)
+    desk.settle(rid, staleness=3)
+    desk.go_on()
+    line = desk.lines()[rid]
+    assert (line["ending"], line["reason"], line["finish_reason"]) == ("trained", "", "kl_trap")
+    assert (line["tokens_kept"], line["tokens_detection"], line["tokens_overshoot"]) == (1, 1, 5)
+    assert (line["tokens_generated"], line["tokens_trained"], line["staleness"]) == (7, 1, 3)
+    assert (line["active"], line["threshold"], line["min_window"], line["correct"]) == (True, 0.25, 0.125, True)
+    assert (line["policy_version_first"], line["policy_version_last"]) == (0, 1)
+    assert desk.run.plane.rollout(rid) == {}
+    assert desk.run.entries("finished") == []
+
+
+def test_a_dropped_rollouts_line_trains_nothing(desk: Desk) -> None:
+    desk.go_on()
+    rid = desk.take()[1]
+    desk.judge(rid, problem=1, threshold=None)
+    desk.settle(rid, "dropped", "stale", 6)
+    desk.go_on()
+    line = desk.lines()[rid]
+    assert (line["ending"], line["reason"], line["staleness"]) == ("dropped", "stale", 6)
+    assert (line["tokens_generated"], line["tokens_kept"], line["tokens_trained"]) == (3, 3, 0)
+    assert (line["active"], line["correct"]) == (False, False)
+    assert desk.run.ledger()["dropped:stale"] == 1
+
+
+def test_a_rollout_that_died_unjudged_is_booked_from_its_record(desk: Desk) -> None:
+    desk.go_on()
+    rids = desk.take()
+    rid = (
+        next(rid for rid in rids if desk.head(rid).arm == "control")
+        if any(desk.head(rid).arm == "control" for rid in rids)
+        else rids[-1]
+    )
+    head = desk.head(rid)
+    desk.write(rid, tokens=4, finish=None)
+    desk.die(rid)
+    desk.go_on()
+    line = desk.lines()[rid]
+    assert (line["ending"], line["reason"], line["finish_reason"]) == ("dead", "rollout", "unfinished")
+    assert (line["arm"], line["problem"], line["tokens_generated"]) == (head.arm, head.problem, 4)
+    assert desk.run.ledger()["dead"] == 1
+
+
+# --- counts that come late, or never ---
+
+
+def test_a_stopped_rollout_is_booked_when_its_writers_count_has_come(desk: Desk) -> None:
+    desk.go_on()
+    rid = desk.take()[0]
+    desk.judge(rid, generated=None)
+    desk.settle(rid)
+    desk.go_on()
+    assert desk.lines() == {}
+    desk.count(rid, 9)
+    desk.go_on()
+    assert desk.lines()[rid]["tokens_generated"] == 9
+
+
+def test_without_a_count_the_stored_chunks_count_and_a_late_one_changes_nothing(desk: Desk) -> None:
+    desk.go_on()
+    rid, other = desk.take()[:2]
+    desk.write(rid, tokens=5, finish=None)
+    desk.judge(rid, generated=None)
+    desk.settle(rid)
+    desk.go_on()
+    assert desk.lines() == {}
+    desk.waited()
+    assert desk.lines()[rid]["tokens_generated"] == 5
+    desk.run.client.xadd(desk.run.key("finished"), {"kind": "count", "rid": rid, "generated": "9"})
+    desk.go_on()
+    assert desk.lines()[rid]["tokens_generated"] == 5
+    assert desk.run.entries("finished") == []
+    assert other not in desk.lines()
+
+
+# --- crashes ---
+
+
+def test_a_new_feeder_goes_on_at_the_cursor(desk: Desk) -> None:
+    desk.go_on()
+    desk.restart()
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 6}
+    for rid in desk.take():
+        desk.judge(rid)
+    desk.restart()
+    desk.go_on()
+    assert desk.run.ledger() == {"admitted": 8}
+    assert desk.take() == ["r000000006", "r000000007"]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(*args: Any, **kwargs: Any) -> Any:
+    raise Crash
+
+
+def test_a_crash_between_the_line_and_the_script_books_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.go_on()
+    a, b = desk.take()[:2]
+    desk.judge(a)
+    desk.settle(a)
+    monkeypatch.setattr(desk.feeder, "_settle", crash)
+    with pytest.raises(Crash):
+        desk.go_on()
+    assert list(desk.lines()) == [a]
+    assert desk.run.ledger() == {"admitted": 6}
+    desk.restart()
+    desk.go_on()
+    assert list(desk.lines()) == [a]
+    assert desk.run.ledger() == {"admitted": 7, "trained": 1}
+    assert desk.run.entries("finished") == []
+    assert desk.run.client.sismember(desk.run.key("open"), a) == 0
+    desk.judge(b)
+    desk.settle(b)
+    desk.go_on()
+    assert list(desk.lines()) == [a, b]
+
+
+def test_a_crash_before_the_line_loses_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.go_on()
+    rid = desk.take()[0]
+    desk.judge(rid)
+    desk.settle(rid)
+    monkeypatch.setattr(desk.feeder._books, "write", crash)
+    with pytest.raises(Crash):
+        desk.go_on()
+    desk.restart()
+    desk.go_on()
+    assert desk.lines()[rid]["ending"] == "trained"
+
+
+def test_a_torn_last_line_is_written_again(desk: Desk) -> None:
+    desk.go_on()
+    a, b = desk.take()[:2]
+    desk.judge(a)
+    desk.settle(a)
+    desk.go_on()
+    desk.judge(b)
+    desk.settle(b)
+    desk.kill()
+    with (desk.run.config.run_dir / "rollouts.jsonl").open("ab") as file:
+        file.write(f'{{"rid":"{b}","arm":"trea'.encode())
+    desk.restart()
+    desk.go_on()
+    assert sorted(desk.lines()) == sorted([a, b])
+    assert (desk.run.config.run_dir / "rollouts.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.go_on()
+    desk.finish_run()
+    settle, calls = desk.feeder._settle, []
+
+    def crash_later(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise Crash
+        settle(*args)
+
+    monkeypatch.setattr(desk.feeder, "_settle", crash_later)
+    with pytest.raises(Crash):
+        desk.feeder._finish()
+    desk.kill()
+    Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event()).run()
+    assert desk.run.ledger() == {"admitted": 6, "dropped:run_end": 6}
+    assert {line["reason"] for line in desk.lines().values()} == {"run_end"}
+    assert len(desk.lines()) == 6
+
+
+def test_a_former_feeder_books_and_admits_nothing(desk: Desk) -> None:
+    desk.go_on()
+    old = desk.feeder
+    old_lines = desk.run.config.run_dir / "rollouts.jsonl"
+    desk.run.client.delete(desk.run.key("lease:feeder"))
+    new = Lease(desk.run.plane, "feeder", 600.0)
+    new.take(threading.Event())
+    rids = desk.take()
+    for rid in rids:
+        desk.judge(rid)
+    old._running.clear()  # as if it had heard of the verdicts
+    with pytest.raises(LeaseLost):
+        old._admit()
+    assert desk.run.ledger() == {"admitted": 6}
+    assert old_lines.read_bytes() == b""
+
+
+# --- what is broken ---
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "count", "rid": "r000000000"},
+        {"kind": "count", "rid": "r000000000", "generated": "-1"},
+        {"kind": "verdict", "rid": "r000000000", "body": b"\xc1"},
+        {"kind": "ending", "rid": "r000000000", "ending": "vanished"},
+        {"kind": "ending", "rid": "r000000000", "ending": "trained", "staleness": "x"},
+        {"kind": "what", "rid": "r000000000"},
+        {"kind": "count", "generated": "3"},
+        {"kind": "verdict", "rid": "r000000000", "body": make_verdict("r000000001").encode()},
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_given_up_and_the_rest_flows(desk: Desk, fields: dict[str, Any]) -> None:
+    desk.go_on()
+    rid = desk.take()[0]
+    desk.run.client.xadd(desk.run.key("finished"), fields)
+    desk.judge(rid)
+    desk.settle(rid)
+    desk.go_on()
+    assert desk.lines()[rid]["tokens_generated"] == 3
+    assert len(desk.run.client.xrange(desk.run.key("dead"))) == 1
+    assert desk.run.pending("finished") == 0
+
+
+def test_an_ending_before_its_verdict_waits_for_it(desk: Desk) -> None:
+    """Entries are read in order, but a group that was made again may hand them out in any."""
+    desk.go_on()
+    rid = desk.take()[0]
+    desk.run.client.xadd(
+        desk.run.key("finished"), {"kind": "ending", "rid": rid, "ending": "trained", "reason": "", "staleness": "0"}
+    )
+    desk.go_on()
+    assert desk.lines() == {}
+    desk.judge(rid)
+    desk.go_on()
+    assert desk.lines()[rid]["tokens_trained"] == 3
+
+
+# --- the invariant ---
+
+
+ENDINGS = {
+    "trained": ("trained", ""),
+    "cut": ("trained", ""),
+    "stale": ("dropped", "stale"),
+    "empty": ("dropped", "empty"),
+    "dead": ("dead", "rollout"),
+    "abandoned": ("dropped", "run_end"),
+}
+
+
+class Fates:
+    """Rollouts with fates drawn from a seed, and a feeder that is killed, and crashes, at places drawn from it."""
+
+    def __init__(self, desk: Desk, seed: int) -> None:
+        self.desk, self.rng = desk, np.random.default_rng(seed)
+        self.fates: dict[str, str] = {}
+        self.waiting: list[str] = []
+        self.uncounted: list[str] = []
+        self.settled = self.crashes = 0
+
+    def begin(self, rid: str) -> None:
+        fate = str(self.rng.choice(list(ENDINGS)))
+        if fate == "abandoned" and list(self.fates.values()).count("abandoned") == 4:
+            fate = "trained"
+        self.fates[rid] = fate
+        self.desk.write(rid, finish=None)
+        if fate == "dead":
+            self.desk.die(rid)
+        elif fate == "empty":
+            self.desk.judge(rid, keep=0, train=0, trigger=2)
+        elif fate != "abandoned":
+            self.desk.judge(rid, generated=None if fate == "cut" else 3)
+            self.waiting.append(rid)
+            self.uncounted += [rid] * (fate == "cut")
+
+    def settle(self, most: int) -> None:
+        self.rng.shuffle(self.waiting)
+        for _ in range(min(most, len(self.waiting))):
+            rid = self.waiting.pop()
+            self.desk.settle(rid, *ENDINGS[self.fates[rid]])
+            self.settled += 1
+        self.desk.run.lease("learner").advance("step", self.settled // 6)
+
+    def count(self) -> None:
+        while self.uncounted and self.rng.random() < 0.7:
+            rid = self.uncounted.pop()
+            if self.desk.run.field(rid, "owner"):
+                self.desk.count(rid, 3 + int(self.rng.integers(0, 4)))
+
+    def strike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        event = self.rng.random()
+        if event < 0.3:
+            self.desk.restart()
+        elif event < 0.4:
+            monkeypatch.setattr(self.desk.feeder, "_settle", crash)
+        elif event < 0.5:
+            monkeypatch.setattr(self.desk.feeder._books, "write", crash)
+
+    def round(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        try:
+            self.desk.go_on()
+        except Crash:
+            self.crashes += 1
+            self.desk.restart()
+        for rid in self.desk.take():
+            self.begin(rid)
+        self.settle(int(self.rng.integers(0, 6)))
+        self.count()
+        self.strike(monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_admitted_rollout_ends_exactly_once_as_trained_dropped_with_a_reason_or_dead(
+    begin: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    desk = begin(feeder={"concurrency": 8}, learner={"batch_size": 6, "max_staleness": 2, "max_steps": 100})
+    fates = Fates(desk, seed)
+    for _ in range(30):
+        fates.round(monkeypatch)
+    fates.settle(1000)
+    desk.finish_run()
+    desk.kill()
+    Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event()).run()
+
+    lines, ledger = desk.lines(), desk.run.ledger()
+    admitted = ledger.pop("admitted")
+    assert admitted > 40
+    assert fates.crashes >= 1
+    assert sorted(lines) == [f"r{number:09d}" for number in range(admitted)]
+    for rid, line in lines.items():
+        assert (line["ending"], line["reason"]) == ENDINGS[fates.fates.get(rid, "abandoned")]
+        spent = line["tokens_kept"] + line["tokens_detection"] + line["tokens_overshoot"]
+        assert line["tokens_generated"] == spent
+        assert line["tokens_trained"] == (line["tokens_kept"] if line["ending"] == "trained" else 0)
+    assert admitted == sum(ledger.values())
+    assert ledger == Counter(
+        f"dropped:{line['reason']}" if line["ending"] == "dropped" else line["ending"] for line in lines.values()
+    )
+    written = json.loads((desk.run.config.run_dir / "ledger.json").read_text())
+    dropped = {name.removeprefix("dropped:"): value for name, value in ledger.items() if name.startswith("dropped:")}
+    assert (written["admitted"], written["trained"], written["dead"]) == (admitted, ledger["trained"], ledger["dead"])
+    assert (written["dropped"], written["open"]) == (dropped, 0)
+    assert desk.run.client.scard(desk.run.key("open")) == 0
+    assert desk.run.plane.state() == "ended"
+    assert desk.run.pending("finished") == 0
+
+
+def test_the_whole_loop_returns_when_the_run_is_over_and_lets_go_of_its_lease(desk: Desk) -> None:
+    desk.kill()
+    feeder = Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event())
+    feeder.run(until_idle=True)
+    assert desk.run.ledger() == {"admitted": 6}
+    assert desk.run.client.exists(desk.run.key("lease:feeder")) == 0
+    written = json.loads((desk.run.config.run_dir / "ledger.json").read_text())
+    assert written == {"admitted": 6, "trained": 0, "dropped": {}, "dead": 0, "open": 6}

@@ -1,0 +1,395 @@
+"""The config: what is refused, in which words, and what a value may look like."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import MAX_CONFIG_BYTES, RESUMABLE, Config, ConfigError, check_resume, keys, load, parse
+from common.pretrained import PACKAGE_ROOT
+
+LEAST = "student: {model: s}\nteacher: {model: t}\n"
+SHIPPED = sorted((PACKAGE_ROOT / "ops" / "experiments").glob("*.yaml"))
+
+
+def refusal(text: str | bytes, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, overrides)
+    return str(caught.value)
+
+
+def leaf(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# --- what is accepted ---
+
+
+def test_everything_but_the_two_models_has_a_default() -> None:
+    config = parse(LEAST)
+    assert {name for name, default, _ in keys() if default == "required"} == {"student.model", "teacher.model"}
+    for name, default, meaning in keys():
+        assert meaning.endswith((".", "…", ")")), f"{name} has no meaning"
+        if default != "required":
+            assert leaf(config, name) == yaml.safe_load(default), name
+
+
+def test_the_papers_values_are_the_defaults() -> None:
+    rule = parse(LEAST).termination
+    assert (rule.window, rule.patience, rule.stride, rule.eta, rule.teacher_top_k) == (64, 4, 1, 0.3, 64)
+    assert (rule.min_calibration, rule.buffer_size, rule.warmup_steps, rule.control_fraction) == (512, 4096, 50, 0.05)
+    assert (rule.calibrate_on, rule.control_trains, rule.policy) == ("control", "kept", "kat")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = load(path)
+    assert parse(config.to_yaml()) == config
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "demo.yaml" in {path.name for path in SHIPPED}
+
+
+def test_the_tree_survives_yaml() -> None:
+    config = parse(LEAST, ["data.options={max_numbers: 3}", "loss.ratio_clip=2", "learner.learning_rate=1e-7",
+                           "name=a.b-c_1", "student.model='true'"])  # fmt: skip
+    again = parse(config.to_yaml())
+    assert again == config
+    assert again.learner.learning_rate == 1e-7
+    assert again.data.options == {"max_numbers": 3}
+    assert again.student.model == "true"
+
+
+def test_a_config_is_frozen() -> None:
+    config = parse(LEAST)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 4  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        config.learner.batch_size = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.0e-6", "0.000001", "'1e-6'"])
+def test_small_numbers_are_floats_however_they_are_written(text: str) -> None:
+    assert parse(LEAST + f"learner: {{learning_rate: {text}}}").learner.learning_rate == 1e-6
+    assert parse(LEAST, [f"learner.learning_rate={text}"]).learner.learning_rate == 1e-6
+
+
+def test_an_integer_stands_for_a_float_and_not_the_other_way_round() -> None:
+    config = parse(LEAST + "rollout: {temperature: 2}\nloss: {ratio_clip: 3}")
+    assert (config.rollout.temperature, config.loss.ratio_clip) == (2.0, 3.0)
+    assert isinstance(config.rollout.temperature, float)
+    assert "learner.max_steps" in refusal(LEAST + "learner: {max_steps: 2.5}")
+    assert "learner.max_steps" in refusal(LEAST + "learner: {max_steps: 2.0}")
+
+
+def test_length_and_folder_follow_from_the_keys() -> None:
+    config = parse(LEAST + "name: x\nruns_dir: /r\ndata: {max_prompt_length: 5}")
+    assert config.max_length == 5 + 192
+    assert config.run_dir == Path("/r/x")
+
+
+# --- what is refused, and how ---
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("learnr: {max_steps: 3}", "learnr", "learner"),
+        ("learner: {max_step: 3}", "learner.max_step", "learner.max_steps"),
+        ("termination: {pateince: 3}", "termination.pateince", "termination.patience"),
+        ("rollout: {top_k: 3}", "rollout.top_k", "rollout.top_p"),
+        ("termination: {learning_rate: 3}", "termination.learning_rate", "learner.learning_rate"),
+        ("nmae: x", "nmae", "name"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(text: str, unknown: str, nearest: str) -> None:
+    assert f"unknown key {unknown!r}; the nearest known one is {nearest!r}" in refusal(LEAST + text)
+
+
+def test_a_key_like_no_other_names_the_sections() -> None:
+    message = refusal(LEAST + "zzzzqqqq: 1")
+    assert "unknown key 'zzzzqqqq'; known sections: " in message
+    assert "termination" in message
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    message = refusal("student: {model: s}\nlearner: {max_steps: x, batchsize: 3}")
+    assert "teacher: missing; this key has no default" in message
+    assert "learner.max_steps: " in message
+    assert "'learner.batch_size'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "found"),
+    [
+        ("learner: {max_steps: many}", "learner.max_steps", "'many'"),
+        ("learner: {max_steps: true}", "learner.max_steps", "True"),
+        ("learner: {max_steps: '7'}", "learner.max_steps", "'7'"),
+        ("learner: {learning_rate: true}", "learner.learning_rate", "True"),
+        ("learner: {learning_rate: fast}", "learner.learning_rate", "'fast'"),
+        ("learner: {learning_rate: [1]}", "learner.learning_rate", "[1]"),
+        ("learner: 5", "learner", "5"),
+        ("learner:", "learner", "None"),
+        ("name: 5", "name", "5"),
+        ("feeder: {record_traces: 1}", "feeder.record_traces", "1"),
+        ("data: {options: {a: b}}", "data.options.a", "'b'"),
+        ("termination: {policy: kta}", "termination.policy", "'kta'"),
+        ("rollout: {dtype: int8}", "rollout.dtype", "'int8'"),
+        # Ranges.
+        ("learner: {max_steps: 0}", "learner.max_steps", "0"),
+        ("learner: {learning_rate: 0}", "learner.learning_rate", "0.0"),
+        ("learner: {learning_rate: .nan}", "learner.learning_rate", "nan"),
+        ("learner: {learning_rate: .inf}", "learner.learning_rate", "inf"),
+        ("learner: {learning_rate: 1e999}", "learner.learning_rate", "inf"),
+        ("learner: {beta1: 1}", "learner.beta1", "1.0"),
+        ("rollout: {top_p: 1.01}", "rollout.top_p", "1.01"),
+        ("rollout: {top_p: 0}", "rollout.top_p", "0.0"),
+        ("termination: {eta: 1}", "termination.eta", "1.0"),
+        ("termination: {control_fraction: -0.1}", "termination.control_fraction", "-0.1"),
+        ("redis: {shards: 0}", "redis.shards", "0"),
+        ("redis: {maxmemory_mb: 19}", "redis.maxmemory_mb", "19"),
+        ("metrics: {port: 65536}", "metrics.port", "65536"),
+        ("seed: -1", "seed", "-1"),
+        ("seed: 2147483648", "seed", "2147483648"),
+        ("name: ../up", "name", "'../up'"),
+        ("name: a/b", "name", "'a/b'"),
+        ("name: ''", "name", "''"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(text: str, where: str, found: str) -> None:
+    message = refusal(LEAST + text)
+    assert f"{where}: " in message
+    assert message.endswith(f"found {found}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learner: {weight_sync_steps: 5}", "weight_sync_steps 5 is above max_staleness 4: allowed: 1 to 4"),
+        ("learner: {weight_sync_steps: 2, max_staleness: 0}", "weight_sync_steps 2 is above max_staleness 0"),
+        ("liveness: {claim_s: 5.9}", "claim_s 5.9 is under three heartbeats (6 s)"),
+        ("termination: {control_fraction: 0}", "calibrate_on: control needs a control arm"),
+        ("termination: {min_calibration: 5000}", "min_calibration 5000 is above buffer_size 4096"),
+        ("termination: {window: 193}", "= 193 is above rollout.max_completion_length 192"),
+        ("termination: {window: 64, grace_tokens: 129}", "= 193 is above rollout.max_completion_length 192"),
+        ("termination: {policy: fixed, fixed_tokens: 193}", "nothing would be cut"),
+    ],
+)
+def test_keys_that_do_not_fit_each_other_are_refused(text: str, words: str) -> None:
+    assert words in refusal(LEAST + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "learner: {weight_sync_steps: 4}",
+        "learner: {weight_sync_steps: 1, max_staleness: 0}",
+        "liveness: {claim_s: 6}",
+        "termination: {control_fraction: 0, calibrate_on: all}",
+        "termination: {control_fraction: 0, policy: none}",
+        "termination: {window: 192}",
+        "termination: {window: 500, policy: none}",
+        "termination: {policy: fixed, fixed_tokens: 192}",
+    ],
+)
+def test_keys_that_just_fit_each_other_are_taken(text: str) -> None:
+    parse(LEAST + text)
+
+
+# --- --set ---
+
+
+def test_overrides_are_read_as_yaml_and_the_last_one_counts() -> None:
+    config = parse(
+        LEAST,
+        [
+            "learner.max_steps=7",
+            "rollout.top_p=0.5",
+            "feeder.record_traces=false",
+            "feeder.concurrency=null",
+            "data.options={max_numbers: 4}",
+            "data.options.min_numbers=2",
+            "name=other",
+            "learner.max_steps=8",
+            "termination.policy=none",
+        ],
+    )
+    assert (config.learner.max_steps, config.rollout.top_p, config.name) == (8, 0.5, "other")
+    assert (config.feeder.record_traces, config.feeder.concurrency) == (False, None)
+    assert config.data.options == {"max_numbers": 4, "min_numbers": 2}
+
+
+def test_what_follows_the_first_equals_sign_is_the_value() -> None:
+    assert parse(LEAST, ["student.model=a=b"]).student.model == "a=b"
+    assert parse(LEAST, ["redis.url=redis://h:1/0?x=y"]).redis.url == "redis://h:1/0?x=y"
+
+
+def test_overrides_leave_what_an_alias_shares_alone() -> None:
+    config = parse("student: &model {model: s}\nteacher: *model", ["teacher.model=t"])
+    assert (config.student.model, config.teacher.model) == ("s", "t")
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("learner.max_steps", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("", "expected section.key=value"),
+        ("seed.x=3", "'seed' is not a section"),
+        ("learner.max_steps.x=3", "'max_steps' is not a section"),
+        ("learner.max_steps=[", "not valid YAML"),
+        ("seed=2001-99-99", "not valid YAML"),
+        ("seed=!!int ''", "not valid YAML"),
+        ("seed=!!python/object:os.system x", "not valid YAML"),
+        ("seed=" + "[" * 3000, "not valid YAML"),
+        ("learner.max_stesp=3", "the nearest known one is 'learner.max_steps'"),
+        ("..=3", "unknown key"),
+        ("learner.max_steps=3.5", "learner.max_steps"),
+    ],
+)
+def test_a_bad_override_says_what_is_wrong(item: str, words: str) -> None:
+    text = LEAST + "seed: 1\nlearner: {max_steps: 2}\n"
+    assert words in refusal(text, item)
+
+
+# --- whatever is fed in ---
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"- 1",
+        b"just text",
+        b"\x00\x01\x02",
+        b"\xff\xfe\x00\x00",
+        bytes(range(256)),
+        b"a: [1",
+        b"{" * 5000,
+        b"- " * 20000,
+        b"a: " * 3000,
+        b"a: &a [*a]",
+        b"&root\nstudent: *root\nteacher: *root",
+        LEAST.encode() + b"learner: &l {max_steps: *l}",
+        b"2001-99-99",
+        b"!!int ''",
+        b"!!bool x",
+        b"!!float ''",
+        b"!!timestamp x",
+        b"!!binary '?'",
+        b"!!python/object/apply:os.system [true]",
+        b"{[a]: 1}",
+        b"1: 2\n2.5: 3\nnull: 4",
+        LEAST.encode() + b"data: {options: {1: 2}}",
+        LEAST.encode() + b"seed: 0x" + b"f" * 5000,
+        LEAST.encode() + b"seed: " + b"9" * 5000,
+        LEAST.encode() + b"learner: {learning_rate: " + b"9" * 4000 + b"}",
+        LEAST.encode() + b'name: "\\ud800"',
+        LEAST.encode() + b"seed: 1\nseed: x",
+        b"#" * (MAX_CONFIG_BYTES + 1),
+        b"a: " + b"x" * (MAX_CONFIG_BYTES + 1),
+    ],
+)
+def test_rubbish_is_a_config_error(raw: bytes) -> None:
+    assert len(refusal(raw)) < 3000
+
+
+def test_a_short_yaml_that_unfolds_without_end_is_refused_at_once() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    message = refusal("\n".join([*lines, "student: *a11", "teacher: {model: *a11}"]))
+    assert "student: " in message
+    assert len(message) < 10_000
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_or_text_are_a_config_or_a_config_error(raw: bytes | str) -> None:
+    refusal(raw)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.sampled_from([name for name, _, _ in keys()])
+
+
+@given(st.lists(st.tuples(names, values), min_size=1, max_size=4))
+@settings(max_examples=250, deadline=None)
+def test_any_value_anywhere_is_taken_and_comes_back_or_is_refused(changes: list[tuple[str, Any]]) -> None:
+    tree: dict[str, Any] = {"student": {"model": "s"}, "teacher": {"model": "t"}}
+    for name, value in changes:
+        section, _, last = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[last] = value
+    text = yaml.safe_dump(tree, allow_unicode=True)
+    try:
+        config = parse(text)
+    except ConfigError:
+        return
+    assert parse(config.to_yaml()) == config
+    assert all(math.isfinite(number) for number in numbers_of(config.model_dump()))
+
+
+def numbers_of(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        return [number for value in tree.values() for number in numbers_of(value)]
+    return [tree] if isinstance(tree, float) else []
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_any_override_is_taken_or_is_a_config_error(path: str, value: str) -> None:
+    try:
+        parse(LEAST, [f"{path}={value}"])
+    except ConfigError:
+        return
+
+
+def test_a_file_that_cannot_be_read_is_a_config_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load(path)
+    (tmp_path / "c.yaml").write_text("student: {}")
+    with pytest.raises(ConfigError, match=r"c\.yaml: student\.model: missing"):
+        load(tmp_path / "c.yaml")
+
+
+# --- resume ---
+
+
+def test_a_resumed_run_may_change_where_and_how_long_it_runs() -> None:
+    before = parse(LEAST)
+    check_resume(before, before)
+    check_resume(before, parse(LEAST, ["learner.max_steps=7", "rollout.workers=3", "redis.url=redis://x"]))
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("learner.batch_size=3", "learner.batch_size: 32 cannot become 3"),
+        ("seed=3", "seed: 0 cannot become 3"),
+        ("student.model=other", "student.model: 's' cannot become 'other'"),
+        ("data.options={max_numbers: 4}", "data.options: {} cannot become {'max_numbers': 4}"),
+        ("redis.shards=8", "redis.shards: 16 cannot become 8"),
+    ],
+)
+def test_a_resumed_run_may_not_change_what_is_on_record(item: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=r"Keys that may change: checkpoints\.every_steps") as caught:
+        check_resume(parse(LEAST), parse(LEAST, [item]))
+    assert words in str(caught.value)
+
+
+def test_every_resumable_key_exists() -> None:
+    assert {name for name, _, _ in keys()} >= RESUMABLE

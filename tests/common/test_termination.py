@@ -1,0 +1,210 @@
+"""The KAT rule against the published cases, against a slow reference, and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.termination import Cut, FixedLength, Kat, MinimaBuffer, NeverCut, kat_verdict
+
+CASES = json.loads((Path(__file__).parent.parent / "vectors" / "kat_rule.json").read_text())["cases"]
+RULE = ("window", "patience", "stride", "grace_tokens", "threshold")
+
+
+def slow_rule(
+    values: list[float], window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None
+) -> tuple[int | None, int | None, float | None]:
+    """The rule as it is written down: every window summed anew, in full precision."""
+    means: list[tuple[int, float]] = []
+    for seen in range(grace_tokens + window, len(values) + 1, stride):
+        means.append((seen, math.fsum(values[seen - window : seen]) / window))
+        streak = means[-patience:]
+        if threshold is not None and len(streak) == patience and all(mean < threshold for _, mean in streak):
+            return seen, streak[0][0] - window, min(mean for _, mean in means)
+    return None, None, min((mean for _, mean in means), default=None)
+
+
+def in_parts(case: dict[str, Any], sizes: list[int]) -> tuple[Cut | None, float | None, int]:
+    """Feed a case in parts; returns the cut, the minimum and how often the rule fired."""
+    detector = Kat(**{name: case[name] for name in RULE})
+    values = np.array(case["divergence"], np.float64)
+    found, place, fired = None, 0, 0
+    for size in [*sizes, len(values)]:
+        cut = detector.feed(values[place : place + size])
+        place += size
+        fired += cut is not None
+        found = found or cut
+    return found, detector.min_window, fired
+
+
+def test_there_are_200_cases_of_both_outcomes() -> None:
+    assert len(CASES) == 200
+    fired = sum(case["keep"] is not None for case in CASES)
+    assert (fired, len(CASES) - fired) == (160, 40)
+
+
+@pytest.mark.parametrize("number", range(200))
+def test_published_case(number: int) -> None:
+    case = CASES[number]
+    trigger, keep, lowest = kat_verdict(case["divergence"], **{name: case[name] for name in RULE})
+    assert (trigger, keep) == (case["trigger"], case["keep"])
+    assert lowest == (None if case["min_window"] is None else pytest.approx(case["min_window"], rel=1e-9, abs=1e-15))
+
+
+@given(st.sampled_from(CASES), st.lists(st.integers(0, 80), max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_chunking_changes_neither_cut_nor_minimum(case: dict[str, Any], sizes: list[int]) -> None:
+    cut, lowest, fired = in_parts(case, sizes)
+    whole_cut, whole_lowest, _ = in_parts(case, [])
+    assert (cut, lowest) == (whole_cut, whole_lowest)
+    assert fired == (case["keep"] is not None)
+    if cut is not None:
+        assert (cut.trigger, cut.keep, cut.reason) == (case["trigger"], case["keep"], "kl_trap")
+
+
+# Multiples of 1/64 nat: sums are exact in any order, so equality is exact and ties with the threshold are common.
+exact = st.integers(0, 64).map(lambda number: number / 64)
+
+
+@given(
+    st.lists(exact, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(0, 12),
+    st.none() | exact,
+)
+@settings(max_examples=400, deadline=None)
+def test_the_rule_equals_a_slow_reference(
+    values: list[float], window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None
+) -> None:
+    found = kat_verdict(
+        values, window=window, patience=patience, stride=stride, grace_tokens=grace_tokens, threshold=threshold
+    )
+    assert found == slow_rule(values, window, patience, stride, grace_tokens, threshold)
+
+
+def test_long_rollouts_do_not_drift() -> None:
+    """After 200,000 tokens of 10 nats a window of 1e-7 is still 1e-7."""
+    values = np.full(200_064, 10.0, np.float32)
+    values[-64:] = np.float32(1e-7)
+    _, _, lowest = kat_verdict(values, window=64, patience=4, threshold=None)
+    assert lowest == pytest.approx(float(np.float32(1e-7)), rel=1e-9)
+
+
+# Windows of two end at 2, 3, 4 …; two in a row below 0.5 trigger. z is given behind each case.
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, 1, 0, 0, 0], (5, 2, 0.0)),  # z 1, .5, 0, 0: below at 4 and 5; the first of them began behind 2 tokens
+        ([1, 1, 0, 0, 1, 1], (None, None, 0.0)),  # z 1, .5, 0, .5, 1: one alone
+        ([0, 0, 0, 9], (3, 0, 0.0)),  # z 0, 0: nothing is left
+        ([0, 0.5, 1, 0, 0.5, 0], (6, 3, 0.25)),  # z .25, .75, .5, .25, .25: .5 is not below, the streak begins anew
+        ([0.5, 0.5, 0.5, 0.5], (None, None, 0.5)),  # z = s is not below s
+        ([0.25], (None, None, None)),  # no window
+        ([], (None, None, None)),
+    ],
+)
+def test_small_cases_by_hand(values: list[float], expected: tuple[Any, ...]) -> None:
+    assert kat_verdict(values, window=2, patience=2, threshold=0.5) == expected
+
+
+def test_grace_and_stride_by_hand() -> None:
+    # W 2, grace 3, stride 2: windows end at 5, 7, 9. What lies in the first three tokens is in none of them.
+    values = [0, 0, 0, 1, 1, 0, 0, 0, 0]  # z at 5: 1, at 7: 0, at 9: 0
+    found = kat_verdict(values, window=2, patience=2, stride=2, grace_tokens=3, threshold=0.5)
+    assert found == (9, 5, 0.0)
+    assert kat_verdict(values[:4], window=2, patience=1, grace_tokens=3, threshold=9.0) == (None, None, None)
+
+
+def test_a_stride_longer_than_the_window_skips_tokens() -> None:
+    # W 1, stride 3: windows end at 1, 4, 7: only these three are looked at.
+    assert kat_verdict([1, 0, 0, 1, 0, 0, 1], window=1, patience=1, stride=3, threshold=0.5) == (None, None, 1.0)
+
+
+def test_an_inactive_rule_records_minima_and_never_fires() -> None:
+    assert kat_verdict([1, 1, 0, 0, 0], window=2, patience=1, threshold=None) == (None, None, 0.0)
+
+
+def test_a_threshold_of_zero_never_fires() -> None:
+    assert kat_verdict([0.0] * 9, window=2, patience=1, threshold=0.0) == (None, None, 0.0)
+
+
+def test_behind_a_cut_nothing_is_recorded() -> None:
+    detector = Kat(window=1, patience=1, stride=1, grace_tokens=0, threshold=0.5)
+    assert detector.feed(np.array([0.25, 0.125])) == Cut(1, 0, "kl_trap")
+    assert detector.feed(np.array([0.0])) is None
+    assert detector.min_window == 0.25
+
+
+@pytest.mark.parametrize("name", ["window", "patience", "stride"])
+def test_parameters_below_one_are_refused(name: str) -> None:
+    good = {"window": 1, "patience": 1, "stride": 1, "grace_tokens": 0, "threshold": None}
+    for changes in ({name: 0}, {name: -1}, {"grace_tokens": -1}):
+        with pytest.raises(ValueError, match="at least"):
+            Kat(**(good | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [[0.5, math.nan], [math.inf], [[0.5], [0.5]]])
+def test_divergences_that_are_no_finite_numbers_are_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        kat_verdict(values, window=1, patience=1, threshold=None)
+
+
+# --- the other policies ---
+
+
+def test_never_cut_never_cuts() -> None:
+    detector = NeverCut()
+    assert detector.feed(np.zeros(1000)) is None
+    assert detector.min_window is None
+
+
+@pytest.mark.parametrize("sizes", [[6], [5, 1], [1, 1, 1, 1, 1, 1], [3, 0, 3], [4, 2]])
+def test_fixed_length_fires_once_behind_its_last_token(sizes: list[int]) -> None:
+    detector = FixedLength(5)
+    cuts = [detector.feed(np.ones(size)) for size in sizes]
+    assert [cut for cut in cuts if cut] == [Cut(5, 5, "fixed")]
+    assert cuts[-1] is not None
+    assert detector.feed(np.ones(3)) is None
+    assert detector.min_window is None
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [1], [5, 0]])
+def test_fixed_length_leaves_alone_what_ends_by_itself(sizes: list[int]) -> None:
+    detector = FixedLength(5)
+    assert [detector.feed(np.ones(size)) for size in sizes] == [None] * len(sizes)
+
+
+# --- the buffer ---
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.floats(0, 10) | st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=60),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_buffers_quantile_is_numpys_over_its_last_values(size: int, values: list[float], level: float) -> None:
+    buffer = MinimaBuffer(size)
+    for count, value in enumerate(values, start=1):
+        buffer.push(value)
+        inside = values[max(0, count - size) : count]
+        assert len(buffer) == len(inside)
+        assert buffer.quantile(level) == pytest.approx(float(np.quantile(inside, level)), rel=1e-12, abs=1e-12)
+
+
+def test_the_buffer_by_hand() -> None:
+    buffer = MinimaBuffer(3, [8.0, 1.0, 2.0, 4.0])
+    assert len(buffer) == 3
+    # 1, 2, 4 are left: place 0.75 · 2 = 1.5 lies halfway between 2 and 4.
+    assert [buffer.quantile(level) for level in (0.0, 0.5, 0.75, 1.0)] == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(ValueError, match="empty"):
+        MinimaBuffer(3).quantile(0.5)
