@@ -52,6 +52,7 @@ class EmbeddedRedis:
     def start(self, timeout_s: float = 30.0) -> None:
         """Start and wait until it answers. Raises RuntimeError when it does not come up."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._socket.parent.mkdir(mode=0o700, exist_ok=True)  # `stop` took a temporary one away
         self._socket.unlink(missing_ok=True)
         arguments = [
             self._server,

@@ -20,7 +20,7 @@ from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.progress import Progress
 from ops.report import write_report
 from ops.roles import reach
-from ops.rundir import lock, open_folder, read_json, write_json
+from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
@@ -254,7 +254,7 @@ def clean(folder: Path) -> str:
     config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
     removed = 0
     if config.redis.url is not None:
-        removed = _remove_keys(config, read_json(folder / "run.json")["run_key"])
+        removed = _remove_keys(config, read_run_key(folder))
     shutil.rmtree(folder)
     return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
 

@@ -172,8 +172,16 @@ def draw_accuracy(axes: Any, run: Run) -> None:
         (f"avg@{k}", f"mean of {k}", "-", [point.avg_at_k for point in curve], middle - apart),
     ):
         axes.plot(tokens, values, style, color=GREEN, marker="o", markersize=6, linewidth=2.2, clip_on=False)
-        axes.annotate(f"{name} {values[-1]:.2f}\n{meaning}", (tokens[-1], height), xytext=(10, 0), fontsize=12.5,
-                      textcoords="offset points", color=GREEN, va="center", linespacing=1.1)
+        axes.annotate(
+            f"{name} {values[-1]:.2f}\n{meaning}",
+            (tokens[-1], height),
+            xytext=(10, 0),
+            fontsize=12.5,
+            textcoords="offset points",
+            color=GREEN,
+            va="center",
+            linespacing=1.1,
+        )
     axes.set_xlim(0, 1.28 * max(tokens[-1], 1) if len(curve) > 1 else max(run.generated, 10))
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -198,16 +206,37 @@ def draw_length(axes: Any, run: Run) -> None:
         half = np.array([point.half_width for point in curve])
         axes.fill_between(versions, tokens - half, tokens + half, color=ARM_COLOURS[arm], alpha=0.16, linewidth=0)
         meaning = f" ({'may' if arm == 'treated' else 'never'} be cut)" if cuts else ""
-        axes.plot(versions, tokens, color=ARM_COLOURS[arm], marker="os"[arm == "control"], markersize=5,
-                  linewidth=2.2, label=arm + meaning)
+        axes.plot(
+            versions,
+            tokens,
+            color=ARM_COLOURS[arm],
+            marker="os"[arm == "control"],
+            markersize=5,
+            linewidth=2.2,
+            label=arm + meaning,
+        )
     began = data.active_from(run.lines)
     newest = max(point.version for curve in curves.values() for point in curve)
     if began is not None and cuts:
         axes.axvline(began, color=INK, linewidth=1.2, linestyle=":")
-        axes.annotate(f" rule active from version {began} ", (began, 0.97), xycoords=("data", "axes fraction"),
-                      va="top", ha="left" if began <= newest / 2 else "right", fontsize=12.5, color=INK)
-    axes.legend(frameon=False, fontsize=12.5, loc="lower left", bbox_to_anchor=(-0.02, 0.97), borderaxespad=0, ncol=2,
-                labelcolor=INK)
+        axes.annotate(
+            f" rule active from version {began} ",
+            (began, 0.97),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            ha="left" if began <= newest / 2 else "right",
+            fontsize=12.5,
+            color=INK,
+        )
+    axes.legend(
+        frameon=False,
+        fontsize=12.5,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.97),
+        borderaxespad=0,
+        ncol=2,
+        labelcolor=INK,
+    )
     # Not up to the widest interval: a bin of three rollouts would press all curves flat.
     axes.set_ylim(0, 1.4 * max(point.tokens for curve in curves.values() for point in curve))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -279,15 +308,30 @@ def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]]
         [data.heat_map(groups[0], width), np.full((gap, width), np.nan), data.heat_map(groups[1], width)]
     )
     low, high = np.nanquantile(image, [0.02, 0.98])
-    shown = axes.imshow(image, aspect="auto", cmap="cividis", vmin=low, vmax=high, interpolation="nearest",
-                        extent=(0, width, len(image), 0))
+    shown = axes.imshow(
+        image,
+        aspect="auto",
+        cmap="cividis",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+        extent=(0, width, len(image), 0),
+    )
     places = [*range(len(groups[0])), *range(len(groups[0]) + gap, len(image))]
     for row, trace in zip(places, [*groups[0], *groups[1]], strict=True):
         if trace.keep < len(trace.divergence):
-            axes.plot([trace.keep] * 2, [row, row + 1], color=VERMILLION, linewidth=3.2, solid_capstyle="butt",
-                      clip_on=False)
-            axes.plot(trace.trigger, row + 0.5, marker="<", color="white", markeredgecolor=INK, markeredgewidth=0.6,
-                      markersize=5)
+            axes.plot(
+                [trace.keep] * 2, [row, row + 1], color=VERMILLION, linewidth=3.2, solid_capstyle="butt", clip_on=False
+            )
+            axes.plot(
+                trace.trigger,
+                row + 0.5,
+                marker="<",
+                color="white",
+                markeredgecolor=INK,
+                markeredgewidth=0.6,
+                markersize=5,
+            )
     _label_groups(axes, groups, gap)
     box = axes.get_position()
     bar = figure.colorbar(shown, cax=figure.add_axes((box.x1 + 0.012, box.y0, 0.01, box.height)))
@@ -302,8 +346,9 @@ def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -
     first, second = (len(group) for group in groups)
     places = {f"{first} treated": first / 2, f"{second} control": first + gap + second / 2}
     named = [(place, name) for name, place in places.items() if not name.startswith("0 ")]
-    axes.set_yticks([place for place, _ in named], labels=[name for _, name in named],
-                    rotation=90, va="center", fontsize=12.5)
+    axes.set_yticks(
+        [place for place, _ in named], labels=[name for _, name in named], rotation=90, va="center", fontsize=12.5
+    )
     axes.tick_params(length=0, labelsize=12.5, colors=INK)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -314,8 +359,16 @@ def _draw_example(
 ) -> None:
     """One rollout: divergence, window mean, threshold, keep, trigger, and its text around the cut."""
     if trace is None:
-        axes.text(0.5, 0.5, f"no {arm} rollout in which the rule fired", transform=axes.transAxes, ha="center",
-                  va="center", color=GREY, fontsize=13)
+        axes.text(
+            0.5,
+            0.5,
+            f"no {arm} rollout in which the rule fired",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            color=GREY,
+            fontsize=13,
+        )
         axes.set_yticks([])
         _plain(axes)
         return
@@ -325,8 +378,9 @@ def _draw_example(
     axes.plot(places, means, color=BLUE, linewidth=2)
     if trace.threshold is not None:
         axes.axhline(trace.threshold, color=INK, linewidth=1.1, linestyle="--")
-        axes.fill_between(places, means, trace.threshold, where=means < trace.threshold, color=VERMILLION, alpha=0.35,
-                          linewidth=0)
+        axes.fill_between(
+            places, means, trace.threshold, where=means < trace.threshold, color=VERMILLION, alpha=0.35, linewidth=0
+        )
     axes.axvline(trace.keep, color=VERMILLION, linewidth=2.4)
     axes.axvline(trace.trigger, color=INK, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")
@@ -353,8 +407,16 @@ def _write_parts(axes: Any, parts: Iterable[tuple[str, str, str]]) -> None:
     start = 0.0
     for text, colour, family in parts:
         if text:
-            piece = axes.text(start, 1.06, text, transform=axes.transAxes, color=colour, family=family, fontsize=12.5,
-                              parse_math=False)
+            piece = axes.text(
+                start,
+                1.06,
+                text,
+                transform=axes.transAxes,
+                color=colour,
+                family=family,
+                fontsize=12.5,
+                parse_math=False,
+            )
             start = inverse.transform(piece.get_window_extent(renderer).corners()[-1])[0]
 
 
@@ -366,8 +428,16 @@ def _legend_of_examples(figure: Figure) -> None:
         Line2D([], [], color=VERMILLION, linewidth=2.6, label="cut (keep)"),
         Line2D([], [], color=INK, linewidth=1.4, linestyle=":", marker="<", markerfacecolor="white", label="trigger"),
     ]
-    figure.legend(handles=handles, ncol=5, frameon=False, fontsize=12, loc="lower center",
-                  bbox_to_anchor=(0.715, 0.183), columnspacing=1.3, handlelength=1.5)
+    figure.legend(
+        handles=handles,
+        ncol=5,
+        frameon=False,
+        fontsize=12,
+        loc="lower center",
+        bbox_to_anchor=(0.715, 0.183),
+        columnspacing=1.3,
+        handlelength=1.5,
+    )
 
 
 # --- the bill ------------------------------------------------------------------------------------------------------
@@ -382,26 +452,50 @@ def draw_fates(axes: Any, lines: Sequence[data.Line]) -> None:
         return
     total = sum(fate.total for fate in fates.values())
     trained = sum(fate.trained for fate in fates.values())
-    axes.set_title(f"Of {_tokens(total)} tokens, {_percent(trained / total)} were trained on", loc="left", fontsize=15,
-                   fontweight="bold", color=INK, pad=28)
+    axes.set_title(
+        f"Of {_tokens(total)} tokens, {_percent(trained / total)} were trained on",
+        loc="left",
+        fontsize=15,
+        fontweight="bold",
+        color=INK,
+        pad=28,
+    )
     names = ("trained on", "kept, not trained on", "detection", "overshoot")
     colours = (GREEN, PALE, VERMILLION, PURPLE)
     counts = np.array([[fate.trained, fate.unused, fate.detection, fate.overshoot] for fate in fates.values()])
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     for column in np.flatnonzero(shares.any(axis=0)):
         lefts = shares[:, :column].sum(axis=1)
-        axes.barh(range(len(fates)), shares[:, column], left=lefts, color=colours[column], height=0.7,
-                  label=names[column])
+        axes.barh(
+            range(len(fates)), shares[:, column], left=lefts, color=colours[column], height=0.7, label=names[column]
+        )
         for place, (left, share) in enumerate(zip(lefts, shares[:, column], strict=True)):
             if share >= 8:
-                axes.text(left + share / 2, place, f"{share:.0f} %", ha="center", va="center", fontsize=12.5,
-                          color=INK if colours[column] == PALE else "white", fontweight="bold")
+                axes.text(
+                    left + share / 2,
+                    place,
+                    f"{share:.0f} %",
+                    ha="center",
+                    va="center",
+                    fontsize=12.5,
+                    color=INK if colours[column] == PALE else "white",
+                    fontweight="bold",
+                )
     axes.set_yticks(range(len(fates)), labels=[f"{arm}\n{_tokens(fate.total)}" for arm, fate in fates.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the arm's tokens (detection: cut to trigger; overshoot: behind it)")
-    axes.legend(ncol=4, frameon=False, fontsize=12, loc="lower left", bbox_to_anchor=(-0.02, 0.96), borderaxespad=0,
-                handlelength=0.9, handletextpad=0.4, columnspacing=1.0)
+    axes.legend(
+        ncol=4,
+        frameon=False,
+        fontsize=12,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.96),
+        borderaxespad=0,
+        handlelength=0.9,
+        handletextpad=0.4,
+        columnspacing=1.0,
+    )
     _plain(axes, grid=False)
 
 
@@ -410,8 +504,11 @@ def draw_caption(figure: Figure, run: Run) -> None:
     config = run.config
     done = run.steps[-1]["step"] if run.steps else 0
     entries = [
-        ("run", f"{config.name}: {done} of {config.learner.max_steps} steps of {config.learner.batch_size}, task "
-                f"{config.data.task}, at most {config.rollout.max_completion_length} tokens"),
+        (
+            "run",
+            f"{config.name}: {done} of {config.learner.max_steps} steps of {config.learner.batch_size}, task "
+            f"{config.data.task}, at most {config.rollout.max_completion_length} tokens",
+        ),
         ("models", f"{Path(config.student.model).name} learns from {Path(config.teacher.model).name}"),
         ("policy", data.policy_text(config, run.lines)),
         ("finished", data.reasons_text(run.lines)),

@@ -47,7 +47,15 @@ def _resume(config: Config, folder: Path) -> str:
     check_resume(load(folder / "config.yaml"), config)
     lock(folder).close()  # refuse before anything of a run at work is touched
     write_text(folder / "config.yaml", config.to_yaml())
-    run_key: str = read_json(folder / "run.json")["run_key"]
+    return read_run_key(folder)
+
+
+def read_run_key(folder: Path) -> str:
+    """The run's id, from its run.json. Raises ConfigError when the file is missing or does not hold one."""
+    found = read_json(folder / "run.json")
+    if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
+        raise ConfigError(f"{folder / 'run.json'}: no run_key in it")
+    run_key: str = found["run_key"]
     return run_key
 
 

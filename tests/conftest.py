@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ def _server(name: str) -> str | None:
         return None
     path = shutil.which("redis-server")
     if path is None:
+        if os.environ.get("KATANA_REQUIRE_REDIS7"):
+            pytest.fail("redis-server is not on the PATH, and KATANA_REQUIRE_REDIS7 is set")
         pytest.skip("redis-server is not on the PATH")
     found = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10).stdout
     if not re.search(r"v=7\.", found):

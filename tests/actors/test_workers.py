@@ -54,7 +54,8 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
 
 def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 0.0) -> Path:
     """Publish the student's weights, all of them moved by `change`, as the learner would."""
-    state = {name: (tensor + change).contiguous() for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    own = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}  # that one is tied
+    state = {name: (tensor + change).contiguous() for name, tensor in own.items()}
     folder = run.config.run_dir / "weights"
     ref = publish(folder, version, lambda path: save_file(state, path))
     run.lease("learner").call("publish", ref.version, 0, ref.file, ref.sha256)

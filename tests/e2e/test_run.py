@@ -39,8 +39,16 @@ def start(folder: Path, *arguments: str, name: str = "e2e", settings: tuple[str,
     overrides = () if "--resume" in arguments else (f"runs_dir={folder}", *settings)
     flags = [flag for item in overrides for flag in ("--set", item)]
     return subprocess.Popen(
-        [sys.executable, "-m", "ops.cli", "run", config, *flags, *([] if "--resume" in arguments else ["--name", name]),
-         *arguments],
+        [
+            sys.executable,
+            "-m",
+            "ops.cli",
+            "run",
+            config,
+            *flags,
+            *([] if "--resume" in arguments else ["--name", name]),
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -125,8 +133,13 @@ def check_verdicts(folder: Path) -> int:
 
 
 def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(tmp_path: Path) -> None:
-    settings = (*SMALL, "termination.window=16", "termination.patience=4", "termination.grace_tokens=0",
-                "termination.stride=1")
+    settings = (
+        *SMALL,
+        "termination.window=16",
+        "termination.patience=4",
+        "termination.grace_tokens=0",
+        "termination.stride=1",
+    )
     code, output = finish(start(tmp_path, settings=settings))
     assert code == 0, output
     folder = tmp_path / "e2e"
@@ -134,7 +147,14 @@ def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(tmp_path: Path) -> No
     assert check_verdicts(folder) > 0
     assert [line["step"] for line in read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert set(summary) >= {
-        "steps", "policy_version", "wall_s", "arms", "length_saving", "finish_reasons", "eval", "ledger"
+        "steps",
+        "policy_version",
+        "wall_s",
+        "arms",
+        "length_saving",
+        "finish_reasons",
+        "eval",
+        "ledger",
     }
     assert set(summary["arms"]) == {"treated", "control"}
     assert set(summary["length_saving"]) == {"ratio", "low", "high"}

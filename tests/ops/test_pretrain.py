@@ -22,6 +22,7 @@ from ops.pretrain import (
     chain,
     document,
     encode,
+    ids_of,
     measure,
     pretrain,
 )
@@ -31,12 +32,14 @@ SHIPPED = Path(__file__).parents[2] / "ops" / "models"
 CLEAN = replace(STUDENT.documents, ramble=0.0, loop=0.0, fault=0.0)
 
 
-def test_the_tokenizer_is_one_token_a_character_and_loses_nothing(tmp_path: Path) -> None:
+def test_the_tokenizer_is_one_token_a_signed_digit_or_character_and_loses_nothing(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     text = f"12+7-3?12+7=19;19-3=16#16\n4+5?{EOS}"
     for tokenizer in (build_tokenizer(), PreTrainedTokenizerFast.from_pretrained(tmp_path)):
         ids = tokenizer(text)["input_ids"]
-        assert len(ids) == len(text) - len(EOS) + 1
+        assert len(ids) == len(text) - len(EOS) + 1 - text.count("+") - text.count("-")
+        assert ids[:-1] == ids_of(text.removesuffix(EOS))
+        assert tokenizer("2+10-0")["input_ids"] == [VOCABULARY[token] for token in ("2", "+1", "0", "-", "0")]
         assert ids[-1] == tokenizer.eos_token_id == VOCABULARY[EOS]
         assert tokenizer.decode(ids) == text
         assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
@@ -67,7 +70,7 @@ def test_the_teacher_learns_what_follows_a_fault_but_not_the_fault() -> None:
 
 def test_a_loop_of_the_student_fills_the_document() -> None:
     mix = replace(CLEAN, loop=1.0)
-    ids, labels = encode(document(Arithmetic(), mix, random.Random(2), limit=208), limit=208)
+    ids, labels = encode(document(Arithmetic(), mix, random.Random(2), limit=250), limit=208)
     assert len(ids) == len(labels) == 208
     tokens = list(VOCABULARY)
     steps = "".join(tokens[index] for index in ids).split(";")[-6:-1]

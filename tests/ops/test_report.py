@@ -27,10 +27,24 @@ rollout: {max_completion_length: 16}
 def line(**changes: Any) -> dict[str, Any]:
     """A booked rollout of 10 tokens, all trained on."""
     fields: dict[str, Any] = {
-        "rid": "r0", "arm": "treated", "problem": 0, "finish_reason": "eos", "ending": "trained", "reason": "",
-        "active": True, "tokens_generated": 10, "tokens_kept": 10, "tokens_trained": 10, "tokens_detection": 0,
-        "tokens_overshoot": 0, "threshold": 0.5, "min_window": 0.6, "policy_version_first": 0,
-        "policy_version_last": 0, "staleness": 0, "correct": True,
+        "rid": "r0",
+        "arm": "treated",
+        "problem": 0,
+        "finish_reason": "eos",
+        "ending": "trained",
+        "reason": "",
+        "active": True,
+        "tokens_generated": 10,
+        "tokens_kept": 10,
+        "tokens_trained": 10,
+        "tokens_detection": 0,
+        "tokens_overshoot": 0,
+        "threshold": 0.5,
+        "min_window": 0.6,
+        "policy_version_first": 0,
+        "policy_version_last": 0,
+        "staleness": 0,
+        "correct": True,
     }
     return fields | changes
 
@@ -43,8 +57,14 @@ def trace_line(
     divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0"
 ) -> dict[str, Any]:
     return {
-        "rid": rid, "arm": arm, "problem": 0, "trigger": trigger, "keep": keep,
-        "cut": arm == "treated" and keep < len(divergence), "threshold": 0.5, "version": 0,
+        "rid": rid,
+        "arm": arm,
+        "problem": 0,
+        "trigger": trigger,
+        "keep": keep,
+        "cut": arm == "treated" and keep < len(divergence),
+        "threshold": 0.5,
+        "version": 0,
         "tokens": base64.b64encode(np.arange(len(divergence), dtype="<i4").tobytes()).decode(),
         "divergence": base64.b64encode(np.array(divergence, dtype="<f4").tobytes()).decode(),
     }
@@ -55,8 +75,18 @@ def trace(divergence: list[float], keep: int, trigger: int, arm: str = "treated"
 
 
 def evaluation(step: int, average: float) -> dict[str, Any]:
-    return {"policy_version": step, "step": step, "tokens_trained": 0, "k": 4, "n": 8, "avg@k": average,
-            "pass@k": average + 0.1, "mean_length": 9.0, "eos_rate": 1.0, "wall_s": 1.0}
+    return {
+        "policy_version": step,
+        "step": step,
+        "tokens_trained": 0,
+        "k": 4,
+        "n": 8,
+        "avg@k": average,
+        "pass@k": average + 0.1,
+        "mean_length": 9.0,
+        "eos_rate": 1.0,
+        "wall_s": 1.0,
+    }
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -103,8 +133,11 @@ def test_there_are_at_most_sixteen_bins(newest: int, width: int) -> None:
 
 
 def test_active_from_the_first_version_that_could_cut() -> None:
-    lines = [line(active=False, policy_version_last=1), line(policy_version_first=2, policy_version_last=5),
-             line(policy_version_first=3, policy_version_last=3)]
+    lines = [
+        line(active=False, policy_version_last=1),
+        line(policy_version_first=2, policy_version_last=5),
+        line(policy_version_first=3, policy_version_last=3),
+    ]
     assert report_data.active_from(lines) == 3
     assert report_data.active_from(lines[:1]) is None
 
@@ -167,7 +200,9 @@ def test_the_typical_rollout_keeps_the_median_and_is_the_newest_of_equals() -> N
 def test_text_around_the_cut() -> None:
     cut = trace([1.0] * 20, 8, 14)
     assert report_data.cut_text(cut, lambda ids: "".join(chr(97 + i) for i in ids), 60) == (
-        "abcdefgh", "ijklmn", "opqrst"
+        "abcdefgh",
+        "ijklmn",
+        "opqrst",
     )
     assert report_data.cut_text(cut, lambda ids: "".join(chr(97 + i) for i in ids), 9) == ("…fgh", "ij…n", "opq…")
     assert report_data.visible("a\n\x00$b") == "a↵·$b"
@@ -175,8 +210,11 @@ def test_text_around_the_cut() -> None:
 
 def test_traces_are_sampled_by_kind(tmp_path: Path) -> None:
     lines = [trace_line([1.0] * 6, keep, 6, rid=f"r{keep}") for keep in range(5)]
-    lines += [trace_line([1.0] * 6, 6, 6, rid="whole"), trace_line([1.0] * 6, 2, 4, "control", "marked"),
-              trace_line([1.0] * 6, 6, 6, "control", "unmarked")]
+    lines += [
+        trace_line([1.0] * 6, 6, 6, rid="whole"),
+        trace_line([1.0] * 6, 2, 4, "control", "marked"),
+        trace_line([1.0] * 6, 6, 6, "control", "unmarked"),
+    ]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines) + '{"torn')
     samples = report_data.sample_traces(tmp_path / "traces.jsonl", 3)
     assert [item.rid for item in samples["treated"].traces] == ["r0", "r2", "r4"]
@@ -220,8 +258,12 @@ def fill(folder: Path, *, config: str = CONFIG) -> Path:
     lines = [line(**treated), line(**treated, **cut), line(**control), line(**control, **cut)]
     wave = [1.0, 2.0, *[0.001] * 5, 0.0, 3.0, 1.0]
     traces = [trace_line(wave, 10, 10), trace_line(wave[:8], 2, 7), trace_line(wave, 2, 7, "control")]
-    files = {"rollouts.jsonl": lines, "traces.jsonl": traces, "eval.jsonl": [evaluation(0, 0.2), evaluation(2, 0.4)],
-             "metrics.jsonl": [{"step": 2, "policy_version": 2}]}
+    files = {
+        "rollouts.jsonl": lines,
+        "traces.jsonl": traces,
+        "eval.jsonl": [evaluation(0, 0.2), evaluation(2, 0.4)],
+        "metrics.jsonl": [{"step": 2, "policy_version": 2}],
+    }
     for name, items in files.items():
         (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
     ledger = {"admitted": 4, "trained": 4, "dropped": {}, "dead": 0, "open": 0}

@@ -1,0 +1,189 @@
+"""The real learner on a real Redis: acknowledged after the checkpoint, nothing skipped, nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import Run, make_verdict
+
+import learner.train
+from common.pretrained import PACKAGE_ROOT, Pair, read_facts
+from learner.checkpoint import load_newest
+from learner.train import Learner
+from ops.embedded import EmbeddedRedis
+
+MODELS = {name: str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("student", "teacher")}
+
+
+class Crash(RuntimeError):
+    """Where the learner is killed."""
+
+
+@pytest.fixture
+def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
+    return start(
+        embedded_redis,
+        student={"model": MODELS["student"]},
+        teacher={"model": MODELS["teacher"]},
+        learner={"batch_size": 2, "max_steps": 4, "max_staleness": 8, "learning_rate": 1e-3, "schedule": "constant"},
+        checkpoints={"every_steps": 2, "keep": 2},
+        eval={"every_steps": 0},
+    )
+
+
+def make_learner(run: Run) -> Learner:
+    """A new learner; whoever was before it is gone, its lease with it."""
+    run.client.delete(run.key("lease:learner"))
+    facts = read_facts(Path(MODELS["student"]))
+    pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
+    learner_ = Learner(run.config, run.plane, pair, threading.Event())
+    learner_._lease.take(threading.Event())
+    return learner_
+
+
+def trajectory(run: Run, number: int, *, version: int = 0, arm: str = "treated") -> str:
+    """A rollout of three tokens, scored and judged."""
+    rid = f"r{number}"
+    run.admit(rid, arm=arm)
+    run.take()
+    tokens = [2 + (number + place) % 8 for place in range(3)]
+    run.chunk(rid, finish="eos", tokens=tokens, version=version)
+    run.score(rid)
+    run.lease("arbiter")
+    body = make_verdict(rid, arm=arm, train=3, keep=3, trigger=3, first_version=version, last_version=version).encode()
+    entries = run.score_entries()
+    assert run.lease("arbiter").call("verdict", rid, body, 3, 0, "", 4, "inactive", *entries)[0] == b"ok"
+    return rid
+
+
+def endings(run: Run) -> list[tuple[str, str]]:
+    return [(line["rid"], line["ending"]) for line in run.entries("finished") if line["kind"] == "ending"]
+
+
+def take_step(learner_: Learner) -> None:
+    batch = learner_._next_batch(block_s=0.01)
+    assert batch is not None
+    learner_.step(batch)
+
+
+def steps_on_record(run: Run) -> list[int]:
+    return [json.loads(line)["step"] for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_trajectory_is_acknowledged_with_the_checkpoint_that_holds_it_and_not_before(run: Run) -> None:
+    for number in range(4):
+        trajectory(run, number)
+    learner_ = make_learner(run)
+    learner_.start()
+    take_step(learner_)
+    assert endings(run) == []
+    assert run.pending("trajectories") == 4
+    take_step(learner_)
+    assert endings(run) == [(f"r{number}", "trained") for number in range(4)]
+    assert run.pending("trajectories") == 0
+    state = load_newest(run.config.run_dir / "checkpoints")
+    assert state is not None
+    assert (state.step, state.consumed) == (2, ("r0", "r1", "r2", "r3"))
+
+
+def test_killed_before_the_checkpoint_it_trains_the_same_again_to_the_same_weights(run: Run) -> None:
+    for number in range(4):
+        trajectory(run, number)
+    first = make_learner(run)
+    first.start()
+    take_step(first)
+    after_one = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+    second = make_learner(run)
+    second.start()
+    assert steps_on_record(run) == [], "steps that will be done again stand in metrics.jsonl"
+    take_step(second)
+    assert all(torch.equal(after_one[name], tensor) for name, tensor in second.model.state_dict().items())
+    take_step(second)
+    assert steps_on_record(run) == [1, 2]
+    assert endings(run) == [(f"r{number}", "trained") for number in range(4)]
+    versions = int(run.plane.policy()["version"])
+    assert versions > 2, "a resumed learner publishes above what was announced before"
+
+
+def test_killed_between_checkpoint_and_acknowledgement_it_acknowledges_and_does_not_train_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        trajectory(run, number)
+    first = make_learner(run)
+    first.start()
+    take_step(first)
+
+    def crash(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.train, "settle", crash)
+        with pytest.raises(Crash):
+            take_step(first)
+    assert endings(run) == []
+    second = make_learner(run)
+    second.start()
+    assert endings(run) == [(f"r{number}", "trained") for number in range(4)]
+    assert second.step_count == 2
+    batch = second._next_batch(block_s=0.01)
+    assert batch is not None
+    assert [one.trajectory.rid for one in batch] == ["r4", "r5"]
+
+
+def test_stale_trajectories_are_dropped_and_counted_by_arm(run: Run) -> None:
+    trajectory(run, 0, version=0)
+    trajectory(run, 1, version=0, arm="control")
+    learner_ = make_learner(run)
+    learner_.start()
+    learner_.version = 9  # max_staleness is 8
+    trajectory(run, 2, version=1)
+    trajectory(run, 3, version=9)
+    batch = learner_._next_batch(block_s=0.01)
+    assert batch is not None
+    assert [one.trajectory.rid for one in batch] == ["r2", "r3"]
+    assert learner_._intake.dropped == {"treated": 1, "control": 1}
+    lines = [line for line in run.entries("finished") if line["kind"] == "ending"]
+    assert [(line["rid"], line["ending"], line["reason"], line["staleness"]) for line in lines] == [
+        ("r0", "dropped", "stale", "9"),
+        ("r1", "dropped", "stale", "9"),
+    ]
+
+
+def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> None:
+    for number in range(8):
+        trajectory(run, number)
+    run.client.delete(run.key("lease:learner"))
+    facts = read_facts(Path(MODELS["student"]))
+    learner_ = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    learner_.run(until_idle=True)
+    assert run.plane.state() == "trained"
+    assert steps_on_record(run) == [1, 2, 3, 4]
+    saved = load_file(run.config.run_dir / "model" / "model.safetensors")
+    assert saved.keys() <= learner_.model.state_dict().keys()
+    assert all(torch.equal(tensor, learner_.model.state_dict()[name]) for name, tensor in saved.items())
+    assert (run.config.run_dir / "model" / "tokenizer.json").exists()
+    lines = [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] >= 0 and line["learning_rate"] == pytest.approx(1e-3) for line in lines)
+    assert [line["policy_version"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_trajectory_that_cannot_be_read_dies_with_its_reason_and_the_rest_is_trained(run: Run) -> None:
+    for number in range(3):
+        trajectory(run, number)
+    run.client.hset(run.key("rollout:r0"), "q:0", b"broken")
+    run.client.xadd(run.key("trajectories"), {"what": "?"})
+    learner_ = make_learner(run)
+    learner_.start()
+    batch = learner_._next_batch(block_s=0.01)
+    assert batch is not None
+    assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
+    assert ("r0", "dead") in endings(run)
+    assert len(run.entries("dead")) == 2
