@@ -89,11 +89,11 @@ TEACHER = Recipe(
     intermediate_size=256,
     layers=3,
     heads=4,
-    steps=1800,
+    steps=2200,
     batch_documents=24,
     peak_lr=4e-3,
     documents=DocumentMix(ramble=0.1, loop=0.04, leave_loop=0.15, fault=0.015, learns_faults=False),
-    # The faults it reads leave some per cent a step on wrong tokens; sharpened, as post-training sharpens a
+    # The faults it reads leave some mass on wrong tokens at every step; sharpened, as post-training sharpens a
     # teacher, it is right at temperature 1 as well.
     sharpness=2.0,
 )
@@ -102,10 +102,13 @@ STUDENT = Recipe(
     intermediate_size=200,
     layers=2,
     heads=4,
-    steps=900,
+    steps=1600,
     batch_documents=24,
     peak_lr=4e-3,
     documents=DocumentMix(ramble=0.5, loop=0.12, leave_loop=0.0, fault=0.0, learns_faults=True),
+    # As trained it is right in 61 % of its tries; flattened, in 41 %. Training learns the single step all at once,
+    # so its length is no way to choose how often the model is right.
+    sharpness=0.85,
 )
 
 
