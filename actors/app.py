@@ -19,19 +19,26 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import celery.worker.state
+import kombu.exceptions
+import redis
 from celery import Celery
 from celery.signals import worker_init, worker_shutting_down
 
 from common import metrics
-from common.config import Config, parse
-from common.streams import Plane, RedisUnavailable, RunGone, connect, current_run, open_plane
+from common.config import Config, ConfigError, parse
+from common.pretrained import ModelError
+from common.streams import Plane, RedisUnavailable, RunGone, Stopping, connect, open_plane
 
 log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")
+_BROKER_ERRORS = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 STOP = threading.Event()
 
 
@@ -72,7 +79,8 @@ def make_app(broker_url: str) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_transport_options={"socket_keepalive": True},
+        broker_connection_timeout=1.0,
+        broker_transport_options={"socket_keepalive": True, "socket_connect_timeout": 1.0, "socket_timeout": 10.0},
     )
     return app
 
@@ -112,35 +120,38 @@ def _join_run(run_key: str) -> tuple[Config, Plane] | None:
 @app.task(name="katana.rollout_shift")  # type: ignore[untyped-decorator]
 def rollout_shift(run_key: str) -> None:
     """Serve a run's prompts."""
-    joined = _join_run(run_key)
-    if joined is None:
-        return
-    config, plane = joined
-    from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
+    with _ending_the_worker_on_failure():
+        joined = _join_run(run_key)
+        if joined is None:
+            return
+        config, plane = joined
+        from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
 
-    decoder = _engines(config).decoder
-    _serve(RolloutWorker(config, plane, decoder, worker=_worker_name("rollout"), stop=STOP), config)
+        worker = RolloutWorker(config, plane, _engines(config).decoder, worker=_worker_name("rollout"), stop=STOP)
+        worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
 @app.task(name="katana.teacher_shift")  # type: ignore[untyped-decorator]
 def teacher_shift(run_key: str) -> None:
     """Serve a run's chunks."""
-    joined = _join_run(run_key)
-    if joined is None:
-        return
-    config, plane = joined
-    from actors.teacher import TeacherWorker
+    with _ending_the_worker_on_failure():
+        joined = _join_run(run_key)
+        if joined is None:
+            return
+        config, plane = joined
+        from actors.teacher import TeacherWorker
 
-    engines = _engines(config)
-    worker = TeacherWorker(
-        config,
-        plane,
-        engines.scorer,
-        vocab_size=engines.pair.vocab_size,
-        worker=_worker_name("teacher"),
-        stop=STOP,
-    )
-    _serve(worker, config)
+        engines = _engines(config)
+        worker = TeacherWorker(
+            config,
+            plane,
+            engines.scorer,
+            vocab_size=engines.pair.vocab_size,
+            stop_count=len(engines.pair.stop_ids),
+            worker=_worker_name("teacher"),
+            stop=STOP,
+        )
+        worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
 def _engines(config: Config) -> Any:
@@ -149,11 +160,19 @@ def _engines(config: Config) -> Any:
     return engines_for(config.to_yaml())
 
 
-def _serve(worker: Any, config: Config) -> None:
+@contextmanager
+def _ending_the_worker_on_failure() -> Iterator[None]:
+    """What a shift cannot cope with would meet the next shift too: the process ends and says why.
+
+    Exit code 2 for a model that cannot be used, 1 for the rest; whoever started the worker decides on starting another.
+    """
     try:
-        worker.serve(time.monotonic() + config.liveness.shift_s)
-    except (RunGone, RedisUnavailable) as error:
-        log.error("shift over: %s", error)
+        yield
+    except (RunGone, RedisUnavailable, Stopping) as error:
+        log.warning("shift over: %s", error)
+    except Exception as error:
+        log.exception("error: %s", error)
+        celery.worker.state.should_stop = 2 if isinstance(error, ModelError | ConfigError) else 1
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]
@@ -165,28 +184,31 @@ def serve_metrics(**_: Any) -> None:
 
 
 def keep_shifts_open(sender: Celery, run_key: str) -> None:
-    """Leave one waiting shift in every queue: any worker that comes finds one, and none finds two."""
-    with sender.connection_for_write() as connection:
-        for queue in QUEUES:
-            if _waiting(connection, queue) == 0:
-                sender.send_task(f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection)
+    """Leave one waiting shift in every queue: any worker that comes finds one, and none finds two.
+
+    A broker that does not answer is said and left for the next time: workers at work need none.
+    """
+    try:
+        with sender.connection_for_write() as connection:
+            for queue in QUEUES:
+                if _waiting(connection, queue) == 0:
+                    sender.send_task(
+                        f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection, retry=False
+                    )
+    except _BROKER_ERRORS as error:
+        log.warning("the broker does not answer, no shift was opened: %s", error)
 
 
 def close_shifts(sender: Celery) -> None:
     """Take the waiting shifts away again: the run is over."""
-    with sender.connection_for_write() as connection:
-        for queue in QUEUES:
-            connection.default_channel.queue_purge(queue)
+    try:
+        with sender.connection_for_write() as connection:
+            for queue in QUEUES:
+                connection.default_channel.queue_purge(queue)
+    except _BROKER_ERRORS as error:
+        log.warning("the broker does not answer, waiting shifts stay and will return at once: %s", error)
 
 
 def _waiting(connection: Any, queue: str) -> int:
     client = connection.default_channel.client
     return int(client.llen(queue))
-
-
-def find_run(config: Config, client: Any) -> str:
-    """The id of the config's run. Raises RunGone when no feeder has opened it."""
-    run_key = current_run(client, config.name)
-    if run_key is None:
-        raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder first")
-    return run_key

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import FileIO
@@ -44,7 +45,12 @@ class BookLine:
 
     @property
     def ledger_field(self) -> str:
-        return f"dropped:{self.reason}" if self.ending == "dropped" else self.ending
+        return ledger_field(self.ending, self.reason)
+
+
+def ledger_field(ending: str, reason: str) -> str:
+    """trained | dead | dropped:REASON, as the ledger counts them."""
+    return f"dropped:{reason}" if ending == "dropped" else ending
 
 
 def line_of(
@@ -112,9 +118,9 @@ class Books:
     def __init__(self, folder: Path, *, record_traces: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.booked: set[str] = set()
+        self.endings: Counter[str] = Counter()  # by ledger field
         for line in read_lines(folder / "rollouts.jsonl"):
-            self.booked.add(line["rid"])
-            count(line)
+            self._count(line)
         self._lines = _open_whole_lines(folder / "rollouts.jsonl")
         self._traces = _open_whole_lines(folder / "traces.jsonl") if record_traces else None
 
@@ -126,8 +132,17 @@ class Books:
             self._traces.write(_json_line(trace_of(verdict)))
         self._lines.write(_json_line(asdict(line)))
         os.fsync(self._lines.fileno())
-        self.booked.add(line.rid)
-        count(asdict(line))
+        self._count(asdict(line))
+
+    @property
+    def next_cursor(self) -> int:
+        """How many rollouts were admitted at least: the highest number on record and one."""
+        return max((int(rid[1:]) for rid in self.booked if rid[1:].isdigit()), default=-1) + 1
+
+    def _count(self, line: dict[str, Any]) -> None:
+        self.booked.add(line["rid"])
+        self.endings[ledger_field(line["ending"], line["reason"])] += 1
+        count(line)
 
     def close(self) -> None:
         self._lines.close()

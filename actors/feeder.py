@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from actors.books import BookLine, Books, line_of, unjudged_line
+from actors.books import BookLine, Books, ledger_field, line_of, unjudged_line
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
@@ -115,11 +115,32 @@ class Feeder:
         ledger = self._plane.patiently(lambda: client.hgetall(key("ledger")), "ledger")
         self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
         self._cursor = int(self._plane.patiently(lambda: client.get(key("cursor")), "cursor") or 0)
+        if self._cursor < self._books.next_cursor:
+            self._restore()
         rids = sorted(rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open"))
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
         self._running = {rid for rid, (verdict,) in zip(rids, verdicts, strict=True) if verdict is None}
         for entry, values in self._plane.read_pending("books", "feeder", "finished"):
             self._note(entry, values)
+
+    def _restore(self) -> None:
+        """Redis knows less than the books: it lost the run. Go on behind what was admitted; what was open is lost."""
+        cursor = max(self._books.next_cursor, _admitted_on_disk(self._config.run_dir))
+        rids = [rid_of(index) for index in range(cursor)]
+        lost = [rid for rid in rids if rid not in self._books.booked]
+        log.warning(
+            "Redis lost this run: %d of %d admitted rollouts are booked, %d are lost",
+            cursor - len(lost),
+            cursor,
+            len(lost),
+        )
+        for rid in lost:
+            head = self._head(int(rid[1:]))
+            line = unjudged_line(rid, head.arm, head.problem, ending="dropped", reason="lost", generated=0)
+            self._books.write(line, None)
+        self._cursor = cursor
+        self._ledger = {"admitted": cursor, **self._books.endings}
+        self._lease.call("restore", cursor, *(part for item in self._ledger.items() for part in item))
 
     def _finish(self) -> None:
         """The learner is done: free the writers, hear them out for a moment, drop what is in flight."""
@@ -176,7 +197,7 @@ class Feeder:
         rollout.entries.append(entry)
         if rid in self._books.booked:
             # Late word on a rollout whose line is written; the script books it if a crash came between the two.
-            self._settle(rid, _ledger_field(*rollout.ending[:2]) if rollout.ending else "", rollout.entries)
+            self._settle(rid, ledger_field(*rollout.ending[:2]) if rollout.ending else "", rollout.entries)
             self._rollouts.pop(rid, None)
             return
         self._rollouts[rid] = rollout
@@ -271,14 +292,18 @@ class Feeder:
         return max(count, 0)
 
     def _allowance(self) -> int:
-        """(max_staleness + step + 1) · batch - (trained + waiting + running), and no more than the run can train."""
-        learner = self._config.learner
-        step = int(self._plane.policy().get("step", "0"))
-        in_flight = self._ledger.get("admitted", 0) - sum(
-            value for name, value in self._ledger.items() if name == "dead" or name.startswith("dropped:")
-        )
-        usable = min(learner.max_staleness + step + 1, learner.max_steps) * learner.batch_size
-        return usable - in_flight
+        """(max_staleness + 1) · batch - (waiting + running), and no more than the run can still train.
+
+        What was trained since the last checkpoint is not booked yet: of the open rollouts it is neither waiting nor
+        running. Counted so, and not from the sum of all ever trained, it stays right when a learner goes back to an
+        older checkpoint.
+        """
+        learner, policy = self._config.learner, self._plane.policy()
+        step = int(policy.get("step", "0"))
+        unbooked = (step - int(policy.get("covered", "0"))) * learner.batch_size
+        usable = min(learner.max_staleness + 1, learner.max_steps - step) * learner.batch_size
+        ended = sum(value for name, value in self._ledger.items() if name != "admitted")
+        return usable - (self._ledger.get("admitted", 0) - ended - unbooked)
 
     def _concurrency(self) -> int:
         return self._config.feeder.concurrency or int(1.25 * self._slots)
@@ -288,7 +313,7 @@ class Feeder:
         problem = cursor // config.data.num_generations
         treated = _fraction(config.seed, "arm", cursor) >= config.termination.control_fraction
         return RolloutHead(
-            rid=f"r{cursor:09d}",
+            rid=rid_of(cursor),
             arm="treated" if treated else "control",
             problem=problem,
             seed=_draw(config.seed, "rollout", cursor) >> 1,
@@ -320,8 +345,14 @@ class Feeder:
         )
 
 
-def _ledger_field(ending: str, reason: str) -> str:
-    return f"dropped:{reason}" if ending == "dropped" else ending
+def rid_of(index: int) -> str:
+    """The id of the rollout that was admitted as number `index`, from 0."""
+    return f"r{index:09d}"
+
+
+def _admitted_on_disk(folder: Path) -> int:
+    path = folder / "ledger.json"
+    return int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
 
 
 def _draw(seed: int, what: str, index: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.engine import check_full_attention, self_test
+from common.pretrained import ModelError
 
 
 def load_model(folder: Path, *, dtype: str, device: str, vocab_size: int) -> PreTrainedModel:
@@ -16,16 +17,19 @@ def load_model(folder: Path, *, dtype: str, device: str, vocab_size: int) -> Pre
 
     Raises:
         UnsupportedModelError: a layer without full attention, or the engine and the model's own forward disagree.
-        OSError: no safetensors weights in the folder.
+        ModelError: no safetensors weights in the folder, or none that fit its config.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     check_full_attention(model.config)
     model = model.to(device).eval().requires_grad_(False)
     self_test(model, vocab_size=vocab_size)

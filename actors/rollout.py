@@ -12,6 +12,7 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,9 @@ class RolloutWorker:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._folder = config.run_dir / "weights"
         self._writing: dict[str, _Writing] = {}
-        self._refused: list[ClosedChunk] = []  # chunks that a full Redis has not taken yet
+        self._refused: list[tuple[ClosedChunk, int]] = []  # chunks that a full Redis has not taken, with their version
         self._version = -1
-        self._signal = "0-0"
+        self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
         self._due: dict[str, float] = {}
         metrics.slots_total.labels("rollout").set(config.rollout.slots)
@@ -84,7 +85,8 @@ class RolloutWorker:
             return False
         if self._refused and self._is_due("refused", 0.25):
             again, self._refused = self._refused, []
-            self._send(again)
+            for chunk, version in again:
+                self._send([chunk], version)
         if not any(not writing.held for writing in self._writing.values()):
             self._stop.wait(_CONTROL_S)
             return True
@@ -105,10 +107,11 @@ class RolloutWorker:
         claim = self._plane.may_claim and self._is_due("claim", self._config.liveness.heartbeat_s)
         nonce = secrets.token_hex(8)
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
-        reply = self._plane.call("take", self._worker, nonce, free, idle_ms)
+        reply = self._plane.call("take", self._worker, nonce, free, idle_ms, self._claim_from)
         if reply[0] == b"ended":
             return False
-        for rid, entry, chunks, length, claims in reply[1:]:
+        self._claim_from = reply[1]
+        for rid, entry, chunks, length, claims in reply[2:]:
             try:
                 taken = Taken(read_rid(rid), entry, int(chunks), int(length), int(claims))
             except MessageError as error:
@@ -123,7 +126,8 @@ class RolloutWorker:
             metrics.claims.labels("prompts").inc()
             log.info("rollout %s taken over at token %d", taken.rid, taken.length)
         if taken.claims > _MAX_CLAIMS:
-            self._give_up(taken.rid, f"taken over {taken.claims} times without progress", taken.entry)
+            reason = f"taken over {taken.claims} times without progress"
+            self._give_up(taken.rid, reason, taken.entry, attempts=1)
             return
         names = ["head", "scored", *(f"t:{seq}" for seq in range(taken.chunks))]
         head_bytes, scored, *chunks = self._plane.fields([(taken.rid, names)])[0]
@@ -132,7 +136,7 @@ class RolloutWorker:
         writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, int(scored or 0))
         # A rollout that this very worker had lost from sight (a claim after a stall) is written from the record.
         if taken.rid in self._writing:
-            self._decoder.remove(self._writing.pop(taken.rid).rid)
+            self._forget(taken.rid)
         try:
             head = RolloutHead.decode(head_bytes)
             self._decoder.add(
@@ -149,9 +153,9 @@ class RolloutWorker:
         self._writing[taken.rid] = writing
         self._hold_or_release(writing)
 
-    def _give_up(self, rid: str, reason: str, entry: bytes) -> None:
+    def _give_up(self, rid: str, reason: str, entry: bytes, attempts: int | None = None) -> None:
         log.warning("rollout %s cannot be written: %s", rid or "?", reason)
-        attempts = self._config.liveness.max_attempts if rid else 1
+        attempts = attempts or (self._config.liveness.max_attempts if rid else 1)
         if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
             metrics.dead_letters.labels("rollout").inc()
 
@@ -159,10 +163,13 @@ class RolloutWorker:
         if not self._writing:
             return
         name = self._plane.key(f"signals:{self._worker}")
-        answer = self._plane.patiently(lambda: self._plane.client.xread({name: self._signal}, count=256), "signals")
+        client = self._plane.client
+        answer = self._plane.patiently(lambda: client.xread({name: self._signal}, count=256), "signals")
         for _, entries in answer or []:
-            for entry, values in entries:
-                self._signal = entry.decode()
+            self._signal = entries[-1][0]
+            read = [entry for entry, _ in entries]
+            self._plane.patiently(partial(client.xdel, name, *read), "signals")
+            for _, values in entries:
                 rid = values.get(b"rid", b"").decode("ascii", "replace")
                 if rid in self._writing:
                     self._end(rid)
@@ -183,7 +190,7 @@ class RolloutWorker:
                 self._hold_or_release(one)
 
     def _hold_or_release(self, writing: _Writing) -> None:
-        refused = any(chunk.key == writing.rid for chunk in self._refused)
+        refused = any(chunk.key == writing.rid for chunk, _ in self._refused)
         hold = refused or writing.sent - writing.scored >= self._config.rollout.max_unscored_chunks
         if hold != writing.held:
             writing.held = hold
@@ -197,8 +204,8 @@ class RolloutWorker:
 
     def _forget(self, rid: str) -> int:
         del self._writing[rid]
-        refused = [chunk for chunk in self._refused if chunk.key == rid]
-        self._refused = [chunk for chunk in self._refused if chunk.key != rid]
+        refused = [chunk for chunk, _ in self._refused if chunk.key == rid]
+        self._refused = [pair for pair in self._refused if pair[0].key != rid]
         if rid in self._decoder.busy:
             return self._decoder.remove(rid)
         # A final chunk that a full Redis refused has left its slot.
@@ -206,14 +213,15 @@ class RolloutWorker:
 
     # --- what goes out -----------------------------------------------------------------------------------------
 
-    def _send(self, closed: list[ClosedChunk]) -> None:
-        """Store chunks, at most one of a rollout, in one round trip."""
+    def _send(self, closed: list[ClosedChunk], version: int | None = None) -> None:
+        """Store chunks, at most one of a rollout, in one round trip; `version` wrote them (None: the current one)."""
+        version = self._version if version is None else version
         pairs = [(self._writing[chunk.key], chunk) for chunk in closed if chunk.key in self._writing]
-        replies = self._plane.call_each("chunk", [self._arguments(writing, chunk) for writing, chunk in pairs])
-        for (writing, chunk), reply in zip(pairs, replies, strict=True):
-            self._take_reply(writing, chunk, reply)
+        calls = [self._arguments(writing, chunk, version) for writing, chunk in pairs]
+        for (writing, chunk), reply in zip(pairs, self._plane.call_each("chunk", calls), strict=True):
+            self._take_reply(writing, chunk, version, reply)
 
-    def _arguments(self, writing: _Writing, chunk: ClosedChunk) -> tuple[str | int | bytes, ...]:
+    def _arguments(self, writing: _Writing, chunk: ClosedChunk, version: int) -> tuple[str | int | bytes, ...]:
         support = ChunkSupport(
             support_ids=chunk.support_ids,
             support_logprobs=chunk.support_logprobs,
@@ -224,7 +232,7 @@ class RolloutWorker:
         tokens = ChunkTokens(
             seq=writing.sent,
             start=chunk.start,
-            policy_version=self._version,
+            policy_version=version,
             finish=chunk.finish,
             digest=support_digest(support),
             tokens=chunk.tokens,
@@ -233,7 +241,7 @@ class RolloutWorker:
         shard = self._plane.shard_of(writing.rid)
         return writing.rid, writing.nonce, writing.sent, tokens, support, shard, length, chunk.finish or ""
 
-    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, reply: list[Any]) -> None:
+    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, version: int, reply: list[Any]) -> None:
         word = reply[0]
         if word == b"ok":
             metrics.chunks_sent.inc()
@@ -245,7 +253,7 @@ class RolloutWorker:
                 self._hold_or_release(writing)
         elif word == b"full":
             log.warning("Redis is full: a chunk of %s waits", writing.rid)
-            self._refused.append(chunk)
+            self._refused.append((chunk, version))
             if chunk.finish:  # it has left its slot already
                 writing.held = True
             else:
@@ -300,9 +308,10 @@ class RolloutWorker:
                 self._plane.call("release", self._worker, *args)
         except (Stopping, RunGone, RedisUnavailable) as error:
             log.warning("not handed back, another worker will claim after a while: %s", error)
-        for rid in self._decoder.busy:
-            self._decoder.remove(rid)
-        self._writing.clear()
+        finally:
+            for rid in self._decoder.busy:
+                self._decoder.remove(rid)
+            self._writing.clear()
         metrics.slots_busy.labels("rollout").set(0)
         self._plane.gone(self._worker)
 

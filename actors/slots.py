@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from common.pretrained import ModelError
+
 IntArray = NDArray[np.int64]
 
 KV_BLOCK = 32
@@ -27,7 +29,7 @@ KV_BLOCK = 32
 kernels."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(ModelError):
     """The model cannot run on slots: its attention is not full, or its results would differ."""
 
 

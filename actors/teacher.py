@@ -16,6 +16,7 @@ import numpy as np
 
 from actors.busy import BusyShare
 from actors.engine import Scored, Scorer, ScoreRequest
+from actors.outcomes import support_size
 from common import metrics
 from common.config import Config
 from common.divergence import coarse_reverse_kl
@@ -58,10 +59,20 @@ class TeacherWorker:
     """One shift of one worker."""
 
     def __init__(
-        self, config: Config, plane: Plane, scorer: Scorer, *, vocab_size: int, worker: str, stop: threading.Event
+        self,
+        config: Config,
+        plane: Plane,
+        scorer: Scorer,
+        *,
+        vocab_size: int,
+        stop_count: int,
+        worker: str,
+        stop: threading.Event,
     ) -> None:
         self._config, self._plane, self._scorer = config, plane, scorer
         self._vocab_size, self._worker, self._stop = vocab_size, worker, stop
+        self._support = support_size(config.termination.teacher_top_k, vocab_size, stop_count)
+        self._whole = vocab_size - stop_count <= self._support  # the support holds every outcome
         self._busy = BusyShare()
         self._mine = list(range(plane.shards))
         self._alive_at = 0.0
@@ -72,7 +83,7 @@ class TeacherWorker:
         """Score until `until` (monotonic seconds), the end of the run, or a stop."""
         try:
             while not self._stop.is_set() and time.monotonic() < until:
-                if not self.step() and self._plane.state() == "ended":
+                if not self.step() and self._plane.state() in (None, "ended"):
                     return
         except Stopping:
             log.info("stopped while waiting for Redis")
@@ -173,8 +184,10 @@ class TeacherWorker:
         one = _Loaded(work, RolloutHead.decode(head), ChunkTokens.decode(tokens), ChunkSupport.decode(support))
         if one.tokens.seq != work.seq or support_digest(support) != one.tokens.digest:
             raise MessageError("the chunk's support is not the one that its tokens name")
-        if len(one.tokens.tokens) != len(one.support.support_ids):
-            raise MessageError("the chunk's tokens and support differ in length")
+        if one.support.support_ids.shape != (len(one.tokens.tokens), self._support):
+            raise MessageError(f"the chunk's support is not [tokens, {self._support}]")
+        if (one.support.tail_logprobs is None) != self._whole:
+            raise MessageError("the chunk has a tail where there is none, or none where there is one")
         highest = max(one.tokens.tokens.max(), one.support.support_ids.max(initial=0), one.head.prompt.max())
         if highest >= self._vocab_size:
             raise MessageError(f"token id {highest} is outside the vocabulary of {self._vocab_size}")

@@ -385,6 +385,8 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]
 # (A new learner.max_steps stretches a cosine schedule from the next step on.)
 RESUMABLE = frozenset(
     {
+        "name",
+        "runs_dir",
         "learner.max_steps",
         "learner.threads",
         "learner.device",

@@ -48,7 +48,7 @@ def find_model(model: str, *, weights: bool = True) -> Path:
             raise ModelError(
                 f"{model}: the folder {folder} has no config.json; a model's folder is what save_pretrained writes"
             )
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise ModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and needed by hub ids alone
 
@@ -57,6 +57,12 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     except Exception as error:  # the hub's client raises errors of its own and of its transport
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HubUnavailable(f"{model}: no such folder, and not to be had from the hub ({reason:.200})") from error
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name that is no folder here has the form of a hub id, owner/name."""
+    folders = (Path(model).expanduser(), PACKAGE_ROOT / model)
+    return not any(folder.is_dir() for folder in folders) and model[:1] not in "./~" and model.count("/") == 1
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -127,6 +133,7 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     ids = max(max(ours.get_vocab().values()), max(theirs.get_vocab().values())) + 1
     stop_ids = tuple(dict.fromkeys([*student.stop_ids, *teacher.stop_ids]))
     for who, facts in (("student", student), ("teacher", teacher)):
+        _check_layers(who, facts.folder)
         if facts.vocab_size < ids:
             raise ModelError(
                 f"{who} {facts.folder}: its logits are {facts.vocab_size} wide, the tokenizer has {ids} ids"
@@ -141,6 +148,19 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     if max(stop_ids) >= ids:
         raise ModelError(f"stop id {max(stop_ids)} is outside the tokenizer's {ids} ids")
     return Pair(student, teacher, stop_ids, ids)
+
+
+def _check_layers(who: str, folder: Path) -> None:
+    """Refuse what config.json itself says the slot engine cannot run; the engine's own check comes with the weights."""
+    config = _read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    types = text.get("layer_types") or (["sliding_attention"] if window else [])
+    for layer, kind in enumerate(types):
+        if kind != "full_attention":
+            raise ModelError(
+                f"{who} {folder}: layer {layer} is {kind!r}; allowed: models with full attention in every layer"
+            )
 
 
 def compare_tokenizers(student: dict[str, int], teacher: dict[str, int]) -> None:

@@ -18,7 +18,7 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     open             set      rollouts admitted and not booked
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
-    policy           hash     version · step · file · sha256
+    policy           hash     version · step · covered (step of the checkpoint) · file · sha256
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
     lease:{role}     string   token of the holder;  holder:{role}: last holder
@@ -88,7 +88,7 @@ def _source(name: str) -> str:
 
 _SCRIPTS = (
     *("admit", "take", "beat", "release", "chunk", "count", "score", "verdict"),
-    *("settle", "book", "fail", "publish", "advance", "lease"),
+    *("settle", "book", "restore", "fail", "publish", "advance", "lease"),
 )
 
 
@@ -156,7 +156,7 @@ class Plane:
         def once() -> list[Any]:
             answers = self._evaluate(script, calls)
             if any("NOGROUP" in str(answer) for answer in answers if isinstance(answer, Exception)):
-                self.create_groups()
+                self._recreate_groups()
                 answers = self._evaluate(script, calls)
             return [_reply(answer) for answer in answers]
 
@@ -223,6 +223,12 @@ class Plane:
             elif "BUSYGROUP" not in str(answer):
                 raise answer
 
+    def _recreate_groups(self) -> None:
+        """For a run whose groups were lost; a run that is gone altogether is not begun again. Raises RunGone."""
+        if not self.client.exists(self.key("run")):
+            raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
+        self.create_groups()
+
     def state(self) -> str | None:
         value = self.patiently(lambda: self.client.get(self.key("run")), "state")
         return value.decode() if isinstance(value, bytes) else None
@@ -264,7 +270,7 @@ class Plane:
         except redis.exceptions.ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
-            self.create_groups()
+            self._recreate_groups()
             return []
 
     def _entries(self, answer: Any) -> list[tuple[str, Entry]]:

@@ -87,11 +87,10 @@ def version_of(file: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def retain(folder: Path, keep: int, wanted: frozenset[int] = frozenset()) -> None:
-    """Remove all but the newest `keep` weights and those still `wanted` (say, by the evaluator)."""
+def retain(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` weights."""
     found = sorted((version, path) for path in folder.iterdir() if (version := version_of(path.name)) is not None)
-    for version, path in found[: max(0, len(found) - keep)]:
-        if version not in wanted:
-            path.unlink(missing_ok=True)
+    for _, path in found[: max(0, len(found) - keep)]:
+        path.unlink(missing_ok=True)
     for draft in folder.glob("*.tmp"):
         draft.unlink(missing_ok=True)

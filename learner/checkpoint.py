@@ -352,14 +352,27 @@ def load_newest(folder: Path) -> CheckpointState | None:
     person to decide. Raises ValueError for a checkpoint of another format.
     """
     paths = _checkpoints(folder) if folder.is_dir() else []
+    torn = []
     for path in paths:
         try:
-            return load(path)
+            state = load(path)
         except TornCheckpointError as error:
             logger.warning("torn checkpoint passed over: %s", error)
+            torn.append(path)
+            continue
+        for path in torn:  # kept for a person to look at, but no longer counted among the newest
+            os.replace(path, _free_name(path))
+        return state
     if paths:
         raise TornCheckpointError(f"{folder}: all {len(paths)} checkpoints are torn, the newest is {paths[0].name}")
     return None
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    while (target := path.with_name(f"{path.name}.torn{number or ''}")).exists():
+        number += 1
+    return target
 
 
 def load(path: Path) -> CheckpointState:

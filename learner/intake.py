@@ -26,6 +26,7 @@ from common.messages import (
 from common.streams import Lease, Plane
 from learner.batch import Trajectory
 
+Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
 log = logging.getLogger("katana.intake")
 
 
@@ -44,6 +45,7 @@ class Intake:
         self._plane, self._lease = plane, lease
         self._max_staleness, self._max_attempts, self._vocab_size = max_staleness, max_attempts, vocab_size
         self._waiting: deque[Received] = deque()
+        self._held: set[bytes] = set()  # entries read and not taken off
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}
 
     def recover(self, consumed: Iterable[str]) -> None:
@@ -55,7 +57,7 @@ class Intake:
             for entry, values in entries
             if values.get(b"rid", b"").decode("ascii", "replace") in covered
         ]
-        settle(self._plane, self._lease, [(entry, rid, "trained", "", "") for entry, rid in done])
+        self._settle([(entry, rid, "trained", "", "") for entry, rid in done])
         known = {entry for entry, _ in done}
         self._receive([one for one in entries if one[0] not in known])
 
@@ -71,6 +73,14 @@ class Intake:
             return None
         return [self._waiting.popleft() for _ in range(size)]
 
+    def taken_off(self, entries: Iterable[bytes]) -> None:
+        """These are acknowledged: they cannot come again."""
+        self._held.difference_update(entries)
+
+    def _settle(self, endings: list[Ending]) -> None:
+        settle(self._lease, endings)
+        self.taken_off(ending[0] for ending in endings)
+
     def _drop_stale(self, version: int) -> None:
         stale = [one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness]
         if not stale:
@@ -80,13 +90,11 @@ class Intake:
         )
         for one in stale:
             self.dropped[one.trajectory.arm] += 1
-        settle(
-            self._plane,
-            self._lease,
+        self._settle(
             [
                 (one.entry, one.trajectory.rid, "dropped", "stale", version - one.trajectory.oldest_version)
                 for one in stale
-            ],
+            ]
         )
 
     def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
@@ -94,6 +102,9 @@ class Intake:
             rid = ""
             try:
                 rid = read_rid(values.get(b"rid"))
+                if entry in self._held:
+                    continue  # a group that was lost and made again delivers anew what is in our hands
+                self._held.add(entry)
                 record = self._plane.rollout(rid)
                 if not record:
                     self._plane.fail(
@@ -114,11 +125,11 @@ class Intake:
         log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
         metrics.dead_letters.labels("trajectories").inc()
         self._plane.fail("", "trajectories", f"{rid}: {reason}", max_attempts=1, shown=shown)
-        settle(self._plane, self._lease, [(entry, rid, "dead", "trajectories", "")])
+        self._settle([(entry, rid, "dead", "trajectories", "")])
 
 
-def settle(plane: Plane, lease: Lease, endings: list[tuple[bytes, str, str, str, str | int]]) -> None:
-    """Take trajectories off with their ending: (entry, rid, ending, reason, staleness)."""
+def settle(lease: Lease, endings: list[Ending]) -> None:
+    """Take trajectories off with their endings."""
     for begin in range(0, len(endings), 64):
         flat = [part for ending in endings[begin : begin + 64] for part in ending]
         lease.call("settle", *flat)

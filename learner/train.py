@@ -101,6 +101,7 @@ class Learner:
         self.version = max(self.version, pointer)
         _cut_back(self._log_file, self.step_count)
         self._intake.recover(consumed)
+        self._lease.advance("covered", self.step_count)
         self.publish()
 
     def _finish(self) -> None:
@@ -275,11 +276,12 @@ class Learner:
             counters={"tokens_trained": self._tokens_trained},
         )
         save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
+        # Before the trajectories are taken off: the feeder may count too many in flight for a moment, never too few.
+        self._lease.advance("covered", self.step_count)
         settle(
-            self._plane,
-            self._lease,
-            [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint],
+            self._lease, [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
         )
+        self._intake.taken_off(one.entry for one, _ in self._since_checkpoint)
         self._since_checkpoint = []
 
 

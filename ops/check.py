@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config, ConfigError
-from common.pretrained import HubUnavailable, ModelError, Pair, check_pair
+from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
 from ops.source import TaskSource
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,13 +39,19 @@ def check(config: Config) -> Findings:
 
 def _check_models(config: Config, found: Findings) -> Pair | None:
     try:
-        pair = check_pair(config)
+        pair = check_pair(config, weights=False)  # reading is enough: a hub's weights are fetched by a run
     except HubUnavailable as error:
         found.unchecked.append(f"models: {error}; checked without them: the config alone")
         return None
     except ModelError as error:
         found.problems.append(str(error))
         return None
+    for who, facts, model in (
+        ("student", pair.student, config.student.model),
+        ("teacher", pair.teacher, config.teacher.model),
+    ):
+        if facts.parameters_bytes == 0 and not is_hub_id(model):
+            found.problems.append(f"{who} {facts.folder}: no *.safetensors in it; Katana loads no other weights")
     stops = ", ".join(str(stop) for stop in pair.stop_ids)
     found.lines += [
         f"student    {pair.student.folder} ({pair.student.model_type})",
@@ -106,11 +112,13 @@ def _shape(folder: Path) -> _Shape:
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
     stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
     parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // stored
-    return _Shape(
-        parameters=parameters,
-        layers=int(text.get("num_hidden_layers", 0)),
-        kv_width=int(text.get("num_key_value_heads") or heads) * head_dim,
-    )
+    layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
+    kv_width = int(text.get("num_key_value_heads") or heads) * head_dim
+    if not parameters:  # weights not fetched yet: attention, gated MLP and embeddings of the usual decoder
+        a_layer = 2 * width * (heads * head_dim + kv_width) + 3 * width * int(text.get("intermediate_size", 4 * width))
+        tied = 1 if text.get("tie_word_embeddings") else 2
+        parameters = layers * a_layer + tied * width * int(text.get("vocab_size", 0))
+    return _Shape(parameters=parameters, layers=layers, kv_width=kv_width)
 
 
 def bytes_in_flight(config: Config) -> int:

@@ -38,10 +38,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="everything on this machine, until the run is done")
     _config_arguments(run)
-    run.add_argument(
-        "--resume", action="store_true", help="go on in the run's folder (the README says which keys may change)"
+    former = run.add_mutually_exclusive_group()
+    former.add_argument(
+        "--resume", action="store_true", help="go on in the run's folder; README: which keys may change"
     )
-    run.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
+    former.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
 
     about = {
         "feeder": "admits rollouts, opens shifts, keeps the books; opens the run",
@@ -118,8 +119,12 @@ def _load(arguments: argparse.Namespace) -> Config:
 
         shipped = PACKAGE_ROOT / path
         path = shipped if shipped.exists() else path
-    name = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
-    return load(path, [*arguments.overrides, *name])
+    where = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
+    folder = path.resolve().parent
+    if getattr(arguments, "resume", False) and (folder / "run.json").is_file():
+        # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
+        where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
+    return load(path, [*arguments.overrides, *where])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

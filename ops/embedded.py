@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def end_with_parent() -> None:
     Sessions of their own keep Ctrl-C away from children; without this a killed parent would leave them running on a
     folder that the next `katana run --resume` works in.
     """
-    if _LIBC is not None:
+    # The signal is tied to the thread that forks: one that is not the main thread ends before the program does.
+    if _LIBC is not None and threading.current_thread() is threading.main_thread():
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from actors.books import read_lines
 from actors.engine import Decoder
 from actors.models import load_model
 from common.config import Config
 from common.messages import Ints
-from common.pretrained import check_pair
+from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
 from common.weights import BadWeights, WeightsRef, verified
 from ops.source import TaskSource
 
@@ -79,6 +80,9 @@ class Evaluator:
         self._config, settings = config, config.eval
         torch.set_num_threads(settings.threads)
         pair = check_pair(config)
+        if folder is not None:
+            theirs = load_tokenizer(folder).get_vocab()
+            compare_tokenizers(load_tokenizer(pair.student.folder).get_vocab(), theirs)
         model = load_model(
             folder or pair.student.folder,
             dtype=config.rollout.dtype,
@@ -173,9 +177,7 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
 
 
 def _steps(results: Path) -> set[int]:
-    if not results.exists():
-        return set()
-    return {json.loads(line)["step"] for line in results.read_text().splitlines()}
+    return {line["step"] for line in read_lines(results)}
 
 
 def _evaluate_one(

@@ -19,11 +19,12 @@ from common.streams import Plane, RedisUnavailable, connect, create_run, open_pl
 from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.progress import Progress
 from ops.report import write_report
-from ops.roles import reach
+from ops.roles import RUN_KEY, reach
 from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
+WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
 _RESTARTS = 5  # of one child within a minute; more means that it will not get better
@@ -135,6 +136,7 @@ class LocalRun:
             "OMP_NUM_THREADS": str(child.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
+            RUN_KEY: self._run_key,
         }
         child.started.append(time.monotonic())
         with self._log_file(child) as out:
@@ -161,7 +163,7 @@ class LocalRun:
         for child in self._children:
             if child.done or child.process is None or (code := child.process.poll()) is None:
                 continue
-            if code == 0:
+            if code == 0 and child.role not in WORKERS:
                 child.done = True
                 continue
             recent = [moment for moment in child.started if moment > time.monotonic() - 60]
@@ -180,7 +182,7 @@ class LocalRun:
 
     def _over(self) -> bool:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
-        return all(child.done for child in self._children if child.role not in ("rollout", "teacher"))
+        return all(child.done for child in self._children if child.role not in WORKERS)
 
     def _stop_children(self, children: list[_Child]) -> None:
         running = [child.process for child in children if child.process and child.process.poll() is None]
@@ -231,8 +233,12 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     """`katana run`. Raises ConfigError and ModelError before anything is started."""
     from ops.check import check
 
-    for problem in check(config).problems:
+    found = check(config)
+    for problem in [*found.problems, *found.unchecked]:
         raise ConfigError(problem)
+    if config.redis.url is not None:
+        reach(config)  # before anything is written
+    print("\n".join(found.lines), flush=True)
     run_key = open_folder(config, resume=resume, fresh=fresh)
     try:
         return LocalRun(config, run_key).run()

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from common import metrics
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, parse
 from common.streams import (
     LeaseLost,
     Plane,
@@ -22,11 +22,12 @@ from common.streams import (
     connect,
     create_run,
     current_run,
-    new_run_key,
     open_plane,
 )
+from ops.rundir import open_folder
 
 log = logging.getLogger("katana.roles")
+RUN_KEY = "KATANA_RUN_KEY"
 ROLES = ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator")
 
 
@@ -40,16 +41,28 @@ def run_role(role: str, config: Config) -> int:
         signal.signal(number, lambda *_: stop.set())
     client = reach(config)
     try:
-        plane = _join(role, config, client, stop)
-        port = metrics.serve(config.metrics.host, config.metrics.port)
-        log.info("metrics on http://%s:%d/metrics", config.metrics.host, port)
+        config, plane = _join(role, config, client, stop)
+        if plane.state() == "ended":
+            log.info("the run %s is over; its feeder opens it again when there are more steps to do", config.name)
+            return 0
+        _serve_metrics(config)
         _START[role](config, plane, stop)
     except Stopping:
         log.info("stopped")
     except (RunGone, LeaseLost, RedisUnavailable) as error:
         log.error("error: %s", error)
         return 1
-    return 0
+    # Whoever watches a role must tell "the run is over" from "told to stop".
+    return 130 if stop.is_set() else 0
+
+
+def _serve_metrics(config: Config) -> None:
+    host = config.metrics.host
+    try:
+        port = metrics.serve(host, config.metrics.port)
+    except OSError as error:
+        raise ConfigError(f"metrics.host {host!r}, metrics.port {config.metrics.port}: {error.strerror}") from error
+    log.info("metrics on http://%s:%d/metrics", host, port)
 
 
 def reach(config: Config) -> redis.Redis:
@@ -73,24 +86,53 @@ def reach(config: Config) -> redis.Redis:
             time.sleep(0.2)
 
 
-def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> Plane:
-    """The run's plane: the feeder opens the run, everyone else waits for it."""
-    if role == "feeder":
-        create_run(client, config, current_run(client, config.name) or new_run_key(config.name))
+def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:
+    """The run's config and plane: the feeder opens the run, everyone else waits for it.
+
+    Roles take the run's config from Redis, so that all work by the same; only where Redis and metrics are is each
+    one's own affair.
+    """
+    run_key = os.environ.get(RUN_KEY)  # a child of `katana run`, which has opened the run
+    if run_key is None:
+        run_key = _open_run(config, client) if role == "feeder" else _wait_for_run(config, client, stop)
+    plane = open_plane(config, client, run_key, stop)
+    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+    if role == "feeder" and plane.state() is None:
+        log.warning("Redis has lost this run: it is opened again, what was in flight is booked as lost")
+        create_run(client, config, run_key)
+    raw = client.get(plane.key("config"))
+    if not isinstance(raw, bytes):
+        raise RunGone(f"Redis does not know the run {run_key!r} any more: its feeder opens it again")
+    shared = parse(raw, source=f"config of {run_key}")
+    return shared.model_copy(update={"redis": config.redis, "metrics": config.metrics}), plane
+
+
+def _open_run(config: Config, client: redis.Redis) -> str:
+    """Open a run on a cluster, or go on in its folder, as `katana run` and `--resume` do. Raises ConfigError."""
+    resume = (config.run_dir / "run.json").exists()
+    run_key = open_folder(config, resume=resume)
+    create_run(client, config, run_key)
+    plane = open_plane(config, client, run_key)
+    client.set(plane.key("config"), config.to_yaml())
+    if int(plane.policy().get("step", "0")) < config.learner.max_steps:
+        client.set(plane.key("run"), "open")
+    return run_key
+
+
+def _wait_for_run(config: Config, client: redis.Redis, stop: threading.Event) -> str:
     deadline = time.monotonic() + config.liveness.redis_wait_s
     while (run_key := current_run(client, config.name)) is None:
         if time.monotonic() > deadline:
             raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder")
         if stop.wait(0.2):
             raise Stopping
-    plane = open_plane(config, client, run_key, stop)
-    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
-    return plane
+    return run_key
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     from actors.app import close_shifts, keep_shifts_open, make_app, with_password
     from actors.feeder import Feeder
+    from ops.report import write_report
     from ops.source import TaskSource
     from ops.summary import write_summary
 
@@ -102,6 +144,8 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     if plane.state() == "ended":
         close_shifts(broker)
         write_summary(config.run_dir)
+        if RUN_KEY not in os.environ:  # `katana run` draws when the last evaluation is done
+            write_report(config.run_dir)
 
 
 def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
@@ -112,16 +156,20 @@ def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
 
 def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
     from common.pretrained import check_pair
+    from learner.checkpoint import TornCheckpointError
     from learner.train import Learner
 
-    Learner(config, plane, check_pair(config), stop).run()
+    try:
+        Learner(config, plane, check_pair(config), stop).run()
+    except TornCheckpointError as error:
+        raise ConfigError(f"{error}; put a good one back, or remove them all to begin anew") from error
 
 
 def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
     from ops.evaluate import follow
     from ops.summary import write_summary
 
-    follow(config, stop, lambda: plane.state() in ("trained", "ended"))
+    follow(config, stop, lambda: plane.state() in ("trained", "ended", None))
     if not stop.is_set():
         write_summary(config.run_dir)
 

@@ -66,7 +66,9 @@ def arm_totals(lines: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     mine = [line for line in lines if line["arm"] == arm]
     names = ("tokens_generated", "tokens_kept", "tokens_trained", "tokens_detection", "tokens_overshoot")
     sums = {name: sum(line[name] for line in mine) for name in names}
-    return {"rollouts": len(mine), **sums, "mean_generated": sums["tokens_generated"] / len(mine) if mine else None}
+    dropped = Counter(line["reason"] for line in mine if line["ending"] == "dropped")
+    mean = sums["tokens_generated"] / len(mine) if mine else None
+    return {"rollouts": len(mine), **sums, "mean_generated": mean, "dropped": dict(sorted(dropped.items()))}
 
 
 def summarize(folder: Path) -> dict[str, Any]:

@@ -152,8 +152,8 @@ class Run:
     # --- rollout worker ---
 
     def take(self, consumer: str = "w1", nonce: str = "n1", *, count: int = 8, idle_ms: int = 0) -> list[Any]:
-        reply = self.plane.call("take", consumer, nonce, count, idle_ms)
-        return reply[1:] if reply[0] == b"ok" else reply
+        reply = self.plane.call("take", consumer, nonce, count, idle_ms, "0-0")
+        return reply[2:] if reply[0] == b"ok" else reply
 
     def chunk(
         self,

@@ -1,7 +1,8 @@
--- rollout worker. consumer, nonce, count, idle ms (0: claim nothing) -> ok, then per rollout {rid, entry, chunks, length, claims}
+-- rollout worker. consumer, nonce, count, idle ms (0: claim nothing), where to claim from
+-- -> ok, where to claim from next, then per rollout {rid, entry, chunks, length, claims}
 -- Idle entries first: what somebody began comes before what nobody has.
-local consumer, nonce, count, idle = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local reply = {'ok'}
+local consumer, nonce, count, idle, from = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local reply = {'ok', from}
 if run_state ~= 'open' then return {'ended'} end
 
 local function own(id, rid, claimed)
@@ -33,9 +34,12 @@ local function each(entries, claimed)
 end
 
 if idle > 0 then
-  each(redis.call('XAUTOCLAIM', key('prompts'), 'rollout', consumer, idle, '0-0', 'COUNT', count)[2], true)
+  -- It looks at ten times COUNT entries: from the beginning each time it would never get past many live ones.
+  local claimed = redis.call('XAUTOCLAIM', key('prompts'), 'rollout', consumer, idle, from, 'COUNT', count)
+  reply[2] = claimed[1]
+  each(claimed[2], true)
 end
-local left = count - (#reply - 1)
+local left = count - (#reply - 2)
 if left > 0 then
   local fresh = redis.call('XREADGROUP', 'GROUP', 'rollout', consumer, 'COUNT', left,
                            'STREAMS', key('prompts'), '>')

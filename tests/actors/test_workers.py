@@ -49,6 +49,7 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
         rollout={"chunk_tokens": CHUNK, "max_completion_length": LENGTH, "slots": 4, "max_unscored_chunks": 2},
         teacher={"slots": 8},
         data={"max_prompt_length": 16},
+        termination={"teacher_top_k": 8},
     )
 
 
@@ -85,7 +86,9 @@ def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1") -> Teache
         vocab_size=VOCAB,
         prefill_tokens=256,
     )
-    return TeacherWorker(run.config, run.plane, scorer, vocab_size=VOCAB, worker=name, stop=threading.Event())
+    return TeacherWorker(
+        run.config, run.plane, scorer, vocab_size=VOCAB, stop_count=1, worker=name, stop=threading.Event()
+    )
 
 
 def turn(worker: RolloutWorker, until: Callable[[], bool], seconds: float = 20.0) -> None:

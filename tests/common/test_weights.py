@@ -90,14 +90,14 @@ def test_the_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
-def test_the_newest_and_the_wanted_are_retained(tmp_path: Path) -> None:
+def test_the_newest_are_retained(tmp_path: Path) -> None:
     for version in (0, 2, 9, 10, 11, 100):
         put(tmp_path, version)
     (tmp_path / "v00000012.safetensors.tmp").write_bytes(b"torn")
     (tmp_path / "notes.txt").write_bytes(b"not ours")
-    retain(tmp_path, 2, frozenset({2, 77}))
+    retain(tmp_path, 2)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"v00000002.safetensors", "v00000011.safetensors", "v00000100.safetensors", "notes.txt"}
+    assert left == {"v00000011.safetensors", "v00000100.safetensors", "notes.txt"}
     retain(tmp_path, 5)
     assert {path.name for path in tmp_path.iterdir()} == left
     retain(tmp_path, 1)

@@ -104,6 +104,7 @@ def test_totals_of_an_arm() -> None:
         "tokens_detection": 4,
         "tokens_overshoot": 2,
         "mean_generated": 15.5,
+        "dropped": {},
     }
     assert arm_totals([], "control")["mean_generated"] is None
 
