@@ -380,6 +380,7 @@ def test_a_torn_last_line_is_written_again(desk: Desk) -> None:
     assert (desk.run.config.run_dir / "rollouts.jsonl").read_bytes().count(b"\n") == 2
 
 
+@pytest.mark.slow
 def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +537,7 @@ class Fates:
         self.strike(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_every_admitted_rollout_ends_exactly_once_as_trained_dropped_with_a_reason_or_dead(
     begin: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, seed: int

@@ -205,6 +205,7 @@ def test_weights_with_another_digest_are_refused_and_writing_goes_on(run: Run, s
     assert {chunk.policy_version for chunk in stored(run, "r1")} == {0}
 
 
+@pytest.mark.slow
 def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
     run: Run, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:

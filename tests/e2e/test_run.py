@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,16 +202,45 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     assert versions == sorted(versions)
 
 
-def test_every_role_killed_once_loses_nothing(tmp_path: Path) -> None:
+def test_every_role_killed_and_told_to_stop_once_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "e2e"
-    settings = (*SMALL, "learner.max_steps=14", "eval.every_steps=0", "liveness.claim_s=3", "liveness.heartbeat_s=0.5")
+    settings = (*SMALL, "learner.max_steps=16", "eval.every_steps=0", "liveness.claim_s=3", "liveness.heartbeat_s=0.5")
     process = start(tmp_path, settings=settings)
-    for step, role in enumerate(("rollout", "teacher", "arbiter", "feeder", "learner"), start=2):
+    faults = [(role, signal.SIGKILL) for role in ("rollout", "teacher", "arbiter", "feeder", "learner")]
+    faults += [(role, signal.SIGTERM) for role in ("learner", "rollout")]
+    for step, (role, number) in enumerate(faults, start=2):
         wait_for_steps(folder, step, process)
         pid = children_of(folder).get(role)
         assert pid is not None, f"{role} is not running"
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     code, output = finish(process)
     assert code == 0, output
-    assert output.count("started again") >= 5
-    check_books(folder, steps=14)
+    assert output.count("started again") >= 7
+    check_books(folder, steps=16)
+
+
+def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path) -> None:
+    folder = tmp_path / "e2e"
+    settings = (*SMALL, "learner.max_steps=10", "eval.every_steps=0")
+    process = start(tmp_path, settings=settings)
+    wait_for_steps(folder, 6, process)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process, timeout_s=40)
+    assert code == 130, output
+    booked = len(read(folder / "rollouts.jsonl"))
+    shutil.rmtree(folder / "redis")
+    newest = max((folder / "checkpoints").iterdir())
+    (newest / "model.safetensors").write_bytes(b"torn")
+    code, output = finish(start(tmp_path, "--resume"))
+    assert code == 0, output
+    summary, lines = json.loads((folder / "summary.json").read_text()), read(folder / "rollouts.jsonl")
+    ledger = summary["ledger"]
+    assert summary["steps"] == 10
+    assert ledger["open"] == 0
+    assert ledger["admitted"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["dead"] == len(lines)
+    assert len({line["rid"] for line in lines}) == len(lines) > booked
+    assert ledger["dropped"]["lost"] == sum(line["reason"] == "lost" for line in lines) > 0
+    assert [line["step"] for line in read(folder / "metrics.jsonl")] == list(range(1, 11))
+    assert newest.with_name(f"{newest.name}.torn").exists()
+    assert "Redis lost this run" in (folder / "logs" / "feeder.log").read_text()
+    assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()

@@ -91,6 +91,27 @@ def test_tokenizers_that_differ_are_refused_with_the_first_id(
     assert "'+'" in told
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is 'sliding_attention'"),
+        (None, "no *.safetensors"),
+    ],
+)
+def test_models_that_cannot_be_used_are_refused_before_anything_starts(
+    change: dict[str, Any] | None, told: str, tmp_path: Path, runs: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "elsewhere" / "student"
+    shutil.copytree(ROOT / "ops" / "models" / "student", other)
+    if change is None:
+        (other / "model.safetensors").unlink()
+    else:
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | change))
+    assert told in refused(capsys, "run", DEMO, *runs, "--set", f"student.model={other}")
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_redis_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--set", f"redis.url=unix://{tmp_path}/none.sock", "--set", "liveness.redis_wait_s=0.3")
     assert "Redis does not answer" in refused(capsys, "feeder", DEMO, *settings)

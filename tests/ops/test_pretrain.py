@@ -77,6 +77,7 @@ def test_a_loop_of_the_student_fills_the_document() -> None:
     assert len(set(steps)) == 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_the_folders_load(tmp_path: Path) -> None:
     brief = PretrainSettings(
         teacher=replace(TEACHER, steps=3),
@@ -117,6 +118,7 @@ def test_the_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 3_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "problems", "samples", "lowest", "highest"),
     [("teacher", 64, 1, 0.95, 1.0), ("student", 64, 4, 0.25, 0.55)],

@@ -183,6 +183,7 @@ def test_what_was_read_before_the_groups_were_lost_still_ends_once(run: Run) -> 
 # --- stopped, restarted, away ---
 
 
+@pytest.mark.slow
 def test_a_slow_answer_comes_through_and_nobody_claims_for_a_while(
     own_redis: EmbeddedRedis, start: Callable[..., Run]
 ) -> None:
@@ -278,6 +279,7 @@ def test_a_redis_that_comes_back_from_its_append_only_file_is_gone_on_with(
     run.client.delete(run.key("policy-note"))
 
 
+@pytest.mark.slow
 def test_a_redis_that_stays_away_is_given_up_after_the_time_the_config_allows(
     own_redis: EmbeddedRedis, tmp_path: Path
 ) -> None:
