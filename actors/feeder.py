@@ -10,10 +10,11 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from actors.books import BookLine, Books, ledger_field, line_of, unjudged_line
 from common import metrics
@@ -329,20 +330,33 @@ class Feeder:
         slots = sum(int(facts.get("slots", 0)) for facts in live.values() if facts.get("role") == "rollout")
         self._slots = slots or self._config.rollout.slots * self._config.rollout.workers
         self._write_ledger()
-        names = [*GROUPS, *(f"chunks:{shard}" for shard in range(self._plane.shards))]
+        self._measure_streams()
 
-        def lengths() -> list[int]:
+    def _measure_streams(self) -> None:
+        """Entries outstanding and the age of the oldest pending one, by stream; all shards of chunks together."""
+        groups = GROUPS | {f"chunks:{shard}": "teacher" for shard in range(self._plane.shards)}
+
+        def ask() -> list[Any]:
             pipe = self._plane.client.pipeline(transaction=False)
-            for name in names:
+            pipe.time()
+            for name, group in groups.items():
                 pipe.xlen(self._plane.key(name))
-            return list(pipe.execute())
+                pipe.xpending(self._plane.key(name), group)
+            return list(pipe.execute(raise_on_error=False))
 
-        sizes = dict(zip(names, self._plane.patiently(lengths, "lengths"), strict=True))
-        for name in GROUPS:
-            metrics.stream_outstanding.labels(name).set(sizes[name])
-        metrics.stream_outstanding.labels("chunks").set(
-            sum(size for name, size in sizes.items() if name.startswith("chunks:"))
-        )
+        (seconds, _), *answers = self._plane.patiently(ask, "streams")
+        length: Counter[str] = Counter()
+        oldest: dict[str, float] = {}
+        for name, size, pending in zip(groups, answers[::2], answers[1::2], strict=True):
+            if isinstance(size, Exception) or isinstance(pending, Exception):
+                continue  # a group that was lost: whoever reads it makes it again
+            stream = name.partition(":")[0]
+            length[stream] += size
+            first = int(pending["min"].split(b"-")[0]) / 1000 if pending["pending"] else float(seconds)
+            oldest[stream] = max(oldest.get(stream, 0.0), seconds - first)
+        for stream in oldest:
+            metrics.stream_outstanding.labels(stream).set(length[stream])
+            metrics.stream_oldest_pending.labels(stream).set(oldest[stream])
 
 
 def rid_of(index: int) -> str:

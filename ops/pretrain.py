@@ -423,7 +423,7 @@ def _card(role: Role, record: dict[str, Any]) -> str:
 
 {purpose}
 
-A Qwen3 model of {record["parameters"]:,} parameters over single characters, made by
+A Qwen3 model of {record["parameters"]:,} parameters over characters and signed digits, made by
 
     {record["command"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import actors.feeder
 from actors.books import read_lines
 from actors.feeder import Feeder
 from common.messages import Ints, RolloutHead
+from common.metrics import REGISTRY
 from common.streams import Lease, LeaseLost
 from ops.embedded import EmbeddedRedis
 
@@ -147,6 +149,46 @@ def test_admission_is_bounded_by_writers_and_by_staleness(desk: Desk) -> None:
     assert admitted() == 10  # one writer is free
     desk.die(sorted(desk.take())[0])
     assert admitted() == 11  # the dead give their place back, too
+
+
+def test_what_is_trained_and_not_checkpointed_is_neither_waiting_nor_running(begin: Callable[..., Desk]) -> None:
+    desk = begin(feeder={"concurrency": 100})
+    learner = desk.run.lease("learner")
+
+    def admitted() -> int:
+        desk.go_on()
+        return desk.run.ledger()["admitted"]
+
+    assert admitted() == 8  # (1 + 1) · 4
+    learner.advance("step", 2)
+    assert admitted() == 16  # 8 - (8 open - 8 trained since the checkpoint)
+    learner.advance("covered", 2)
+    assert admitted() == 16  # too many counted as open until they are booked, never too few
+    # A learner that falls back to an older checkpoint needs what it lost anew: nothing trained is counted for ever.
+    rids = [*desk.take(), *desk.take()]
+    assert len(rids) == 16
+    for rid in rids[:8]:
+        desk.judge(rid)
+        desk.settle(rid)
+    learner.advance("step", 0)
+    learner.advance("covered", 0)
+    assert admitted() == 16  # 8 open
+    for rid in rids[8:]:
+        desk.judge(rid)
+        desk.settle(rid)
+    assert admitted() == 24
+
+
+def test_streams_are_measured(desk: Desk) -> None:
+    desk.go_on()
+    desk.take()
+    time.sleep(1.1)
+    desk.feeder._measure_streams()
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "prompts"}) == 6
+    oldest = REGISTRY.get_sample_value("katana_stream_oldest_pending_seconds", {"stream": "prompts"})
+    assert oldest is not None
+    assert 0 < oldest < 60
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "chunks"}) == 0
 
 
 @pytest.mark.parametrize("how", ["dead", "empty"])
