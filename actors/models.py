@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.engine import check_full_attention, self_test
@@ -28,7 +29,7 @@ def load_model(folder: Path, *, dtype: str, device: str, vocab_size: int) -> Pre
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     check_full_attention(model.config)
     model = model.to(device).eval().requires_grad_(False)

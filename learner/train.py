@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from common import metrics
 from common.config import Config
-from common.pretrained import Pair, load_tokenizer
+from common.pretrained import ModelError, Pair, load_tokenizer
 from common.streams import Lease, Plane
 from common.weights import WeightsRef, publish, retain
 from learner.batch import Trajectory, micro_batches
@@ -286,15 +287,18 @@ class Learner:
 
 
 def _load(folder: Path, config: Config) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        # Steps of 1e-6 vanish in bfloat16 parameters: these stay float32, the forward pass is cast.
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    """The student, its parameters float32: steps of 1e-6 vanish in bfloat16 ones. Raises ModelError."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     # Dropout would make p_θ of the same token differ between worker and learner.
     return model.to(config.learner.device).eval()
 

@@ -167,10 +167,11 @@ class LocalRun:
                 child.done = True
                 continue
             recent = [moment for moment in child.started if moment > time.monotonic() - 60]
-            if code == EXIT_BAD_INPUT or len(recent) > _RESTARTS:
-                raise ChildFailed(
-                    f"{child.name} failed: {self._last_words(child)}", code if code == EXIT_BAD_INPUT else EXIT_FAILED
-                )
+            # Bad input shows at the first start; later the same code means that, say, Redis is away.
+            refused = code == EXIT_BAD_INPUT and len(child.started) == 1
+            if refused or len(recent) > _RESTARTS:
+                text = f"{child.name} failed: {self._last_words(child)}"
+                raise ChildFailed(text, EXIT_BAD_INPUT if refused else EXIT_FAILED)
             log.warning("%s ended with %d; started again", child.name, code)
             self._start(child)
 

@@ -244,3 +244,13 @@ def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path
     assert newest.with_name(f"{newest.name}.torn").exists()
     assert "Redis lost this run" in (folder / "logs" / "feeder.log").read_text()
     assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()
+
+
+def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(DEMO.parents[1] / "models" / "student", student)
+    (student / "model.safetensors").write_bytes(b"not safetensors")
+    code, output = finish(start(tmp_path, settings=(*SMALL, f"student.model={student}")), timeout_s=90)
+    assert code == 2
+    assert "cannot be loaded" in output
+    assert not children_of(tmp_path / "e2e"), "a process was left behind"
