@@ -41,9 +41,9 @@ class Received:
 class Intake:
     """Reads `trajectories`; what is stale at the moment it would be used is dropped and said."""
 
-    def __init__(self, plane: Plane, lease: Lease, *, max_staleness: int, max_attempts: int, vocab_size: int) -> None:
+    def __init__(self, plane: Plane, lease: Lease, *, max_staleness: int, vocab_size: int) -> None:
         self._plane, self._lease = plane, lease
-        self._max_staleness, self._max_attempts, self._vocab_size = max_staleness, max_attempts, vocab_size
+        self._max_staleness, self._vocab_size = max_staleness, vocab_size
         self._waiting: deque[Received] = deque()
         self._held: set[bytes] = set()  # entries read and not taken off
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}

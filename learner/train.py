@@ -54,7 +54,6 @@ class Learner:
             plane,
             self._lease,
             max_staleness=config.learner.max_staleness,
-            max_attempts=config.liveness.max_attempts,
             vocab_size=pair.vocab_size,
         )
         self.step_count = 0

@@ -28,7 +28,6 @@ from ops.rundir import open_folder
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
-ROLES = ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator")
 
 
 def run_role(role: str, config: Config) -> int:
