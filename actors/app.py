@@ -8,7 +8,16 @@ Settings come from the environment, so that `celery -A actors.app worker -Q roll
 
     KATANA_REDIS_URL       data Redis      redis://localhost:6379/0
     KATANA_BROKER_URL      Celery broker   redis://localhost:6379/1
+    KATANA_USERNAME        ACL user of both (none: the default user)
     KATANA_PASSWORD_FILE   password of both, first line of the file
+    KATANA_CA_FILE         for rediss://: authority that signed the servers' certificates (none: the system's)
+    KATANA_CERT_FILE       for rediss://: certificate to show to the servers, and
+    KATANA_KEY_FILE        its key
+    KATANA_METRICS_HOST    address that metrics are served on   127.0.0.1
+    KATANA_METRICS_PORT    their port                           0: any free one
+
+User and password go to the connections alone: no URL, and so no log line, holds them. Workers take no remote control
+(`celery inspect`, `celery control`): whoever reaches the broker could end them, and nothing here needs it.
 """
 
 from __future__ import annotations
@@ -21,20 +30,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
 
 import celery.worker.state
 import kombu.exceptions
 import redis
 from celery import Celery
 from celery.signals import worker_init, worker_shutting_down
+from kombu.connection import Connection
+from kombu.transport import redis as kombu_redis
 
 from common import metrics
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError, Redis, parse, redis_settings
 from common.pretrained import ModelError
-from common.streams import Plane, RedisUnavailable, RunGone, Stopping, connect, open_plane
+from common.streams import (
+    Plane,
+    RedisUnavailable,
+    RunGone,
+    Stopping,
+    connect,
+    open_plane,
+    read_password,
+    tls_options,
+)
 
 log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")
@@ -42,15 +61,15 @@ _BROKER_ERRORS = (kombu.exceptions.OperationalError, redis.exceptions.RedisError
 STOP = threading.Event()
 
 
-def with_password(url: str, password_file: str | None) -> str:
-    """The URL with the password of the file in it; unchanged where there is none."""
-    if password_file is None:
-        return url
-    password = quote(Path(password_file).read_text().splitlines()[0].strip(), safe="")
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    user = parts.username or ""
-    return urlunsplit(parts._replace(netloc=f"{user}:{password}@{host}"))
+def settings_from_environment() -> Redis:
+    """Where Redis is, and who this worker is to it. Raises ConfigError."""
+    found = {
+        name: os.environ[f"KATANA_{name.upper()}"]
+        for name in ("broker_url", "username", "password_file", "ca_file", "cert_file", "key_file")
+        if f"KATANA_{name.upper()}" in os.environ
+    }
+    url = os.environ.get("KATANA_REDIS_URL", "redis://localhost:6379/0")
+    return redis_settings({"broker_url": "redis://localhost:6379/1", "url": url, **found}, source="KATANA_…")
 
 
 def celery_url(url: str) -> str:
@@ -62,9 +81,38 @@ def celery_url(url: str) -> str:
     return f"redis+socket://{path}?virtual_host={database}"
 
 
-def make_app(broker_url: str) -> Celery:
-    """A Celery app that acknowledges early, fetches nothing ahead, keeps no results and carries ids as JSON."""
-    app = Celery("katana", broker=celery_url(broker_url))
+class _QoS(kombu_redis.QoS):
+    def restore_visible(self, *_: Any, **__: Any) -> None:
+        """Nothing: a message that a worker fetched and died over is not put back after an hour, as kombu would, since
+        the feeder has opened another shift long before. kombu's lock for it would call for the right to SET and DEL."""
+
+
+class _Channel(kombu_redis.Channel):
+    QoS = _QoS
+
+
+class _Transport(kombu_redis.Transport):
+    Channel = _Channel
+
+
+class _Connection(Connection):
+    def get_transport_cls(self) -> type[_Transport]:
+        return _Transport
+
+
+def make_app(settings: Redis, role: str) -> Celery:
+    """A Celery app that acknowledges early, fetches nothing ahead, keeps no results and carries ids as JSON.
+
+    Raises ConfigError for a password or certificate file that cannot be read.
+    """
+    url, access = settings.broker, settings.access(role)
+    username, password = access.pop("username"), read_password(access.pop("password_file"))
+    app = Celery("katana", broker=celery_url(url))
+    # Not as part of the URL, which Celery logs with the user in it.
+    provider = None if password is None else redis.UsernamePasswordCredentialProvider(username, password)
+    app.amqp.Connection = partial(_Connection, credential_provider=provider)
+    # kombu checks no certificate at all unless it is told to.
+    app.conf.broker_use_ssl = tls_options(url, **access) or None
     app.conf.update(
         task_acks_late=False,
         worker_disable_prefetch=True,
@@ -80,16 +128,13 @@ def make_app(broker_url: str) -> Celery:
         broker_connection_max_retries=None,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_timeout=1.0,
+        worker_enable_remote_control=False,
         broker_transport_options={"socket_keepalive": True, "socket_connect_timeout": 1.0, "socket_timeout": 10.0},
     )
     return app
 
 
-app = make_app(
-    with_password(
-        os.environ.get("KATANA_BROKER_URL", "redis://localhost:6379/1"), os.environ.get("KATANA_PASSWORD_FILE")
-    )
-)
+app = make_app(settings_from_environment(), "")
 
 
 @worker_shutting_down.connect  # type: ignore[untyped-decorator]
@@ -103,10 +148,8 @@ def _worker_name(role: str) -> str:
 
 def _join_run(run_key: str) -> tuple[Config, Plane] | None:
     """The run's config and plane; None if Redis does not know the run (a shift that came too late)."""
-    client = connect(
-        os.environ.get("KATANA_REDIS_URL", "redis://localhost:6379/0"),
-        password_file=os.environ.get("KATANA_PASSWORD_FILE"),
-    )
+    settings = settings_from_environment()
+    client = connect(str(settings.url), **settings.access(""))
     plane = Plane(client, run_key, shards=1, wait_s=60.0, claim_pause_s=8.0, stop=STOP)
     raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
     if not isinstance(raw, bytes) or plane.state() != "open":

@@ -81,6 +81,7 @@ class Arbiter:
         self._settings, self._plane, self._stop = config.termination, plane, stop
         self._lease = Lease(plane, "arbiter", config.liveness.lease_s)
         self._max_attempts = config.liveness.max_attempts
+        self._in_order = config.deterministic
         self._tracks: dict[str, _Track] = {}
         self._again: set[str] = set()
         self._minima = MinimaBuffer(self._settings.buffer_size)
@@ -92,8 +93,7 @@ class Arbiter:
         self._lease.take(self._stop)
         self._version = self._policy_version()
         self._load_minima()
-        self._note(self._plane.read_pending("arbiter", "arbiter", "scores"))
-        self._look(set(self._tracks))
+        self._judge(self._note(self._lease.adopt("scores", "arbiter")))
         try:
             while not self._stop.is_set():
                 busy = self.step(block_s=0.01 if until_idle else 0.2)
@@ -106,12 +106,13 @@ class Arbiter:
         """Read what came, judge what it touches. True if there was anything."""
         self._lease.keep()
         self._version = self._policy_version()
-        touched = self._note(
-            [entry for _, entry in self._plane.read("arbiter", "arbiter", ["scores"], count=512, block_s=block_s)]
-        )
+        came = self._plane.read("arbiter", self._lease.token, ["scores"], count=512, block_s=block_s)
+        touched = self._note([entry for _, entry in came])
+        if self._lease.adoption_due:
+            touched |= self._note(self._lease.adopt("scores", "arbiter"))
         touched |= self._again
         self._again = set()
-        self._look(touched)
+        self._judge(touched)
         return bool(touched)
 
     @property
@@ -148,6 +149,27 @@ class Arbiter:
             self._tracks.setdefault(rid, _Track()).entries.append(entry)
             touched.add(rid)
         return touched
+
+    def _judge(self, touched: set[str]) -> None:
+        if not self._in_order:
+            self._look(touched)
+            return
+        # Deterministic: minima and trajectories come in the order of admission, so a verdict that is due may wait.
+        unjudged = self._unjudged()
+        self._look(set(self._tracks).difference(unjudged))  # over without a verdict of ours: only taken off
+        for rid in unjudged:
+            if rid not in self._tracks:
+                return
+            self._look({rid})
+            if rid in self._tracks:
+                return
+
+    def _unjudged(self) -> list[str]:
+        """Rollouts without a verdict, in the order of admission."""
+        names = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
+        rids = sorted(name.decode() for name in names)
+        answers = self._plane.fields((rid, ["head", "verdict"]) for rid in rids)
+        return [rid for rid, (head, verdict) in zip(rids, answers, strict=True) if head and verdict is None]
 
     def _look(self, rids: set[str]) -> None:
         """Read on in each rollout from where it was left, a few chunks a round trip, until nothing new is there."""
@@ -217,6 +239,8 @@ class Arbiter:
 
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
+        if track.head is not None and track.head.step is not None:
+            self._version = track.head.step  # a version of the pointer also counts how often the run was resumed
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)

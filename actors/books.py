@@ -1,5 +1,8 @@
 """The books: a line in `rollouts.jsonl` for every rollout that ended, and the same in the metrics. No torch, no Redis.
 
+`traces.jsonl` (feeder.record_traces) holds tokens and divergences of each verdict, `audit.jsonl` (feeder.record_audit)
+who wrote which chunk. Both are on disk before the line in `rollouts.jsonl` is, and hold nothing that is not booked.
+
 Per rollout, in tokens: generated = kept + detection + overshoot, with detection = trigger - keep and overshoot =
 generated - trigger. `tokens_trained` is what the learner was given, 0 for a rollout that was dropped.
 """
@@ -10,14 +13,16 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from common import metrics
-from common.messages import Verdict
+from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, row_digest
+
+_RID = b'{"rid":"'  # how every line beside rollouts.jsonl begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +117,90 @@ def unjudged_line(rid: str, arm: str, problem: int, *, ending: str, reason: str,
     )
 
 
+def rid_of(index: int) -> str:
+    """The id of the rollout that was admitted as number `index`, from 0."""
+    return f"r{index:09d}"
+
+
+def number_of(rid: str) -> int:
+    """The admission number of a rollout; -1 for an id that is none of ours."""
+    return int(rid[1:]) if rid[:1] == "r" and rid[1:].isdigit() and rid.isascii() else -1
+
+
+class Booked:
+    """A set of rollouts that takes no more room as a run grows: admission numbers up to one, and those beyond."""
+
+    def __init__(self) -> None:
+        self._upto = 0  # all below are in
+        self._beyond: set[int] = set()
+        self._others: set[str] = set()
+
+    def add(self, rid: str) -> None:
+        number = number_of(rid)
+        if number < 0:
+            self._others.add(rid)
+        elif number >= self._upto:
+            self._beyond.add(number)
+        while self._upto in self._beyond:
+            self._beyond.remove(self._upto)
+            self._upto += 1
+
+    def __contains__(self, rid: str) -> bool:
+        number = number_of(rid)
+        return rid in self._others if number < 0 else number < self._upto or number in self._beyond
+
+    @property
+    def next_number(self) -> int:
+        """The highest admission number and one."""
+        return max(self._beyond, default=self._upto - 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """A line with what is kept beside it."""
+
+    line: BookLine
+    verdict: Verdict | None = None
+    audit: dict[str, Any] | None = None
+
+
 class Books:
     """Appends lines; knows which rollouts are booked, so that booking twice does nothing."""
 
-    def __init__(self, folder: Path, *, record_traces: bool) -> None:
+    def __init__(self, folder: Path, *, record_traces: bool, record_audit: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.booked: set[str] = set()
+        self.booked = Booked()
         self.endings: Counter[str] = Counter()  # by ledger field
         for line in read_lines(folder / "rollouts.jsonl"):
             self._count(line)
         self._lines = _open_whole_lines(folder / "rollouts.jsonl")
-        self._traces = _open_whole_lines(folder / "traces.jsonl") if record_traces else None
+        self._traces = self._open_beside(folder / "traces.jsonl") if record_traces else None
+        self._audit = self._open_beside(folder / "audit.jsonl") if record_audit else None
 
-    def write(self, line: BookLine, verdict: Verdict | None) -> None:
-        """Put a rollout on record, on disk when this returns; without effect if it is there."""
-        if line.rid in self.booked:
+    def write(self, bookings: Sequence[Booking]) -> None:
+        """Put rollouts on record, on disk when this returns; without effect for those that are there."""
+        fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
+        if not fresh:
             return
-        if self._traces is not None and verdict is not None:
-            self._traces.write(_json_line(trace_of(verdict)))
-        self._lines.write(_json_line(asdict(line)))
-        os.fsync(self._lines.fileno())
-        self._count(asdict(line))
+        _append(self._traces, [trace_of(one.verdict) for one in fresh if one.verdict is not None])
+        _append(self._audit, [one.audit for one in fresh if one.audit is not None])
+        _append(self._lines, [asdict(one.line) for one in fresh])
+        for one in fresh:
+            self._count(asdict(one.line))
 
-    @property
-    def next_cursor(self) -> int:
-        """How many rollouts were admitted at least: the highest number on record and one."""
-        return max((int(rid[1:]) for rid in self.booked if rid[1:].isdigit()), default=-1) + 1
+    def _open_beside(self, path: Path) -> FileIO:
+        """Open for appending, behind the last line whose rollout is booked: a crash came before the others were."""
+        file = _open_whole_lines(path)
+        end = place = 0
+        with path.open("rb") as reader:
+            for raw in reader:
+                place += len(raw)
+                rid = raw[: len(_RID) + 40].removeprefix(_RID).partition(b'"')[0]
+                if rid.decode("ascii", "replace") in self.booked:
+                    end = place
+        file.truncate(end)
+        file.seek(0, os.SEEK_END)
+        return file
 
     def _count(self, line: dict[str, Any]) -> None:
         self.booked.add(line["rid"])
@@ -145,9 +208,9 @@ class Books:
         count(line)
 
     def close(self) -> None:
-        self._lines.close()
-        if self._traces is not None:
-            self._traces.close()
+        for file in (self._lines, self._traces, self._audit):
+            if file is not None:
+                file.close()
 
 
 def trace_of(verdict: Verdict) -> dict[str, Any]:
@@ -158,11 +221,45 @@ def trace_of(verdict: Verdict) -> dict[str, Any]:
         "problem": verdict.problem,
         "trigger": verdict.trigger,
         "keep": verdict.keep,
+        "train": verdict.train,
+        "finish_reason": verdict.finish_reason,
         "cut": verdict.cut,
         "threshold": verdict.threshold,
         "version": verdict.first_version,
         "tokens": base64.b64encode(verdict.tokens.tobytes()).decode(),
         "divergence": base64.b64encode(verdict.divergence.tobytes()).decode(),
+    }
+
+
+def audit_of(rid: str, record: dict[bytes, bytes]) -> dict[str, Any]:
+    """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
+    owners = record.get(b"owners", b"").decode("ascii", "replace").split()
+    threshold = record.get(b"threshold")
+    return {
+        "rid": rid,
+        "owners": [[nonce, int(first)] for nonce, first in zip(owners[::2], owners[1::2], strict=False)],
+        "chunks": [_audited_chunk(record, seq) for seq in range(int(record.get(b"chunks", b"0")))],
+        "threshold": None if threshold is None else threshold.decode("ascii", "replace"),
+        "verdict": record.get(b"verdict", b"dead") != b"dead",
+    }
+
+
+def _audited_chunk(record: dict[bytes, bytes], seq: int) -> dict[str, Any]:
+    try:
+        chunk = ChunkTokens.decode(record.get(b"t:%d" % seq, b""))
+        scored = record.get(b"d:%d" % seq)
+        divergence = None if scored is None else row_digest(ScoreDivergence.decode(scored).divergence)
+    except MessageError as error:
+        return {"seq": seq, "broken": str(error)}
+    return {
+        "seq": seq,
+        "start": chunk.start,
+        "n": len(chunk.tokens),
+        "version": chunk.policy_version,
+        "writer": chunk.writer,
+        "finish": chunk.finish,
+        "tokens": row_digest(chunk.tokens),
+        "divergence": divergence,
     }
 
 
@@ -190,6 +287,14 @@ def count(line: dict[str, Any]) -> None:
         metrics.trajectories_dropped.labels(line["reason"]).inc()
     if arm == "treated" and line["tokens_detection"]:
         metrics.stop_overshoot.observe(line["tokens_overshoot"])
+
+
+def _append(file: FileIO | None, values: Sequence[dict[str, Any]]) -> None:
+    if file is not None and values:
+        data = b"".join(_json_line(value) for value in values)
+        while data:  # a raw file may take a part
+            data = data[file.write(data) or 0 :]
+        os.fsync(file.fileno())
 
 
 def _json_line(value: dict[str, Any]) -> bytes:

@@ -56,8 +56,10 @@ class Decoder:
 
     max_length: tokens of prompt and completion together. stop_ids: U. vocab_size: logits beyond it are never
     drawn. teacher_top_k: K at most. chunk_tokens: length of a full chunk. prefill_tokens: most tokens,
-    padding included, that one step prefills. temperature, top_p: how outcomes are drawn. Raises
-    UnsupportedModelError, ValueError.
+    padding included, that one step prefills. temperature, top_p: how outcomes are drawn. alone: every row is
+    forwarded by itself, and what a rollout had generated before it was resumed token by token, as it was
+    written: slower by the number of slots, and the same to the last bit whatever shares the batch, in
+    whichever slot, resumed or not. Raises UnsupportedModelError, ValueError.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Decoder:
         prefill_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        alone: bool = False,
     ) -> None:
         check_stop_ids(stop_ids, vocab_size)
         self._model = SlotModel(model, slots=slots, capacity=max_length)
@@ -83,6 +86,7 @@ class Decoder:
         self._top_k, self._support = teacher_top_k, support_size(teacher_top_k, vocab_size, len(stop_ids))
         self._chunk_tokens, self._prefill_tokens = chunk_tokens, prefill_tokens
         self._temperature, self._top_p = temperature, top_p
+        self._alone = alone
         self.decoded_tokens = 0
         self.steps = 0
 
@@ -197,6 +201,11 @@ class Decoder:
     def _prefill(self) -> None:
         left = self._known - 1 - self._cached
         waiting = [slot for slot in self._slot.values() if left[slot] > 0]
+        if self._alone:
+            # The prompt as for everyone; behind it one token a forward, which is how it was written.
+            waiting = waiting[:1]
+            of_prompt = self._prompt - 1 - self._cached
+            left = np.where(of_prompt > 0, of_prompt, left.clip(max=1))
         taken = rectangles((int(left[slot]) for slot in waiting), self._prefill_tokens)
         if not taken:
             return
@@ -207,14 +216,14 @@ class Decoder:
         self._cached[rows] += lengths
 
     def _decode(self, ready: IntArray) -> list[ClosedChunk]:
-        """One token for each slot of `ready`; all slots run, so that the shape is always the same."""
-        active = np.zeros(len(self._keys), dtype=np.int64)
-        active[ready] = 1
-        last = self._known - active
-        tokens = self._text[self._all, last * active]
-        logits = self._model.forward(None, tokens[:, None], last, active, self._first_column)[:, 0]
-        draws = uniforms(self._seeds, self._known - self._prompt)
-        record = self._outcomes(logits, torch.from_numpy(draws).to(logits.device))[ready]
+        """One token for each slot of `ready`."""
+        if self._alone:
+            record = np.concatenate([self._draw(slot, np.ones(1, dtype=np.int64)) for slot in ready[:, None]])
+        else:
+            # All slots run, so that the shape is always the same.
+            active = np.zeros(len(self._keys), dtype=np.int64)
+            active[ready] = 1
+            record = self._draw(None, active)[ready]
         if not np.isfinite(record[:, self._support + 1].view(np.float32)).all():
             raise FloatingPointError("the student's logits are not finite")
         self._record[ready, (self._known - self._chunk)[ready]] = record
@@ -224,10 +233,18 @@ class Decoder:
         self.decoded_tokens += len(ready)
         return self._close_finished(ready, record[:, 0])
 
+    def _draw(self, rows: IntArray | None, active: IntArray) -> NDArray[np.int32]:
+        """Forward the last token of the rows (None: all slots) that are active (1, else 0), and draw the next."""
+        slots = self._all if rows is None else rows
+        last = self._known[slots] - active
+        tokens = self._text[slots, last * active]
+        logits = self._model.forward(rows, tokens[:, None], last, active, self._first_column)[:, 0]
+        draws = uniforms(self._seeds[slots], (self._known - self._prompt)[slots])
+        return self._outcomes(logits, torch.from_numpy(draws).to(logits.device))
+
     @torch.inference_mode()
     def _outcomes(self, logits: Tensor, draws: Tensor) -> NDArray[np.int32]:
-        """Draw, and gather what is kept of it: int32 [slots, 2K+5] on the host, the step's only transfer from
-        it."""
+        """Draw, and gather what is kept of it: int32 [rows, 2K+5] on the host, the only transfer from the device."""
         log_probs = log_outcomes(logits, self._stops, self._vocab_size)
         outcome, sampled = sample(log_probs, draws, self._temperature, self._top_p)
         ids, support, tail = student_support(log_probs, self._stop_ids[0], self._top_k, stop_count=len(self._stop_ids))

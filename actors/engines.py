@@ -38,6 +38,7 @@ class Engines:
             prefill_tokens=rollout.prefill_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
+            alone=config.deterministic,
         )
 
     @cached_property

@@ -8,19 +8,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from actors.books import BookLine, Books, ledger_field, line_of, unjudged_line
+from actors.books import (
+    Booking,
+    BookLine,
+    Books,
+    audit_of,
+    ledger_field,
+    line_of,
+    number_of,
+    read_lines,
+    rid_of,
+    unjudged_line,
+)
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.streams import GROUPS, Lease, Plane
+from common.streams import Lease, LeaseLost, Plane
 from common.weights import write_atomically
 
 log = logging.getLogger("katana.feeder")
@@ -48,6 +60,13 @@ class _Open:
     ended_at: float = 0.0
 
     @property
+    def useful(self) -> bool:
+        """Whether it has been, or will be, trained. By the verdict: an ending is booked when a writer's count comes."""
+        if self.ending is not None:
+            return self.ending[0] == "trained"
+        return self.verdict is not None and self.verdict.train > 0
+
+    @property
     def generated(self) -> int | None:
         return self.verdict.generated if self.verdict and self.verdict.generated is not None else self.counted
 
@@ -66,8 +85,9 @@ class Feeder:
     ) -> None:
         self._config, self._plane, self._source, self._stop = config, plane, source, stop
         self._lease = Lease(plane, "feeder", config.liveness.lease_s)
-        self._books = Books(config.run_dir, record_traces=config.feeder.record_traces)
+        self._books: Books  # opened when the lease is ours: a former feeder may still write
         self._open_shifts = open_shifts
+        self._lock = config.run_dir / ".books.lock"
         self._rollouts: dict[str, _Open] = {}
         self._running: set[str] = set()
         self._ledger: dict[str, int] = {}
@@ -92,16 +112,19 @@ class Feeder:
                 if until_idle and not busy:
                     return
         finally:
-            self._write_ledger()
+            if not isinstance(sys.exception(), LeaseLost):  # then the file is another feeder's
+                self._write_ledger()
             self._lease.drop()
             self._books.close()
 
     def step(self, block_s: float) -> bool:
         """Book what ended, admit what there is room for. True if there was anything to do."""
         self._lease.keep()
-        came = self._plane.read("books", "feeder", ["finished"], count=512, block_s=block_s)
+        came = self._plane.read("books", self._lease.token, ["finished"], count=512, block_s=block_s)
         for _, (entry, values) in came:
             self._note(entry, values)
+        if self._lease.adoption_due:
+            self._adopt()
         self._book_ready()
         admitted = self._admit()
         if time.monotonic() >= self._housekeeping_at:
@@ -112,21 +135,30 @@ class Feeder:
     # --- start and end -----------------------------------------------------------------------------------------
 
     def _load(self) -> None:
+        feeder = self._config.feeder
+        with self._lease.exclusively(self._lock):
+            self._books = Books(
+                self._config.run_dir, record_traces=feeder.record_traces, record_audit=feeder.record_audit
+            )
         client, key = self._plane.client, self._plane.key
         ledger = self._plane.patiently(lambda: client.hgetall(key("ledger")), "ledger")
         self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
-        self._cursor = int(self._plane.patiently(lambda: client.get(key("cursor")), "cursor") or 0)
-        if self._cursor < self._books.next_cursor:
-            self._restore()
+        cursor = self._plane.patiently(lambda: client.get(key("cursor")), "cursor")
+        self._cursor = int(cursor or 0)
+        known = self._books.booked.next_number if cursor else _admitted_on_disk(self._config.run_dir, self._books)
+        if self._cursor < known:
+            self._restore(known)
         rids = sorted(rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open"))
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
         self._running = {rid for rid, (verdict,) in zip(rids, verdicts, strict=True) if verdict is None}
-        for entry, values in self._plane.read_pending("books", "feeder", "finished"):
+        self._adopt()
+
+    def _adopt(self) -> None:
+        for entry, values in self._lease.adopt("finished", "books"):
             self._note(entry, values)
 
-    def _restore(self) -> None:
+    def _restore(self, cursor: int) -> None:
         """Redis knows less than the books: it lost the run. Go on behind what was admitted; what was open is lost."""
-        cursor = max(self._books.next_cursor, _admitted_on_disk(self._config.run_dir))
         rids = [rid_of(index) for index in range(cursor)]
         lost = [rid for rid in rids if rid not in self._books.booked]
         log.warning(
@@ -135,10 +167,14 @@ class Feeder:
             cursor,
             len(lost),
         )
-        for rid in lost:
-            head = self._head(int(rid[1:]))
-            line = unjudged_line(rid, head.arm, head.problem, ending="dropped", reason="lost", generated=0)
-            self._books.write(line, None)
+        # By its number; the problem of one that had been sent back is lost with its record, and told wrong here.
+        heads = (self._head(number_of(rid)) for rid in lost)
+        self._write(
+            [
+                Booking(unjudged_line(head.rid, head.arm, head.problem, ending="dropped", reason="lost", generated=0))
+                for head in heads
+            ]
+        )
         self._cursor = cursor
         self._ledger = {"admitted": cursor, **self._books.endings}
         self._lease.call("restore", cursor, *(part for item in self._ledger.items() for part in item))
@@ -147,16 +183,20 @@ class Feeder:
         """The learner is done: free the writers, hear them out for a moment, drop what is in flight."""
         self._lease.advance("state", "ended")
         deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
+        came: Sequence[object] = ()
+        while came or time.monotonic() < deadline:
             self._lease.keep()
-            for _, (entry, values) in self._plane.read("books", "feeder", ["finished"], count=512, block_s=0.1):
+            came = self._plane.read("books", self._lease.token, ["finished"], count=512, block_s=0.1)
+            for _, (entry, values) in came:
                 self._note(entry, values)
+        self._adopt()
         self._book_ready(wait_s=0.0)
         names = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
-        for rid in sorted(name.decode() for name in names):
-            rollout = self._rollouts.setdefault(rid, _Open())
+        left = {rid: self._rollouts.get(rid, _Open()) for rid in sorted(name.decode() for name in names)}
+        for rollout in left.values():
             rollout.ending = rollout.ending or ("dropped", "run_end", None)
-            self._book(rid, rollout)
+        self._book(left)
+        self._lease.call("close", *(part for pair in self._plane.groups for part in pair))
 
     def _write_ledger(self) -> None:
         ledger = json.dumps(self.ledger())
@@ -227,22 +267,37 @@ class Feeder:
 
     def _book_ready(self, wait_s: float = _COUNT_WAIT_S) -> None:
         now = time.monotonic()
-        for rid, rollout in list(self._rollouts.items()):
+        ready: dict[str, _Open] = {}
+        for rid, rollout in self._rollouts.items():
             if rollout.ending is None:
                 continue
             late = now - rollout.ended_at >= wait_s
             # A trained or dropped rollout always has a verdict; it may be read a moment after the ending.
             known = rollout.generated is not None or rollout.ending[0] == "dead"
             if late or (known and (rollout.verdict is not None or rollout.ending[0] == "dead")):
-                self._book(rid, rollout)
+                ready[rid] = rollout
+        self._book(ready)
 
-    def _book(self, rid: str, rollout: _Open) -> None:
-        assert rollout.ending is not None
-        line = self._line(rid, rollout)
-        self._books.write(line, rollout.verdict)
-        self._settle(rid, line.ledger_field, rollout.entries)
-        self._rollouts.pop(rid, None)
-        self._running.discard(rid)
+    def _book(self, ready: dict[str, _Open]) -> None:
+        """On disk first, all with one fsync; then, one by one, in Redis, which takes the rollouts' hashes off."""
+        if not ready:
+            return
+        bookings = [
+            Booking(self._line(rid, rollout), rollout.verdict, self._audit(rid)) for rid, rollout in ready.items()
+        ]
+        self._write(bookings)
+        for booking, (rid, rollout) in zip(bookings, ready.items(), strict=True):
+            self._settle(rid, booking.line.ledger_field, rollout.entries)
+            self._rollouts.pop(rid, None)
+            self._running.discard(rid)
+
+    def _write(self, bookings: list[Booking]) -> None:
+        with self._lease.exclusively(self._lock):
+            self._books.write(bookings)
+
+    def _audit(self, rid: str) -> dict[str, Any] | None:
+        record = self._plane.rollout(rid) if self._config.feeder.record_audit else {}
+        return audit_of(rid, record) if record else None
 
     def _settle(self, rid: str, ledger_field: str, entries: list[bytes]) -> None:
         reply = self._lease.call("book", rid, ledger_field, *entries)
@@ -281,16 +336,67 @@ class Feeder:
 
     def _admit(self) -> int:
         """Admit what there is room for: writers' slots on the one hand, staleness on the other."""
-        count = min(self._concurrency() - len(self._running), self._allowance())
+        if self._config.deterministic:
+            return self._admit_batch()
+        return self._admit_next(min(self._concurrency() - len(self._running), self._allowance()))
+
+    def _admit_batch(self) -> int:
+        """Deterministic: admit what the batch of this step lacks, at a moment when every verdict has been given.
+
+        The step, and the threshold of that moment, go with each rollout: so it does not matter who writes, scores or
+        judges which of them first.
+        """
+        policy = self._plane.policy()
+        step = int(policy.get("step", "0"))
+        count = self._lacking(step, int(policy.get("covered", "0")))
+        if count <= 0:
+            return 0
+        threshold = self._plane.patiently(lambda: self._plane.client.get(self._plane.key("threshold")), "threshold")
+        return self._admit_next(count, step, threshold or b"inactive")
+
+    def _lacking(self, step: int, covered: int) -> int:
+        """(step + 1) · batch - (trained + waiting); 0 while there is a rollout whose verdict has not been read."""
+        learner = self._config.learner
+        judged = [one for one in self._rollouts.values() if one.verdict is not None or one.ending is not None]
+        ended = sum(value for name, value in self._ledger.items() if name != "admitted")
+        if len(judged) < self._ledger.get("admitted", 0) - ended or step >= learner.max_steps:
+            return 0
+        useful = [one for one in judged if one.useful]
+        booked = self._ledger.get("trained", 0)
+        taken_off = booked + sum(one.ending is not None for one in useful)
+        # Trained behind a checkpoint that the learner has fallen back from: anew. None where no checkpoint was torn.
+        lost = max(0, taken_off - covered * learner.batch_size)
+        return (step + 1) * learner.batch_size - (booked + len(useful) - lost)
+
+    def _admit_next(self, count: int, step: int | None = None, threshold: bytes = b"") -> int:
+        """What operators sent back comes first; each takes the number, and the place in the data, that is next."""
+        sent_back = self._sent_back(count) if count > 0 else []
         for admitted in range(count):
-            head = self._head(self._cursor)
-            reply = self._lease.call("admit", head.rid, head.encode(), self._cursor + 1)
+            request = sent_back[admitted] if admitted < len(sent_back) else ()
+            head = self._head(self._cursor, step, *request[1:])
+            reply = self._lease.call("admit", head.rid, head.encode(), self._cursor + 1, threshold, *request)
             if reply[0] != b"ok":
                 return admitted
             self._cursor += 1
             self._running.add(head.rid)
             self._ledger["admitted"] = self._ledger.get("admitted", 0) + 1
         return max(count, 0)
+
+    def _sent_back(self, count: int) -> list[tuple[bytes, int]]:
+        """Entry and problem of the oldest requests in `again`; one that cannot be admitted is given up."""
+        client, key = self._plane.client, self._plane.key("again")
+        found = []
+        for entry, values in self._plane.patiently(lambda: client.xrange(key, count=count), "again"):
+            try:
+                problem = read_number(values.get(b"problem"), "again.problem")
+                self._source.prompt(problem)
+            except ValueError as error:
+                shown = repr(values).encode()
+                self._plane.fail("", "again", str(error), max_attempts=1, shown=shown, at=("again", "", entry))
+                metrics.dead_letters.labels("again").inc()
+                continue
+            found.append((entry, problem))
+        return found
 
     def _allowance(self) -> int:
         """(max_staleness + 1) · batch - (waiting + running), and no more than the run can still train.
@@ -309,9 +415,9 @@ class Feeder:
     def _concurrency(self) -> int:
         return self._config.feeder.concurrency or int(1.25 * self._slots)
 
-    def _head(self, cursor: int) -> RolloutHead:
+    def _head(self, cursor: int, step: int | None = None, problem: int | None = None) -> RolloutHead:
         config = self._config
-        problem = cursor // config.data.num_generations
+        problem = cursor // config.data.num_generations if problem is None else problem
         treated = _fraction(config.seed, "arm", cursor) >= config.termination.control_fraction
         return RolloutHead(
             rid=rid_of(cursor),
@@ -319,6 +425,7 @@ class Feeder:
             problem=problem,
             seed=_draw(config.seed, "rollout", cursor) >> 1,
             max_new_tokens=config.rollout.max_completion_length,
+            step=step,
             prompt=self._source.prompt(problem),
         )
 
@@ -334,7 +441,7 @@ class Feeder:
 
     def _measure_streams(self) -> None:
         """Entries outstanding and the age of the oldest pending one, by stream; all shards of chunks together."""
-        groups = GROUPS | {f"chunks:{shard}": "teacher" for shard in range(self._plane.shards)}
+        groups = dict(self._plane.groups)
 
         def ask() -> list[Any]:
             pipe = self._plane.client.pipeline(transaction=False)
@@ -359,14 +466,12 @@ class Feeder:
             metrics.stream_oldest_pending.labels(stream).set(oldest[stream])
 
 
-def rid_of(index: int) -> str:
-    """The id of the rollout that was admitted as number `index`, from 0."""
-    return f"r{index:09d}"
-
-
-def _admitted_on_disk(folder: Path) -> int:
+def _admitted_on_disk(folder: Path, books: Books) -> int:
+    """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
     path = folder / "ledger.json"
-    return int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
+    admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
+    trained = [number_of(rid) + 1 for line in read_lines(folder / "trained.jsonl") for rid in line["rids"]]
+    return max(books.booked.next_number, admitted, max(trained, default=0))
 
 
 def _draw(seed: int, what: str, index: int) -> int:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from actors.busy import BusyShare
@@ -53,7 +54,7 @@ class RolloutWorker:
         self._folder = config.run_dir / "weights"
         self._writing: dict[str, _Writing] = {}
         self._refused: list[tuple[ClosedChunk, int]] = []  # chunks that a full Redis has not taken, with their version
-        self._version = -1
+        self._version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
         self._due: dict[str, float] = {}
@@ -79,7 +80,8 @@ class RolloutWorker:
         if self._is_due("control", _CONTROL_S):
             self._take_signals()
             self._beat([writing for writing in self._writing.values() if writing.held])
-        if self._is_due("pointer", _POINTER_S):
+        # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
+        if not self._config.deterministic and self._is_due("pointer", _POINTER_S):
             self._follow_policy()
         if not self._refill():
             return False
@@ -139,6 +141,9 @@ class RolloutWorker:
             self._forget(taken.rid)
         try:
             head = RolloutHead.decode(head_bytes)
+            if not self._has_weights_of(head.step):
+                self._plane.call("release", self._worker, taken.rid, taken.entry, nonce)
+                return
             self._decoder.add(
                 taken.rid,
                 head.prompt,
@@ -234,6 +239,7 @@ class RolloutWorker:
             start=chunk.start,
             policy_version=version,
             finish=chunk.finish,
+            writer=writing.nonce,
             digest=support_digest(support),
             tokens=chunk.tokens,
         ).encode()
@@ -277,22 +283,32 @@ class RolloutWorker:
             self._stop.wait(0.1)
         return False
 
-    def _follow_policy(self) -> bool:
-        """Swap in the announced weights, every open chunk closed first. True if some version is loaded."""
+    def _has_weights_of(self, step: int | None) -> bool:
+        """Swap if a rollout must be written by other weights. Whatever is in a slot then is of an earlier step: it has
+        its verdict, and nobody takes its chunks any more."""
+        if step is not None and step != self._step:
+            self._follow_policy(step)
+        return step in (None, self._step)
+
+    def _follow_policy(self, step: int | None = None) -> bool:
+        """Swap in the announced weights (with `step`: if they are that step's), every open chunk closed first.
+
+        True if some version is loaded.
+        """
         pointer = self._plane.policy()
         version = int(pointer.get("version", "-1"))
-        if version <= self._version or "file" not in pointer:
+        if version <= self._version or "file" not in pointer or step not in (None, int(pointer["step"])):
             return self._version >= 0
         try:
             path = verified(self._folder, WeightsRef(version, pointer["file"], pointer["sha256"]))
             state = load_file(path, device=self._config.rollout.device)
-        except (BadWeights, OSError) as error:
+        except (BadWeights, OSError, SafetensorError) as error:
             metrics.dead_letters.labels("weights").inc()
             log.warning("weights refused, going on with version %d: %s", self._version, error)
             return self._version >= 0
         self._send(self._decoder.close_chunks())
         self._decoder.swap(state)
-        self._version = version
+        self._version, self._step = version, int(pointer["step"])
         metrics.policy_version.labels("rollout").set(version)
         return True
 
@@ -302,7 +318,9 @@ class RolloutWorker:
         """Close open chunks, hand rollouts back, leave the list of the living: in this order, so that what is
         handed back is complete and nobody waits for us."""
         try:
-            self._send(self._decoder.close_chunks())
+            # Deterministic: no chunk ends but where it would have; what is open is written again, bit for bit.
+            if not self._config.deterministic:
+                self._send(self._decoder.close_chunks())
             args = [part for one in self._writing.values() for part in (one.rid, one.entry, one.nonce)]
             if args:
                 self._plane.call("release", self._worker, *args)

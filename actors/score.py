@@ -137,6 +137,12 @@ class Scorer:
         if slot is not None:
             self._unused.append(slot)
 
+    def forget(self) -> None:
+        """Drop all rollouts, and what slots still hold of their texts: the next score is computed from nothing."""
+        self._slot.clear()
+        self._unused = list(range(len(self._known)))
+        self._cached[:] = 0
+
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Score chunks; answers come in the order asked.

@@ -96,7 +96,7 @@ class TeacherWorker:
             self._alive_at = time.monotonic() + self._config.liveness.heartbeat_s
             self._say_alive()
             self._claim()
-        count = max(1, self._config.teacher.slots)
+        count = 1 if self._config.deterministic else max(1, self._config.teacher.slots)
         if not self._waiting:
             self._note(self._read(self._mine, count, block_s))
         if not self._waiting:
@@ -155,6 +155,8 @@ class TeacherWorker:
         loaded = self._load(work)
         if not loaded:
             return
+        if self._config.deterministic:
+            self._scorer.forget()  # a chunk by itself, from its prompt on: the same shapes whoever scores it, and when
         with metrics.chunk_score_seconds.time():
             scored = self._scorer.score(self._requests(loaded))
         metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))

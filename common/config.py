@@ -7,19 +7,23 @@ compares the two.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_CONFIG_BYTES = 1 << 20
 # PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
-# 2001-99-99 a ValueError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+# 2001-99-99 a ValueError, a character beyond Unicode an OverflowError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+_MAX_NUMBER_LENGTH = 400
+_MAX_PROBLEMS = 20  # shown at once
 
 
 class ConfigError(ValueError):
@@ -28,6 +32,18 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        """YAML does not bring back all line separators as they were, and no path has a zero byte in it."""
+        for name, value in self:
+            for text in value if isinstance(value, dict) else [value]:
+                if isinstance(text, str) and not text.isprintable():
+                    raise ValueError(f"{name}: a character in it cannot be printed, such as a line break")
+        return self
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class Student(_Section):
@@ -162,14 +178,78 @@ class Feeder(_Section):
         None, ge=1, description="Rollouts being written at a time; null: 1.25 × the slots of the live workers."
     )
     record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
+    record_audit: bool = Field(False, description="Write who wrote which chunk to audit.jsonl, for the checker.")
+
+
+_REDIS_URL = re.compile(
+    r"rediss?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[0-9]{0,4})?|unix:///[^?#;]+(\?db=[0-9]{1,4})?"
+)
+_TLS_FILES = ("ca_file", "cert_file", "key_file")
 
 
 class Redis(_Section):
     url: str | None = Field(None, description="Data Redis; null: an own embedded one (`katana run` only).")
     broker_url: str | None = Field(None, description="Celery's broker; null: database 1 of `url`.")
-    password_file: str | None = Field(None, description="File whose first line is the password of both.")
+    username: str | None = Field(
+        None, description="ACL user of both; `{role}` in it stands for the role; null: the default user."
+    )
+    password_file: str | None = Field(
+        None, description="File whose first line is the password of both; may contain `{role}`."
+    )
+    ca_file: str | None = Field(
+        None, description="`rediss://`: PEM file of the authority that signed the servers' certificates."
+    )
+    cert_file: str | None = Field(None, description="`rediss://`: PEM file of a certificate to show to the servers.")
+    key_file: str | None = Field(None, description="`rediss://`: PEM file of the key to `cert_file`.")
     maxmemory_mb: int = Field(512, ge=20, description="Memory limit of the embedded Redis.")
     shards: int = Field(16, ge=1, le=1024, description="Chunk streams.")
+
+    @field_validator("url", "broker_url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        # What is refused is not shown: there may be a password in it.
+        if url is None or _REDIS_URL.fullmatch(url):
+            return url
+        if "@" in url or "password" in url:
+            raise ValueError(
+                "user and password do not belong into a URL, which is logged and stored with the run: "
+                "name them by redis.username and redis.password_file"
+            )
+        raise ValueError("allowed: redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), unix:///PATH?db=DB")
+
+    @model_validator(mode="after")
+    def _check_access(self) -> Redis:
+        given = [name for name in ("username", "password_file", *_TLS_FILES) if getattr(self, name) is not None]
+        if given and self.url is None:
+            raise ValueError(f"{given[0]} needs redis.url; the embedded Redis lets nobody in but its own user")
+        if self.username is not None and self.password_file is None:
+            raise ValueError("username needs password_file: a user without a password is not let in")
+        for name in ("username", "password_file"):
+            left = (getattr(self, name) or "").replace("{role}", "")
+            if "{" in left or "}" in left:
+                raise ValueError(f"{name}: {{role}} is all that is filled in; other braces are not allowed")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file need each other")
+        tls = any((url or "").startswith("rediss://") for url in (self.url, self.broker_url))
+        if not tls and given and given[-1] in _TLS_FILES:
+            raise ValueError(f"{given[-1]} is for TLS: url or broker_url must begin with rediss://")
+        return self
+
+    @property
+    def broker(self) -> str:
+        """`broker_url`, or database 1 of `url`."""
+        if self.broker_url is not None:
+            return self.broker_url
+        url = self.url or ""
+        if url.startswith("unix://"):
+            return url.partition("?")[0] + "?db=1"
+        scheme, _, rest = url.partition("://")
+        return f"{scheme}://{rest.partition('/')[0]}/1"
+
+    def access(self, role: str) -> dict[str, str | None]:
+        """Who a role is to both servers, and how they are checked: keyword arguments of `streams.connect`."""
+        filled = {name: getattr(self, name) for name in ("username", "password_file", *_TLS_FILES)}
+        return {name: value and value.replace("{role}", role) for name, value in filled.items()}
 
 
 class Liveness(_Section):
@@ -202,6 +282,11 @@ class Config(_Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run.")
     runs_dir: str = Field("runs", description="Where runs' folders lie; shared by all hosts.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data, arms, sampling and torch.")
+    deterministic: bool = Field(
+        False,
+        description="For reproducing, many times slower: every run on this machine, also one that was interrupted and "
+        "resumed, ends with the same weights, bit for bit. Batch after batch, every row by itself.",
+    )
     student: Student
     teacher: Teacher
     data: Data = Field(default_factory=Data)
@@ -227,7 +312,23 @@ class Config(_Section):
                     f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
                     f"{self.rollout.max_completion_length}: no window would ever be evaluated"
                 )
+        if self.deterministic:
+            self._check_deterministic()
         return self
+
+    def _check_deterministic(self) -> None:
+        if self.learner.weight_sync_steps != 1:
+            raise ValueError(
+                f"learner.weight_sync_steps is {self.learner.weight_sync_steps}; with deterministic only 1 is allowed: "
+                f"each batch is written by the weights that the one before has trained"
+            )
+        for name in ("rollout", "teacher", "learner"):
+            device = getattr(self, name).device
+            if device != "cpu":
+                raise ValueError(
+                    f"{name}.device is {device!r}; with deterministic only 'cpu' is allowed: on other devices sums are "
+                    f"taken in no fixed order"
+                )
 
     @property
     def run_dir(self) -> Path:
@@ -260,21 +361,55 @@ def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "con
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{source}: {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
     try:
-        tree = yaml.safe_load(raw)
+        tree = _read_yaml(raw)
     except _YAML_ERRORS as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: a config is a mapping of sections, found {type(tree).__name__}")
     for item in overrides:
         _override(tree, item)
-    return _validate(tree, source)
+    return _validated(Config, tree, source)
 
 
-def _validate(tree: dict[str, Any], source: str) -> Config:
+class _Loader(yaml.SafeLoader):
+    """YAML without what makes a few bytes cost minutes or gigabytes: merge keys multiply what they name, and numbers
+    of base 60 (1:1:1…) grow with the square of their length."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "'<<' is not allowed: write the section out")
+        super().flatten_mapping(node)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER_LENGTH:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {_MAX_NUMBER_LENGTH} characters", node.start_mark
+            )
+        return super().construct_scalar(node)
+
+
+def _read_yaml(text: bytes | str) -> Any:
+    """Raises one of _YAML_ERRORS."""
+    loader = _Loader(text)
     try:
-        return Config.model_validate(_widen(tree, Config))
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def redis_settings(values: dict[str, Any], *, source: str) -> Redis:
+    """The section `redis` by itself, as a worker's environment gives it. Raises ConfigError."""
+    return _validated(Redis, values, source)
+
+
+def _validated(model: type[S], tree: dict[str, Any], source: str) -> S:
+    try:
+        return model.model_validate(_widen(tree, model))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        problems = error.errors()
+        lines = [_explain(problem) for problem in problems[:_MAX_PROBLEMS]]
+        if len(problems) > _MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
         raise ConfigError(f"{source}: " + "\n".join(lines)) from error
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deep") from error
@@ -310,7 +445,7 @@ def _override(tree: dict[str, Any], item: str) -> None:
     if not equals or not path.strip():
         raise ConfigError(f"--set {item!r}: expected section.key=value, for example learner.max_steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except _YAML_ERRORS as error:
         raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
     *sections, last = path.strip().split(".")
@@ -348,8 +483,13 @@ def _shown(value: Any) -> str:
         return "a number with thousands of digits"
 
 
+@cache
+def _names() -> list[str]:
+    return [name for name, _, _ in keys()]
+
+
 def _nearest(where: str) -> str:
-    known = [name for name, _, _ in keys()]
+    known = _names()
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     last = where.rpartition(".")[2]
     for name in known:
@@ -408,7 +548,11 @@ RESUMABLE = frozenset(
         "feeder.concurrency",
         "redis.url",
         "redis.broker_url",
+        "redis.username",
         "redis.password_file",
+        "redis.ca_file",
+        "redis.cert_file",
+        "redis.key_file",
         "redis.maxmemory_mb",
         "metrics.host",
         "metrics.port",
@@ -423,14 +567,21 @@ RESUMABLE = frozenset(
 )
 
 
+# Of these, what decides in which order floats are summed.
+_NOT_IF_DETERMINISTIC = frozenset(
+    {"rollout.threads", "teacher.threads", "learner.threads", "learner.micro_batch_tokens"}
+)
+
+
 def check_resume(before: Config, after: Config) -> None:
     """Raises ConfigError when a resumed run would change a key that its record depends on."""
     old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
-    changed = [key for key in new if old.get(key) != new[key] and key not in RESUMABLE]
+    allowed = RESUMABLE - _NOT_IF_DETERMINISTIC if before.deterministic else RESUMABLE
+    changed = [key for key in new if old.get(key) != new[key] and key not in allowed]
     if changed:
         raise ConfigError(
             "; ".join(f"{key}: {old.get(key)!r} cannot become {new[key]!r} on --resume" for key in changed)
-            + f". Keys that may change: {', '.join(sorted(RESUMABLE))}"
+            + f". Keys that may change: {', '.join(sorted(allowed))}"
         )
 
 

@@ -1,14 +1,17 @@
 """Every record on the wire, with its producer and consumer. msgpack; arrays as raw little-endian bytes.
 
 A decoder accepts exactly what its encoder writes: known fields, sizes that fit each other, finite floats, token ids
-from 0 to 2^31 - 1. Anything else is `MessageError`, and nothing else is ever raised.
+from 0 to 2^31 - 1. Anything else is `MessageError`, and nothing else is ever raised. Reading stops at the first
+list that no field calls for: what a record costs, whatever it holds, is its own size and little more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Self
 
 import msgpack
@@ -37,7 +40,7 @@ def _pack_array(array: Any, annotation: str, name: str) -> list[Any]:
     return [code, list(array.shape), array.tobytes()]
 
 
-def _unpack_array(value: Any, name: str) -> npt.NDArray[Any]:
+def _unpack_array(value: Any, annotation: str, name: str) -> npt.NDArray[Any]:
     if not isinstance(value, list) or len(value) != 3:
         raise MessageError(f"{name}: not an array")
     code, shape, data = value
@@ -45,11 +48,21 @@ def _unpack_array(value: Any, name: str) -> npt.NDArray[Any]:
         raise MessageError(f"{name}: not an array")
     if not 1 <= len(shape) <= 2 or not all(type(size) is int and 0 <= size <= 1 << 28 for size in shape):
         raise MessageError(f"{name}: bad shape")
+    if code != ("i" if annotation == "Ints" else "f"):
+        raise MessageError(f"{name}: wrong dtype")
     dtype = _DTYPES[code]
     count = shape[0] * (shape[1] if len(shape) == 2 else 1)
     if count * dtype.itemsize != len(data):
         raise MessageError(f"{name}: {len(data)} bytes do not fit shape {shape!r:.60}")
     return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    name: str
+    label: str  # for messages
+    annotation: str
+    optional: bool
 
 
 class _Record:
@@ -60,10 +73,7 @@ class _Record:
 
     def encode(self) -> bytes:
         """Raises MessageError if the record is not valid: what is broken is not sent."""
-        packed = [
-            _pack(getattr(self, field.name), str(field.type), f"{self.KIND}.{field.name}")
-            for field in fields(self)  # type: ignore[arg-type]
-        ]
+        packed = [_pack(getattr(self, field.name), field) for field in self._fields()]
         self._check()
         data: bytes = msgpack.packb([self.KIND, *packed], use_bin_type=True)
         return data
@@ -71,19 +81,30 @@ class _Record:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Raises MessageError, and nothing else, on anything that `encode` would not have written."""
-        values = _unpack(data, cls.KIND, len(fields(cls)))  # type: ignore[arg-type]
-        kwargs: dict[str, Any] = {}
-        for field, value in zip(fields(cls), values, strict=True):  # type: ignore[arg-type]
-            kwargs[field.name] = _coerce(value, str(field.type), f"{cls.KIND}.{field.name}")
-        record = cls(**kwargs)
+        wanted = cls._fields()
+        values = _unpack(data, cls.KIND, wanted)
+        record = cls(*(_coerce(value, field) for value, field in zip(values, wanted, strict=True)))
         record._check()
         return record
 
     def _check(self) -> None:
         """Raises MessageError when fields do not fit each other."""
 
+    @classmethod
+    @cache
+    def _fields(cls) -> tuple[_Field, ...]:
+        return tuple(
+            _Field(
+                name=field.name,
+                label=f"{cls.KIND}.{field.name}",
+                annotation=str(field.type).removesuffix(" | None"),
+                optional=str(field.type).endswith(" | None"),
+            )
+            for field in fields(cls)  # type: ignore[arg-type]
+        )
 
-def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
+
+def _unpack(data: bytes, kind: str, wanted: tuple[_Field, ...]) -> list[Any]:
     if not isinstance(data, bytes) or len(data) > MAX_RECORD_BYTES:
         raise MessageError(f"{kind}: not bytes, or more than {MAX_RECORD_BYTES}")
     try:
@@ -91,42 +112,51 @@ def _unpack(data: bytes, kind: str, count: int) -> list[Any]:
             data,
             raw=False,
             use_list=True,
+            list_hook=_at_most(2 + 2 * len(wanted), kind),
             max_str_len=_MAX_TEXT,
             max_bin_len=len(data),
             max_array_len=_MAX_FIELDS,
             max_map_len=0,
             max_ext_len=0,
         )
+    except MessageError:
+        raise
     except (ValueError, TypeError, RecursionError, OverflowError, msgpack.exceptions.UnpackException) as error:
         raise MessageError(f"{kind}: not msgpack ({type(error).__name__})") from error
     if not isinstance(value, list) or not value or value[0] != kind:
         raise MessageError(f"{kind}: another kind of record")
-    if len(value) != count + 1:
-        raise MessageError(f"{kind}: {len(value) - 1} fields instead of {count}")
+    if len(value) != len(wanted) + 1:
+        raise MessageError(f"{kind}: {len(value) - 1} fields instead of {len(wanted)}")
     return value[1:]
 
 
-def _pack(value: Any, annotation: str, name: str) -> Any:
-    annotation, optional = _either(annotation)
-    if optional and value is None:
+def _at_most(lists: int, kind: str) -> Callable[[list[Any]], list[Any]]:
+    """For msgpack's list_hook. An empty list is one byte in a record and 64 in memory: a record that is full of them
+    would be an eightieth of what it unpacks to, if nobody counted."""
+    left = lists
+
+    def count(values: list[Any]) -> list[Any]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MessageError(f"{kind}: more lists than its fields have")
+        return values
+
+    return count
+
+
+def _pack(value: Any, field: _Field) -> Any:
+    if field.optional and value is None:
         return None
-    return _pack_array(value, annotation, name) if annotation in _ARRAYS else _scalar(value, annotation, name)
+    pack = _pack_array if field.annotation in _ARRAYS else _scalar
+    return pack(value, field.annotation, field.label)
 
 
-def _coerce(value: Any, annotation: str, name: str) -> Any:
-    annotation, optional = _either(annotation)
-    if optional and value is None:
+def _coerce(value: Any, field: _Field) -> Any:
+    if field.optional and value is None:
         return None
-    if annotation not in _ARRAYS:
-        return _scalar(value, annotation, name)
-    array = _unpack_array(value, name)
-    if array.dtype != _DTYPES["i" if annotation == "Ints" else "f"]:
-        raise MessageError(f"{name}: wrong dtype")
-    return array
-
-
-def _either(annotation: str) -> tuple[str, bool]:
-    return annotation.removesuffix(" | None"), annotation.endswith(" | None")
+    unpack = _unpack_array if field.annotation in _ARRAYS else _scalar
+    return unpack(value, field.annotation, field.label)
 
 
 def _scalar(value: Any, annotation: str, name: str) -> Any:
@@ -173,6 +203,7 @@ class RolloutHead(_Record):
     problem: int  # index into the task's training split
     seed: int  # of this rollout's draws, 0 … 2^63 - 1
     max_new_tokens: int
+    step: int | None  # whose weights must write it; None: any
     prompt: Ints  # [m]
 
     def _check(self) -> None:
@@ -192,12 +223,14 @@ class ChunkTokens(_Record):
     start: int  # tokens of the rollout before this chunk
     policy_version: int
     finish: str | None  # eos | length on the last chunk
+    writer: str  # the nonce of its owner at the time
     digest: bytes  # of the chunk's ChunkSupport, so that a repeated chunk is known by this small record alone
     tokens: Ints  # [n]
 
     def _check(self) -> None:
         _need(self.seq >= 0 and self.start >= 0 and self.policy_version >= 0, "tokens: negative number")
         _need(self.finish in (None, "eos", "length"), f"tokens.finish: {self.finish!r:.40}")
+        _need(1 <= len(self.writer) <= 40 and self.writer.isalnum(), f"tokens.writer: {self.writer!r:.40}")
         _need(len(self.digest) == 16, "tokens.digest: not 16 bytes")
         _tokens(self.tokens, "tokens.tokens")
         _need(len(self.tokens) >= 1, "tokens.tokens: empty")
@@ -293,6 +326,11 @@ class Verdict(_Record):
 def support_digest(encoded_support: bytes) -> bytes:
     """16 bytes that name an encoded ChunkSupport."""
     return hashlib.blake2b(encoded_support, digest_size=16).digest()
+
+
+def row_digest(row: Ints | Floats) -> str:
+    """8 bytes, in hex, that name a row of numbers: what was trained on is compared with what was written by these."""
+    return hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).hexdigest()
 
 
 def read_number(value: Any, name: str, *, low: int = 0, high: int = (1 << 53) - 1) -> int:

@@ -5,23 +5,26 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     run              string   open → trained (by the learner) → ended (by the feeder); missing: Redis lost the run
     config           string   resolved config, YAML
     rollout:{rid}    hash     the record of a rollout, whole:
-                       head · entry (its id in `prompts`) · owner (nonce) · worker · chunks · length · scored · finish
+                       head · entry (its id in `prompts`) · owner (nonce) · owners (every owner and its first chunk) ·
+                       worker · chunks · length · scored · finish · settled (the learner is done with it)
                        t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
-                       threshold · verdict · attempts · claims
+                       threshold · verdict · attempts · report (the last one counted) · claims ·
+                       problem (of one that was sent back)
     prompts          stream   feeder → rollout workers     group rollout   rid
     chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
     scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
     signals:{worker} stream   arbiter → a rollout worker   no group        rid
     trajectories     stream   arbiter → learner            group learner   rid
     finished         stream   workers, arbiter, learner → feeder, group books: verdict | count | ending
-    dead             stream   anyone → operator
+    dead             stream   anyone → operator            no group        rid stage reason shown
+    again            stream   operator → feeder            no group        rid problem (of what is to be admitted anew)
     open             set      rollouts admitted and not booked
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
-    lease:{role}     string   token of the holder;  holder:{role}: last holder
+    lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
 
 `katana:runs` (hash) names the current id of every run. What is pending in a group is being worked on; what is
 acknowledged is deleted; nothing is trimmed by length.
@@ -30,26 +33,37 @@ acknowledged is deleted; nothing is trimmed by length.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from common.config import Config
+from common.config import Config, ConfigError
 
 log = logging.getLogger("katana.streams")
 RUNS = "katana:runs"
+_ANSWER_S = 5.0  # how long a connection waits for an answer
+_LONGEST_BLOCK_S = 2.0
+_ADOPT_AT_A_TIME = 500
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
+# A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
+_MAY_PASS = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.OutOfMemoryError,
+    OSError,
+)
 T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]
 
@@ -88,29 +102,79 @@ def _source(name: str) -> str:
 
 _SCRIPTS = (
     *("admit", "take", "beat", "release", "chunk", "count", "score", "verdict"),
-    *("settle", "book", "restore", "fail", "publish", "advance", "lease"),
+    *("settle", "book", "restore", "fail", "again", "publish", "advance", "lease", "adopt", "close"),
 )
 
 
-def connect(url: str, *, password_file: str | None = None, read_block_s: float = 2.0) -> redis.Redis:
-    """A client that never repeats a command by itself: whoever calls decides what is safe to repeat."""
-    password = None
-    if password_file is not None:
-        password = Path(password_file).read_text().splitlines()[0].strip()
-    extra = {"password": password} if password else {}
+def connect(
+    url: str,
+    *,
+    username: str | None = None,
+    password_file: str | None = None,
+    ca_file: str | None = None,
+    cert_file: str | None = None,
+    key_file: str | None = None,
+) -> redis.Redis:
+    """A client that never repeats a command by itself: whoever calls decides what is safe to repeat.
+
+    Raises ConfigError for a password or certificate file that cannot be read.
+    """
     return redis.Redis.from_url(
         url,
         retry=Retry(NoBackoff(), 0),
-        # A blocking read must come back before its socket gives up.
-        socket_timeout=read_block_s + 8.0,
+        socket_timeout=_ANSWER_S,
         socket_connect_timeout=5.0,
         health_check_interval=0,
-        **extra,
+        username=username,
+        password=read_password(password_file),
+        **tls_options(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file),
     )
 
 
+def read_password(path: str | None) -> str | None:
+    """The first line of a password file. Raises ConfigError."""
+    if path is None:
+        return None
+    password = _read_file(path, "password_file").partition("\n")[0].strip()
+    if not password:
+        raise ConfigError(f"redis.password_file {path!r}: its first line is empty")
+    return password
+
+
+def tls_options(url: str, *, ca_file: str | None, cert_file: str | None, key_file: str | None) -> dict[str, Any]:
+    """What redis-py's connections, Celery's among them, are told of TLS. The server's certificate is always checked,
+    and that it is for the host in the URL. Raises ConfigError."""
+    if not url.startswith("rediss://"):
+        return {}
+    named = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
+    for name, path in named.items():
+        if path is not None:
+            _read_file(path, name)
+    return {
+        "ssl_cert_reqs": "required",
+        "ssl_check_hostname": True,
+        "ssl_ca_certs": ca_file,
+        "ssl_certfile": cert_file,
+        "ssl_keyfile": key_file,
+    }
+
+
+def _read_file(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"redis.{name} {path!r}: cannot be read ({getattr(error, 'strerror', error)})") from error
+
+
+def _reader(client: Any) -> Any:
+    """A client of the same server for reads that block: their socket must not give up before Redis comes back."""
+    pool = client.connection_pool
+    settings = pool.connection_kwargs | {"socket_timeout": pool.connection_kwargs["socket_timeout"] + _LONGEST_BLOCK_S}
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings))
+
+
 class Plane:
-    """One run's streams on one data Redis.
+    """One run's streams on one data Redis. Reads that may block have a connection of their own.
 
     Scripts are fenced (by owner, sequence, lease or entry), so a script whose answer was lost is run again; nothing
     else that writes is. After a failed or slow call `stalled_until` tells for how long nobody should claim.
@@ -127,6 +191,7 @@ class Plane:
         stop: threading.Event | None = None,
     ) -> None:
         self.client: Any = client  # redis-py types every answer as any of several, str and bytes alike
+        self._reader = _reader(client)
         self.prefix = f"katana:{{{run_key}}}:"
         self.run_key = run_key
         self.shards = shards
@@ -185,7 +250,7 @@ class Plane:
             sent = time.monotonic()
             try:
                 result = action()
-            except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
+            except _MAY_PASS as error:
                 self.errors(type(error).__name__)
                 self._stalled_until = time.monotonic() + self._claim_pause_s
                 waited = time.monotonic() - began
@@ -211,9 +276,14 @@ class Plane:
 
     # --- the run -----------------------------------------------------------------------------------------------
 
+    @property
+    def groups(self) -> list[tuple[str, str]]:
+        """Every stream that is read by a group, and the group."""
+        return [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+
     def create_groups(self) -> None:
         """Groups from 0, so that a group lost and made again sees everything that was not taken off."""
-        pairs = [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+        pairs = self.groups
         pipe = self.client.pipeline(transaction=False)
         for stream, group in pairs:
             pipe.xgroup_create(self.key(stream), group, id="0", mkstream=True)
@@ -239,23 +309,22 @@ class Plane:
     def read(
         self, group: str, consumer: str, streams: Sequence[str], *, count: int, block_s: float
     ) -> list[tuple[str, Entry]]:
-        """New entries as (stream, (id, fields)).
+        """New entries as (stream, (id, fields)); `block_s` at most 2.
 
         A read that Redis carried out and whose answer was lost has made its entries pending. They are behind the last
         entry that this consumer did see, and come first.
         """
 
         def once() -> Any:
-            block = max(1, int(block_s * 1000)) if block_s > 0 else None
+            block = max(1, int(min(block_s, _LONGEST_BLOCK_S) * 1000)) if block_s > 0 else None
             unsure = [stream for stream in streams if (stream, consumer) in self._unsure]
             self._unsure.update((stream, consumer) for stream in streams)
             names = {self.key(stream): self._last_read.get((stream, consumer), b"0") for stream in unsure}
-            answer: Any = names and self._or_groups(lambda: self.client.xreadgroup(group, consumer, names, count=count))
+            reader = self._reader
+            answer: Any = names and self._or_groups(lambda: reader.xreadgroup(group, consumer, names, count=count))
             if not any(entries for _, entries in answer or ()):
                 fresh = {self.key(stream): ">" for stream in streams}
-                answer = self._or_groups(
-                    lambda: self.client.xreadgroup(group, consumer, fresh, count=count, block=block)
-                )
+                answer = self._or_groups(lambda: reader.xreadgroup(group, consumer, fresh, count=count, block=block))
                 self._unsure.difference_update((stream, consumer) for stream in streams)
             return answer
 
@@ -279,24 +348,6 @@ class Plane:
             stream = name.decode()[len(self.prefix) :]
             found += [(stream, (entry, values or {})) for entry, values in entries]
         return found
-
-    def read_pending(self, group: str, consumer: str, stream: str) -> list[Entry]:
-        """Everything this consumer was given and has not acknowledged, oldest first."""
-        found: list[Entry] = []
-        start = b"-"
-        while True:
-
-            def once(start: bytes = start) -> Any:
-                names = {self.key(stream): start if start != b"-" else "0"}
-                return self._or_groups(lambda: self.client.xreadgroup(group, consumer, names, count=1000))
-
-            page = [entry for _, entry in self._entries(self.patiently(once, f"pending {group}"))]
-            found += page
-            if page:
-                self._last_read[stream, consumer] = page[-1][0]
-            if len(page) < 1000:
-                return found
-            start = page[-1][0]
 
     def claim_idle(self, stream: str, group: str, consumer: str, *, idle_s: float, count: int) -> list[Entry]:
         """Entries whose consumer has been silent for `idle_s`; none while `may_claim` is False."""
@@ -338,7 +389,8 @@ class Plane:
     ) -> bool:
         """Report a rollout or notice that could not be read; True when it was given up. `at`: stream, group, entry."""
         stream, group, entry = at or ("", "", b"")
-        reply = self.call("fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry)
+        report = secrets.token_hex(8)
+        reply = self.call("fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry, report)
         return bool(reply[0] == b"dead")
 
     # --- policy, workers ---------------------------------------------------------------------------------------
@@ -382,12 +434,15 @@ class Plane:
 
 
 class Lease:
-    """The right of one process to act in a role. Its token goes into every script of that role."""
+    """The right of one process to act in a role.
+
+    Its token goes into every script of that role, and is the name under which the holder reads its stream.
+    """
 
     def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
         self.token = secrets.token_hex(8)
         self._plane, self._role, self._ms = plane, role, int(lease_s * 1000)
-        self._renew_at = 0.0
+        self._renew_at = self._adopt_at = 0.0
 
     def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
         """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
@@ -409,25 +464,64 @@ class Lease:
             raise LeaseLost(f"another {self._role} took over this run")
         self._renew_at = time.monotonic() + self._ms / 3000
 
-    def call(self, script: str, *args: Any) -> list[Any]:
-        """A script of this role; a lease that merely ran out is renewed. Raises LeaseLost."""
-        for _ in range(3):
-            reply = self._plane.call(script, self.token, *args)
-            if reply[0] != b"lost":
-                return reply
+    @contextlib.contextmanager
+    def exclusively(self, path: Path) -> Iterator[None]:
+        """Hold the lock on a file, the lease checked inside: for what a holder writes to the run's folder.
+
+        Redis fences its own writes, a disk does not. A former holder that was paused either is inside, and whoever
+        comes next waits for it, or finds here that it has lost the lease. Raises LeaseLost.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            while not _locked(file):
+                self.keep()
+                time.sleep(0.02)
             self._renew()
-        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
+            yield
+
+    def call(self, script: str, *args: Any) -> list[Any]:
+        """A script of this role alone; a lease that merely ran out is renewed. Raises LeaseLost."""
+        return self._fenced(script, self.token, *args)
 
     def advance(self, what: str, value: str | int) -> None:
+        self._fenced("advance", self._role, self.token, what, value)
+
+    def adopt(self, stream: str, group: str) -> list[Entry]:
+        """Take over what former holders of this lease were given and have not acknowledged, in the stream's order.
+
+        At the start, and again about once a second (`adoption_due`): one that was paused may still read.
+        """
+        self._adopt_at = time.monotonic() + 1.0
+        found: list[Entry] = []
+        while True:
+            entries = self._fenced("adopt", self._role, self.token, stream, group, _ADOPT_AT_A_TIME)[1:]
+            found += [(entry, dict(zip(values[::2], values[1::2], strict=True))) for entry, values in entries]
+            if len(entries) < _ADOPT_AT_A_TIME:
+                return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
+
+    @property
+    def adoption_due(self) -> bool:
+        return time.monotonic() >= self._adopt_at
+
+    def _fenced(self, script: str, *args: Any) -> list[Any]:
         for _ in range(3):
-            if self._plane.call("advance", self._role, self.token, what, value)[0] != b"lost":
-                return
+            reply = self._plane.call(script, *args)
+            if reply[0] != b"lost":
+                return reply
             self._renew()
         raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
 
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
             self._plane.call("lease", self._role, self.token, self._ms, "drop")
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _reply(answer: Any) -> list[Any]:

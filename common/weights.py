@@ -62,8 +62,15 @@ def publish(folder: Path, version: int, write: Callable[[Path], None]) -> Weight
     """Write `weights/v{version}.safetensors` and say what to announce."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"v{version:08d}.safetensors"
-    write_atomically(path, write)
-    return WeightsRef(version, path.name, sha256_of(path))
+    digests: list[str] = []
+
+    def write_and_digest(draft: Path) -> None:
+        # Of the draft: what befalls the file once others can see it must not be announced as right.
+        write(draft)
+        digests.append(sha256_of(draft))
+
+    write_atomically(path, write_and_digest)
+    return WeightsRef(version, path.name, digests[0])
 
 
 def verified(folder: Path, ref: WeightsRef) -> Path:
@@ -71,6 +78,8 @@ def verified(folder: Path, ref: WeightsRef) -> Path:
     if not _NAME.fullmatch(ref.file):
         raise BadWeights(f"policy version {ref.version}: {ref.file!r:.80} is not the name of a weights file")
     path = folder / ref.file
+    if path.resolve().parent != folder.resolve():
+        raise BadWeights(f"policy version {ref.version}: {path} is a link that leads out of its folder")
     try:
         found = sha256_of(path)
     except OSError as error:
@@ -85,6 +94,12 @@ def verified(folder: Path, ref: WeightsRef) -> Path:
 def version_of(file: str) -> int | None:
     match = _NAME.fullmatch(file)
     return int(match.group(1)) if match else None
+
+
+def newest_version(folder: Path) -> int:
+    """The highest version among the files; -1 where there is none."""
+    names = folder.iterdir() if folder.is_dir() else ()
+    return max((version for path in names if (version := version_of(path.name)) is not None), default=-1)
 
 
 def retain(folder: Path, keep: int) -> None:

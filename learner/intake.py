@@ -46,40 +46,43 @@ class Intake:
         self._max_staleness, self._vocab_size = max_staleness, vocab_size
         self._waiting: deque[Received] = deque()
         self._held: set[bytes] = set()  # entries read and not taken off
+        self._known: set[str] = set()  # their rollouts
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}
 
     def recover(self, consumed: Iterable[str]) -> None:
         """Take up what an earlier learner was given: acknowledge what its checkpoint covers, queue the rest."""
         covered = set(consumed)
-        entries = self._plane.read_pending("learner", "learner", "trajectories")
+        entries = self._lease.adopt("trajectories", "learner")
         done = [
             (entry, values[b"rid"].decode())
             for entry, values in entries
             if values.get(b"rid", b"").decode("ascii", "replace") in covered
         ]
-        self._settle([(entry, rid, "trained", "", "") for entry, rid in done])
+        self.settle([(entry, rid, "trained", "", "") for entry, rid in done])
         known = {entry for entry, _ in done}
         self._receive([one for one in entries if one[0] not in known])
 
     def batch(self, size: int, version: int, block_s: float) -> list[Received] | None:
         """The next `size` usable trajectories, or None if they have not come yet."""
+        if self._lease.adoption_due:
+            self._receive(self._lease.adopt("trajectories", "learner"))
         self._drop_stale(version)
         missing = size - len(self._waiting)
         if missing > 0:
-            came = self._plane.read("learner", "learner", ["trajectories"], count=2 * size, block_s=block_s)
+            came = self._plane.read("learner", self._lease.token, ["trajectories"], count=2 * size, block_s=block_s)
             self._receive([entry for _, entry in came])
             self._drop_stale(version)
         if len(self._waiting) < size:
             return None
         return [self._waiting.popleft() for _ in range(size)]
 
-    def taken_off(self, entries: Iterable[bytes]) -> None:
-        """These are acknowledged: they cannot come again."""
-        self._held.difference_update(entries)
-
-    def _settle(self, endings: list[Ending]) -> None:
-        settle(self._lease, endings)
-        self.taken_off(ending[0] for ending in endings)
+    def settle(self, endings: list[Ending]) -> None:
+        """Take trajectories off with their endings: they cannot come again."""
+        for begin in range(0, len(endings), 64):
+            flat = [part for ending in endings[begin : begin + 64] for part in ending]
+            self._lease.call("settle", *flat)
+        self._held.difference_update(ending[0] for ending in endings)
+        self._known.difference_update(ending[1] for ending in endings)
 
     def _drop_stale(self, version: int) -> None:
         stale = [one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness]
@@ -90,7 +93,7 @@ class Intake:
         )
         for one in stale:
             self.dropped[one.trajectory.arm] += 1
-        self._settle(
+        self.settle(
             [
                 (one.entry, one.trajectory.rid, "dropped", "stale", version - one.trajectory.oldest_version)
                 for one in stale
@@ -106,33 +109,40 @@ class Intake:
                     continue  # a group that was lost and made again delivers anew what is in our hands
                 self._held.add(entry)
                 record = self._plane.rollout(rid)
-                if not record:
+                wrong = self._refusal(rid, record)
+                if wrong:
                     self._plane.fail(
                         "",
                         "trajectories",
-                        "its rollout is gone",
+                        wrong,
                         max_attempts=1,
                         shown=rid.encode(),
                         at=("trajectories", "learner", entry),
                     )
+                    metrics.dead_letters.labels("trajectories").inc()
                     continue
-                self._waiting.append(Received(entry, read_trajectory(record, self._vocab_size)))
+                trajectory = read_trajectory(record, self._vocab_size)
+                if trajectory.rid != rid:
+                    raise MessageError(f"the record of {trajectory.rid!r:.40}")
+                self._waiting.append(Received(entry, trajectory))
+                self._known.add(rid)
             except MessageError as error:
                 self._give_up(rid, str(error), entry, repr(values).encode())
+
+    def _refusal(self, rid: str, record: dict[bytes, bytes]) -> str:
+        """Why a notice has no trajectory to train on; '' where it has one."""
+        if not record:
+            return "its rollout is gone"
+        if rid in self._known or b"settled" in record:
+            return "a second notice of the same rollout"
+        return "" if record.get(b"verdict", b"dead") != b"dead" else "its rollout has no verdict"
 
     def _give_up(self, rid: str, reason: str, entry: bytes, shown: bytes) -> None:
         """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
         log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
         metrics.dead_letters.labels("trajectories").inc()
-        self._plane.fail("", "trajectories", f"{rid}: {reason}", max_attempts=1, shown=shown)
-        self._settle([(entry, rid, "dead", "trajectories", "")])
-
-
-def settle(lease: Lease, endings: list[Ending]) -> None:
-    """Take trajectories off with their endings."""
-    for begin in range(0, len(endings), 64):
-        flat = [part for ending in endings[begin : begin + 64] for part in ending]
-        lease.call("settle", *flat)
+        self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown)
+        self.settle([(entry, rid, "dead", "trajectories", "")])
 
 
 def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:

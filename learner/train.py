@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,12 +24,13 @@ from transformers import AutoModelForCausalLM
 
 from common import metrics
 from common.config import Config
+from common.messages import row_digest
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.streams import Lease, Plane
-from common.weights import WeightsRef, publish, retain
+from common.weights import WeightsRef, newest_version, publish, retain
 from learner.batch import Trajectory, micro_batches
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
-from learner.intake import Intake, Received, settle
+from learner.intake import Intake, Received
 from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses
 from learner.schedule import learning_rate
 
@@ -53,7 +55,8 @@ class Learner:
         self._intake = Intake(
             plane,
             self._lease,
-            max_staleness=config.learner.max_staleness,
+            # Each resume announces the same weights as a new version: what they wrote is not older for that.
+            max_staleness=sys.maxsize if config.deterministic else config.learner.max_staleness,
             vocab_size=pair.vocab_size,
         )
         self.step_count = 0
@@ -62,7 +65,8 @@ class Learner:
         self._tokens_trained = 0
         self._idle_s = 0.0
         self._working_since = time.monotonic()
-        self._log_file = config.run_dir / "metrics.jsonl"
+        self._lock = config.run_dir / ".learner.lock"
+        self._lines: dict[str, IO[str]] = {}
 
     def run(self, *, until_idle: bool = False) -> None:
         """Train to `learner.max_steps`, or until told to stop; a checkpoint is written either way.
@@ -84,12 +88,21 @@ class Learner:
                 self._finish()
         finally:
             self._lease.drop()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the files; nothing is written any more."""
+        for file in self._lines.values():
+            file.close()
 
     # --- start and end -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Go on from the newest good checkpoint, or begin; then announce the weights."""
-        state = load_newest(self._config.run_dir / "checkpoints")
+        folder = self._config.run_dir
+        with self._lease.exclusively(self._lock):  # a former learner has written its last
+            state = load_newest(folder / "checkpoints")
+            newest = newest_version(folder / "weights")
         consumed: tuple[str, ...] = ()
         if state is not None:
             restore(self.model, self.optimizer, state)
@@ -97,9 +110,10 @@ class Learner:
             self.version = state.policy_version
             self._tokens_trained = state.counters.get("tokens_trained", 0)
             log.info("going on from step %d", self.step_count)
-        pointer = int(self._plane.policy().get("version", "-1"))
-        self.version = max(self.version, pointer)
-        _cut_back(self._log_file, self.step_count)
+        # A Redis that lost the run forgot the pointer; the file names remember.
+        self.version = max(self.version, newest, int(self._plane.policy().get("version", "-1")))
+        for name in ("metrics.jsonl", "trained.jsonl"):
+            self._lines[name] = _go_on(folder / name, self.step_count)
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
@@ -107,11 +121,12 @@ class Learner:
     def _finish(self) -> None:
         """Write `model/`, and tell the feeder that no more is wanted."""
         folder = self._config.run_dir / "model"
-        self.model.save_pretrained(folder)
-        load_tokenizer(self._pair.student.folder).save_pretrained(folder)
         source = self._pair.student.folder / "generation_config.json"
-        if source.is_file():
-            (folder / source.name).write_bytes(source.read_bytes())
+        with self._lease.exclusively(self._lock):
+            self.model.save_pretrained(folder)
+            load_tokenizer(self._pair.student.folder).save_pretrained(folder)
+            if source.is_file():
+                (folder / source.name).write_bytes(source.read_bytes())
         self._lease.advance("state", "trained")
         log.info("trained %d steps, %d tokens", self.step_count, self._tokens_trained)
 
@@ -223,12 +238,16 @@ class Learner:
             "idle_ratio": idle_ratio,
             "unix_s": time.time(),
         }
-        with self._log_file.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._append("metrics.jsonl", line)
+        self._append("trained.jsonl", _trained_line(self.step_count, self.version, batch))
         metrics.learner_steps.inc()
         metrics.learner_loss.set(loss)
         metrics.learner_step_seconds.observe(step_s)
         metrics.learner_idle.set(idle_ratio)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self._lines[name].write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines[name].flush()
 
     # --- weights and checkpoints -------------------------------------------------------------------------------
 
@@ -238,9 +257,10 @@ class Learner:
         self.version += 1
         dtype = getattr(torch, self._config.rollout.dtype)
         state = {name: _as(tensor, dtype) for name, tensor in untied_tensors(self.model).items()}
-        ref = publish(folder, self.version, lambda path: save_file(state, path))
-        if self._wants_eval(ref):
-            _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
+        with self._lease.exclusively(self._lock):
+            ref = publish(folder, self.version, lambda path: save_file(state, path))
+            if self._wants_eval(ref):
+                _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
         reply = self._lease.call("publish", ref.version, self.step_count, ref.file, ref.sha256)
         if reply[0] == b"old":
             # Somebody announced a higher one between our look and our script: go past it.
@@ -275,13 +295,15 @@ class Learner:
             consumed=[one.trajectory.rid for one, _ in self._since_checkpoint],
             counters={"tokens_trained": self._tokens_trained},
         )
-        save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
+        with self._lease.exclusively(self._lock):
+            save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
+            for file in self._lines.values():
+                os.fsync(file.fileno())
         # Before the trajectories are taken off: the feeder may count too many in flight for a moment, never too few.
         self._lease.advance("covered", self.step_count)
-        settle(
-            self._lease, [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
+        self._intake.settle(
+            [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
         )
-        self._intake.taken_off(one.entry for one, _ in self._since_checkpoint)
         self._since_checkpoint = []
 
 
@@ -320,14 +342,28 @@ def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: in
     os.replace(draft, target.with_suffix(".json"))
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Take the lines behind `step` out of metrics.jsonl: those steps will be done again."""
-    if not path.exists():
-        return
-    kept = "".join(_lines_up_to(path, step))
+def _trained_line(step: int, version: int, batch: list[Received]) -> dict[str, Any]:
+    """What a step was trained on: rollout, tokens, digest (8 bytes) of their ids as little-endian int32."""
+    trajectories = [one.trajectory for one in batch]
+    return {
+        "step": step,
+        "policy_version": version,
+        "rids": [one.rid for one in trajectories],
+        "tokens": [len(one.tokens) for one in trajectories],
+        "digests": [row_digest(one.tokens) for one in trajectories],
+    }
+
+
+def _go_on(path: Path, step: int) -> IO[str]:
+    """Open for appending, without the lines behind `step`: those steps will be done again.
+
+    The file is always a new one, so that a former learner, which has the old one open, cannot write into it.
+    """
     draft = path.with_suffix(".tmp")
-    draft.write_text(kept)
+    with draft.open("w") as file:
+        file.writelines(_lines_up_to(path, step) if path.exists() else ())
     os.replace(draft, path)
+    return path.open("a")
 
 
 def _lines_up_to(path: Path, step: int) -> Iterator[str]:

@@ -79,8 +79,34 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     bench.add_argument("--repeats", type=_positive, default=5)
 
+    chaos = commands.add_parser("chaos", help="inject faults into a run of its own, then check that nothing was lost")
+    _config_arguments(chaos)
+    chaos.add_argument("--seed", type=int, action="append", help="of the schedule; several: a run for each (default 0)")
+    chaos.add_argument("--faults", type=_positive, default=130, help="in each run (default 130)")
+    chaos.add_argument("--kinds", help="names with commas between them (default: all); an unknown one lists them")
+    chaos.add_argument(
+        "--calm",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long what is open when the faults end may take (default 120)",
+    )
+
+    soak = commands.add_parser("soak", help="a long run whose processes are killed now and then; its memory stays flat")
+    _config_arguments(soak)
+    soak.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
+    soak.add_argument("--seed", type=int, default=0, help="of the kills (default 0)")
+
     report = commands.add_parser("report", help="draw report.png from a run's folder")
     report.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+
+    dead = commands.add_parser("dead", help="list what a run gave up and why; send a rollout back, or remove it")
+    _config_arguments(dead)
+    what = dead.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="the list as JSON, a line a letter")
+    what.add_argument("--show", metavar="ENTRY", help="one letter whole, and what is left of its rollout")
+    what.add_argument("--again", metavar="ENTRY", help="send the rollout back: its problem is admitted as a new one")
+    what.add_argument("--drop", metavar="ENTRY", help="remove the letter, and the dead rollout's record, for good")
 
     clean = commands.add_parser("clean", help="remove what a run left in Redis and on disk")
     clean.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
@@ -121,7 +147,8 @@ def _load(arguments: argparse.Namespace) -> Config:
         path = shipped if shipped.exists() else path
     where = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
     folder = path.resolve().parent
-    if getattr(arguments, "resume", False) and (folder / "run.json").is_file():
+    own = getattr(arguments, "resume", False) or arguments.command == "dead"
+    if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
     return load(path, [*arguments.overrides, *where])
@@ -158,7 +185,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "eval": _eval,
         "pretrain": _pretrain,
         "bench": _bench,
+        "chaos": _chaos,
+        "soak": _soak,
         "report": _report,
+        "dead": _dead,
         "clean": _clean,
         "keys": _keys,
     }[command](arguments)
@@ -209,10 +239,40 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _chaos(arguments: argparse.Namespace) -> int:
+    from ops.chaos.faults import KINDS
+    from ops.chaos.harness import run_chaos
+
+    kinds = [kind.strip() for kind in arguments.kinds.split(",")] if arguments.kinds else list(KINDS)
+    seeds = arguments.seed or [0]
+    return run_chaos(_load(arguments), seeds=seeds, faults=arguments.faults, kinds=kinds, calm_s=arguments.calm)
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    from ops.chaos.soak import soak
+
+    return soak(_load(arguments), minutes=arguments.minutes, seed=arguments.seed)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from ops.report import write_report
 
     print(write_report(arguments.run))
+    return 0
+
+
+def _dead(arguments: argparse.Namespace) -> int:
+    from ops import dead
+
+    config, source = _load(arguments), arguments.config
+    if arguments.show is not None:
+        dead.show(config, source, arguments.show)
+    elif arguments.again is not None:
+        dead.send_back(config, source, arguments.again)
+    elif arguments.drop is not None:
+        dead.drop(config, source, arguments.drop)
+    else:
+        dead.list_letters(config, source, as_json=arguments.json)
     return 0
 
 

@@ -50,12 +50,11 @@ class Progress:
         self._evals = _Tail(config.run_dir / "eval.jsonl")
         self._step: dict[str, Any] = {}
         self._eval: dict[str, Any] = {}
-        self._booked: list[dict[str, Any]] = []
+        self._booked: deque[dict[str, Any]] = deque(maxlen=4096)  # the whole run's saving stands in summary.json
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
         self._facts: dict[str, Any] = {}
-        self._busy: dict[str, list[float]] = {}
-        self._idle: list[float] = []
+        self._busy: dict[str, tuple[float, int]] = {}  # by role: sum of shares, how many were seen
         self._console = Console()
         self._live = Live(self._table(), console=self._console, refresh_per_second=4) if sys.stdout.isatty() else None
         self._update_at = 0.0
@@ -83,7 +82,8 @@ class Progress:
             return
         self._update_at = now + 0.5
         steps = self._steps.read()
-        self._idle += [step["idle_ratio"] for step in steps]
+        for step in steps:
+            self._note_busy("learner", 1 - step["idle_ratio"])
         self._step = [self._step, *steps][-1]
         self._eval = [self._eval, *self._evals.read()][-1]
         for line in self._lines.read():
@@ -106,7 +106,7 @@ class Progress:
         live = self._plane.live(within_s=10.0)
         self._facts["workers"] = live
         for facts in live.values():
-            self._busy.setdefault(facts.get("role", "?"), []).append(float(facts.get("busy", 0)))
+            self._note_busy(facts.get("role", "?"), float(facts.get("busy", 0)))
         tokens = sum(int(facts.get("tokens", 0)) for facts in live.values() if facts.get("role") == "rollout")
         if not self._written or tokens != self._written[-1][1]:
             self._written.append((time.monotonic(), tokens))
@@ -114,10 +114,11 @@ class Progress:
 
     def busy_shares(self) -> dict[str, float]:
         """Mean busy share by role over the run so far: who is the bottleneck."""
-        shares = {role: sum(seen) / len(seen) for role, seen in self._busy.items()}
-        if self._idle:
-            shares["learner"] = 1 - sum(self._idle) / len(self._idle)
-        return shares
+        return {role: total / seen for role, (total, seen) in self._busy.items()}
+
+    def _note_busy(self, role: str, share: float) -> None:
+        total, seen = self._busy.get(role, (0.0, 0))
+        self._busy[role] = (total + share, seen + 1)
 
     # --- figures -----------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class Progress:
 
     def _figures(self) -> dict[str, str]:
         means = {arm: sum(recent) / len(recent) if recent else None for arm, recent in self._recent.items()}
-        saving = length_saving(self._booked, resamples=200) if self._booked else None
+        saving = length_saving(list(self._booked), resamples=200) if self._booked else None
         interval = (
             f"{saving.ratio:.1%} ({saving.low:.1%} … {saving.high:.1%})"
             if saving is not None and saving.ratio is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import ssl
 import threading
 import time
 from typing import Any
@@ -28,6 +29,11 @@ from ops.rundir import open_folder
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
+_OTHERWISE = {
+    "redis": "; or is it one with TLS, rediss://?",
+    "rediss": "; or is it one without TLS, redis://?",
+    "unix": "",
+}
 
 
 def run_role(role: str, config: Config) -> int:
@@ -38,7 +44,7 @@ def run_role(role: str, config: Config) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    client = reach(config)
+    client = reach(config, role)
     try:
         config, plane = _join(role, config, client, stop)
         if plane.state() == "ended":
@@ -64,25 +70,31 @@ def _serve_metrics(config: Config) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def reach(config: Config) -> redis.Redis:
-    """A client of the config's Redis. Raises ConfigError when there is none, or when it does not answer."""
+def reach(config: Config, role: str = "operator") -> redis.Redis:
+    """A client of the config's Redis, as a role. Raises ConfigError when there is none, or when it does not answer."""
     if config.redis.url is None:
         raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
-    try:
-        client = connect(config.redis.url, password_file=config.redis.password_file)
-    except (ValueError, OSError, IndexError) as error:
-        raise ConfigError(
-            f"redis.url {config.redis.url!r}, password_file {config.redis.password_file!r}: {error}"
-        ) from error
+    client = connect(config.redis.url, **config.redis.access(role))
     deadline = time.monotonic() + min(10.0, config.liveness.redis_wait_s)
     while True:
         try:
             client.ping()
             return client
         except (redis.exceptions.RedisError, OSError) as error:
-            if time.monotonic() >= deadline or isinstance(error, redis.exceptions.AuthenticationError):
-                raise ConfigError(f"redis.url {config.redis.url!r}: Redis does not answer ({error})") from error
+            refused = _refusal(error, role)
+            if refused or time.monotonic() >= deadline:
+                why = refused or f"Redis does not answer ({error}){_OTHERWISE[config.redis.url.partition(':')[0]]}"
+                raise ConfigError(f"redis.url {config.redis.url!r}: {why}") from error
             time.sleep(0.2)
+
+
+def _refusal(error: Exception, role: str) -> str | None:
+    """What an answer means that will not change by waiting; None for those that may. Never says who or by what word."""
+    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
+        return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
+    if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
+        return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
+    return None
 
 
 def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:
@@ -129,13 +141,13 @@ def _wait_for_run(config: Config, client: redis.Redis, stop: threading.Event) ->
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.app import close_shifts, keep_shifts_open, make_app, with_password
+    from actors.app import close_shifts, keep_shifts_open, make_app
     from actors.feeder import Feeder
     from ops.report import write_report
     from ops.source import TaskSource
     from ops.summary import write_summary
 
-    broker = make_app(with_password(broker_url(config), config.redis.password_file))
+    broker = make_app(config.redis, "feeder")
     feeder = Feeder(
         config, plane, TaskSource(config), stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key)
     )
@@ -176,27 +188,19 @@ def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}
 
 
-def broker_url(config: Config) -> str:
-    """`redis.broker_url`, or database 1 of `redis.url`."""
-    if config.redis.broker_url is not None:
-        return config.redis.broker_url
-    url = config.redis.url or ""
-    if url.startswith("unix://"):
-        return url.partition("?")[0] + "?db=1"
-    scheme, _, rest = url.partition("://")
-    host = rest.partition("/")[0]
-    return f"{scheme}://{host}/1"
+def _tell_worker(settings: dict[str, str | None]) -> None:
+    """Put settings where `actors.app` reads them; what is not set must not be found there either."""
+    for name, value in settings.items():
+        os.environ.pop(f"KATANA_{name.upper()}", None)
+        if value is not None:
+            os.environ[f"KATANA_{name.upper()}"] = value
 
 
 def _run_celery_worker(role: str, config: Config) -> int:
     """A Celery worker of one queue, in this process; SIGTERM lets it finish its shift."""
-    reach(config)
-    os.environ["KATANA_REDIS_URL"] = str(config.redis.url)
-    os.environ["KATANA_BROKER_URL"] = broker_url(config)
-    os.environ["KATANA_METRICS_HOST"] = config.metrics.host
-    os.environ["KATANA_METRICS_PORT"] = str(config.metrics.port)
-    if config.redis.password_file:
-        os.environ["KATANA_PASSWORD_FILE"] = config.redis.password_file
+    reach(config, role)
+    _tell_worker({"redis_url": config.redis.url, "broker_url": config.redis.broker, **config.redis.access(role)})
+    _tell_worker({"metrics_host": config.metrics.host, "metrics_port": str(config.metrics.port)})
     import torch  # noqa: F401  here, not in the first shift: a worker that is ready is ready
 
     from actors.app import app

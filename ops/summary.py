@@ -28,6 +28,9 @@ class Saving:
     high: float | None
 
 
+_DRAWS_AT_ONCE = 4_000_000
+
+
 def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: int = 0) -> Saving:
     """Length saving over rollouts that the policy could have cut, stale ones included.
 
@@ -50,7 +53,11 @@ def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: i
         column = 0 if line["arm"] == "treated" else 2
         table[prompts[line["problem"]], column : column + 2] += (line["tokens_generated"], 1)
     rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples) @ table
+    shares = np.full(len(prompts), 1 / len(prompts))
+    # In blocks: resamples × prompts of a long run would be gigabytes.
+    block = max(1, _DRAWS_AT_ONCE // len(prompts))
+    sizes = [min(block, resamples - begin) for begin in range(0, resamples, block)]
+    draws = np.concatenate([rng.multinomial(len(prompts), shares, size=size) @ table for size in sizes])
     full = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]
     low, high = np.quantile(_ratio(full), [0.025, 0.975])
     return Saving(float(_ratio(table.sum(axis=0)[None])[0]), float(low), float(high))

@@ -57,6 +57,7 @@ def make_head(rid: str = "r1", **changes: Any) -> RolloutHead:
         "problem": 0,
         "seed": 7,
         "max_new_tokens": 64,
+        "step": None,
         "prompt": np.array([5, 6, 7], np.int32),
     }
     return RolloutHead(**values | changes)
@@ -80,6 +81,7 @@ def make_tokens(tokens: Sequence[int] = (1, 2, 3), **changes: Any) -> ChunkToken
         "start": 0,
         "policy_version": 0,
         "finish": None,
+        "writer": "n1",
         "digest": support_digest(make_support(len(tokens)).encode()),
         "tokens": np.array(tokens, np.int32),
     }
@@ -195,7 +197,7 @@ class Run:
     def score_entries(self) -> list[bytes]:
         """What the arbiter was given and has not acknowledged, new entries included."""
         self.plane.read("arbiter", "arbiter", ["scores"], count=1000, block_s=0)
-        return [entry for entry, _ in self.plane.read_pending("arbiter", "arbiter", "scores")]
+        return [entry for entry, _ in self.given("arbiter", "arbiter", "scores")]
 
     def verdict(
         self,
@@ -218,13 +220,18 @@ class Run:
     def trajectories(self) -> dict[str, bytes]:
         """Rollout id → entry, as the learner is given them."""
         self.plane.read("learner", "learner", ["trajectories"], count=1000, block_s=0)
-        pending = self.plane.read_pending("learner", "learner", "trajectories")
+        pending = self.given("learner", "learner", "trajectories")
         return {values[b"rid"].decode(): entry for entry, values in pending}
 
     def settle(self, rid: str, entry: bytes, ending: str = "trained", reason: str = "") -> list[Any]:
         return self.lease("learner").call("settle", entry, rid, ending, reason, 0)
 
     # --- looking ---
+
+    def given(self, group: str, consumer: str, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """What a consumer was given and has not acknowledged, oldest first."""
+        answer: Any = self.client.xreadgroup(group, consumer, {self.key(stream): "0"}, count=10_000)
+        return [(entry, values or {}) for _, entries in answer for entry, values in entries]
 
     def field(self, rid: str, name: str) -> bytes | None:
         value = self.client.hget(self.key(f"rollout:{rid}"), name)

@@ -1,14 +1,23 @@
--- feeder. lease token, rid, encoded head, cursor behind this rollout -> ok | full | lost | ended
--- Begins with writes that a full Redis refuses, which is what admission must do then.
-local token, rid, head, cursor = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+-- feeder. lease token, rid, encoded head, cursor behind this rollout, threshold that it is judged by ('' or left out:
+-- that of its first score); for one that is sent back, its entry in `again`, and its problem
+-- -> ok | full | lost | ended | taken (that entry is not there any more)
+-- Begins with writes that a full Redis refuses, which is what admission must do then: the request is taken off last.
+local token, rid, head, cursor, threshold = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local request, problem = ARGV[7], ARGV[8]
 if not holds_lease('feeder', token) then return {'lost'} end
 if run_state ~= 'open' then return {'ended'} end
 if redis.call('EXISTS', rollout(rid)) == 1 then return {'ok'} end
+if request and #redis.call('XRANGE', key('again'), request, request) == 0 then return {'taken'} end
 if crowded() then return {'full'} end
 redis.call('HSET', rollout(rid), 'head', head, 'chunks', 0, 'scored', 0, 'length', 0)
 local entry = redis.call('XADD', key('prompts'), '*', 'rid', rid)
 redis.call('HSET', rollout(rid), 'entry', entry)
+if threshold and threshold ~= '' then redis.call('HSET', rollout(rid), 'threshold', threshold) end
 redis.call('SADD', key('open'), rid)
 redis.call('HINCRBY', key('ledger'), 'admitted', 1)
 redis.call('SET', key('cursor'), cursor)
+if request then
+  redis.call('HSET', rollout(rid), 'problem', problem)
+  redis.call('XDEL', key('again'), request)
+end
 return {'ok'}

@@ -7,6 +7,8 @@ for i = 3, #ARGV, 5 do
   local entry, rid, ending, reason, detail = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   if finish_entry('trajectories', 'learner', entry) then
     fresh = fresh + 1
+    -- A second notice of the same rollout, whoever wrote it, finds this and trains nothing.
+    if redis.call('EXISTS', rollout(rid)) == 1 then redis.call('HSET', rollout(rid), 'settled', ending) end
     redis.call('XADD', key('finished'), '*', 'kind', 'ending', 'rid', rid, 'ending', ending, 'reason', reason,
                'staleness', detail)
   end

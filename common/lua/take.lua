@@ -7,15 +7,17 @@ if run_state ~= 'open' then return {'ended'} end
 
 local function own(id, rid, claimed)
   local h = rollout(rid)
-  local state = redis.call('HMGET', h, 'entry', 'verdict', 'chunks', 'length', 'owner')
-  if not state[1] or state[2] then
+  local state = redis.call('HMGET', h, 'entry', 'verdict', 'chunks', 'length', 'owner', 'owners')
+  -- Over, or admitted by another entry than this one.
+  if state[1] ~= id or state[2] then
     finish_entry('prompts', 'rollout', id)
     return
   end
   -- A rollout that was handed back has no owner: taking it up is no sign of trouble.
   local claims = 0
   if claimed and state[5] then claims = redis.call('HINCRBY', h, 'claims', 1) end
-  redis.call('HSET', h, 'owner', nonce, 'worker', consumer)
+  local owners = (state[6] or '') .. nonce .. ' ' .. state[3] .. ' '
+  redis.call('HSET', h, 'owner', nonce, 'worker', consumer, 'owners', owners)
   reply[#reply + 1] = {rid, id, state[3], state[4], claims}
 end
 

@@ -29,13 +29,14 @@ class Writing:
     values: Sequence[float]
     arm: str = "treated"
     problem: int = 0
+    step: int | None = None
     finish: str = "eos"
     done: int = 0
     chunks: int = 0
     ended: bool = False
 
     def __post_init__(self) -> None:
-        assert self.run.admit(self.rid, arm=self.arm, problem=self.problem) == b"ok"
+        assert self.run.admit(self.rid, arm=self.arm, problem=self.problem, step=self.step) == b"ok"
         self.run.take("w1", self.rid)
 
     def go_on(self, size: int, version: int = 0) -> bool:
@@ -165,7 +166,7 @@ def test_another_chunking_and_a_new_arbiter_after_every_chunk_change_no_verdict(
         one = arbiter(run)
         one._lease.take(threading.Event())
         one._load_minima()
-        one._note(run.plane.read_pending("arbiter", "arbiter", "scores"))
+        one._note(run.given("arbiter", "arbiter", "scores"))
         one.step(block_s=0.01)
         run.client.delete(run.key("lease:arbiter"))  # killed: the lease runs out
         run.client.set(run.key("threshold"), "0.2")
@@ -375,6 +376,42 @@ def test_an_arbiter_that_starts_on_an_active_run_goes_on_by_its_rules(begin: Cal
     assert not verdict(run, "late").cut
     assert threshold(run) == "0.5"
     assert minima(run) == [0.5, 0.5]
+
+
+# --- deterministic: verdicts in the order of admission ---
+
+
+def test_a_verdict_waits_for_those_of_all_that_were_admitted_before(begin: Callable[..., Run]) -> None:
+    run = begin(deterministic=True, termination={"calibrate_on": "all", "min_calibration": 2, "buffer_size": 4})
+    levels = {"r1": 0.5, "r2": 0.25, "r3": 0.75, "r4": 1.0}
+    cases = {rid: Writing(run, rid, [level] * 6, step=0) for rid, level in levels.items()}
+    for rid in ("r4", "r2", "r3"):
+        cases[rid].whole()
+        judge(run)
+    assert run.entries("finished") == []
+    assert run.pending("scores") == 3
+    # What died before its turn holds up nobody, and leaves nothing behind.
+    run.plane.fail("r2", "rollout", "poison", max_attempts=1)
+    cases["r1"].go_on(3)
+    judge(run)
+    assert run.entries("trajectories") == []
+    cases["r1"].whole()
+    judge(run)
+    assert [entry["rid"] for entry in run.entries("trajectories")] == ["r1", "r3", "r4"]
+    assert minima(run) == [0.5, 0.75, 1.0]
+    assert run.entries("scores") == []
+    assert (run.pending("scores"), run.entries("prompts")) == (0, [])
+
+
+def test_warm_up_counts_steps_not_how_often_the_weights_were_announced(begin: Callable[..., Run]) -> None:
+    run = begin(deterministic=True, termination={"min_calibration": 1, "warmup_steps": 2})
+    assert run.lease("learner").call("publish", 9, 1, "v00000009.safetensors", "aa") == [b"ok"]
+    Writing(run, "r1", [0.5] * 6, step=1).whole()
+    judge(run)
+    assert threshold(run) == "inactive"
+    Writing(run, "r2", [0.5] * 6, step=2, arm="control").whole()
+    judge(run)
+    assert threshold(run) == "0.5"
 
 
 # --- what is broken ---

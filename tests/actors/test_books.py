@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import make_verdict
 
-from actors.books import Books, line_of, read_lines, trace_of, unjudged_line
+from actors.books import Booked, Booking, Books, line_of, read_lines, rid_of, trace_of, unjudged_line
 from common import metrics
 
 
@@ -73,8 +73,8 @@ def test_an_unjudged_rollouts_line() -> None:
 
 def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
     books = Books(tmp_path / "run", record_traces=True)
-    books.write(line("r1"), make_verdict("r1"))
-    books.write(unjudged_line("r2", "treated", 0, ending="dead", reason="rollout", generated=0), None)
+    books.write([Booking(line("r1"), make_verdict("r1"))])
+    books.write([Booking(unjudged_line("r2", "treated", 0, ending="dead", reason="rollout", generated=0))])
     books.close()
     first, second = read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert (first["rid"], first["tokens_overshoot"], second["rid"]) == ("r1", 4, "r2")
@@ -87,7 +87,7 @@ def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
 
 def test_without_traces_there_is_no_file_of_them(tmp_path: Path) -> None:
     books = Books(tmp_path, record_traces=False)
-    books.write(line(), make_verdict())
+    books.write([Booking(line(), make_verdict())])
     books.close()
     assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
@@ -96,8 +96,8 @@ def test_a_rollout_is_written_once_by_whatever_books(tmp_path: Path) -> None:
     for _ in range(2):
         books = Books(tmp_path, record_traces=True)
         for _ in range(2):
-            books.write(line("r1", generated=9), make_verdict("r1"))
-        assert books.booked == {"r1"}
+            books.write([Booking(line("r1", generated=9), make_verdict("r1"))])
+        assert "r1" in books.booked and "r2" not in books.booked
         books.close()
     for name in ("rollouts.jsonl", "traces.jsonl"):
         assert len(list(read_lines(tmp_path / name))) == 1
@@ -106,15 +106,15 @@ def test_a_rollout_is_written_once_by_whatever_books(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b'{"rid":"r2"', b"{", b"\xff\xfe", b"x" * 200_000])
 def test_a_torn_end_is_cut_off_and_written_over(tmp_path: Path, torn: bytes) -> None:
     books = Books(tmp_path, record_traces=True)
-    books.write(line("r1"), make_verdict("r1"))
+    books.write([Booking(line("r1"), make_verdict("r1"))])
     books.close()
     for name in ("rollouts.jsonl", "traces.jsonl"):
         with (tmp_path / name).open("ab") as file:
             file.write(torn)
     assert [one["rid"] for one in read_lines(tmp_path / "rollouts.jsonl")] == ["r1"]
     books = Books(tmp_path, record_traces=True)
-    assert books.booked == {"r1"}
-    books.write(line("r2"), make_verdict("r2"))
+    assert "r1" in books.booked and "r2" not in books.booked
+    books.write([Booking(line("r2"), make_verdict("r2"))])
     books.close()
     for name in ("rollouts.jsonl", "traces.jsonl"):
         assert [json.loads(one)["rid"] for one in (tmp_path / name).read_bytes().splitlines()] == ["r1", "r2"]
@@ -123,10 +123,37 @@ def test_a_torn_end_is_cut_off_and_written_over(tmp_path: Path, torn: bytes) -> 
 def test_a_file_that_is_nothing_but_a_torn_line_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "rollouts.jsonl").write_bytes(b'{"rid":"r1","arm"')
     books = Books(tmp_path, record_traces=False)
-    assert books.booked == set()
-    books.write(line("r1"), None)
+    assert "r1" not in books.booked
+    books.write([Booking(line("r1"))])
     books.close()
     assert [one["rid"] for one in read_lines(tmp_path / "rollouts.jsonl")] == ["r1"]
+
+
+def test_the_booked_take_no_room_however_many_they_are() -> None:
+    booked, others = Booked(), [rid_of(7), rid_of(0), "x1"]
+    for rid in others:
+        booked.add(rid)
+    assert all(rid in booked for rid in others)
+    assert rid_of(1) not in booked
+    assert booked.next_number == 8
+    for number in reversed(range(20_000)):
+        booked.add(rid_of(number))
+    assert booked.next_number == 20_000
+    assert rid_of(19_999) in booked and rid_of(20_000) not in booked
+    assert (booked._upto, len(booked._beyond)) == (20_000, 0)
+
+
+def test_a_trace_whose_rollout_was_not_booked_is_cut_off(tmp_path: Path) -> None:
+    """A crash between the two files leaves a trace that will be written again."""
+    books = Books(tmp_path, record_traces=True)
+    books.write([Booking(line("r1"), make_verdict("r1"))])
+    books.close()
+    with (tmp_path / "traces.jsonl").open("ab") as file:
+        file.write(json.dumps(trace_of(make_verdict("r2")), separators=(",", ":")).encode() + b"\n")
+    books = Books(tmp_path, record_traces=True)
+    books.write([Booking(line("r2"), make_verdict("r2"))])
+    books.close()
+    assert [one["rid"] for one in read_lines(tmp_path / "traces.jsonl")] == ["r1", "r2"]
 
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
@@ -148,9 +175,9 @@ def test_metrics_count_every_line_on_record_once_for_every_process(tmp_path: Pat
 
     before = seen()
     books = Books(tmp_path, record_traces=False)
-    books.write(line("r1"), None)
-    books.write(line("r2", ending="dropped", reason="stale", generated=3), None)
-    books.write(line("r2", ending="dropped", reason="stale", generated=3), None)
+    books.write([Booking(line("r1"))])
+    books.write([Booking(line("r2", ending="dropped", reason="stale", generated=3))])
+    books.write([Booking(line("r2", ending="dropped", reason="stale", generated=3))])
     books.close()
     once = [now - then for now, then in zip(seen(), before, strict=True)]
     assert once == [2, 10, 2, 2, 4, 1]

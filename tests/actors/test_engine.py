@@ -282,6 +282,43 @@ def test_a_resumed_rollout_goes_on_alike_from_any_split(student: PreTrainedModel
         assert whole(written[str(n)]) == full[n:]
 
 
+def bits(chunks: Sequence[ClosedChunk]) -> bytes:
+    """Everything that chunks say, to the last bit."""
+    parts = [
+        (c.tokens, c.support_ids, c.support_logprobs, c.tail_logprobs, c.rollout_logprobs, c.sampled_logprobs)
+        for c in chunks
+    ]
+    return b"".join(array.tobytes() for part in parts for array in part if array is not None)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_alone_no_bit_depends_on_slot_company_or_resumption(student: PreTrainedModel, slots: int) -> None:
+    prompt = prompt_of(6)
+    seed = long_seed(student, prompt, 12)
+    expected = alone(student, prompt, seed, alone=True)
+    tokens = np.array(whole(expected), dtype=np.int32)
+    engine = decoder(student, slots=slots, alone=True)
+    waiting = [place for place in range(0, len(tokens), 5) for _ in range(3)]  # where chunks begin
+    written: Written = {}
+    while waiting or engine.busy:
+        while waiting and engine.free:
+            key = f"{len(waiting)} at {waiting[-1]}"
+            if len(waiting) % 3:
+                engine.add(key, prompt, seed=seed, max_new_tokens=20, generated=tokens[: waiting[-1]])
+            else:
+                engine.add(f"company {len(waiting)}", prompt_of(28), seed=len(waiting), max_new_tokens=1 + len(waiting))
+            del waiting[-1]
+        collect(written, engine.step())
+    again = {key: chunks for key, chunks in written.items() if "company" not in key}
+    assert len(written) - len(again) == len(expected) == len(again) / 2 >= 3
+    for key, chunks in again.items():
+        assert bits(chunks) == bits(expected[int(key.split()[-1]) // 5 :]), key
+
+
+def test_alone_a_rollout_equals_plain_forwards(student: PreTrainedModel) -> None:
+    assert_written(student, prompt_of(17), 1, alone(student, prompt_of(17), 1, alone=True))
+
+
 def test_a_held_rollout_keeps_its_place_and_loses_nothing(student: PreTrainedModel) -> None:
     seed = long_seed(student, prompt_of(6), 12)
     expected = alone(student, prompt_of(6), seed)
@@ -770,6 +807,20 @@ def test_drop_frees_the_slot(teacher: PreTrainedModel) -> None:
     engine.drop("never seen")
     engine.score([request("c", 0, 3)])
     assert [engine.cached(key) for key in "abc"] == [-1, 3, 3]
+
+
+def test_a_score_from_nothing_has_the_same_bits_whatever_was_scored_before(teacher: PreTrainedModel) -> None:
+    asked = request("a", 10, 16, prefix=True)
+    (expected,) = scorer(teacher).score([asked])
+    engine = scorer(teacher)
+    for before in ([request("a", 0, 10)], [request("a", 0, 3), request("b", 0, 30), request("c", 0, 9)]):
+        engine.score(before)
+        engine.forget()
+        assert engine.cached("a") == -1
+        (scored,) = engine.score([asked])
+        assert scored.teacher_logprobs.tobytes() == expected.teacher_logprobs.tobytes()
+        assert scored.sampled.tobytes() == expected.sampled.tobytes()
+    assert_scored(teacher, asked, scored)
 
 
 def test_what_cannot_be_scored_is_refused(teacher: PreTrainedModel) -> None:

@@ -263,6 +263,93 @@ def test_a_prompt_that_is_too_long_ends_the_feeder(desk: Desk) -> None:
         desk.feeder.step(block_s=0.001)
 
 
+# --- admission, deterministic ---
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_batch_is_admitted_whole_once_the_one_before_is_judged_and_trained(
+    begin: Callable[..., Desk], restarted: bool
+) -> None:
+    """Also by a feeder that starts at any of these moments; `concurrency` and `max_staleness` do not count."""
+    desk = begin(
+        deterministic=True,
+        feeder={"concurrency": 3},
+        learner={"batch_size": 4, "max_steps": 3, "max_staleness": 3},
+    )
+    learner = desk.run.lease("learner")
+
+    def admitted() -> int:
+        if restarted:
+            desk.restart()
+        desk.go_on()
+        return desk.run.ledger()["admitted"]
+
+    def thresholds(rids: list[str]) -> set[bytes | None]:
+        return {desk.run.field(rid, "threshold") for rid in rids}
+
+    assert admitted() == 4
+    first = desk.take()
+    assert thresholds(first) == {b"inactive"}
+    desk.run.client.set(desk.run.key("threshold"), "0.25")
+    for rid, generated in ((first[1], None), (first[2], 3)):
+        desk.judge(rid, keep=0, train=0, generated=generated)
+        assert admitted() == 4
+    desk.die(first[3])
+    learner.call("publish", 7, 0, "v00000007.safetensors", "aa")  # again, by a learner that was started again
+    assert admitted() == 4  # one is still being written
+    desk.run.client.set(desk.run.key("threshold"), "0.5")
+    desk.judge(first[0])
+    desk.run.client.set(desk.run.key("threshold"), "0.75")
+    assert admitted() == 7  # two were empty, one died: all three are given back at once
+    more = desk.take()
+    assert thresholds(more) == {b"0.75"}
+    for rid in more:
+        desk.judge(rid)
+    assert admitted() == 7
+    learner.call("publish", 8, 1, "v00000008.safetensors", "aa")
+    assert admitted() == 11
+    desk.count(first[1], 3)  # what is booked, and when, moves nothing
+    second = desk.take()
+    assert {desk.head(rid).step for rid in first[:1] + more} == {0}
+    assert {desk.head(rid).step for rid in second} == {1}
+    learner.advance("covered", 1)
+    for rid in (first[0], *more):
+        desk.settle(rid)
+        assert admitted() == 11
+    for rid in second:
+        desk.judge(rid)
+    learner.call("publish", 9, 2, "v00000009.safetensors", "aa")
+    assert admitted() == 15
+    third = desk.take()
+    for rid in third:
+        desk.judge(rid)
+    learner.call("publish", 10, 3, "v00000010.safetensors", "aa")
+    assert admitted() == 15  # the run is over
+
+
+def test_a_learner_that_fell_back_gets_anew_what_it_lost(begin: Callable[..., Desk]) -> None:
+    desk = begin(deterministic=True, learner={"batch_size": 4, "max_steps": 10})
+    learner = desk.run.lease("learner")
+    for step in (1, 2):
+        desk.go_on()
+        for rid in desk.take():
+            desk.judge(rid)
+            learner.advance("covered", step)
+            desk.settle(rid)
+        learner.advance("step", step)
+    desk.go_on()
+    assert desk.run.ledger()["admitted"] == 12
+    learner.advance("step", 0)  # both checkpoints were torn: 8 were trained for nothing, 4 are there
+    learner.advance("covered", 0)
+    for rid in desk.take():
+        desk.judge(rid)
+    desk.go_on()
+    assert desk.run.ledger()["admitted"] == 12
+    learner.advance("step", 1)
+    desk.go_on()
+    assert desk.run.ledger()["admitted"] == 16
+
+
 # --- lines, by hand ---
 
 
@@ -503,6 +590,122 @@ def test_an_ending_before_its_verdict_waits_for_it(desk: Desk) -> None:
     desk.judge(rid)
     desk.go_on()
     assert desk.lines()[rid]["tokens_trained"] == 3
+
+
+# --- what an operator sent back ---
+
+
+def bury(desk: Desk, *rids: str) -> None:
+    for rid in rids:
+        desk.die(rid)
+    desk.go_on()
+
+
+def send_back(desk: Desk, rid: str) -> None:
+    problem = desk.head(rid).problem
+    for entry, values in desk.run.client.xrange(desk.run.key("dead")):
+        if values[b"rid"] == rid.encode():
+            assert desk.run.plane.call("again", entry, rid, problem) == [b"ok"]
+
+
+def test_what_is_sent_back_is_a_new_admission_of_the_same_problem(begin: Callable[..., Desk]) -> None:
+    desk = begin(feeder={"concurrency": 6}, data={"num_generations": 2})
+    desk.go_on()
+    bury(desk, "r000000003")
+    assert desk.run.ledger() == {"admitted": 7, "dead": 1}
+    send_back(desk, "r000000003")
+    desk.go_on()
+    assert desk.run.entries("again") == [{"rid": "r000000003", "problem": "1"}]  # until there is room
+    bury(desk, "r000000000", "r000000001")
+    assert desk.run.ledger() == {"admitted": 9, "dead": 3}
+    assert desk.run.entries("again") == []
+    assert (desk.head("r000000007").problem, desk.head("r000000008").problem) == (1, 4)
+    assert desk.head("r000000007").prompt.tolist() == [2]
+    assert desk.head("r000000007").seed != desk.feeder._head(3).seed
+    assert desk.run.field("r000000007", "problem") == b"1"
+    assert desk.run.field("r000000008", "problem") is None
+    bury(desk, "r000000007")  # it may die again, and be sent back again
+    send_back(desk, "r000000007")
+    bury(desk, "r000000002")
+    assert desk.head("r000000010").problem == 1
+    desk.finish_run()
+    desk.feeder._finish()
+    ledger = desk.feeder.ledger()
+    assert (ledger["admitted"], ledger["dead"], ledger["dropped"], ledger["open"]) == (11, 5, {"run_end": 6}, 0)
+    assert sorted(desk.lines()) == [f"r{number:09d}" for number in range(11)]
+    assert desk.lines()["r000000003"]["ending"] == "dead"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_around_the_script_admits_what_was_sent_back_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    desk.go_on()
+    bury(desk, "r000000001", "r000000002")
+    send_back(desk, "r000000001")
+    send_back(desk, "r000000002")
+    desk.die("r000000003")
+    call = desk.feeder._lease.call
+
+    def dying(script: str, *args: Any) -> Any:
+        if script == "admit":
+            if when == "after":
+                call(script, *args)
+            raise Crash
+        return call(script, *args)
+
+    monkeypatch.setattr(desk.feeder._lease, "call", dying)
+    with pytest.raises(Crash):
+        desk.go_on()
+    assert len(desk.run.entries("again")) == (2 if when == "before" else 1)
+    desk.restart()
+    desk.go_on()
+    bury(desk, "r000000004", "r000000005")
+    assert desk.run.entries("again") == []
+    assert desk.run.ledger() == {"admitted": 11, "dead": 5}
+    resent = [desk.head(f"r{number:09d}") for number in range(8, 11)]
+    assert [head.problem for head in resent] == [1, 2, 10]
+
+
+def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.go_on()
+    bury(desk, "r000000001")
+    send_back(desk, "r000000001")
+    call = desk.feeder._lease.call
+    monkeypatch.setattr(desk.feeder._lease, "call", lambda *args: [b"full"] if args[0] == "admit" else call(*args))
+    bury(desk, "r000000002")
+    assert len(desk.run.entries("again")) == 1
+    monkeypatch.setattr(desk.feeder._lease, "call", call)
+    desk.go_on()
+    assert desk.head("r000000007").problem == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"rid": "r000000001"}, "again.problem: not a number"),
+        ({"problem": "-1"}, "again.problem: not a number"),
+        ({"problem": "4000"}, "problem 4000: the prompt is too long"),
+    ],
+)
+def test_a_request_that_cannot_be_admitted_is_given_up_and_the_rest_flows(
+    desk: Desk, fields: dict[str, Any], told: str
+) -> None:
+    class Bounded(Counting):
+        def prompt(self, problem: int) -> Ints:
+            if problem >= 4000:
+                raise ValueError(f"problem {problem}: the prompt is too long")
+            return super().prompt(problem)
+
+    desk.feeder._source = Bounded()
+    desk.run.client.xadd(desk.run.key("again"), fields)
+    desk.run.client.xadd(desk.run.key("again"), {"problem": "70"})
+    desk.go_on()
+    assert desk.run.entries("again") == []
+    [letter] = desk.run.entries("dead")
+    assert (letter["rid"], letter["stage"], letter["reason"]) == ("", "again", told)
+    assert desk.run.ledger() == {"admitted": 6}
+    assert [desk.head(rid).problem for rid in desk.take()] == [70, 1, 2, 3, 4, 5]
 
 
 # --- the invariant ---

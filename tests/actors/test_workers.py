@@ -53,13 +53,13 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
     )
 
 
-def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 0.0) -> Path:
+def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 0.0, step: int = 0) -> Path:
     """Publish the student's weights, all of them moved by `change`, as the learner would."""
     own = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}  # that one is tied
     state = {name: (tensor + change).contiguous() for name, tensor in own.items()}
     folder = run.config.run_dir / "weights"
     ref = publish(folder, version, lambda path: save_file(state, path))
-    run.lease("learner").call("publish", ref.version, 0, ref.file, ref.sha256)
+    run.lease("learner").call("publish", ref.version, step, ref.file, ref.sha256)
     return folder / ref.file
 
 
@@ -73,6 +73,7 @@ def rollout_worker(run: Run, model: PreTrainedModel, name: str = "w1") -> Rollou
         teacher_top_k=8,
         chunk_tokens=CHUNK,
         prefill_tokens=256,
+        alone=run.config.deterministic,
     )
     return RolloutWorker(run.config, run.plane, decoder, worker=name, stop=threading.Event())
 
@@ -281,6 +282,98 @@ def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_ca
             p_tail = np.exp(float(support.tail_logprobs[row]))
             expected = (p * (np.log(p) - q[ids])).sum() + p_tail * (np.log(p_tail) - np.log(q_tail))
             assert divergence[row] == pytest.approx(expected, abs=2e-4, rel=1e-3)
+
+
+# --- deterministic ---
+
+
+@pytest.fixture
+def exact(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
+    return start(
+        embedded_redis,
+        deterministic=True,
+        rollout={"chunk_tokens": CHUNK, "max_completion_length": LENGTH, "slots": 3, "max_unscored_chunks": 2},
+        teacher={"slots": 2},
+        data={"max_prompt_length": 16},
+        termination={"teacher_top_k": 8},
+    )
+
+
+def admit_for(run: Run, rid: str, seed: int, step: int) -> None:
+    assert run.admit(rid, prompt=PROMPT, seed=seed, max_new_tokens=LENGTH, step=step) == b"ok"
+
+
+def on_record(run: Run, rid: str) -> list[tuple[bytes | None, ...]]:
+    """What is trained on, chunk by chunk, as it is stored; who wrote it, and under which version, is left out."""
+    record = run.plane.rollout(rid)
+    return [
+        (one.tokens.tobytes(), *(record.get(b"%s:%d" % (kind, one.seq)) for kind in (b"p", b"q", b"d")))
+        for one in stored(run, rid)
+    ]
+
+
+def test_stops_restarts_and_other_teachers_change_no_bit_in_deterministic_mode(
+    exact: Run, student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    seed = long_seed(exact, student)
+    announce(exact, student, 0)
+    for rid in ("r1", "r2", "r3"):
+        admit_for(exact, rid, seed, step=0)
+    writer, scorer = rollout_worker(exact, student, "one"), teacher_worker(exact, teacher)
+    while any(exact.field(rid, "finish") is None for rid in ("r1", "r2", "r3")):
+        writer.step()
+        scorer.step(block_s=0.001)
+    while scorer.step(block_s=0.001):
+        pass
+    expected = on_record(exact, "r1")
+    assert len(expected) >= 5
+    assert all(None not in chunk for chunk in expected)
+    assert on_record(exact, "r2") == on_record(exact, "r3") == expected
+
+    admit_for(exact, "r4", seed, step=0)
+    for turns in range(3, 60, 7):  # stopped in the middle of chunks, in prefill, while held
+        if exact.field("r4", "finish") is not None:
+            break
+        # The weights are announced again, as by a learner that was started again.
+        announce(exact, student, turns)
+        writer = rollout_worker(exact, student, f"w{turns}")
+        admit_for(exact, f"other{turns}", turns, step=0)
+        assert writer._wait_for_weights()
+        for _ in range(turns):
+            writer.step()
+        writer._drain()
+        fresh = teacher_worker(exact, teacher, f"t{turns}")
+        for _ in range(turns % 4):
+            fresh.step(block_s=0.001)
+    else:
+        raise AssertionError("r4 was never written to its end")
+    while scorer.step(block_s=0.001):
+        pass
+    assert on_record(exact, "r4") == expected
+
+
+def test_a_rollout_waits_for_the_weights_of_its_step(exact: Run, student: PreTrainedModel) -> None:
+    seed = long_seed(exact, student)
+    announce(exact, student, 5, step=1)
+    writer = rollout_worker(exact, student)
+    admit_for(exact, "r1", seed, step=1)
+    turn(writer, wrote(exact, "r1", 1))
+    # Weights of a learner that went back are not taken while what is written is not theirs.
+    announce(exact, student, 6, step=0, change=0.5)
+    admit_for(exact, "r2", seed, step=2)
+    for _ in range(20):
+        writer._due.clear()
+        writer.step()
+    assert exact.field("r2", "owner") is None
+    assert int(exact.field("r2", "chunks") or 0) == 0
+    announce(exact, student, 7, step=2, change=0.5)
+    exact.plane.fail("r1", "rollout", "as if judged: r1 is of an earlier step", max_attempts=1)
+    writer._due.clear()
+    turn(writer, wrote(exact, "r2", 1))
+    assert {chunk.policy_version for chunk in stored(exact, "r1")} == {5}
+    assert {chunk.policy_version for chunk in stored(exact, "r2")} == {7}
+    assert exact.field("r2", "claims") is None, "being handed back is no failure"
+    assert tokens_of(exact, "r2")[:CHUNK] != tokens_of(exact, "r1")[:CHUNK]
 
 
 def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_flows(

@@ -231,7 +231,7 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts() -> None:
 
 def test_what_follows_the_first_equals_sign_is_the_value() -> None:
     assert parse(LEAST, ["student.model=a=b"]).student.model == "a=b"
-    assert parse(LEAST, ["redis.url=redis://h:1/0?x=y"]).redis.url == "redis://h:1/0?x=y"
+    assert parse(LEAST, ["redis.url=unix:///s?db=1"]).redis.url == "unix:///s?db=1"
 
 
 def test_overrides_leave_what_an_alias_shares_alone() -> None:
@@ -391,5 +391,92 @@ def test_a_resumed_run_may_not_change_what_is_on_record(item: str, words: str) -
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("learner.weight_sync_steps=2", "learner.weight_sync_steps is 2; with deterministic only 1 is allowed"),
+        ("teacher.device=cuda", "teacher.device is 'cuda'; with deterministic only 'cpu' is allowed"),
+    ],
+)
+def test_what_deterministic_does_not_go_with(item: str, words: str) -> None:
+    parse(LEAST, [item])
+    with pytest.raises(ConfigError) as caught:
+        parse(LEAST, ["deterministic=true", item])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["rollout.threads", "learner.threads", "learner.micro_batch_tokens"])
+def test_a_deterministic_run_may_not_change_the_order_of_its_sums(key: str) -> None:
+    check_resume(parse(LEAST), parse(LEAST, [f"{key}=3"]))
+    before = parse(LEAST, ["deterministic=true"])
+    check_resume(before, parse(LEAST, ["deterministic=true", "rollout.slots=3", "learner.max_steps=7"]))
+    with pytest.raises(ConfigError, match=f"{key}: .* cannot become 3"):
+        check_resume(before, parse(LEAST, ["deterministic=true", f"{key}=3"]))
+    with pytest.raises(ConfigError, match="deterministic: True cannot become False"):
+        check_resume(before, parse(LEAST))
+
+
 def test_every_resumable_key_exists() -> None:
     assert {name for name, _, _ in keys()} >= RESUMABLE
+
+
+# --- who a role is to Redis ---
+
+SERVED = LEAST + "redis: {url: 'redis://h:6379/0'"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LEAST + "redis: {url: 'redis://:s3cret@h:1/0'}", "redis.url: user and password do not belong into a URL"),
+        (LEAST + "redis: {url: 'redis://me:s3cret@h:1/0'}", "redis.username and redis.password_file"),
+        (LEAST + "redis: {url: 'redis://h:1/0?password=s3cret'}", "redis.username and redis.password_file"),
+        (LEAST + "redis: {url: 'redis://:s3/cret@h:1/0'}", "redis.username and redis.password_file"),
+        (LEAST + "redis: {url: 'redis://:s3cret#@h:1/0'}", "redis.username and redis.password_file"),
+        (SERVED + ", broker_url: 'unix://:s3cret@/s'}", "redis.broker_url: user and password do not belong"),
+        (LEAST + "redis: {url: 'rediss://h:1/0?ssl_cert_reqs=none'}", "allowed: redis://HOST:PORT/DB"),
+        (LEAST + "redis: {url: 'http://h:1/0'}", "allowed: redis://HOST:PORT/DB"),
+        (LEAST + "redis: {url: 'redis://h:1;redis://g:1'}", "allowed: redis://HOST:PORT/DB"),
+        (LEAST + "redis: {url: h}", "allowed: redis://HOST:PORT/DB"),
+        (LEAST + "redis: {password_file: s3cret}", "redis: password_file needs redis.url"),
+        (LEAST + "redis: {ca_file: s3cret}", "redis: ca_file needs redis.url"),
+        (SERVED + ", username: s3cret}", "redis: username needs password_file"),
+        (SERVED + ", password_file: '{rolle}'}", "redis: password_file: {role} is all that is filled in"),
+        (SERVED + ", username: '{role', password_file: p}", "redis: username: {role} is all that is filled in"),
+        (SERVED + ", cert_file: c}", "redis: cert_file and key_file need each other"),
+        (SERVED + ", ca_file: c}", "redis: ca_file is for TLS: url or broker_url must begin with rediss://"),
+    ],
+)
+def test_what_lets_nobody_in_is_refused_and_no_secret_is_shown(text: str, words: str) -> None:
+    message = refusal(text)
+    assert words in message
+    assert "s3" not in message
+
+
+def test_a_role_is_filled_in() -> None:
+    names = {"username": "k-{role}", "password_file": "/s/{role}", "ca_file": "c", "cert_file": "d", "key_file": "k"}
+    config = parse(LEAST + yaml.safe_dump({"redis": {"url": "rediss://h:1/0", **names}}))
+    assert config.redis.access("learner") == names | {"username": "k-learner", "password_file": "/s/learner"}
+    assert parse(config.to_yaml()) == config
+    assert set(parse(LEAST).redis.access("learner").values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("url", "broker"),
+    [
+        ("redis://h:1/0", "redis://h:1/1"),
+        ("redis://h", "redis://h/1"),
+        ("rediss://[::1]:6379/3", "rediss://[::1]:6379/1"),
+        ("unix:///a b/redis.sock?db=0", "unix:///a b/redis.sock?db=1"),
+    ],
+)
+def test_the_broker_is_database_1_unless_it_is_named(url: str, broker: str) -> None:
+    assert parse(LEAST, [f"redis.url='{url}'"]).redis.broker == broker
+    assert parse(LEAST, [f"redis.url='{url}'", "redis.broker_url='redis://b:1/2'"]).redis.broker == "redis://b:1/2"
+
+
+def test_text_that_cannot_be_printed_is_refused() -> None:
+    for text in ("a\\0b", "a\\nb", "\\ud800", "a\\Lb"):
+        assert "runs_dir: a character in it cannot be printed" in refusal(LEAST + f'runs_dir: "{text}"')
+    assert "options: a character in it" in refusal(LEAST + 'data: {options: {"a\\0": 1}}')
+    assert parse(LEAST + "runs_dir: /läufe/走").runs_dir == "/läufe/走"

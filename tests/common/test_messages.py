@@ -66,6 +66,7 @@ def heads(draw: Any) -> RolloutHead:
         problem=draw(counts),
         seed=draw(st.integers(0, 2**63 - 1)),
         max_new_tokens=draw(st.integers(1, 2**31)),
+        step=draw(maybe(counts)),
         prompt=draw(int_array(st.integers(1, 20))),
     )
 
@@ -77,6 +78,7 @@ def tokens(draw: Any) -> ChunkTokens:
         start=draw(counts),
         policy_version=draw(counts),
         finish=draw(st.sampled_from([None, "eos", "length"])),
+        writer=draw(st.from_regex(r"[a-z0-9]{1,40}", fullmatch=True)),
         digest=draw(st.binary(min_size=16, max_size=16)),
         tokens=draw(int_array(st.integers(1, 20))),
     )

@@ -64,12 +64,24 @@ def test_files_can_be_read_by_others_as_far_as_the_umask_lets_them(tmp_path: Pat
 @pytest.mark.parametrize(
     "name",
     ["../v00000001.safetensors", "/etc/passwd", "v1.safetensors", "v00000001.safetensors\n", "v00000001.safetensors~",
-     "w/v00000001.safetensors", "", "v00000001.bin", "v٠٠٠٠٠٠٠١.safetensors"],
+     "w/v00000001.safetensors", "w/../v00000001.safetensors", "..", "\0", "", "v00000001.bin", "v٠٠٠٠٠٠٠١.safetensors"],
 )  # fmt: skip
 def test_names_that_could_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     put(tmp_path, 1)
     with pytest.raises(BadWeights, match="not the name of a weights file"):
         verified(tmp_path, WeightsRef(1, name, "00"))
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    ref = put(tmp_path / "elsewhere", 1, b"secret")
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / ref.file).symlink_to(tmp_path / "elsewhere" / ref.file)
+    with pytest.raises(BadWeights, match="leads out of its folder"):
+        verified(folder, ref)
+    # The folder itself may be a link: a run's folder may lie on another disk.
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    assert verified(tmp_path / "linked", ref).read_bytes() == b"secret"
 
 
 def test_missing_torn_and_other_weights_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from samples import Run, make_verdict
 
-import learner.train
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from learner.checkpoint import load_newest
 from learner.train import Learner
@@ -24,6 +23,16 @@ MODELS = {name: str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("studen
 
 class Crash(RuntimeError):
     """Where the learner is killed."""
+
+
+MADE: list[Learner] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while MADE:
+        MADE.pop().close()
 
 
 @pytest.fixture
@@ -45,6 +54,7 @@ def make_learner(run: Run) -> Learner:
     pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
     learner_ = Learner(run.config, run.plane, pair, threading.Event())
     learner_._lease.take(threading.Event())
+    MADE.append(learner_)
     return learner_
 
 
@@ -125,7 +135,7 @@ def test_killed_between_checkpoint_and_acknowledgement_it_acknowledges_and_does_
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(learner.train, "settle", crash)
+        patch.setattr(first._intake, "settle", crash)
         with pytest.raises(Crash):
             take_step(first)
     assert endings(run) == []

@@ -15,8 +15,15 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from samples import Run, make_config, start_run
 
-from common.streams import Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
+import common.streams
+from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
 from ops.embedded import EmbeddedRedis
+
+
+@pytest.fixture(autouse=True)
+def hurried_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here blocks for long: the reader's connection may give up as soon as the writer's."""
+    monkeypatch.setattr(common.streams, "_LONGEST_BLOCK_S", 0.0)
 
 
 def impatient(server: EmbeddedRedis, timeout_s: float) -> redis.Redis:
@@ -156,14 +163,14 @@ def test_lost_groups_are_made_again_from_the_beginning(run: Run) -> None:
     assert run.pending("finished") == 1
 
 
-@pytest.mark.parametrize("how", ["read", "read_pending", "claim_idle"])
+@pytest.mark.parametrize("how", ["read", "adopt", "claim_idle"])
 def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     run.judged("r1")
     destroy_groups(run)
     if how == "read":
         run.plane.read("arbiter", "arbiter", ["scores"], count=10, block_s=0)
-    elif how == "read_pending":
-        assert run.plane.read_pending("learner", "learner", "trajectories") == []
+    elif how == "adopt":
+        assert run.lease("learner").adopt("trajectories", "learner") == []
     else:
         assert run.plane.claim_idle("chunks:0", "teacher", "t1", idle_s=0.0, count=10) == []
     [(_, (_, fields))] = run.plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
@@ -272,7 +279,7 @@ def test_a_redis_that_comes_back_from_its_append_only_file_is_gone_on_with(
     again.start()
     assert run.score("r3") == b"ok"
     again.join()
-    assert not run.plane.may_claim
+    assert run.plane._stalled_until > 0, "nobody claims for a while after a failed call"
     assert run.settle("r1", entry) == [b"ok", 1]
     assert run.ledger() == {"admitted": 5}
     assert [taken[0] for taken in run.take("w2", "n2")] == [b"r5"]
@@ -330,14 +337,72 @@ def test_an_error_that_is_not_redis_being_away_is_not_waited_out(run: Run) -> No
         run.plane.call("chunk", "r1", "n", 0, b"", b"", 0, 1, "")
 
 
-def test_what_is_pending_is_read_whole_however_much_it_is(run: Run) -> None:
+@pytest.mark.parametrize("lost", ["groups", "streams"])
+def test_adoption_survives_lost_groups_and_streams(run: Run, lost: str) -> None:
+    lease = run.lease("arbiter")
+    destroy_groups(run)
+    if lost == "streams":
+        run.client.delete(*(run.key(stream) for stream, _ in run.plane.groups))
+    assert lease.adopt("scores", "arbiter") == []
+    run.client.xadd(run.key("scores"), {"rid": "r1"})
+    assert len(run.plane.read("arbiter", lease.token, ["scores"], count=10, block_s=0)) == 1
+
+
+def test_all_that_a_former_holder_was_given_is_adopted_however_much_it_is(run: Run) -> None:
     pipe = run.client.pipeline()
     for number in range(2300):
         pipe.xadd(run.key("scores"), {"rid": f"r{number}"})
     pipe.execute()
-    run.plane.read("arbiter", "arbiter", ["scores"], count=5000, block_s=0)
-    entries = run.plane.read_pending("arbiter", "arbiter", "scores")
+    for consumer in ("first", "second"):
+        run.plane.read("arbiter", consumer, ["scores"], count=1150, block_s=0)
+    entries = run.lease("arbiter").adopt("scores", "arbiter")
     assert [fields[b"rid"] for _, fields in entries] == [b"r%d" % number for number in range(2300)]
+    assert run.lease("arbiter").adopt("scores", "arbiter") == []
+    names = [facts["name"] for facts in run.client.xinfo_consumers(run.key("scores"), "arbiter")]
+    assert names == [run.lease("arbiter").token.encode()]
+
+
+def test_what_a_former_holder_reads_after_its_lease_is_adopted_and_what_was_deleted_is_let_go(run: Run) -> None:
+    lease = run.lease("learner")
+    assert lease.adopt("trajectories", "learner") == []
+    gone = run.client.xadd(run.key("trajectories"), {"rid": "r0"})
+    run.client.xadd(run.key("trajectories"), {"rid": "r1"})
+    run.plane.read("learner", "paused", ["trajectories"], count=10, block_s=0)
+    run.client.xdel(run.key("trajectories"), gone)
+    assert [fields for _, fields in lease.adopt("trajectories", "learner")] == [{b"rid": b"r1"}]
+    assert run.pending("trajectories") == 1
+
+
+def test_a_former_holder_adopts_nothing(run: Run) -> None:
+    former = run.lease("learner")
+    run.client.delete(run.key("lease:learner"))
+    Lease(run.plane, "learner", 600.0).take(threading.Event())
+    with pytest.raises(LeaseLost):
+        former.adopt("trajectories", "learner")
+    with pytest.raises(LeaseLost), former.exclusively(Path(run.config.runs_dir) / "lock"):
+        pytest.fail("a former holder got in")
+
+
+def test_who_takes_over_waits_until_a_former_holder_has_left_its_file(run: Run, tmp_path: Path) -> None:
+    former, order = run.lease("learner"), []
+    inside = threading.Event()
+
+    def write() -> None:
+        with former.exclusively(tmp_path / "lock"):
+            inside.set()
+            time.sleep(0.3)
+            order.append("former")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    inside.wait()
+    run.client.delete(run.key("lease:learner"))
+    new = Lease(run.plane, "learner", 600.0)
+    new.take(threading.Event())
+    with new.exclusively(tmp_path / "lock"):
+        order.append("new")
+    thread.join()
+    assert order == ["former", "new"]
 
 
 def test_the_shard_of_a_rollout_is_its_crc32(run: Run) -> None:
@@ -346,19 +411,18 @@ def test_the_shard_of_a_rollout_is_its_crc32(run: Run) -> None:
 
 
 def test_after_a_lost_answer_nothing_is_given_twice(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> None:
-    """What a reader took up at its start, or read before, is in its hands already."""
+    """What a reader read before is in its hands already."""
     run = start(own_redis)
     for number in range(3):
         run.client.xadd(run.key("trajectories"), {"rid": f"r{number}"})
-    run.plane.read("learner", "learner", ["trajectories"], count=3, block_s=0)
     plane = open_plane(run.config, impatient(own_redis, 0.3), run.plane.run_key)
-    assert len(plane.read_pending("learner", "learner", "trajectories")) == 3
+    assert len(plane.read("learner", "l1", ["trajectories"], count=3, block_s=0)) == 3
     os.kill(own_redis.pid, signal.SIGSTOP)
     timer = threading.Timer(0.5, os.kill, (own_redis.pid, signal.SIGCONT))
     timer.start()
-    assert plane.read("learner", "learner", ["trajectories"], count=10, block_s=0) == []
+    assert plane.read("learner", "l1", ["trajectories"], count=10, block_s=0) == []
     timer.join()
     run.client.xadd(run.key("trajectories"), {"rid": "r3"})
-    [(_, (_, fields))] = plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
+    [(_, (_, fields))] = plane.read("learner", "l1", ["trajectories"], count=10, block_s=0)
     assert fields == {b"rid": b"r3"}
     plane.client.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 from samples import Run, make_head, make_score_support, make_verdict
 
 from common.streams import Lease, LeaseLost, Plane, RunGone, create_run, current_run
+from ops.embedded import EmbeddedRedis
 
 
 def idle_for(ms: int) -> int:
@@ -443,7 +445,7 @@ def test_booking_twice_counts_once_and_removes_the_record(run: Run) -> None:
     entry = run.judged("r1")
     run.settle("r1", entry)
     run.plane.read("books", "feeder", ["finished"], count=100, block_s=0)
-    entries = [one for one, _ in run.plane.read_pending("books", "feeder", "finished")]
+    entries = [one for one, _ in run.given("books", "feeder", "finished")]
     assert run.book("r1", "trained", *entries) == [b"ok", 1]
     assert run.book("r1", "trained", *entries) == [b"ok", 0]
     assert run.ledger() == {"admitted": 1, "trained": 1}
@@ -520,6 +522,116 @@ def test_a_notice_that_names_no_rollout_is_given_up_at_once(run: Run) -> None:
     assert run.plane.fail("", "scores", "no id", max_attempts=9, at=("scores", "arbiter", entry))
     assert (run.entries("scores"), run.pending("scores")) == ([], 0)
     assert len(run.entries("dead")) == 1
+
+
+# --- again ---
+
+
+def buried(run: Run, rid: str = "r1") -> str:
+    """A rollout that died and is booked; returns the letter's entry."""
+    run.admit(rid)
+    assert run.plane.fail(rid, "rollout", "why", max_attempts=1)
+    assert run.book(rid, "dead") == [b"ok", 1]
+    [(entry, _)] = run.client.xrevrange(run.key("dead"), count=1)
+    return str(entry.decode())
+
+
+def request(run: Run) -> bytes:
+    [(entry, _)] = run.client.xrange(run.key("again"))
+    return bytes(entry)
+
+
+def resend(run: Run, rid: str, entry: bytes, cursor: int) -> bytes:
+    args = (rid, make_head(rid, problem=7).encode(), cursor, "", entry, 7)
+    return bytes(run.lease("feeder").call("admit", *args)[0])
+
+
+def test_what_is_sent_back_becomes_a_request_and_letter_and_record_go_with_it(run: Run) -> None:
+    entry = buried(run)
+    assert run.plane.call("again", entry, "r1", "7") == [b"ok"]
+    assert run.entries("again") == [{"rid": "r1", "problem": "7"}]
+    assert run.entries("dead") == []
+    assert run.plane.rollout("r1") == {}
+    assert run.ledger() == {"admitted": 1, "dead": 1}
+    assert run.plane.call("again", entry, "r1", "7") == [b"absent"]
+    assert len(run.entries("again")) == 1
+
+
+def test_of_two_letters_on_one_rollout_only_one_sends_it_back(run: Run) -> None:
+    first = buried(run)
+    run.plane.fail("r1", "teacher", "why", max_attempts=1)
+    [_, (second, _)] = run.client.xrange(run.key("dead"))
+    assert run.plane.call("again", second, "r1", "7") == [b"ok"]
+    assert run.plane.call("again", first, "r1", "7") == [b"none"]
+    assert len(run.entries("again")) == 1
+    assert run.plane.call("again", first, "r1", "") == [b"ok"]
+    assert run.entries("dead") == []
+
+
+@pytest.mark.parametrize("problem", ["7", ""])
+def test_a_rollout_is_booked_before_it_is_sent_back_or_removed(run: Run, problem: str) -> None:
+    run.admit("r1")
+    run.plane.fail("r1", "rollout", "why", max_attempts=1)
+    [(entry, _)] = run.client.xrange(run.key("dead"))
+    assert run.plane.call("again", entry, "r1", problem) == [b"open"]
+    assert run.field("r1", "head") is not None
+    assert (len(run.entries("dead")), run.entries("again")) == (1, [])
+
+
+def test_a_run_that_is_over_takes_nothing_back_and_lets_it_be_removed(run: Run) -> None:
+    entry = buried(run)
+    run.lease("learner").advance("state", "trained")
+    assert run.plane.call("again", entry, "r1", "7") == [b"ended"]
+    assert run.field("r1", "head") is not None
+    assert run.plane.call("again", entry, "r1", "") == [b"ok"]
+    assert (run.entries("dead"), run.entries("again")) == ([], [])
+    assert run.plane.rollout("r1") == {}
+
+
+def test_a_letter_on_a_notice_is_removed_by_itself(run: Run) -> None:
+    run.admit("r1")
+    run.plane.fail("", "scores", "no id", max_attempts=1)
+    [(entry, _)] = run.client.xrange(run.key("dead"))
+    assert run.plane.call("again", entry, "", "7") == [b"none"]
+    assert run.plane.call("again", entry, "", "") == [b"ok"]
+    assert run.entries("dead") == []
+    assert run.field("r1", "head") is not None
+
+
+def test_admission_takes_the_request_off_once(run: Run) -> None:
+    run.plane.call("again", buried(run), "r1", "7")
+    entry = request(run)
+    assert resend(run, "r2", entry, 2) == b"ok"
+    assert run.entries("again") == []
+    assert run.field("r2", "problem") == b"7"
+    assert run.field("r2", "threshold") is None
+    assert run.ledger() == {"admitted": 2, "dead": 1}
+    # The same call again, because its answer was lost; and another that still has the request in its hand.
+    assert resend(run, "r2", entry, 2) == b"ok"
+    assert resend(run, "r3", entry, 3) == b"taken"
+    assert run.client.smembers(run.key("open")) == {b"r2"}
+    assert run.client.get(run.key("cursor")) == b"2"
+    assert run.ledger() == {"admitted": 2, "dead": 1}
+
+
+def test_a_request_that_was_given_up_leaves_its_stream(run: Run) -> None:
+    entry = run.client.xadd(run.key("again"), {"rid": "r1"})
+    assert run.plane.fail("", "again", "no problem", max_attempts=1, at=("again", "", entry))
+    assert run.entries("again") == []
+    assert len(run.entries("dead")) == 1
+
+
+@pytest.mark.parametrize("share", [0.8, 1.5])
+def test_a_full_redis_keeps_the_request(own_redis: EmbeddedRedis, start: Callable[..., Run], share: float) -> None:
+    run = start(own_redis)
+    entry = buried(run)
+    run.client.config_set("maxmemory", int(run.client.info("memory")["used_memory"] / share))
+    assert run.plane.call("again", entry, "r1", "7") == [b"ok"]  # it takes off more than it adds
+    assert resend(run, "r2", request(run), 2) == b"full"
+    assert run.plane.rollout("r2") == {}
+    run.client.config_set("maxmemory", 0)
+    assert resend(run, "r2", request(run), 2) == b"ok"
+    assert run.entries("again") == []
 
 
 # --- publish, advance ---
@@ -633,10 +745,13 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive"),
         "settle": ("t",),
         "book": ("t", "r1", ""),
-        "fail": ("r1", "s", "r", 1, b"", "", "", ""),
+        "fail": ("r1", "s", "r", 1, b"", "", "", "", "x"),
         "publish": ("t", 1, 1, "f", "s"),
         "advance": ("learner", "t", "step", 1),
+        "again": ("1-1", "r1", "0"),
         "lease": ("learner", "t", 10, "take"),
+        "adopt": ("learner", "t", "trajectories", "learner", 10),
+        "close": ("t", "scores", "arbiter"),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))
@@ -647,6 +762,56 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         learner.call("publish", 1, 1, "f", "s")
     assert set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")) == before
     assert run.plane.state() is None
+
+
+def test_a_report_that_arrives_twice_counts_once(run: Run) -> None:
+    run.admit("r1")
+    args = ("r1", "teacher", "why", 3, b"", "", "", b"", "report-1")
+    assert [run.plane.call("fail", *args) for _ in range(3)] == [[b"again", 1]] * 3
+    assert run.plane.call("fail", *args[:-1], "report-2") == [b"again", 2]
+    last = (*args[:-1], "report-3")
+    assert [run.plane.call("fail", *last) for _ in range(2)] == [[b"dead"]] * 2
+    assert len(run.entries("dead")) == 1
+
+
+def test_a_malformed_notice_that_is_reported_twice_is_one_dead_letter(run: Run) -> None:
+    entry = run.client.xadd(run.key("scores"), {"junk": "1"})
+    args = ("", "scores", "why", 1, b"", "scores", "arbiter", entry, "report")
+    assert [run.plane.call("fail", *args) for _ in range(2)] == [[b"dead"]] * 2
+    assert len(run.entries("dead")) == 1
+
+
+def test_a_closed_run_has_empty_streams_and_its_groups(run: Run) -> None:
+    run.judged("r1")
+    run.admit("r2")
+    run.take()
+    run.lease("feeder").call("close", *(part for pair in run.plane.groups for part in pair))
+    for stream, group in run.plane.groups:
+        assert run.client.xlen(run.key(stream)) == 0
+        assert run.client.xpending(run.key(stream), group)["pending"] == 0
+    run.admit("r3")
+    assert [taken[0] for taken in run.take()] == [b"r3"]
+
+
+def test_every_owner_of_a_rollout_stands_in_its_record(run: Run) -> None:
+    run.admit("r1")
+    run.take("w1", "n1")
+    run.chunk("r1", "n1")
+    assert run.take("w2", "n2", idle_ms=0) == []
+    time.sleep(0.02)
+    [taken] = run.take("w2", "n2", idle_ms=10)
+    assert taken[2] == b"1"
+    assert run.field("r1", "owners") == b"n1 0 n2 1 "
+    assert run.field("r1", "owner") == b"n2"
+
+
+def test_a_second_notice_in_prompts_is_taken_off_and_owns_nothing(run: Run) -> None:
+    run.admit("r1")
+    run.client.xadd(run.key("prompts"), {"rid": "r1"})
+    assert len(run.take("w1", "n1")) == 1
+    assert run.take("w2", "n2") == []
+    assert run.field("r1", "owner") == b"n1"
+    assert len(run.entries("prompts")) == 1
 
 
 def test_creating_a_run_that_exists_changes_nothing(run: Run) -> None:

@@ -1,0 +1,25 @@
+-- feeder, arbiter, learner. lease role, lease token, stream, group, most entries -> ok, then the adopted entries | lost
+-- Each holder of a lease reads under a name of its own, its token. What a former holder was given and has not
+-- acknowledged is taken over here, also what it read after its lease had gone (it was paused and went on).
+local role, token, stream, group, most = ARGV[2], ARGV[3], key(ARGV[4]), ARGV[5], tonumber(ARGV[6])
+if not holds_lease(role, token) then return {'lost'} end
+if redis.call('EXISTS', stream) == 0 then return redis.error_reply('NOGROUP no such stream') end
+even_when_full()
+local reply = {'ok'}
+for _, facts in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+  local name, pending = facts[2], facts[4]
+  if name ~= token and pending == 0 then
+    redis.call('XGROUP', 'DELCONSUMER', stream, group, name)
+  elseif name ~= token then
+    for _, waiting in ipairs(redis.call('XPENDING', stream, group, '-', '+', most - #reply + 1, name)) do
+      local claimed = redis.call('XCLAIM', stream, group, token, 0, waiting[1])
+      if claimed[1] then
+        reply[#reply + 1] = claimed[1]
+      else
+        redis.call('XACK', stream, group, waiting[1])  -- deleted while pending
+      end
+    end
+    if #reply > most then return reply end
+  end
+end
+return reply

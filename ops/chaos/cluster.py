@@ -1,0 +1,324 @@
+"""The run that faults are injected into: `katana run` as its users start it, on a Redis that the harness owns.
+
+The run knows nothing of the harness. It is given a Redis whose socket is the harness's proxy, and processes are found
+by their command lines, as an operator would find them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from actors.books import read_lines
+from common.config import Config
+from common.streams import Plane, open_plane
+from ops.chaos.proxy import RedisProxy
+from ops.embedded import EmbeddedRedis
+from ops.rundir import read_run_key
+
+ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
+WORKERS = ("rollout", "teacher")
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+_RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five times within a minute
+
+
+class RunEnded(RuntimeError):
+    """`katana run` ended while faults were injected. The message holds its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where the work of a run has got to; any change means that somebody has done something."""
+
+    chunks: bytes  # the last notice that a rollout worker gave a teacher
+    scores: bytes  # the last notice that a teacher gave the arbiter
+    verdicts: bytes  # the last notice that the arbiter gave the learner
+    trained: float  # when the last step was taken
+    admitted: int
+
+
+class Cluster:
+    """`katana run` under test. Use as a context manager; leaving it ends everything that it started."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = config.run_dir
+        self.beside = config.run_dir.with_name(f"{config.name}.redis")  # outside: a fresh run wants an empty folder
+        self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
+        self.clocks = self.beside / "clocks"
+        self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
+        self._sockets = Path(tempfile.mkdtemp(prefix="katana-"))
+        self.proxy = RedisProxy(
+            self._sockets / "redis.sock",
+            Path(self.redis.url.removeprefix("unix://").partition("?")[0]),
+            random.Random(config.seed),
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._extra: dict[int, subprocess.Popen[bytes]] = {}
+        self._ended: dict[str, deque[float]] = defaultdict(deque)
+        self._lock = threading.Lock()
+        self._plane: Plane | None = None
+
+    # --- start and end -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Cluster:
+        shutil.rmtree(self.beside, ignore_errors=True)
+        self.clocks.mkdir(parents=True)
+        self.redis.start()
+        self.proxy.start()
+        self.launch("--fresh")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for pid in [*self._extra, *(pid for role in ROLES for pid in self.pids(role))]:
+            _signal(pid, signal.SIGCONT)
+        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(25)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for role in ROLES:
+            for pid in self.pids(role):
+                _signal(pid, signal.SIGKILL)
+        if self._plane is not None:
+            self._plane.client.close()
+        self.proxy.close()
+        self.redis.stop()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def launch(self, *flags: str, overrides: dict[str, Any] | None = None) -> None:
+        """Start `katana run` (or, with `--resume`, go on). Its output goes to chaos.log beside the run's folder."""
+        source = self.folder / "config.yaml" if "--resume" in flags else self.beside / "config.yaml"
+        if "--resume" not in flags:
+            socket = self._sockets / "redis.sock"
+            tree = self.config.model_dump()
+            tree["redis"] |= {"url": f"unix://{socket}?db=0", "broker_url": f"unix://{socket}?db=1"}
+            source.write_text(Config.model_validate(tree).to_yaml())
+        sets = [part for key, value in (overrides or {}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ops.cli", "run", str(source), *sets, *flags],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment(),
+                start_new_session=True,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        shim = str(Path(__file__).parent / "shim")
+        path = os.pathsep.join([shim, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return os.environ | {"PYTHONPATH": path, "KATANA_CHAOS_CLOCK": str(self.clocks), "PYTHONUNBUFFERED": "1"}
+
+    @property
+    def log_path(self) -> Path:
+        return self.beside / "chaos.log"
+
+    def stop(self, timeout_s: float = 40.0) -> int:
+        """Ctrl-C. Returns the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait for `katana run` to end. Raises RunEnded, with what it said, when it does not."""
+        assert self.process is not None
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RunEnded(f"katana run did not end within {timeout_s:.0f} s: {self.last_words()}") from None
+
+    def check_alive(self) -> None:
+        """Raises RunEnded when `katana run` has ended."""
+        if self.process is None or self.process.poll() is not None:
+            raise RunEnded(f"katana run ended: {self.last_words()}")
+
+    def last_words(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        return " | ".join(lines[-3:])[-800:]
+
+    # --- processes ---------------------------------------------------------------------------------------------
+
+    def pids(self, role: str) -> list[int]:
+        """Processes of a role that `katana run` started, the oldest first."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) in self._extra:
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                begun = int((entry / "stat").read_text().rpartition(")")[2].split()[19])
+            except (OSError, IndexError):
+                continue
+            if words[2:5] == [b"ops.cli", role.encode(), os.fsencode(self.folder / "config.yaml")]:
+                found.append((begun, int(entry.name)))
+        return [pid for _, pid in sorted(found)]
+
+    def victim(self, role: str, rng: random.Random, timeout_s: float = 60.0) -> int:
+        """A process of the role that is at work (a worker: one that has said so), the oldest half preferred."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.check_alive()
+            pids = self.pids(role)
+            if role in WORKERS:
+                live = set(self.worker_names(role))
+                pids = [pid for pid in pids if pid in live]
+            if pids:
+                return rng.choice(pids)
+            time.sleep(0.2)
+        raise RunEnded(f"no {role} came to work within {timeout_s:.0f} s")
+
+    def worker_names(self, role: str) -> dict[int, str]:
+        """Live workers of a role: pid → the name that they have in Redis."""
+        try:
+            live = self.plane.live(within_s=3 * self.config.liveness.heartbeat_s)
+        except redis.exceptions.RedisError:
+            return {}
+        names = [name for name, facts in live.items() if facts.get("role") == role]
+        return {int(name.split("-")[-2]): name for name in names}
+
+    def whole(self) -> bool:
+        """Every process is there, and every worker at work."""
+        wanted = dict.fromkeys(ROLES, 1) | {
+            "rollout": self.config.rollout.workers,
+            "teacher": self.config.teacher.workers,
+        }
+        if any(len(self.pids(role)) < count for role, count in wanted.items()):
+            return False
+        leases = [self.plane.client.exists(self.key(f"lease:{role}")) for role in ("feeder", "arbiter", "learner")]
+        return all(leases) and all(
+            len(self.worker_names(role)) >= wanted[role] and set(self.worker_names(role)) <= set(self.pids(role))
+            for role in WORKERS
+        )
+
+    def spend_restart(self, role: str, times: int = 1) -> None:
+        """Wait until a role may be ended once more without its supervisor giving it up."""
+        while True:
+            with self._lock:
+                ended, now = self._ended[role], time.monotonic()
+                while ended and now - ended[0] > 60:
+                    ended.popleft()
+                if len(ended) + times <= _RESTARTS_A_MINUTE + (times > 1):
+                    ended.extend([now] * times)
+                    return
+            time.sleep(0.5)
+
+    @contextlib.contextmanager
+    def replacement(self, role: str) -> Any:
+        """A second process of a role, on the same run; ended on leaving."""
+        config = str(self.folder / "config.yaml")
+        with self.log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ops.cli", role, config, "--set", "metrics.port=0"],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+        self._extra[process.pid] = process
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            del self._extra[process.pid]
+
+    # --- the run in Redis, past the proxy ----------------------------------------------------------------------
+
+    @property
+    def run_key(self) -> str:
+        return read_run_key(self.folder)
+
+    @property
+    def plane(self) -> Plane:
+        if self._plane is None:
+            # Its own reads and writes may be repeated: it asks until Redis is back.
+            client = redis.Redis.from_url(
+                self.redis.url, socket_timeout=30.0, retry=Retry(ConstantBackoff(0.1), 300), retry_on_error=[*_AWAY]
+            )
+            self._plane = open_plane(self.config, client, self.run_key)
+        return self._plane
+
+    def key(self, name: str) -> str:
+        return self.plane.key(name)
+
+    def stage(self) -> Stage | None:
+        """Where the work has got to; None while Redis does not answer or does not know the run."""
+        client = self.plane.client
+        pipe = client.pipeline(transaction=False)
+        shards = self.plane.shards
+        for name in (*(f"chunks:{shard}" for shard in range(shards)), "scores", "trajectories"):
+            pipe.xinfo_stream(self.key(name))
+        pipe.get(self.key("cursor"))
+        try:
+            *streams, cursor = pipe.execute(raise_on_error=False)
+        except (redis.exceptions.RedisError, OSError):
+            return None
+        if any(isinstance(one, Exception) for one in streams):
+            return None
+        last = [one["last-generated-id"] for one in streams]
+        steps = _last_line(self.folder / "metrics.jsonl")
+        return Stage(
+            chunks=max(last[:shards], key=_order),
+            scores=last[shards],
+            verdicts=last[shards + 1],
+            trained=float(steps.get("unix_s", 0.0)),
+            admitted=int(cursor or 0),
+        )
+
+    def steps(self) -> int:
+        return int(_last_line(self.folder / "metrics.jsonl").get("step", 0))
+
+    def open_rollouts(self) -> set[str]:
+        return {rid.decode() for rid in self.plane.client.smembers(self.key("open"))}
+
+    def trained_since(self, step: int) -> set[str]:
+        """Rollouts of the steps behind `step`."""
+        lines = read_lines(self.folder / "trained.jsonl")
+        return {rid for line in lines if line["step"] > step for rid in line["rids"]}
+
+
+def _order(entry: bytes) -> tuple[int, ...]:
+    return tuple(int(part) for part in entry.split(b"-"))
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            lines = [line for line in file.read().split(b"\n")[:-1] if line]
+        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,381 @@
+"""The faults: what is done to a run, from outside, as it happens to real clusters.
+
+Each is a function of the cluster, a random generator and the scene; it returns when the fault is over (a killed
+process is not waited for). What it does on purpose to a record it notes in the scene first, so that the checker knows
+what to excuse; a fault that found nothing to strike raises Missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.messages import ChunkTokens, MessageError, ScoreDivergence
+from common.weights import newest_version
+from ops.chaos.cluster import WORKERS, Cluster
+from ops.chaos.proxy import Hits
+from ops.chaos.recovery import held_by
+
+_ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
+_MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
+_TRY_S = 30.0  # how long a fault looks for something to strike
+
+
+class Missed(RuntimeError):
+    """The fault found nothing to strike."""
+
+
+@dataclass(slots=True)
+class Scene:
+    """What was done on purpose, for the checker to excuse. Faults run in threads: changes are single operations."""
+
+    poisoned: set[str] = field(default_factory=set)
+    rolled_back: set[str] = field(default_factory=set)
+    redis_lost: int = 0
+    broken_notices: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+Inject = Callable[[Cluster, random.Random, Scene, int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again."""
+
+    name: str
+    inject: Inject
+    role: str | None = None
+    moves: tuple[str, ...] = _ALL
+
+    @property
+    def others_take_over(self) -> bool:
+        """Whether the rest of the run is whole, so that it recovers while the victim is still dead or stopped."""
+        return self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint"))
+
+    @property
+    def costs_restart(self) -> bool:
+        """Whether the struck process ends, so that its supervisor starts another."""
+        ends = self.name.startswith(("kill-", "term-", "torn-checkpoint"))
+        return ends or (self.name.startswith("pause-") and self.role not in WORKERS)
+
+
+def _kill(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
+    os.kill(pid, signal.SIGKILL)
+    return "kill -9"
+
+
+def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
+    os.kill(pid, signal.SIGTERM)
+    return "SIGTERM"
+
+
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
+    """Stopped until others have taken over what it held; it goes on at a moment when they are at work on it."""
+    began = time.monotonic()
+    with _stopped(pid):
+        held = held_by(cluster, role, pid)
+        name = cluster.worker_names(role).get(pid, "").encode()
+        limit = 3 * cluster.config.liveness.claim_s
+        while time.monotonic() - began < limit and not _taken_over(cluster, held.rollouts, name):
+            if role == "teacher" and time.monotonic() - began > cluster.config.liveness.claim_s + 2:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.choice((0.0, rng.uniform(0, 1))))
+    return f"stopped {time.monotonic() - began:.1f} s"
+
+
+def _taken_over(cluster: Cluster, rollouts: dict[str, int], name: bytes) -> bool:
+    if not rollouts:
+        return False
+    workers = cluster.plane.fields((rid, ["worker"]) for rid in rollouts)
+    return any(worker not in (None, name) for (worker,) in workers)
+
+
+def _pause_holder(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
+    """The holder of a lease stopped, its replacement started and at work, then the former one goes on."""
+    began = time.monotonic()
+    holder = cluster.key(f"holder:{role}")
+    before = cluster.plane.client.get(holder)
+    with cluster.replacement(role):
+        with _stopped(pid):
+            limit = cluster.config.liveness.learner_lease_s + 45
+            while cluster.plane.client.get(holder) == before and time.monotonic() - began < limit:
+                time.sleep(0.05)
+            taken = cluster.plane.client.get(holder) != before
+            time.sleep(rng.uniform(0.2, 1.5))
+        time.sleep(rng.uniform(1.0, 3.0))  # both run: the former one must notice
+    return f"stopped {time.monotonic() - began:.1f} s, {'replaced' if taken else 'not replaced in time'}"
+
+
+def _redis_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
+    with cluster.busy_redis:
+        os.kill(cluster.redis.pid, signal.SIGKILL)
+        time.sleep(3.0)
+        cluster.redis.start()
+    return "down for 3 s, append-only file kept"
+
+
+def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> str:
+    for role in ("arbiter", "feeder", "learner"):
+        cluster.spend_restart(role, times=2)
+    with cluster.busy_redis:
+        scene.redis_lost += 1
+        os.kill(cluster.redis.pid, signal.SIGKILL)
+        time.sleep(1.0)
+        for path in cluster.beside.iterdir():
+            if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        cluster.redis.start()
+    return "down for 1 s, nothing left on disk"
+
+
+def _redis_pause(_cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    seconds = rng.choice((3.0, 5.0, 8.0, 20.0))
+    with _cluster.busy_redis, _stopped(_cluster.redis.pid):
+        time.sleep(seconds)
+    return f"stopped {seconds:.0f} s"
+
+
+def _redis_full(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    client, seconds = cluster.plane.client, rng.uniform(2.0, 6.0)
+    with cluster.busy_redis:
+        used = client.info("memory")["used_memory"]
+        client.config_set("maxmemory", int(used * 0.97))
+        try:
+            time.sleep(seconds)
+        finally:
+            client.config_set("maxmemory", cluster.config.redis.maxmemory_mb << 20)
+    return f"{used >> 10} kB in use, 97 % of it allowed for {seconds:.1f} s"
+
+
+def _network(cluster: Cluster, rng: random.Random, _: Scene, __: int, what: str) -> str:
+    """Spoil one worker's connection until it has been hit at least once."""
+    deadline = time.monotonic() + _TRY_S
+    while time.monotonic() < deadline:
+        role = rng.choice(WORKERS)
+        pid, seconds = cluster.victim(role, rng), rng.uniform(2.0, 4.0)
+        hits = _spoil(cluster, rng, pid, what, seconds)
+        time.sleep(seconds)
+        if total := sum(astuple(hits)):
+            return f"{role} for {seconds:.1f} s: {total} times"
+    raise Missed(f"no request of a worker came through within {_TRY_S:.0f} s")
+
+
+def _spoil(cluster: Cluster, rng: random.Random, pid: int, what: str, seconds: float) -> Hits:
+    if what == "delay":
+        return cluster.proxy.delay(pid, rng.uniform(0.05, 0.5), seconds)
+    if what == "duplicate":
+        return cluster.proxy.duplicate(pid, seconds, reads=True)
+    if what == "swap":
+        return cluster.proxy.swap(pid, seconds, reads=True)
+    return cluster.proxy.cut(pid)
+
+
+# --- what is broken on purpose ------------------------------------------------------------------------------------
+
+_JUNK: dict[str, tuple[dict[str, bytes], ...]] = {
+    "prompts": ({"rid": b"\xff\xfe"}, {"nothing": b"here"}, {"rid": b"x" * 500}, {"rid": b"r999999999"}),
+    "chunks": (
+        {"rid": b"r0", "seq": b"-1"},
+        {"rid": b"r0"},
+        {"rid": b"../../etc", "seq": b"0"},
+        {"rid": b"r0", "seq": b"9" * 19},
+        {"rid": b"r999999999", "seq": b"0"},
+    ),
+    "scores": ({"rid": b"\x00\x01"}, {"r": b"r0"}, {"rid": b""}, {"rid": b"r999999999"}),
+    "trajectories": ({"rid": b"r999999999"}, {"rid": b"{}"}, {"body": b"\x93\x01\x02\x03"}),
+    "finished": (
+        {"kind": b"verdict", "rid": b"r999999999", "body": b"\xc1\xc1\xc1"},
+        {"kind": b"ending", "rid": b"r999999999", "ending": b"sold"},
+        {"kind": b"count", "rid": b"r999999999", "generated": b"-7"},
+        {"rid": b"r999999999"},
+        {"kind": b"verdict", "body": b"\x9a" + b"\x90" * 4000},
+    ),
+}
+
+
+def _malformed(cluster: Cluster, rng: random.Random, scene: Scene, _: int, stream: str) -> str:
+    """Put an entry into a stream that no one of ours writes; wait until it was taken off."""
+    fields: Any = rng.choice(_JUNK[stream])
+    name = f"chunks:{rng.randrange(cluster.plane.shards)}" if stream == "chunks" else stream
+    client, key = cluster.plane.client, cluster.key(name)
+    with cluster.busy_redis:
+        scene.broken_notices += 1
+        entry = client.xadd(key, fields)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # Redis may be away by another fault: it is asked again
+            if not client.xrange(key, entry, entry):
+                return f"{fields!r:.60} taken off"
+        time.sleep(0.05)
+    raise TimeoutError(f"{fields!r:.60} still stands in {name}")
+
+
+# Only where nobody has judged it yet, and noted before it is done.
+_CORRUPT = """
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HEXISTS', KEYS[1], 'verdict') == 1 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
+"""
+
+
+def _poison(cluster: Cluster, rng: random.Random, scene: Scene, _: int) -> str:
+    """Corrupt the record of a rollout that is being written or scored."""
+    deadline = time.monotonic() + _TRY_S
+    client = cluster.plane.client
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):
+            rids = sorted(cluster.open_rollouts() - scene.poisoned)
+            rid = rng.choice(rids)
+            record = cluster.plane.rollout(rid)
+            if b"verdict" not in record and b"head" in record:
+                name, value, how = _broken(rng, record)
+                with scene.lock:
+                    scene.poisoned.add(rid)
+                if client.eval(_CORRUPT, 1, cluster.key(f"rollout:{rid}"), name, value):
+                    return f"{rid}: {how}"
+                with scene.lock:
+                    scene.poisoned.discard(rid)
+        time.sleep(0.1)
+    raise Missed("no rollout without a verdict was open")
+
+
+def _broken(rng: random.Random, record: dict[bytes, bytes]) -> tuple[str, bytes, str]:
+    """A field of a rollout's hash, what to write there, and what is wrong with it."""
+    last = int(record.get(b"chunks", b"0")) - 1
+    choices: list[tuple[str, bytes, str]] = [("head", b"\xc1 not msgpack", "head is no msgpack")]
+    if last >= 0:
+        chunk = record[b"t:%d" % last]
+        choices += [
+            (f"t:{last}", chunk[: len(chunk) // 2], "tokens cut off in the middle"),
+            (f"t:{last}", _out_of_range(chunk), "token ids outside the vocabulary"),
+            (f"p:{last}", record[b"p:%d" % last][:-5] + b"\x00\x00\xc0\x7f\x00", "support of wrong sizes"),
+            (f"d:{last}", _not_a_number(last), "a divergence that is no number"),
+            ("threshold", b"nan", "a threshold that is no number"),
+        ]
+    return rng.choice(choices)
+
+
+def _out_of_range(encoded: bytes) -> bytes:
+    try:
+        chunk = ChunkTokens.decode(encoded)
+    except MessageError:
+        return b""
+    return encoded.replace(chunk.tokens.tobytes(), np.full(len(chunk.tokens), 1 << 30, np.int32).tobytes())
+
+
+def _not_a_number(seq: int) -> bytes:
+    good = ScoreDivergence(seq=seq, divergence=np.array([0.5, 0.5], np.float32))
+    return good.encode().replace(np.float32(0.5).tobytes(), np.float32(np.nan).tobytes())
+
+
+def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> str:
+    """A teacher that gets a tenth of its time."""
+    seconds = rng.uniform(4.0, 8.0)
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            with _stopped(pid):
+                time.sleep(0.18)
+            time.sleep(0.02)
+    return f"a tenth of its time for {seconds:.1f} s"
+
+
+def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: int) -> str:
+    """Tear the newest checkpoint and kill the learner, which must go on from the one before."""
+    with _stopped(pid):
+        folders = sorted((cluster.folder / "checkpoints").glob("step-????????"))
+        if len(folders) < 2:
+            raise Missed("there are not two whole checkpoints")
+        newest, before = folders[-1], folders[-2]
+        with scene.lock:
+            scene.rolled_back |= cluster.trained_since(int(before.name[5:]))
+        path = rng.choice(sorted(newest.iterdir()))
+        _tear(path, rng)
+        os.kill(pid, signal.SIGKILL)
+    return f"{newest.name}/{path.name}"
+
+
+def _torn_weights(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> str:
+    """Tear a published file before one of the rollout workers has read it."""
+    folder = cluster.folder / "weights"
+    with _stopped(pid):
+        version = newest_version(folder)
+        deadline = time.monotonic() + cluster.config.liveness.claim_s * 0.75
+        while newest_version(folder) == version:
+            if time.monotonic() > deadline:
+                raise Missed("no weights were published while the worker was stopped")
+            time.sleep(0.005)
+        path = folder / f"v{newest_version(folder):08d}.safetensors"
+        _tear(path, rng)
+    return path.name
+
+
+def _tear(path: Path, rng: random.Random) -> None:
+    """Cut a file off, or change a byte of it."""
+    data = bytearray(path.read_bytes())
+    place = rng.randrange(len(data))
+    if rng.random() < 0.5:
+        data = data[:place]
+    else:
+        data[place] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def _clock(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    """Shift the wall clock of one process, of any role, back or forth by a minute to ten days."""
+    role = rng.choice(list(_MOVES))
+    pid = cluster.victim(role, rng)
+    shift = rng.choice((-1, 1)) * rng.choice((60.0, 3600.0, 864_000.0))
+    path = cluster.clocks / str(pid)
+    path.write_text(str(shift))
+    time.sleep(rng.uniform(3.0, 6.0))
+    path.unlink()
+    return f"{role} by {shift:+.0f} s"
+
+
+def _kinds() -> Iterator[Kind]:
+    for role, what in _MOVES.items():
+        pause = _pause_worker if role in WORKERS else _pause_holder
+        yield Kind(f"kill-{role}", _kill, role, (what,))
+        yield Kind(f"term-{role}", _terminate, role, (what,))
+        yield Kind(f"pause-{role}", partial(pause, role=role), role, (what,))
+    yield Kind("redis-kill", _redis_kill)
+    yield Kind("redis-lose", _redis_lose)
+    yield Kind("redis-pause", _redis_pause)
+    yield Kind("redis-full", _redis_full)
+    for what in ("delay", "duplicate", "swap", "cut"):
+        yield Kind(f"net-{what}", partial(_network, what=what))
+    for stream in _JUNK:
+        yield Kind(f"malformed-{stream}", partial(_malformed, stream=stream))
+    yield Kind("poison-rollout", _poison)
+    yield Kind("slow-teacher", _slow_teacher, "teacher")
+    yield Kind("torn-checkpoint", _torn_checkpoint, "learner", ("trained",))
+    yield Kind("torn-weights", _torn_weights, "rollout")
+    yield Kind("clock-shift", _clock)
+
+
+KINDS = {kind.name: kind for kind in _kinds()}

@@ -1,0 +1,230 @@
+"""`katana chaos`: a run under a schedule of faults that is drawn from a seed, then the checker.
+
+First the faults that are injected alone, each into a whole run, so that the time until it has recovered means
+something; then the others, which overlap. Then calm: whatever was open must come to its end. The run is then
+interrupted, resumed with a few steps to go, and ends; the checker reads its folder and its Redis.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import redis
+
+from common.config import Config, ConfigError
+from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
+from ops.chaos.cluster import WORKERS, Cluster, RunEnded
+from ops.chaos.faults import KINDS, Kind, Missed, Scene
+from ops.chaos.records import Violation
+from ops.chaos.recovery import Held, held_by, wait_recovered, wait_whole
+from ops.chaos.schedule import Fault, Result, schedule
+from ops.chaos.table import describe
+from ops.check import check
+from ops.rundir import move_aside, write_json
+
+_GAP_S = 2.0  # mean time between two faults that may overlap
+_AT_ONCE = 6  # most faults under way at a time
+_TRIES = 6  # of a fault that finds nothing to strike
+_START_S, _END_S = 180.0, 240.0
+CALM_S = 120.0  # how long what is open when the faults end may take
+_NEVER = 10_000_000  # steps: the run is ended by the harness
+
+
+def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_s: float = CALM_S) -> Result:
+    """Run, injure, check. The run's folder and `chaos.json` in it stay.
+
+    Raises ConfigError and ModelError before anything is started.
+    """
+    result = Result(seed, schedule(seed, faults, kinds))
+    config = prepared(config)
+    scene = Scene()
+    began = time.monotonic()
+    with Cluster(config) as cluster:
+        try:
+            begin(cluster)
+            _inject_all(cluster, scene, result, began)
+            result.violations += end(cluster, scene, calm_s)
+            result.counts = asdict(count_folder(cluster.folder))
+        except (RunEnded, TimeoutError, redis.exceptions.RedisError) as error:
+            result.violations.append(Violation("the run goes on", "", str(error)))
+    result.wall_s = time.monotonic() - began
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(config.run_dir / "chaos.json", asdict(result))
+    return result
+
+
+def prepared(config: Config) -> Config:
+    """The config with what the harness needs; a former run of its name is moved aside.
+
+    Raises ConfigError and ModelError for one that it cannot work with.
+    """
+    if config.redis.url is not None:
+        raise ConfigError(
+            "redis.url: the harness stops, fills and kills its Redis, so it brings its own; leave it unset"
+        )
+    if config.checkpoints.keep < 3:
+        raise ConfigError("checkpoints.keep: torn checkpoints need at least 3, so that one before them is left")
+    tree = config.model_dump()
+    tree["feeder"] |= {"record_traces": True, "record_audit": True}
+    tree["learner"] |= {"max_steps": _NEVER}
+    config = Config.model_validate(tree)
+    for problem in check(config).problems:
+        raise ConfigError(problem)
+    if config.run_dir.exists():
+        move_aside(config.run_dir)
+    return config
+
+
+def begin(cluster: Cluster) -> None:
+    """Wait until the run has taken its first steps. Raises RunEnded, TimeoutError."""
+    deadline = time.monotonic() + _START_S
+    while not (cluster.folder / "run.json").exists() or cluster.steps() < 3:
+        cluster.check_alive()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the run took no three steps within {_START_S:.0f} s: {cluster.last_words()}")
+        time.sleep(0.2)
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) -> None:
+    threads: list[threading.Thread] = []
+    ended: list[BaseException] = []
+    rng = random.Random(result.seed + 1)
+
+    def strike(fault: Fault) -> None:
+        try:
+            _inject(cluster, scene, fault, result, began)
+        except RunEnded as error:
+            ended.append(error)
+
+    for number, fault in enumerate(result.faults, start=1):
+        if ended:
+            break
+        if fault.alone:
+            strike(fault)
+            _say(number, fault, result)
+            continue
+        time.sleep(min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
+        while sum(thread.is_alive() for thread in threads) >= _AT_ONCE:
+            time.sleep(0.05)
+        threads.append(threading.Thread(target=strike, args=(fault,)))
+        threads[-1].start()
+        _say(number, fault, result)
+    for thread in threads:
+        thread.join()
+    if ended:
+        raise ended[0]
+
+
+def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: Result, began: float) -> None:
+    """Inject one fault; alone: into a whole run, and wait until it has recovered. Raises RunEnded."""
+    kind = KINDS[fault.kind]
+    for attempt in range(_TRIES):
+        try:
+            if fault.alone:
+                wait_whole(cluster)
+            _strike(cluster, scene, fault, kind, began, random.Random(fault.seed + attempt))
+            fault.survived = True
+            return
+        except Missed as miss:
+            fault.note = f"missed: {miss}"
+        except (ProcessLookupError, FileNotFoundError, redis.exceptions.ResponseError) as error:
+            fault.note = f"missed: {error}"  # another fault was there first
+        except TimeoutError as error:
+            fault.note = str(error)
+            result.violations.append(Violation("every fault is recovered from", "", f"{fault.kind}: {error}"))
+            return
+        time.sleep(1.0)
+
+
+def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: float, rng: random.Random) -> None:
+    if kind.costs_restart:
+        assert kind.role is not None
+        cluster.spend_restart(kind.role)
+    pid = cluster.victim(kind.role, rng) if kind.role else 0
+    if not fault.alone:
+        fault.at_s = time.monotonic() - began
+        fault.note = kind.inject(cluster, rng, scene, pid)
+        fault.injected = True
+        return
+    held = held_by(cluster, kind.role, pid) if kind.role in WORKERS else Held()
+    before, struck = cluster.stage(), time.monotonic()
+    fault.at_s = struck - began
+    with ThreadPoolExecutor(1) as pool:
+        # Whoever takes over does so while the victim is still stopped; what befalls all must be over first.
+        injecting = pool.submit(kind.inject, cluster, rng, scene, pid)
+        if not kind.others_take_over:
+            fault.note = injecting.result()
+            before = cluster.stage() or before
+        if before is not None:
+            fault.recovery_s = wait_recovered(cluster, before, held, struck, kind.moves)
+        fault.note = injecting.result()
+    fault.injected = True
+
+
+def _say(number: int, fault: Fault, result: Result) -> None:
+    recovery = f"recovered in {fault.recovery_s:.1f} s" if fault.recovery_s is not None else ""
+    how = "alone" if fault.alone else "overlapping"
+    print(f"[{number:>4} of {len(result.faults)}] {fault.kind:22} {how:12} {recovery}  {fault.note}", flush=True)
+
+
+# --- the end ------------------------------------------------------------------------------------------------------
+
+
+def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
+    """Calm, Ctrl-C, `--resume` with a few steps more, to the end; then what the checker finds. Raises RunEnded.
+
+    A run in which something will not come to its end cannot end itself either: that is said, and it is not resumed.
+    """
+    cursor, waiting = _calm(cluster, calm_s)
+    if waiting:
+        return [Violation("ended_once", rid, f"still open after {calm_s:g} s of calm") for rid in sorted(waiting)]
+    code = cluster.stop()
+    if code != 130:
+        raise RunEnded(f"interrupted, katana run ended with {code}: {cluster.last_words()}")
+    cluster.launch("--resume", overrides={"learner.max_steps": cluster.steps() + 4})
+    if code := cluster.wait(_END_S):
+        raise RunEnded(f"resumed, katana run ended with {code}: {cluster.last_words()}")
+    allowed = Allowed(
+        poisoned=frozenset(scene.poisoned),
+        redis_lost=scene.redis_lost,
+        rolled_back=frozenset(scene.rolled_back),
+        calm_cursor=cursor,
+        broken_notices=scene.broken_notices,
+    )
+    client = cluster.plane.client
+    return check_folder(cluster.folder, allowed) + check_redis(client, cluster.run_key, cluster.folder, allowed)
+
+
+def _calm(cluster: Cluster, calm_s: float) -> tuple[int, set[str]]:
+    """Wait for what was open when the faults ended: how many were admitted by then, and which are open still."""
+    wait_whole(cluster)
+    cursor = int(cluster.plane.client.get(cluster.key("cursor")) or 0)
+    waiting, deadline = cluster.open_rollouts(), time.monotonic() + calm_s
+    while waiting and time.monotonic() < deadline:
+        cluster.check_alive()
+        time.sleep(0.2)
+        waiting &= cluster.open_rollouts()
+    return cursor, waiting
+
+
+def run_chaos(config: Config, *, seeds: Sequence[int], faults: int, kinds: Sequence[str], calm_s: float) -> int:
+    """`katana chaos`: a run for each seed, a table over all. Returns the exit code."""
+    results = []
+    for seed in seeds:
+        named = config.model_copy(update={"name": f"{config.name}-{seed}"})
+        print(f"seed {seed}: {faults} faults, run in {named.run_dir}", flush=True)
+        results.append(chaos(named, seed=seed, faults=faults, kinds=kinds, calm_s=calm_s))
+    print(describe(results))
+    for result in results:
+        for one in result.violations[:50]:
+            print(f"violation (seed {result.seed}): {one.statement}: {one.rid} {one.detail}", file=sys.stderr)
+    return 0 if all(result.passed for result in results) else 1

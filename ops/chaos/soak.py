@@ -1,0 +1,103 @@
+"""`katana soak`: a run for a long time, its processes killed now and then; its memory must stay flat.
+
+The kills are those of `katana chaos`, drawn from a seed. What it holds against the run: a violation of the checker's
+statements, or memory of a process or of Redis that grows.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from dataclasses import asdict
+from typing import Any
+
+import redis
+
+from common.config import Config
+from ops.chaos.cluster import ROLES, Cluster, RunEnded
+from ops.chaos.faults import KINDS, Scene
+from ops.chaos.harness import CALM_S, begin, end, prepared
+from ops.chaos.memory import MemoryLog, draw, judge
+from ops.chaos.records import Violation
+from ops.rundir import write_json
+
+_KINDS = [f"{what}-{role}" for what in ("kill", "term") for role in ROLES]
+_GAP_S = 75.0  # mean time between two kills: most processes live for minutes, so that a slope can be seen
+_SAMPLE_S = 5.0
+
+
+def soak(config: Config, *, minutes: float, seed: int) -> int:
+    """Run for `minutes`; `soak.json`, `memory.jsonl` and `soak.png` in the run's folder. Returns the exit code.
+
+    Raises ConfigError and ModelError before anything is started.
+    """
+    config = prepared(config)
+    violations: list[Violation] = []
+    kills: list[dict[str, Any]] = []
+    with Cluster(config) as cluster:
+        try:
+            begin(cluster)
+            log = MemoryLog(cluster.folder / "memory.jsonl")
+            _kill_now_and_then(cluster, log, kills, minutes, random.Random(seed))
+            violations += end(cluster, Scene(), CALM_S)
+            for verdict in judge(log.path):
+                print(verdict)
+                if not verdict.flat:
+                    violations.append(Violation("memory stays flat", "", str(verdict)))
+            draw(
+                cluster.folder / "soak.png", log.path, f"{minutes:g} minutes, {len(kills)} processes ended, seed {seed}"
+            )
+        except (RunEnded, TimeoutError, redis.exceptions.RedisError) as error:
+            violations.append(Violation("the run goes on", "", str(error)))
+    write_json(config.run_dir / "soak.json", {"kills": kills, "violations": [asdict(one) for one in violations]})
+    print(f"{minutes:g} minutes, {len(kills)} processes ended: {len(violations)} violations")
+    for violation in violations[:50]:
+        print(f"violation: {violation.statement}: {violation.rid} {violation.detail}", file=sys.stderr)
+    return 1 if violations else 0
+
+
+def _kill_now_and_then(
+    cluster: Cluster, log: MemoryLog, kills: list[dict[str, Any]], minutes: float, rng: random.Random
+) -> None:
+    """Raises RunEnded."""
+    began = time.monotonic()
+    over = threading.Event()
+    sampler = threading.Thread(target=_keep_sampling, args=(cluster, log, over))
+    sampler.start()
+    try:
+        while True:
+            time.sleep(rng.expovariate(1 / _GAP_S))
+            if time.monotonic() - began > 60 * minutes:
+                return
+            kind = KINDS[rng.choice(_KINDS)]
+            assert kind.role is not None
+            cluster.spend_restart(kind.role)
+            note = kind.inject(cluster, rng, Scene(), cluster.victim(kind.role, rng))
+            kills.append({"kind": kind.name, "at_s": time.monotonic() - began, "note": note})
+            print(f"[{time.monotonic() - began:7.0f} s] {kind.name}", flush=True)
+    finally:
+        over.set()
+        sampler.join()
+
+
+def _keep_sampling(cluster: Cluster, log: MemoryLog, over: threading.Event) -> None:
+    places: dict[str, int] = {}
+    while not over.wait(_SAMPLE_S):
+        assert cluster.process is not None
+        places = _places(cluster, places)
+        used = cluster.plane.client.info("memory")["used_memory"]
+        log.add(places | {"katana run": cluster.process.pid}, used)
+
+
+def _places(cluster: Cluster, before: dict[str, int]) -> dict[str, int]:
+    """Name → pid; a process keeps its name, one that was started anew takes a name that is free."""
+    places: dict[str, int] = {}
+    for role in ROLES:
+        pids = cluster.pids(role)
+        names = [f"{role}-{number}" for number in range(len(pids))] if len(pids) > 1 else [role]
+        places |= {name: before[name] for name in names if before.get(name) in pids}
+        fresh = [pid for pid in pids if pid not in places.values()]
+        places |= dict(zip((name for name in names if name not in places), fresh, strict=False))
+    return places

@@ -1,0 +1,69 @@
+"""The fault harness on the real processes: every kind once; and three safeguards taken away, which it must notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.chaos.faults import KINDS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+CHAOS = ROOT / "ops" / "experiments" / "chaos.yaml"
+NEGATIVE = ROOT / "tests" / "negative"
+# Silent workers are given up sooner than by default: what is tested is what happens then.
+HASTY = ("liveness.heartbeat_s=0.5", "liveness.claim_s=3", "liveness.learner_lease_s=4")
+
+
+def injure(folder: Path, *flags: str, sabotage: str = "") -> tuple[int, str, dict[str, Any]]:
+    """Exit code, output and chaos.json of `katana chaos`."""
+    environment = dict(os.environ)
+    if sabotage:
+        environment |= {"KATANA_SABOTAGE": sabotage, "PYTHONPATH": str(NEGATIVE)}
+    sets = [part for item in (f"runs_dir={folder}", *HASTY) for part in ("--set", item)]
+    done = subprocess.run(
+        [sys.executable, "-m", "ops.cli", "chaos", str(CHAOS), "--seed", "5", *sets, *flags],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    output = done.stdout + done.stderr
+    path = folder / "chaos-5" / "chaos.json"
+    return done.returncode, output, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_every_kind_of_fault_is_survived_with_nothing_lost(tmp_path: Path) -> None:
+    code, output, result = injure(tmp_path, "--faults", str(len(KINDS)))
+    assert code == 0, output
+    assert result["violations"] == []
+    missed = [fault for fault in result["faults"] if not fault["injected"]]
+    assert len(missed) <= 2, missed
+    assert len(result["faults"]) - len(missed) >= 30
+    assert f"{len(KINDS) - len(missed)} faults of" in output
+    assert result["counts"]["trained"] > 0
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "statement", "kinds", "faults", "settings"),
+    [
+        ("owner", "owners_only", "pause-rollout", 4, ()),
+        ("early_ack", "booked_as_trained", "kill-learner", 2, ("checkpoints.every_steps=8",)),
+        ("trim", "ended_once", "kill-teacher", 2, ("redis.shards=1", "teacher.workers=1")),
+    ],
+)
+def test_a_safeguard_that_is_missing_is_noticed(
+    tmp_path: Path, sabotage: str, statement: str, kinds: str, faults: int, settings: tuple[str, ...]
+) -> None:
+    sets = [part for item in settings for part in ("--set", item)]
+    flags = ("--faults", str(faults), "--kinds", kinds, "--calm", "20", *sets)
+    code, output, result = injure(tmp_path, *flags, sabotage=sabotage)
+    assert code == 1, output
+    assert statement in {one["statement"] for one in result["violations"]}, output
