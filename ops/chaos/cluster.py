@@ -30,7 +30,7 @@ from actors.books import read_lines
 from common.config import Config
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
-from ops.embedded import EmbeddedRedis
+from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.rundir import read_run_key
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
@@ -124,6 +124,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 env=self._environment(),
                 start_new_session=True,
+                preexec_fn=end_with_parent(),
             )
 
     def _environment(self) -> dict[str, str]:

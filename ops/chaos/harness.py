@@ -8,6 +8,7 @@ interrupted, resumed with a few steps to go, and ends; the checker reads its fol
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import WORKERS, Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
 from ops.chaos.records import Violation
-from ops.chaos.recovery import Held, held_by, wait_recovered, wait_whole
+from ops.chaos.recovery import Held, holder_of, wait_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import Fault, Result, schedule
 from ops.chaos.table import describe
 from ops.check import check
@@ -62,8 +63,10 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
 def prepared(config: Config) -> Config:
     """The config with what the harness needs; a former run of its name is moved aside.
 
-    Raises ConfigError and ModelError for one that it cannot work with.
+    Raises ConfigError and ModelError for one that it cannot work with. From here on SIGTERM ends the harness as Ctrl-C
+    does: with everything that it started.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if config.redis.url is not None:
         raise ConfigError(
             "redis.url: the harness stops, fills and kills its Redis, so it brings its own; leave it unset"
@@ -115,7 +118,7 @@ def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) ->
         time.sleep(min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
         while sum(thread.is_alive() for thread in threads) >= _AT_ONCE:
             time.sleep(0.05)
-        threads.append(threading.Thread(target=strike, args=(fault,)))
+        threads.append(threading.Thread(target=strike, args=(fault,), daemon=True))
         threads[-1].start()
         _say(number, fault, result)
     for thread in threads:
@@ -155,7 +158,10 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
         fault.note = kind.inject(cluster, rng, scene, pid)
         fault.injected = True
         return
-    held = held_by(cluster, kind.role, pid) if kind.role in WORKERS else Held()
+    holder = holder_of(cluster, kind.role)
+    replaced = (kind.role, holder) if kind.role and holder and kind.others_take_over else None
+    # So that there is something to take over.
+    held = wait_holding(cluster, kind.role, pid) if kind.role in WORKERS and kind.others_take_over else Held()
     before, struck = cluster.stage(), time.monotonic()
     fault.at_s = struck - began
     with ThreadPoolExecutor(1) as pool:
@@ -165,7 +171,7 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
             fault.note = injecting.result()
             before = cluster.stage() or before
         if before is not None:
-            fault.recovery_s = wait_recovered(cluster, before, held, struck, kind.moves)
+            fault.recovery_s = wait_recovered(cluster, before, held, struck, kind.moves, replaced)
         fault.note = injecting.result()
     fault.injected = True
 

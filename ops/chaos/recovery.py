@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import redis
 
-from ops.chaos.cluster import Cluster, RunEnded, Stage
+from ops.chaos.cluster import WORKERS, Cluster, RunEnded, Stage
 
 RECOVERY_TIMEOUT_S = 120.0
 _POLL_S = 0.05
+_HOLDING_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +65,44 @@ def moved(before: Stage, now: Stage, what: tuple[str, ...]) -> bool:
     return all(getattr(before, name) != getattr(now, name) for name in what)
 
 
-def wait_recovered(cluster: Cluster, before: Stage, held: Held, began: float, what: tuple[str, ...]) -> float:
+def holder_of(cluster: Cluster, role: str | None) -> bytes | None:
+    """Who holds, or held last, the lease of a role; None for workers, who hold none."""
+    value = None if role is None or role in WORKERS else cluster.plane.client.get(cluster.key(f"holder:{role}"))
+    return value if isinstance(value, bytes) else None
+
+
+def wait_recovered(
+    cluster: Cluster, before: Stage, held: Held, began: float, what: tuple[str, ...], replaced: tuple[str, bytes] | None
+) -> float:
     """Seconds from `began` (monotonic) until `what` has moved and what was held has gone on.
 
-    Raises TimeoutError, RunEnded.
+    `replaced`: a role and its former holder, whose last deeds do not count: what has moved is looked at from the moment
+    when another holds the lease. Raises TimeoutError, RunEnded.
     """
     while time.monotonic() - began < RECOVERY_TIMEOUT_S:
         cluster.check_alive()
         try:
             now = cluster.stage()
-            if now is not None and moved(before, now, what) and gone_on(cluster, held):
+            if now is not None and replaced is not None and holder_of(cluster, replaced[0]) not in (None, replaced[1]):
+                before, replaced = now, None
+            elif now is not None and replaced is None and moved(before, now, what) and gone_on(cluster, held):
                 return time.monotonic() - began
         except (redis.exceptions.RedisError, OSError):
             pass  # Redis is away: the fault itself, or another one
         time.sleep(_POLL_S)
     raise TimeoutError(f"no recovery within {RECOVERY_TIMEOUT_S:.0f} s")
+
+
+def wait_holding(cluster: Cluster, role: str, pid: int) -> Held:
+    """What a worker holds, at a moment when it holds something. Raises TimeoutError."""
+    deadline = time.monotonic() + _HOLDING_S
+    while time.monotonic() < deadline:
+        cluster.check_alive()
+        held = held_by(cluster, role, pid)
+        if held.rollouts or held.notices:
+            return held
+        time.sleep(0.005)
+    raise TimeoutError(f"the {role} worker held nothing for {_HOLDING_S:.0f} s")
 
 
 def wait_whole(cluster: Cluster, timeout_s: float = 90.0) -> None:

@@ -18,7 +18,6 @@ with atheris.instrument_imports(include=["common.config", "yaml"]):
 from fuzzing import run
 from properties import WORDS, check_config, configs, mutate_bytes
 
-
 _SEEDS = [data for data in configs() if len(data) < 400]
 
 
