@@ -17,7 +17,7 @@ import numpy as np
 from common import metrics
 from common.config import Config, Termination
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
-from common.streams import Lease, Plane
+from common.streams import Lease, Plane, shown
 from common.termination import Cut, Detector, FixedLength, Kat, MinimaBuffer, NeverCut
 
 log = logging.getLogger("katana.arbiter")
@@ -141,7 +141,7 @@ class Arbiter:
                     "scores",
                     str(error),
                     max_attempts=1,
-                    shown=repr(values).encode(),
+                    shown=shown(values),
                     at=("scores", "arbiter", entry),
                 )
                 metrics.dead_letters.labels("scores").inc()

@@ -32,7 +32,7 @@ from actors.books import (
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.streams import Lease, LeaseLost, Plane
+from common.streams import Lease, LeaseLost, Plane, shown
 from common.weights import write_atomically
 
 log = logging.getLogger("katana.feeder")
@@ -230,7 +230,7 @@ class Feeder:
                 "finished",
                 str(error),
                 max_attempts=1,
-                shown=repr(values).encode()[:256],
+                shown=shown(values),
                 at=("finished", "books", entry),
             )
             metrics.dead_letters.labels("finished").inc()
@@ -391,8 +391,8 @@ class Feeder:
                 problem = read_number(values.get(b"problem"), "again.problem")
                 self._source.prompt(problem)
             except ValueError as error:
-                shown = repr(values).encode()
-                self._plane.fail("", "again", str(error), max_attempts=1, shown=shown, at=("again", "", entry))
+                at = ("again", "", entry)
+                self._plane.fail("", "again", str(error), max_attempts=1, shown=shown(values), at=at)
                 metrics.dead_letters.labels("again").inc()
                 continue
             found.append((entry, problem))

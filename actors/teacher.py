@@ -32,7 +32,7 @@ from common.messages import (
     read_rid,
     support_digest,
 )
-from common.streams import Entry, Plane, Stopping
+from common.streams import Entry, Plane, Stopping, shown
 
 log = logging.getLogger("katana.teacher")
 
@@ -125,7 +125,7 @@ class TeacherWorker:
                 seq = read_number(values.get(b"seq"), "chunks.seq", high=1 << 31)
             except MessageError as error:
                 self._plane.fail(
-                    "", "chunks", str(error), max_attempts=1, shown=repr(values).encode(), at=(stream, "teacher", entry)
+                    "", "chunks", str(error), max_attempts=1, shown=shown(values), at=(stream, "teacher", entry)
                 )
                 metrics.dead_letters.labels("chunks").inc()
                 continue

@@ -39,9 +39,10 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -290,8 +291,8 @@ class Plane:
         for (stream, _), answer in zip(pairs, pipe.execute(raise_on_error=False), strict=True):
             if not isinstance(answer, Exception):
                 self._last_read = {place: entry for place, entry in self._last_read.items() if place[0] != stream}
-            elif "BUSYGROUP" not in str(answer):
-                raise answer
+            elif "BUSYGROUP" not in str(answer) and not isinstance(answer, redis.exceptions.NoPermissionError):
+                raise answer  # a role that may make its own groups only leaves the others to theirs
 
     def _recreate_groups(self) -> None:
         """For a run whose groups were lost; a run that is gone altogether is not begun again. Raises RunGone."""
@@ -514,6 +515,11 @@ class Lease:
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
             self._plane.call("lease", self._role, self.token, self._ms, "drop")
+
+
+def shown(fields: Mapping[bytes, bytes]) -> bytes:
+    """What a dead letter shows of a notice: the beginning. Whoever wrote it may have written megabytes."""
+    return repr({name[:40]: value[:100] for name, value in islice(fields.items(), 4)}).encode()[:256]
 
 
 def _locked(file: IO[str]) -> bool:

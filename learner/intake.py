@@ -23,7 +23,7 @@ from common.messages import (
     Verdict,
     read_rid,
 )
-from common.streams import Lease, Plane
+from common.streams import Lease, Plane, shown
 from learner.batch import Trajectory
 
 Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
@@ -127,7 +127,7 @@ class Intake:
                 self._waiting.append(Received(entry, trajectory))
                 self._known.add(rid)
             except MessageError as error:
-                self._give_up(rid, str(error), entry, repr(values).encode())
+                self._give_up(rid, str(error), entry, shown(values))
 
     def _refusal(self, rid: str, record: dict[bytes, bytes]) -> str:
         """Why a notice has no trajectory to train on; '' where it has one."""
@@ -137,11 +137,11 @@ class Intake:
             return "a second notice of the same rollout"
         return "" if record.get(b"verdict", b"dead") != b"dead" else "its rollout has no verdict"
 
-    def _give_up(self, rid: str, reason: str, entry: bytes, shown: bytes) -> None:
+    def _give_up(self, rid: str, reason: str, entry: bytes, what: bytes) -> None:
         """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
         log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
         metrics.dead_letters.labels("trajectories").inc()
-        self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown)
+        self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=what)
         self.settle([(entry, rid, "dead", "trajectories", "")])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.config import Config, ConfigError, parse
-from common.streams import Plane, RedisUnavailable, connect, create_run, open_plane
+from common.streams import Plane, RedisUnavailable, create_run, open_plane
 from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.progress import Progress
 from ops.report import write_report
@@ -267,7 +267,7 @@ def clean(folder: Path) -> str:
 
 
 def _remove_keys(config: Config, run_key: str) -> int:
-    client = connect(str(config.redis.url), password_file=config.redis.password_file)
+    client = reach(config)
     plane = open_plane(config, client, run_key)
     live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
     if live:
