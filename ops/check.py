@@ -9,6 +9,7 @@ from typing import Any
 
 from common.config import Config, ConfigError
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
+from ops.roles import reach
 from ops.source import TaskSource
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -138,14 +139,28 @@ def bytes_in_flight(config: Config) -> int:
 def _check_redis(config: Config, found: Findings) -> None:
     need = bytes_in_flight(config)
     found.lines.append(f"redis      at most {need / _MB:,.0f} MB in flight")
-    if config.redis.url is None:
-        room = 0.75 * config.redis.maxmemory_mb * _MB
-        if need > room:
+    limit, where = config.redis.maxmemory_mb * _MB, "redis.maxmemory_mb"
+    if config.redis.url is not None:
+        try:
+            memory = reach(config).info("memory")
+        except ConfigError as error:
+            found.unchecked.append(str(error))
+            return
+        limit, where = int(memory["maxmemory"]), f"maxmemory of {config.redis.url}"
+        if memory["maxmemory_policy"] != "noeviction":
             found.problems.append(
-                f"redis.maxmemory_mb: up to {need / _MB:,.0f} MB can be in flight, which is above 75 % of "
-                f"{config.redis.maxmemory_mb} MB; raise it to {int(need / 0.75 / _MB) + 1}, or lower "
-                f"learner.batch_size, learner.max_staleness or checkpoints.every_steps"
+                f"{config.redis.url}: maxmemory-policy is {memory['maxmemory_policy']}, and a full Redis would throw "
+                f"work away; allowed: noeviction"
             )
+        if limit == 0:
+            found.lines.append(f"warning    {config.redis.url} has no maxmemory: when the machine is full it is killed")
+            return
+    if need > 0.75 * limit:
+        found.problems.append(
+            f"{where}: up to {need / _MB:,.0f} MB can be in flight, which is above 75 % of {limit / _MB:,.0f} MB; "
+            f"raise it to {int(need / 0.75 / _MB) + 1} MB, or lower learner.batch_size, learner.max_staleness or "
+            f"checkpoints.every_steps"
+        )
 
 
 def _say_what_runs(config: Config, found: Findings) -> None:

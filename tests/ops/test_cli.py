@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from common.streams import connect
 from ops.cli import main
+from ops.embedded import EmbeddedRedis
 from ops.rundir import lock
 
 ROOT = Path(__file__).parents[2]
@@ -165,3 +167,27 @@ def test_eval_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert scores["k"] == 2
     assert scores["n"] == 16
     assert scores["avg@k"] > 0.9
+
+
+def test_check_asks_a_redis_of_the_configs_own_what_it_can_hold(
+    embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worst case in flight, trained but not checkpointed included, must leave a quarter of its memory free."""
+    client = connect(embedded_redis.url)
+    limit = client.config_get("maxmemory")["maxmemory"]
+    url = ("--set", f"redis.url={embedded_redis.url}")
+    try:
+        assert main(["check", DEMO, *url]) == 0
+        capsys.readouterr()
+        client.config_set("maxmemory", 20 << 20)
+        told = refused(capsys, "check", DEMO, *url, "--set", "learner.batch_size=512")
+        assert f"maxmemory of {embedded_redis.url}: up to" in told and "above 75 % of 20 MB; raise it to" in told
+        client.config_set("maxmemory", 0)
+        assert main(["check", DEMO, *url]) == 0
+        assert "has no maxmemory" in capsys.readouterr().out
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        assert "allowed: noeviction" in refused(capsys, "check", DEMO, *url)
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", limit)
+        client.close()
