@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from common import metrics
-from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, row_digest
+from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 
+log = logging.getLogger("katana.books")
 _RID = b'{"rid":"'  # how every line beside rollouts.jsonl begins
 
 
@@ -235,13 +237,26 @@ def audit_of(rid: str, record: dict[bytes, bytes]) -> dict[str, Any]:
     """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
     owners = record.get(b"owners", b"").decode("ascii", "replace").split()
     threshold = record.get(b"threshold")
+    chunks, stored = record.get(b"chunks", b"0"), sum(name.startswith(b"t:") for name in record)
     return {
         "rid": rid,
-        "owners": [[nonce, int(first)] for nonce, first in zip(owners[::2], owners[1::2], strict=False)],
-        "chunks": [_audited_chunk(record, seq) for seq in range(int(record.get(b"chunks", b"0")))],
+        "owners": [
+            [nonce, _number(rid, "owners", first.encode(), 0)]
+            for nonce, first in zip(owners[::2], owners[1::2], strict=False)
+        ],
+        "chunks": [_audited_chunk(record, seq) for seq in range(_number(rid, "chunks", chunks, stored))],
         "threshold": None if threshold is None else threshold.decode("ascii", "replace"),
         "verdict": record.get(b"verdict", b"dead") != b"dead",
     }
+
+
+def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
+    """A count from a rollout's hash; `otherwise` where the record is broken."""
+    try:
+        return read_number(value, name, high=1 << 16)
+    except MessageError as error:
+        log.warning("rollout %s: audited with %d instead: %s", rid, otherwise, error)
+        return otherwise
 
 
 def _audited_chunk(record: dict[bytes, bytes], seq: int) -> dict[str, Any]:

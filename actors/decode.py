@@ -129,8 +129,8 @@ class Decoder:
 
         `prompt` int32 [m], m >= 1; `generated` int32 [n], the completion so far where the rollout is resumed:
         it goes on at position n with the draws it would have had. `max_new_tokens` counts the whole
-        completion. `seed` is taken modulo 2**64. Raises ValueError where the lengths do not fit or the key is
-        here already, RuntimeError where no slot is free.
+        completion. `seed` is taken modulo 2**64. Raises ValueError where the lengths do not fit, a token is
+        outside the vocabulary or the key is here already, RuntimeError where no slot is free.
         """
         begin = len(prompt) + len(generated)
         limit = len(prompt) + max_new_tokens
@@ -139,13 +139,16 @@ class Decoder:
                 f"{key}: a prompt of {len(prompt)} tokens (at least 1) and {len(generated)} generated "
                 f"of at most {max_new_tokens} do not fit a length of {self._text.shape[1]}"
             )
+        text = np.concatenate([prompt, generated])
+        if text.min() < 0 or text.max() >= self._vocab_size:
+            raise ValueError(f"{key}: a token id is outside the vocabulary of {self._vocab_size}")
         if key in self._slot:
             raise ValueError(f"{key} is being written already")
         if not self.free:
             raise RuntimeError(f"{key}: no free slot")
         slot = self._keys.index(None)
         self._slot[key], self._keys[slot] = slot, key
-        self._text[slot, :begin] = np.concatenate([prompt, generated])
+        self._text[slot, :begin] = text
         self._prompt[slot], self._known[slot], self._cached[slot] = len(prompt), begin, 0
         self._chunk[slot], self._limit[slot] = begin, limit
         self._seeds[slot] = np.uint64(seed % 2**64)

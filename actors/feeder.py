@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 import threading
 import time
 from collections import Counter
@@ -32,7 +31,7 @@ from actors.books import (
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.streams import Lease, LeaseLost, Plane, shown
+from common.streams import Lease, Plane, RunGone, locked, shown
 from common.weights import write_atomically
 
 log = logging.getLogger("katana.feeder")
@@ -112,8 +111,7 @@ class Feeder:
                 if until_idle and not busy:
                     return
         finally:
-            if not isinstance(sys.exception(), LeaseLost):  # then the file is another feeder's
-                self._write_ledger()
+            self._write_ledger()
             self._lease.drop()
             self._books.close()
 
@@ -145,7 +143,7 @@ class Feeder:
         self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
         cursor = self._plane.patiently(lambda: client.get(key("cursor")), "cursor")
         self._cursor = int(cursor or 0)
-        known = self._books.booked.next_number if cursor else _admitted_on_disk(self._config.run_dir, self._books)
+        known = _admitted_on_disk(self._config.run_dir, self._books)
         if self._cursor < known:
             self._restore(known)
         rids = sorted(rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open"))
@@ -159,11 +157,12 @@ class Feeder:
 
     def _restore(self, cursor: int) -> None:
         """Redis knows less than the books: it lost the run. Go on behind what was admitted; what was open is lost."""
+        alive = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
         rids = [rid_of(index) for index in range(cursor)]
-        lost = [rid for rid in rids if rid not in self._books.booked]
+        lost = [rid for rid in rids if rid not in self._books.booked and rid.encode() not in alive]
         log.warning(
             "Redis lost this run: %d of %d admitted rollouts are booked, %d are lost",
-            cursor - len(lost),
+            cursor - len(lost) - len(alive),
             cursor,
             len(lost),
         )
@@ -199,10 +198,13 @@ class Feeder:
         self._lease.call("close", *(part for pair in self._plane.groups for part in pair))
 
     def _write_ledger(self) -> None:
-        ledger = json.dumps(self.ledger())
-        write_atomically(self._config.run_dir / "ledger.json", lambda path: _write_text(path, ledger))
+        """Unless another feeder, which took over from this one, has written a later one. Needs no Redis."""
+        path, ledger = self._config.run_dir / "ledger.json", self.ledger()
+        with locked(self._lock):
+            if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(ledger):
+                write_atomically(path, lambda draft: _write_text(draft, json.dumps(ledger)))
 
-    def ledger(self) -> dict[str, object]:
+    def ledger(self) -> dict[str, Any]:
         """admitted = trained + dropped + dead + open."""
         dropped = {
             name.removeprefix("dropped:"): value for name, value in self._ledger.items() if name.startswith("dropped:")
@@ -222,6 +224,9 @@ class Feeder:
         """Take in one `finished` entry. What cannot be read is given up, with the reason."""
         try:
             rid = read_rid(values.get(b"rid"))
+            number = number_of(rid)
+            if not 0 <= number < self._cursor or rid_of(number) != rid:
+                raise MessageError(f"finished.rid: {rid!r:.40} was never admitted")
             rollout = self._rollouts.get(rid, _Open())
             self._absorb(rollout, values)
         except MessageError as error:
@@ -311,7 +316,11 @@ class Feeder:
         generated = rollout.generated
         head_bytes, length = self._plane.fields([(rid, ["head", "length"])])[0]
         if generated is None:  # its writer died or never said: the stored chunks
-            generated = int(length or 0)
+            generated = 0
+            try:
+                generated = read_number(length or b"0", "rollout.length")
+            except MessageError as error:
+                log.warning("rollout %s is booked with no tokens beyond its verdict: %s", rid, error)
         if verdict is not None:
             policy = self._config.termination.policy
             return line_of(
@@ -375,6 +384,8 @@ class Feeder:
             request = sent_back[admitted] if admitted < len(sent_back) else ()
             head = self._head(self._cursor, step, *request[1:])
             reply = self._lease.call("admit", head.rid, head.encode(), self._cursor + 1, threshold, *request)
+            if reply[0] == b"behind":
+                raise RunGone("Redis has forgotten the newest admissions: the feeder must begin anew from its books")
             if reply[0] != b"ok":
                 return admitted
             self._cursor += 1
@@ -472,6 +483,11 @@ def _admitted_on_disk(folder: Path, books: Books) -> int:
     admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
     trained = [number_of(rid) + 1 for line in read_lines(folder / "trained.jsonl") for rid in line["rids"]]
     return max(books.booked.next_number, admitted, max(trained, default=0))
+
+
+def _reached(ledger: dict[str, Any]) -> tuple[int, int]:
+    """How far a ledger is: both numbers never fall."""
+    return ledger["admitted"], ledger["admitted"] - ledger["open"]
 
 
 def _draw(seed: int, what: str, index: int) -> int:

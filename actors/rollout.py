@@ -23,7 +23,16 @@ from actors.busy import BusyShare
 from actors.engine import ClosedChunk, Decoder
 from common import metrics
 from common.config import Config
-from common.messages import ChunkSupport, ChunkTokens, Ints, MessageError, RolloutHead, read_rid, support_digest
+from common.messages import (
+    ChunkSupport,
+    ChunkTokens,
+    Ints,
+    MessageError,
+    RolloutHead,
+    read_number,
+    read_rid,
+    support_digest,
+)
 from common.streams import Plane, RedisUnavailable, RunGone, Stopping, Taken
 from common.weights import BadWeights, WeightsRef, verified
 
@@ -114,10 +123,15 @@ class RolloutWorker:
             return False
         self._claim_from = reply[1]
         for rid, entry, chunks, length, claims in reply[2:]:
+            known, most = "", self._config.max_length  # a chunk has at least a token
             try:
-                taken = Taken(read_rid(rid), entry, int(chunks), int(length), int(claims))
+                known = read_rid(rid)
+                stored = read_number(chunks, "rollout.chunks", high=most)
+                taken = Taken(known, entry, stored, read_number(length, "rollout.length", high=most), int(claims))
             except MessageError as error:
-                self._give_up("", str(error), entry)
+                if known:
+                    self._plane.call("release", self._worker, known, entry, nonce)
+                self._give_up(known, str(error), entry)
                 continue
             self._start(taken, nonce)
         metrics.slots_busy.labels("rollout").set(len(self._writing))
@@ -135,12 +149,13 @@ class RolloutWorker:
         head_bytes, scored, *chunks = self._plane.fields([(taken.rid, names)])[0]
         if head_bytes is None:
             return  # ended between the two calls
-        writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, int(scored or 0))
         # A rollout that this very worker had lost from sight (a claim after a stall) is written from the record.
         if taken.rid in self._writing:
             self._forget(taken.rid)
         try:
             head = RolloutHead.decode(head_bytes)
+            done = read_number(scored or b"0", "rollout.scored")
+            writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, done)
             if not self._has_weights_of(head.step):
                 self._plane.call("release", self._worker, taken.rid, taken.entry, nonce)
                 return
@@ -191,8 +206,17 @@ class RolloutWorker:
             elif word == b"lost":
                 self._forget(one.rid)
             else:
-                one.scored = int(word or 0)
-                self._hold_or_release(one)
+                self._learn_scored(one, word)
+
+    def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
+        try:
+            writing.scored = read_number(scored or b"0", "rollout.scored")
+        except MessageError as error:
+            self._forget(writing.rid)
+            self._plane.call("release", self._worker, writing.rid, writing.entry, writing.nonce)
+            self._give_up(writing.rid, str(error), writing.entry)
+            return
+        self._hold_or_release(writing)
 
     def _hold_or_release(self, writing: _Writing) -> None:
         refused = any(chunk.key == writing.rid for chunk, _ in self._refused)
@@ -252,11 +276,10 @@ class RolloutWorker:
         if word == b"ok":
             metrics.chunks_sent.inc()
             writing.sent += 1
-            writing.scored = int(reply[1] or 0)
             if chunk.finish:
                 del self._writing[writing.rid]
             else:
-                self._hold_or_release(writing)
+                self._learn_scored(writing, reply[1])
         elif word == b"full":
             log.warning("Redis is full: a chunk of %s waits", writing.rid)
             self._refused.append((chunk, version))
@@ -305,6 +328,7 @@ class RolloutWorker:
         except (BadWeights, OSError, SafetensorError) as error:
             metrics.dead_letters.labels("weights").inc()
             log.warning("weights refused, going on with version %d: %s", self._version, error)
+            self._due["pointer"] = time.monotonic() + 20 * _POINTER_S  # they are large, and will be no better
             return self._version >= 0
         self._send(self._decoder.close_chunks())
         self._decoder.swap(state)

@@ -157,8 +157,11 @@ class TeacherWorker:
             return
         if self._config.deterministic:
             self._scorer.forget()  # a chunk by itself, from its prompt on: the same shapes whoever scores it, and when
+        loaded, requests = self._requests(loaded)
+        if not requests:
+            return
         with metrics.chunk_score_seconds.time():
-            scored = self._scorer.score(self._requests(loaded))
+            scored = self._scorer.score(requests)
         metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
         self._store(loaded, scored)
 
@@ -197,13 +200,24 @@ class TeacherWorker:
             raise MessageError(f"the rollout is longer than {self._config.max_length} tokens")
         return one
 
-    def _requests(self, loaded: list[_Loaded]) -> list[ScoreRequest]:
-        requests = []
+    def _requests(self, loaded: list[_Loaded]) -> tuple[list[_Loaded], list[ScoreRequest]]:
+        """What to ask, and for which chunks: those whose earlier chunks cannot be read are given up."""
+        good, requests = [], []
         reached: dict[str, int] = {}
+        broken: set[str] = set()
         for one in loaded:
             start, rid = one.tokens.start, one.work.rid
+            if rid in broken:  # one attempt of a rollout a turn
+                self._waiting.append(one.work)
+                continue
             at_hand = reached.get(rid, self._scorer.cached(rid))
-            prefix = None if at_hand == start or start == 0 else self._prefix(one)
+            try:
+                prefix = None if at_hand == start or start == 0 else self._prefix(one)
+            except MessageError as error:
+                broken.add(rid)
+                self._give_up(one.work, f"an earlier chunk: {error}")
+                continue
+            good.append(one)
             requests.append(
                 ScoreRequest(
                     key=rid,
@@ -215,12 +229,15 @@ class TeacherWorker:
                 )
             )
             reached[rid] = start + len(one.tokens.tokens)
-        return requests
+        return good, requests
 
     def _prefix(self, one: _Loaded) -> Ints:
+        """The completion before a chunk, off the record. Raises MessageError."""
         stored = self._plane.fields([(one.work.rid, [f"t:{seq}" for seq in range(one.work.seq)])])[0]
         parts = [ChunkTokens.decode(data).tokens for data in stored if data is not None]
         prefix: Ints = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        if prefix.max(initial=0) >= self._vocab_size:
+            raise MessageError(f"token id {prefix.max()} is outside the vocabulary of {self._vocab_size}")
         # A rollout that ended meanwhile has no hash; anything of the right length serves, its score is refused.
         return np.resize(prefix, one.tokens.start) if len(prefix) != one.tokens.start else prefix
 

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -103,7 +103,7 @@ def _source(name: str) -> str:
 
 _SCRIPTS = (
     *("admit", "take", "beat", "release", "chunk", "count", "score", "verdict"),
-    *("settle", "book", "restore", "fail", "again", "publish", "advance", "lease", "adopt", "close"),
+    *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
 )
 
 
@@ -177,8 +177,9 @@ def _reader(client: Any) -> Any:
 class Plane:
     """One run's streams on one data Redis. Reads that may block have a connection of their own.
 
-    Scripts are fenced (by owner, sequence, lease or entry), so a script whose answer was lost is run again; nothing
-    else that writes is. After a failed or slow call `stalled_until` tells for how long nobody should claim.
+    Scripts are fenced (by owner, sequence, lease or entry), so one whose answer was lost is run again. So are reads by
+    a group (what they made pending is asked for, or claimed when it is idle) and writes that say the same twice.
+    After a failed or slow call `may_claim` is False for a while.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class Plane:
         self._wait_s, self._claim_pause_s = wait_s, claim_pause_s
         self._stop = stop or threading.Event()
         self._stalled_until = 0.0
+        self.failed_calls = 0
         self._last_read: dict[tuple[str, str], bytes] = {}  # (stream, consumer) -> id
         self._unsure: set[tuple[str, str]] = set()  # read whose answer never came
         self._scripts = {name: client.register_script(_source(name)) for name in _SCRIPTS}
@@ -253,6 +255,7 @@ class Plane:
                 result = action()
             except _MAY_PASS as error:
                 self.errors(type(error).__name__)
+                self.failed_calls += 1
                 self._stalled_until = time.monotonic() + self._claim_pause_s
                 waited = time.monotonic() - began
                 if waited > self._wait_s:
@@ -332,6 +335,11 @@ class Plane:
         found = self._entries(self.patiently(once, f"read {group}"))
         self._last_read.update({(stream, consumer): entry for stream, (entry, _) in found})
         return found
+
+    def read_again(self, stream: str, consumer: str) -> None:
+        """Let the next `read` begin with all that this consumer was given, seen or not."""
+        self._unsure.add((stream, consumer))
+        self._last_read.pop((stream, consumer), None)
 
     def _or_groups(self, action: Callable[[], Any]) -> Any:
         """What Redis answers; nothing, and the groups made again, where it lost them."""
@@ -472,11 +480,7 @@ class Lease:
         Redis fences its own writes, a disk does not. A former holder that was paused either is inside, and whoever
         comes next waits for it, or finds here that it has lost the lease. Raises LeaseLost.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            while not _locked(file):
-                self.keep()
-                time.sleep(0.02)
+        with locked(path, self.keep):
             self._renew()
             yield
 
@@ -493,11 +497,15 @@ class Lease:
         At the start, and again about once a second (`adoption_due`): one that was paused may still read.
         """
         self._adopt_at = time.monotonic() + 1.0
+        failed = self._plane.failed_calls
         found: list[Entry] = []
         while True:
             entries = self._fenced("adopt", self._role, self.token, stream, group, _ADOPT_AT_A_TIME)[1:]
             found += [(entry, dict(zip(values[::2], values[1::2], strict=True))) for entry, values in entries]
             if len(entries) < _ADOPT_AT_A_TIME:
+                if self._plane.failed_calls != failed:
+                    # A call whose answer was lost may have made entries ours, which the next one does not name.
+                    self._plane.read_again(stream, self.token)
                 return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
 
     @property
@@ -522,12 +530,19 @@ def shown(fields: Mapping[bytes, bytes]) -> bytes:
     return repr({name[:40]: value[:100] for name, value in islice(fields.items(), 4)}).encode()[:256]
 
 
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+@contextlib.contextmanager
+def locked(path: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock on a file, which is made if it is not there; `meanwhile` is called while another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                meanwhile()
+                time.sleep(0.02)
+        yield
 
 
 def _reply(answer: Any) -> list[Any]:
@@ -557,7 +572,8 @@ def create_run(client: Any, config: Config, run_key: str) -> None:
         plane.create_groups()
         client.set(plane.key("config"), config.to_yaml())
         client.set(plane.key("run"), "open")
-    client.hset(RUNS, config.name, run_key)
+    if client.hget(RUNS, config.name) != run_key.encode():  # a full Redis refuses it, and would in vain
+        client.hset(RUNS, config.name, run_key)
 
 
 def current_run(client: Any, name: str) -> str | None:

@@ -47,20 +47,13 @@ class Intake:
         self._waiting: deque[Received] = deque()
         self._held: set[bytes] = set()  # entries read and not taken off
         self._known: set[str] = set()  # their rollouts
+        self._covered: frozenset[str] = frozenset()
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}
 
     def recover(self, consumed: Iterable[str]) -> None:
-        """Take up what an earlier learner was given: acknowledge what its checkpoint covers, queue the rest."""
-        covered = set(consumed)
-        entries = self._lease.adopt("trajectories", "learner")
-        done = [
-            (entry, values[b"rid"].decode())
-            for entry, values in entries
-            if values.get(b"rid", b"").decode("ascii", "replace") in covered
-        ]
-        self.settle([(entry, rid, "trained", "", "") for entry, rid in done])
-        known = {entry for entry, _ in done}
-        self._receive([one for one in entries if one[0] not in known])
+        """Take up what an earlier learner was given. What its checkpoint covers is acknowledged, whenever it comes."""
+        self._covered = frozenset(consumed)
+        self._receive(self._lease.adopt("trajectories", "learner"))
 
     def batch(self, size: int, version: int, block_s: float) -> list[Received] | None:
         """The next `size` usable trajectories, or None if they have not come yet."""
@@ -108,6 +101,9 @@ class Intake:
                 if entry in self._held:
                     continue  # a group that was lost and made again delivers anew what is in our hands
                 self._held.add(entry)
+                if rid in self._covered:
+                    self.settle([(entry, rid, "trained", "", "")])
+                    continue
                 record = self._plane.rollout(rid)
                 wrong = self._refusal(rid, record)
                 if wrong:
@@ -141,6 +137,10 @@ class Intake:
         """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
         log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
         metrics.dead_letters.labels("trajectories").inc()
+        if not rid:  # a notice that names no rollout is only taken off
+            at = ("trajectories", "learner", entry)
+            self._plane.fail("", "trajectories", reason, max_attempts=1, shown=what, at=at)
+            return
         self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=what)
         self.settle([(entry, rid, "dead", "trajectories", "")])
 
@@ -166,13 +166,13 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
         read += len(chunk.tokens)
     keep = verdict.train
     tails = [teacher.tail_logprobs for teacher in teachers]
-    ids = np.concatenate([support.support_ids for support in supports])[:keep]
-    tokens = np.concatenate([chunk.tokens for chunk in chunks])[:keep]
-    if max(tokens.max(), ids.max(initial=0), head.prompt.max()) >= vocab_size:
-        raise MessageError(f"a token id is outside the vocabulary of {vocab_size}")
     if len({tail is None for tail in tails}) > 1:
         raise MessageError("some chunks have a tail and some have none")
     try:
+        ids = np.concatenate([support.support_ids for support in supports])[:keep]
+        tokens = np.concatenate([chunk.tokens for chunk in chunks])[:keep]
+        if max(tokens.max(), ids.max(initial=0), head.prompt.max()) >= vocab_size:
+            raise MessageError(f"a token id is outside the vocabulary of {vocab_size}")
         return Trajectory(
             rid=head.rid,
             arm=head.arm,

@@ -100,20 +100,20 @@ class Learner:
     def start(self) -> None:
         """Go on from the newest good checkpoint, or begin; then announce the weights."""
         folder = self._config.run_dir
+        consumed: tuple[str, ...] = ()
         with self._lease.exclusively(self._lock):  # a former learner has written its last
             state = load_newest(folder / "checkpoints")
-            newest = newest_version(folder / "weights")
-        consumed: tuple[str, ...] = ()
-        if state is not None:
-            restore(self.model, self.optimizer, state)
-            self.step_count, consumed = state.step, state.consumed
-            self.version = state.policy_version
-            self._tokens_trained = state.counters.get("tokens_trained", 0)
-            log.info("going on from step %d", self.step_count)
-        # A Redis that lost the run forgot the pointer; the file names remember.
-        self.version = max(self.version, newest, int(self._plane.policy().get("version", "-1")))
-        for name in ("metrics.jsonl", "trained.jsonl"):
-            self._lines[name] = _go_on(folder / name, self.step_count)
+            if state is not None:
+                restore(self.model, self.optimizer, state)
+                self.step_count, consumed = state.step, state.consumed
+                self.version = state.policy_version
+                self._tokens_trained = state.counters.get("tokens_trained", 0)
+                log.info("going on from step %d", self.step_count)
+            for name in ("metrics.jsonl", "trained.jsonl"):
+                self._lines[name] = _go_on(folder / name, self.step_count)
+            # A Redis that lost the run forgot the pointer; the file names remember.
+            self.version = max(self.version, newest_version(folder / "weights"))
+        self.version = max(self.version, int(self._plane.policy().get("version", "-1")))
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
@@ -261,14 +261,14 @@ class Learner:
             ref = publish(folder, self.version, lambda path: save_file(state, path))
             if self._wants_eval(ref):
                 _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
+            retain(folder, self._config.learner.max_staleness + 2)
         reply = self._lease.call("publish", ref.version, self.step_count, ref.file, ref.sha256)
         if reply[0] == b"old":
-            # Somebody announced a higher one between our look and our script: go past it.
+            # A higher one stands there, or this one does (our script ran, its answer was lost): go past it.
             self.version = int(reply[1])
             self.publish()
             return
         metrics.policy_version.labels("learner").set(self.version)
-        retain(folder, self._config.learner.max_staleness + 2)
 
     def _wants_eval(self, ref: WeightsRef) -> bool:
         every = self._config.eval.every_steps

@@ -278,9 +278,6 @@ def _letter(plane: Plane, entry: str) -> Letter:
 
 def _read(entry: bytes, values: dict[bytes, bytes]) -> Letter:
     rid, reason = values.get(b"rid", b""), values.get(b"reason", b"")
-    if values.get(b"stage") == b"trajectories" and not rid:
-        # Behind its verdict a rollout cannot die by the script: the learner names it before the reason, and settles it.
-        rid = reason.partition(b":")[0]
     try:
         named = read_rid(rid)
     except MessageError:

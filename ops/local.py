@@ -118,8 +118,7 @@ class LocalRun:
         plane = open_plane(self._config, client, self._run_key)
         # What --resume may change must reach the workers, who read the config from Redis; a run that was done goes on
         # if there are more steps to do now.
-        client.set(plane.key("config"), self._config.to_yaml())
-        client.set(plane.key("run"), "open")
+        plane.call("reopen", self._config.to_yaml())
         return plane
 
     # --- children ----------------------------------------------------------------------------------------------

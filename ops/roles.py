@@ -47,7 +47,8 @@ def run_role(role: str, config: Config) -> int:
     client = reach(config, role)
     try:
         config, plane = _join(role, config, client, stop)
-        if plane.state() == "ended":
+        # Not the feeder: one that died while it booked the last rollouts must go on with that.
+        if role != "feeder" and plane.state() == "ended":
             log.info("the run %s is over; its feeder opens it again when there are more steps to do", config.name)
             return 0
         _serve_metrics(config)
@@ -124,9 +125,8 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     run_key = open_folder(config, resume=resume)
     create_run(client, config, run_key)
     plane = open_plane(config, client, run_key)
-    client.set(plane.key("config"), config.to_yaml())
     if int(plane.policy().get("step", "0")) < config.learner.max_steps:
-        client.set(plane.key("run"), "open")
+        plane.call("reopen", config.to_yaml())
     return run_key
 
 

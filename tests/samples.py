@@ -126,7 +126,7 @@ class Run:
     plane: Plane
     leases: dict[str, Lease] = field(default_factory=dict)
     notices: dict[tuple[str, int], bytes] = field(default_factory=dict)
-    admitted: int = 0
+    numbers: dict[str, int] = field(default_factory=dict)  # rollout → the cursor behind it
 
     @property
     def client(self) -> redis.Redis:
@@ -144,9 +144,10 @@ class Run:
     # --- feeder ---
 
     def admit(self, rid: str = "r1", **changes: Any) -> bytes:
-        self.admitted += 1
+        """Once more for a rollout that was admitted is the same call once more."""
+        number = self.numbers.setdefault(rid, len(self.numbers) + 1)
         head = make_head(rid, **changes)
-        return bytes(self.lease("feeder").call("admit", rid, head.encode(), self.admitted)[0])
+        return bytes(self.lease("feeder").call("admit", rid, head.encode(), number)[0])
 
     def book(self, rid: str, ledger_field: str, *entries: bytes) -> list[Any]:
         return self.lease("feeder").call("book", rid, ledger_field, *entries)

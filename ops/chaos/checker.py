@@ -48,7 +48,7 @@ class Allowed:
     """What the faults injected into a run excuse; by default nothing."""
 
     poisoned: frozenset[str] = frozenset()  # rollouts whose record was corrupted on purpose
-    redis_lost: int = 0  # times Redis lost its data
+    lost: frozenset[str] = frozenset()  # rollouts that were open when Redis lost its data
     rolled_back: frozenset[str] = frozenset()  # rollouts of steps whose checkpoint was torn on purpose
     calm_cursor: int | None = None  # what was admitted before this number must have come to its end
     broken_notices: int = 0  # unreadable entries put into streams on purpose
@@ -179,7 +179,7 @@ def _booked_as_trained(records: Records, allowed: Allowed) -> Iterator[Violation
     for rid in sorted(trained - booked):
         line = records.books.get(rid)
         # A checkpoint may have been written at the very moment at which Redis lost the run.
-        if not (line is not None and line.reason == "lost" and allowed.redis_lost):
+        if not (line is not None and line.reason == "lost" and rid in allowed.lost):
             ending = f"booked as {line.ledger_field}" if line else "not booked"
             yield Violation("booked_as_trained", rid, f"trained, and {ending}")
 
@@ -365,7 +365,7 @@ def _tokens_as_generated(records: Records, allowed: Allowed) -> Iterator[Violati
     seen = {audit.rid for audit in records.audits}
     for rid, line in records.books.items():
         # A lost Redis takes hashes with it; else a trained rollout has its hash until it is booked.
-        if line.ending == "trained" and rid not in seen and not allowed.redis_lost:
+        if line.ending == "trained" and rid not in seen and rid not in allowed.lost:
             yield Violation("tokens_as_generated", rid, "trained, and its record was not audited")
     for audit in records.audits:
         if audit.rid in allowed.poisoned or audit.rid not in records.books:
@@ -446,8 +446,8 @@ def _fault(line: BookLine, trace: Trace | None, max_staleness: float, allowed: A
         return f"dropped as stale, {line.staleness} versions late"
     if line.reason == "empty" and trace is not None and trace.train:
         return f"dropped as empty, with {trace.train} tokens to train on"
-    if line.reason == "lost" and not allowed.redis_lost:
-        return "lost, and Redis never lost its data"
+    if line.reason == "lost" and line.rid not in allowed.lost:
+        return "lost, and Redis lost no data while it was open"
     early = allowed.calm_cursor is not None and (_number(line.rid) or 0) < allowed.calm_cursor
     if line.reason == "run_end" and early:
         return f"open at the end of the run, though admitted before number {allowed.calm_cursor}"

@@ -45,12 +45,12 @@ class RunEnded(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the work of a run has got to; any change means that somebody has done something."""
+    """Where the work of a run has got to; what has grown shows that somebody has done something."""
 
     chunks: bytes  # the last notice that a rollout worker gave a teacher
     scores: bytes  # the last notice that a teacher gave the arbiter
     verdicts: bytes  # the last notice that the arbiter gave the learner
-    trained: float  # when the last step was taken
+    trained: float  # when the last step was taken; 0 for one by a clock that ran ahead
     admitted: int
 
 
@@ -64,6 +64,8 @@ class Cluster:
         self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
         self.clocks = self.beside / "clocks"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
+        self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
+        self._starting_redis = threading.Lock()
         self._sockets = Path(tempfile.mkdtemp(prefix="katana-"))
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
@@ -79,14 +81,19 @@ class Cluster:
     # --- start and end -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Cluster:
-        shutil.rmtree(self.beside, ignore_errors=True)
-        self.clocks.mkdir(parents=True)
-        self.redis.start()
-        self.proxy.start()
-        self.launch("--fresh")
+        try:
+            shutil.rmtree(self.beside, ignore_errors=True)
+            self.clocks.mkdir(parents=True)
+            self.redis.start()
+            self.proxy.start()
+            self.launch("--fresh")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         for process in [*self._extra.values(), *([self.process] if self.process else [])]:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -104,8 +111,22 @@ class Cluster:
         if self._plane is not None:
             self._plane.client.close()
         self.proxy.close()
-        self.redis.stop()
+        with self._starting_redis:
+            if self.redis.running():
+                _signal(self.redis.pid, signal.SIGCONT)
+            self.redis.stop()
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def restart_redis(self) -> None:
+        """Start Redis after a fault has killed it. Raises RunEnded once everything is being ended."""
+        with self._starting_redis:
+            self.check_open()
+            self.redis.start()
+
+    def check_open(self) -> None:
+        """Raises RunEnded once everything is being ended."""
+        if self.closing.is_set():
+            raise RunEnded("the harness is being ended")
 
     def launch(self, *flags: str, overrides: dict[str, Any] | None = None) -> None:
         """Start `katana run` (or, with `--resume`, go on). Its output goes to chaos.log beside the run's folder."""
@@ -151,7 +172,8 @@ class Cluster:
             raise RunEnded(f"katana run did not end within {timeout_s:.0f} s: {self.last_words()}") from None
 
     def check_alive(self) -> None:
-        """Raises RunEnded when `katana run` has ended."""
+        """Raises RunEnded when `katana run` has ended, or is about to be."""
+        self.check_open()
         if self.process is None or self.process.poll() is not None:
             raise RunEnded(f"katana run ended: {self.last_words()}")
 
@@ -216,6 +238,7 @@ class Cluster:
     def spend_restart(self, role: str, times: int = 1) -> None:
         """Wait until a role may be ended once more without its supervisor giving it up."""
         while True:
+            self.check_open()
             with self._lock:
                 ended, now = self._ended[role], time.monotonic()
                 while ended and now - ended[0] > 60:
@@ -228,6 +251,7 @@ class Cluster:
     @contextlib.contextmanager
     def replacement(self, role: str) -> Any:
         """A second process of a role, on the same run; ended on leaving."""
+        self.check_open()
         config = str(self.folder / "config.yaml")
         with self.log_path.open("ab") as log:
             process = subprocess.Popen(
@@ -284,12 +308,12 @@ class Cluster:
         if any(isinstance(one, Exception) for one in streams):
             return None
         last = [one["last-generated-id"] for one in streams]
-        steps = _last_line(self.folder / "metrics.jsonl")
+        taken = float(_last_line(self.folder / "metrics.jsonl").get("unix_s", 0.0))
         return Stage(
-            chunks=max(last[:shards], key=_order),
+            chunks=max(last[:shards], key=order),
             scores=last[shards],
             verdicts=last[shards + 1],
-            trained=float(steps.get("unix_s", 0.0)),
+            trained=taken if taken < time.time() + 1 else 0.0,
             admitted=int(cursor or 0),
         )
 
@@ -299,13 +323,13 @@ class Cluster:
     def open_rollouts(self) -> set[str]:
         return {rid.decode() for rid in self.plane.client.smembers(self.key("open"))}
 
-    def trained_since(self, step: int) -> set[str]:
-        """Rollouts of the steps behind `step`."""
+    def trained_between(self, after: int, last: int) -> set[str]:
+        """Rollouts of the steps behind `after`, up to `last`."""
         lines = read_lines(self.folder / "trained.jsonl")
-        return {rid for line in lines if line["step"] > step for rid in line["rids"]}
+        return {rid for line in lines if after < line["step"] <= last for rid in line["rids"]}
 
 
-def _order(entry: bytes) -> tuple[int, ...]:
+def order(entry: bytes) -> tuple[int, ...]:
     return tuple(int(part) for part in entry.split(b"-"))
 
 

@@ -22,15 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from actors.books import rid_of
 from common.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
 from ops.chaos.proxy import Hits
-from ops.chaos.recovery import held_by
+from ops.chaos.recovery import go_on, held_by
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
 _TRY_S = 30.0  # how long a fault looks for something to strike
+_REFUSE_S = 8.0  # within which a worker that goes on looks at new weights
 
 
 class Missed(RuntimeError):
@@ -43,7 +45,7 @@ class Scene:
 
     poisoned: set[str] = field(default_factory=set)
     rolled_back: set[str] = field(default_factory=set)
-    redis_lost: int = 0
+    lost: set[str] = field(default_factory=set)  # open when Redis lost its data
     broken_notices: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -79,6 +81,7 @@ def _kill(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
 
 def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
     os.kill(pid, signal.SIGTERM)
+    go_on(pid)  # a stopped process would not hear it
     return "SIGTERM"
 
 
@@ -88,8 +91,7 @@ def _stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+        go_on(pid)
 
 
 def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
@@ -97,12 +99,16 @@ def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role
     began = time.monotonic()
     with _stopped(pid):
         held = held_by(cluster, role, pid)
+        if role == "rollout" and not held.rollouts:
+            raise Missed("the worker held no rollout")
         name = cluster.worker_names(role).get(pid, "").encode()
         limit = 3 * cluster.config.liveness.claim_s
         while time.monotonic() - began < limit and not _taken_over(cluster, held.rollouts, name):
             if role == "teacher" and time.monotonic() - began > cluster.config.liveness.claim_s + 2:
                 break
             time.sleep(0.02)
+        if role == "rollout" and not _taken_over(cluster, held.rollouts, name):
+            raise Missed(f"nobody took over its rollouts within {limit:.0f} s")
         time.sleep(rng.choice((0.0, rng.uniform(0, 1))))
     return f"stopped {time.monotonic() - began:.1f} s"
 
@@ -124,17 +130,18 @@ def _pause_holder(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role
             limit = cluster.config.liveness.learner_lease_s + 45
             while cluster.plane.client.get(holder) == before and time.monotonic() - began < limit:
                 time.sleep(0.05)
-            taken = cluster.plane.client.get(holder) != before
+            if cluster.plane.client.get(holder) == before:
+                raise Missed(f"not replaced within {limit:.0f} s")
             time.sleep(rng.uniform(0.2, 1.5))
         time.sleep(rng.uniform(1.0, 3.0))  # both run: the former one must notice
-    return f"stopped {time.monotonic() - began:.1f} s, {'replaced' if taken else 'not replaced in time'}"
+    return f"stopped {time.monotonic() - began:.1f} s, replaced"
 
 
 def _redis_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
     with cluster.busy_redis:
         os.kill(cluster.redis.pid, signal.SIGKILL)
         time.sleep(3.0)
-        cluster.redis.start()
+        cluster.restart_redis()
     return "down for 3 s, append-only file kept"
 
 
@@ -142,14 +149,27 @@ def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> st
     for role in ("arbiter", "feeder", "learner"):
         cluster.spend_restart(role, times=2)
     with cluster.busy_redis:
-        scene.redis_lost += 1
+        at_stake = _at_stake(cluster)
+        with scene.lock:
+            scene.lost |= at_stake
         os.kill(cluster.redis.pid, signal.SIGKILL)
         time.sleep(1.0)
         for path in cluster.beside.iterdir():
             if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        cluster.redis.start()
+        cluster.restart_redis()
     return "down for 1 s, nothing left on disk"
+
+
+def _at_stake(cluster: Cluster) -> set[str]:
+    """Rollouts that a loss of Redis may take: the open ones, and those that are admitted until it is dead.
+
+    Where there is no cursor Redis has just lost the run, and what is at stake was noted then.
+    """
+    learner, cursor = cluster.config.learner, cluster.plane.client.get(cluster.key("cursor"))
+    soon = 2 * (learner.max_staleness + 1) * learner.batch_size
+    coming = range(int(cursor), int(cursor) + soon) if cursor is not None else range(0)
+    return cluster.open_rollouts() | {rid_of(number) for number in coming}
 
 
 def _redis_pause(_cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
@@ -165,9 +185,15 @@ def _redis_full(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
         used = client.info("memory")["used_memory"]
         client.config_set("maxmemory", int(used * 0.97))
         try:
-            time.sleep(seconds)
+            exceeded, until = False, time.monotonic() + seconds
+            while time.monotonic() < until:
+                memory = client.info("memory")
+                exceeded |= memory["used_memory"] > memory["maxmemory"] > 0
+                time.sleep(0.1)
         finally:
             client.config_set("maxmemory", cluster.config.redis.maxmemory_mb << 20)
+    if not exceeded:
+        raise Missed("its memory was never above the limit")
     return f"{used >> 10} kB in use, 97 % of it allowed for {seconds:.1f} s"
 
 
@@ -175,6 +201,7 @@ def _network(cluster: Cluster, rng: random.Random, _: Scene, __: int, what: str)
     """Spoil one worker's connection until it has been hit at least once."""
     deadline = time.monotonic() + _TRY_S
     while time.monotonic() < deadline:
+        cluster.check_open()
         role = rng.choice(WORKERS)
         pid, seconds = cluster.victim(role, rng), rng.uniform(2.0, 4.0)
         hits = _spoil(cluster, rng, pid, what, seconds)
@@ -227,6 +254,7 @@ def _malformed(cluster: Cluster, rng: random.Random, scene: Scene, _: int, strea
         entry = client.xadd(key, fields)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
+        cluster.check_open()
         with contextlib.suppress(Exception):  # Redis may be away by another fault: it is asked again
             if not client.xrange(key, entry, entry):
                 return f"{fields!r:.60} taken off"
@@ -247,6 +275,7 @@ def _poison(cluster: Cluster, rng: random.Random, scene: Scene, _: int) -> str:
     deadline = time.monotonic() + _TRY_S
     client = cluster.plane.client
     while time.monotonic() < deadline:
+        cluster.check_open()
         with contextlib.suppress(Exception):
             rids = sorted(cluster.open_rollouts() - scene.poisoned)
             rid = rng.choice(rids)
@@ -298,6 +327,7 @@ def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
     deadline = time.monotonic() + seconds
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
+            cluster.check_open()
             with _stopped(pid):
                 time.sleep(0.18)
             time.sleep(0.02)
@@ -312,7 +342,8 @@ def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: in
             raise Missed("there are not two whole checkpoints")
         newest, before = folders[-1], folders[-2]
         with scene.lock:
-            scene.rolled_back |= cluster.trained_since(int(before.name[5:]))
+            # What came behind the newest was never acknowledged: it is trained again without an excuse.
+            scene.rolled_back |= cluster.trained_between(int(before.name[5:]), int(newest.name[5:]))
         path = rng.choice(sorted(newest.iterdir()))
         _tear(path, rng)
         os.kill(pid, signal.SIGKILL)
@@ -331,7 +362,16 @@ def _torn_weights(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
             time.sleep(0.005)
         path = folder / f"v{newest_version(folder):08d}.safetensors"
         _tear(path, rng)
-    return path.name
+        said = Path(f"/proc/{pid}/fd/2").resolve()  # logs/rollout-*.log
+        before = said.stat().st_size
+    deadline = time.monotonic() + _REFUSE_S
+    while time.monotonic() < deadline:
+        with said.open("rb") as log:
+            log.seek(before)
+            if b"weights refused" in log.read():
+                return f"{path.name} refused"
+        time.sleep(0.1)
+    raise Missed("the worker never looked at the torn weights")
 
 
 def _tear(path: Path, rng: random.Random) -> None:

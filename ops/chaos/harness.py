@@ -7,6 +7,7 @@ interrupted, resumed with a few steps to go, and ends; the checker reads its fol
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import sys
@@ -20,10 +21,10 @@ import redis
 
 from common.config import Config, ConfigError
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
-from ops.chaos.cluster import WORKERS, Cluster, RunEnded
+from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
 from ops.chaos.records import Violation
-from ops.chaos.recovery import Held, holder_of, wait_holding, wait_recovered, wait_whole
+from ops.chaos.recovery import Held, go_on, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import Fault, Result, schedule
 from ops.chaos.table import describe
 from ops.check import check
@@ -34,6 +35,13 @@ _AT_ONCE = 6  # most faults under way at a time
 _TRIES = 6  # of a fault that finds nothing to strike
 _START_S, _END_S = 180.0, 240.0
 CALM_S = 120.0  # how long what is open when the faults end may take
+_OTHERS_FIRST = (
+    ProcessLookupError,
+    FileNotFoundError,
+    redis.exceptions.ResponseError,
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+)
 _NEVER = 10_000_000  # steps: the run is ended by the harness
 
 
@@ -54,6 +62,9 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
             result.counts = asdict(count_folder(cluster.folder))
         except (RunEnded, TimeoutError, redis.exceptions.RedisError) as error:
             result.violations.append(Violation("the run goes on", "", str(error)))
+    for fault in result.faults:
+        if not fault.alone:
+            fault.survived = fault.injected and not result.violations
     result.wall_s = time.monotonic() - began
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.run_dir / "chaos.json", asdict(result))
@@ -107,6 +118,9 @@ def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) ->
             _inject(cluster, scene, fault, result, began)
         except RunEnded as error:
             ended.append(error)
+        except Exception as error:
+            what = f"{fault.kind}: {type(error).__name__}: {error}"
+            result.violations.append(Violation("the harness works", "", what))
 
     for number, fault in enumerate(result.faults, start=1):
         if ended:
@@ -139,7 +153,7 @@ def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: Result, began:
             return
         except Missed as miss:
             fault.note = f"missed: {miss}"
-        except (ProcessLookupError, FileNotFoundError, redis.exceptions.ResponseError) as error:
+        except _OTHERS_FIRST as error:
             fault.note = f"missed: {error}"  # another fault was there first
         except TimeoutError as error:
             fault.note = str(error)
@@ -160,20 +174,25 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
         return
     holder = holder_of(cluster, kind.role)
     replaced = (kind.role, holder) if kind.role and holder and kind.others_take_over else None
-    # So that there is something to take over.
-    held = wait_holding(cluster, kind.role, pid) if kind.role in WORKERS and kind.others_take_over else Held()
-    before, struck = cluster.stage(), time.monotonic()
+    stop = kind.role if kind.others_take_over else None
+    struck, held = stop_holding(cluster, stop, pid) if stop else (time.monotonic(), Held())
     fault.at_s = struck - began
-    with ThreadPoolExecutor(1) as pool:
-        # Whoever takes over does so while the victim is still stopped; what befalls all must be over first.
-        injecting = pool.submit(kind.inject, cluster, rng, scene, pid)
-        if not kind.others_take_over:
+    try:
+        # Whoever takes over does so while the victim is still stopped; what befalls all must be over first, and what is
+        # there then, after a loss of Redis nothing, is where it begins.
+        before = cluster.stage() if stop else None
+        with ThreadPoolExecutor(1) as pool:
+            injecting = pool.submit(kind.inject, cluster, rng, scene, pid)
+            if not stop:
+                injecting.result()
+            recovery_s = wait_recovered(
+                cluster, before, held, struck, kind.moves, replaced, lambda: injecting.done() and injecting.result()
+            )
             fault.note = injecting.result()
-            before = cluster.stage() or before
-        if before is not None:
-            fault.recovery_s = wait_recovered(cluster, before, held, struck, kind.moves, replaced)
-        fault.note = injecting.result()
-    fault.injected = True
+    finally:
+        if stop:
+            go_on(pid)
+    fault.recovery_s, fault.injected = recovery_s, True
 
 
 def _say(number: int, fault: Fault, result: Result) -> None:
@@ -188,24 +207,28 @@ def _say(number: int, fault: Fault, result: Result) -> None:
 def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
     """Calm, Ctrl-C, `--resume` with a few steps more, to the end; then what the checker finds. Raises RunEnded.
 
-    A run in which something will not come to its end cannot end itself either: that is said, and it is not resumed.
+    A run in which something will not come to its end cannot end itself either: that is said, with what its folder
+    shows, and it is not resumed.
     """
     cursor, waiting = _calm(cluster, calm_s)
+    allowed = Allowed(
+        poisoned=frozenset(scene.poisoned),
+        lost=frozenset(scene.lost),
+        rolled_back=frozenset(scene.rolled_back),
+        calm_cursor=cursor,
+        broken_notices=scene.broken_notices,
+    )
     if waiting:
-        return [Violation("ended_once", rid, f"still open after {calm_s:g} s of calm") for rid in sorted(waiting)]
+        with contextlib.suppress(RunEnded):
+            cluster.stop()
+        still = [Violation("ended_once", rid, f"still open after {calm_s:g} s of calm") for rid in sorted(waiting)]
+        return still + check_folder(cluster.folder, allowed)
     code = cluster.stop()
     if code != 130:
         raise RunEnded(f"interrupted, katana run ended with {code}: {cluster.last_words()}")
     cluster.launch("--resume", overrides={"learner.max_steps": cluster.steps() + 4})
     if code := cluster.wait(_END_S):
         raise RunEnded(f"resumed, katana run ended with {code}: {cluster.last_words()}")
-    allowed = Allowed(
-        poisoned=frozenset(scene.poisoned),
-        redis_lost=scene.redis_lost,
-        rolled_back=frozenset(scene.rolled_back),
-        calm_cursor=cursor,
-        broken_notices=scene.broken_notices,
-    )
     client = cluster.plane.client
     return check_folder(cluster.folder, allowed) + check_redis(client, cluster.run_key, cluster.folder, allowed)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import redis
 
-from ops.chaos.cluster import WORKERS, Cluster, RunEnded, Stage
+from ops.chaos.cluster import WORKERS, Cluster, RunEnded, Stage, order
 
 RECOVERY_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _HOLDING_S = 60.0
+_SETTLE_S = 0.02  # what a process sent before it was stopped has arrived by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,12 @@ def gone_on(cluster: Cluster, held: Held) -> bool:
 
 
 def moved(before: Stage, now: Stage, what: tuple[str, ...]) -> bool:
-    """Each of these fields of the stage has changed."""
-    return all(getattr(before, name) != getattr(now, name) for name in what)
+    """Each of these fields of the stage has grown. (A step that was rolled back is a change, and no progress.)"""
+    return all(_place(getattr(before, name)) < _place(getattr(now, name)) for name in what)
+
+
+def _place(value: bytes | float) -> tuple[float, ...]:
+    return order(value) if isinstance(value, bytes) else (value,)
 
 
 def holder_of(cluster: Cluster, role: str | None) -> bytes | None:
@@ -72,20 +81,31 @@ def holder_of(cluster: Cluster, role: str | None) -> bytes | None:
 
 
 def wait_recovered(
-    cluster: Cluster, before: Stage, held: Held, began: float, what: tuple[str, ...], replaced: tuple[str, bytes] | None
+    cluster: Cluster,
+    before: Stage | None,
+    held: Held,
+    began: float,
+    what: tuple[str, ...],
+    replaced: tuple[str, bytes] | None,
+    check: Callable[[], object],
 ) -> float:
     """Seconds from `began` (monotonic) until `what` has moved and what was held has gone on.
 
-    `replaced`: a role and its former holder, whose last deeds do not count: what has moved is looked at from the moment
-    when another holds the lease. Raises TimeoutError, RunEnded.
+    `before`: where the work stood; None: it is what is there once Redis answers and knows the run. `check` is called
+    all the time, and may raise. `replaced`: a role and its former holder, whose last deeds do not count: what has moved
+    is looked at from the moment when another holds the lease. Raises TimeoutError, RunEnded.
     """
     while time.monotonic() - began < RECOVERY_TIMEOUT_S:
         cluster.check_alive()
+        check()
         try:
             now = cluster.stage()
-            if now is not None and replaced is not None and holder_of(cluster, replaced[0]) not in (None, replaced[1]):
+            before = before or now
+            if now is None or before is None:
+                pass
+            elif replaced is not None and holder_of(cluster, replaced[0]) not in (None, replaced[1]):
                 before, replaced = now, None
-            elif now is not None and replaced is None and moved(before, now, what) and gone_on(cluster, held):
+            elif replaced is None and moved(before, now, what) and gone_on(cluster, held):
                 return time.monotonic() - began
         except (redis.exceptions.RedisError, OSError):
             pass  # Redis is away: the fault itself, or another one
@@ -93,16 +113,34 @@ def wait_recovered(
     raise TimeoutError(f"no recovery within {RECOVERY_TIMEOUT_S:.0f} s")
 
 
-def wait_holding(cluster: Cluster, role: str, pid: int) -> Held:
-    """What a worker holds, at a moment when it holds something. Raises TimeoutError."""
+def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
+    """Stop a process (a worker: at a moment when it holds something): when (monotonic), and what it holds.
+
+    Stopped before it is looked at: what it holds then it cannot end by itself. Raises TimeoutError.
+    """
     deadline = time.monotonic() + _HOLDING_S
     while time.monotonic() < deadline:
         cluster.check_alive()
-        held = held_by(cluster, role, pid)
-        if held.rollouts or held.notices:
-            return held
-        time.sleep(0.005)
+        began = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+        stopped = False
+        try:
+            time.sleep(_SETTLE_S)
+            held = held_by(cluster, role, pid) if role in WORKERS else Held()
+            stopped = bool(held.rollouts or held.notices) or role not in WORKERS
+            if stopped:
+                return began, held
+        finally:
+            if not stopped:
+                go_on(pid)
+        time.sleep(0.02)
     raise TimeoutError(f"the {role} worker held nothing for {_HOLDING_S:.0f} s")
+
+
+def go_on(pid: int) -> None:
+    """Let a stopped process run; nothing where it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
 
 
 def wait_whole(cluster: Cluster, timeout_s: float = 90.0) -> None:

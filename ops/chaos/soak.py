@@ -40,7 +40,9 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
         try:
             begin(cluster)
             log = MemoryLog(cluster.folder / "memory.jsonl")
-            _kill_now_and_then(cluster, log, kills, minutes, random.Random(seed))
+            violations += _kill_now_and_then(cluster, log, kills, minutes, random.Random(seed))
+            if not log.path.read_text():
+                violations.append(Violation("memory stays flat", "", "no sample was taken"))
             violations += end(cluster, Scene(), CALM_S)
             for verdict in judge(log.path):
                 print(verdict)
@@ -60,17 +62,18 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
 
 def _kill_now_and_then(
     cluster: Cluster, log: MemoryLog, kills: list[dict[str, Any]], minutes: float, rng: random.Random
-) -> None:
-    """Raises RunEnded."""
+) -> list[Violation]:
+    """What went wrong with the samples. Raises RunEnded."""
     began = time.monotonic()
     over = threading.Event()
-    sampler = threading.Thread(target=_keep_sampling, args=(cluster, log, over))
+    failed: list[Violation] = []
+    sampler = threading.Thread(target=_keep_sampling, args=(cluster, log, over, failed))
     sampler.start()
     try:
         while True:
             time.sleep(rng.expovariate(1 / _GAP_S))
             if time.monotonic() - began > 60 * minutes:
-                return
+                break
             kind = KINDS[rng.choice(_KINDS)]
             assert kind.role is not None
             cluster.spend_restart(kind.role)
@@ -80,15 +83,19 @@ def _kill_now_and_then(
     finally:
         over.set()
         sampler.join()
+    return failed
 
 
-def _keep_sampling(cluster: Cluster, log: MemoryLog, over: threading.Event) -> None:
+def _keep_sampling(cluster: Cluster, log: MemoryLog, over: threading.Event, failed: list[Violation]) -> None:
     places: dict[str, int] = {}
-    while not over.wait(_SAMPLE_S):
-        assert cluster.process is not None
-        places = _places(cluster, places)
-        used = cluster.plane.client.info("memory")["used_memory"]
-        log.add(places | {"katana run": cluster.process.pid}, used)
+    try:
+        while not over.wait(_SAMPLE_S):
+            assert cluster.process is not None
+            places = _places(cluster, places)
+            used = cluster.plane.client.info("memory")["used_memory"]
+            log.add(places | {"katana run": cluster.process.pid}, used)
+    except Exception as error:
+        failed.append(Violation("the harness works", "", f"samples of memory: {type(error).__name__}: {error}"))
 
 
 def _places(cluster: Cluster, before: dict[str, int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ import pytest
 from samples import Run, make_verdict
 
 import actors.feeder
-from actors.books import read_lines
+from actors.books import read_lines, rid_of
 from actors.feeder import Feeder
 from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
@@ -401,6 +401,26 @@ def test_a_rollout_that_died_unjudged_is_booked_from_its_record(desk: Desk) -> N
     assert desk.run.ledger()["dead"] == 1
 
 
+def test_broken_counts_in_a_record_are_booked_all_the_same(begin: Callable[..., Desk]) -> None:
+    desk = begin(feeder={"concurrency": 6, "record_audit": True})
+    desk.go_on()
+    rid, other = desk.take()[:2]
+    for one in (rid, other):
+        desk.write(one, tokens=4, finish=None)
+        desk.die(one)
+    broken = {"length": "4x", "chunks": b"\xff", "owners": "n1 zero "}
+    desk.run.client.hset(desk.run.key(f"rollout:{rid}"), mapping=broken)
+    desk.restart()
+    desk.go_on()
+    assert (desk.lines()[rid]["ending"], desk.lines()[rid]["tokens_generated"]) == ("dead", 0)
+    assert desk.lines()[other]["tokens_generated"] == 4
+    audits = {one["rid"]: one for one in read_lines(desk.run.config.run_dir / "audit.jsonl")}
+    assert audits[rid]["owners"] == audits[other]["owners"] == [["n1", 0]]
+    assert audits[rid]["chunks"] == audits[other]["chunks"]
+    assert len(audits[rid]["chunks"]) == 1
+    assert desk.run.ledger()["dead"] == 2
+
+
 # --- counts that come late, or never ---
 
 
@@ -551,6 +571,45 @@ def test_a_former_feeder_books_and_admits_nothing(desk: Desk) -> None:
 
 
 # --- what is broken ---
+
+
+@pytest.mark.parametrize("rid", ["r999999999", "r5", "r0", "x7"])
+def test_an_ending_of_a_rollout_that_was_never_admitted_is_given_up(desk: Desk, rid: str) -> None:
+    desk.go_on()
+    fields = {"kind": "ending", "rid": rid, "ending": "dead", "reason": "sold"}
+    desk.run.client.xadd(desk.run.key("finished"), fields)
+    desk.go_on()
+    assert desk.lines() == {}
+    assert [letter["stage"] for letter in desk.run.entries("dead")] == ["finished"]
+    assert desk.run.entries("finished") == []
+    desk.restart()
+    assert desk.run.ledger() == {"admitted": 6}
+
+
+def test_a_feeder_that_took_over_later_keeps_its_ledger_on_disk(desk: Desk) -> None:
+    desk.go_on()
+    path = desk.run.config.run_dir / "ledger.json"
+    desk.feeder._write_ledger()
+    late = json.loads(path.read_text())
+    desk.feeder._ledger = {"admitted": 3}
+    desk.feeder._write_ledger()
+    assert json.loads(path.read_text()) == late
+
+
+def test_a_redis_that_went_back_is_told_from_one_that_lost_all(desk: Desk) -> None:
+    """What was admitted in the lost second is booked as lost; what Redis still knows goes on."""
+    desk.go_on()
+    gone = rid_of(5)
+    run = desk.run
+    run.client.set(run.key("cursor"), 5)
+    run.client.srem(run.key("open"), gone)
+    run.client.delete(run.key(f"rollout:{gone}"))
+    run.client.hset(run.key("ledger"), "admitted", 5)
+    desk.feeder._write_ledger()
+    desk.restart()
+    assert {rid: line["reason"] for rid, line in desk.lines().items()} == {gone: "lost"}
+    assert desk.feeder._cursor == 6
+    assert run.client.scard(run.key("open")) == 5
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,68 @@ def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_flows(
     assert run.pending(f"chunks:{run.plane.shard_of('r1')}") == 0
     endings = [entry for entry in run.entries("finished") if entry["kind"] == "ending"]
     assert [(entry["rid"], entry["ending"]) for entry in endings] == [("r1", "dead")]
+
+
+def beyond_the_vocabulary(data: bytes) -> bytes:
+    chunk = ChunkTokens.decode(data)
+    return replace(chunk, tokens=np.full_like(chunk.tokens, 1 << 30)).encode()
+
+
+@pytest.mark.parametrize("breaking", [lambda data: data[:-3], beyond_the_vocabulary], ids=["truncated", "out of range"])
+def test_a_chunk_broken_after_its_score_is_given_up_by_a_cold_teacher_and_the_rest_flows(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, breaking: Callable[[bytes], bytes]
+) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    admit(run, "r2", seed)
+    announce(run, student, 0)
+    writer, warm = rollout_worker(run, student), teacher_worker(run, teacher, "warm")
+    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    for _ in range(3):
+        warm.step(block_s=0.001)
+    assert run.field("r1", "scored") == run.field("r2", "scored") == b"1"
+    turn(writer, lambda: wrote(run, "r1", 3)() and wrote(run, "r2", 3)())
+    run.client.hset(run.key("rollout:r1"), "t:0", breaking(run.field("r1", "t:0") or b""))
+    cold = teacher_worker(run, teacher, "cold")
+    for _ in range(8):
+        cold.step(block_s=0.001)
+    assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "teacher")]
+    assert run.field("r1", "verdict") == b"dead"
+    assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
+    assert run.field("r1", "scored") == b"1"
+    assert run.field("r2", "scored") == b"3"
+    assert run.pending(f"chunks:{run.plane.shard_of('r1')}") == 0
+
+
+@pytest.mark.parametrize("field", ["t:0", "chunks", "length", "scored"])
+def test_a_takeover_of_a_broken_record_counts_attempts_and_the_rest_is_written(
+    run: Run, student: PreTrainedModel, field: str
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    first = rollout_worker(run, student, "first")
+    turn(first, wrote(run, "r1", 1))
+    first._drain()
+    broken = beyond_the_vocabulary(run.field("r1", "t:0") or b"") if field == "t:0" else b"1x"
+    run.client.hset(run.key("rollout:r1"), field, broken)
+    admit(run, "r2", 3)
+    second = rollout_worker(run, student, "second")
+    turn(second, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
+    assert run.field("r1", "verdict") == b"dead"
+    assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
+    assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
+
+
+def test_a_count_of_scores_broken_under_its_writer_harms_nobody_else(run: Run, student: PreTrainedModel) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    admit(run, "r2", seed)
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    run.client.hset(run.key("rollout:r1"), "scored", "many")
+    turn(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
+    assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
 
 
 def test_a_notice_of_nothing_is_taken_off_and_harms_nobody(run: Run, teacher: PreTrainedModel) -> None:

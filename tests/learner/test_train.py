@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import Run, make_verdict
+from samples import Run, make_score_support, make_support, make_tokens, make_verdict
 
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from learner.checkpoint import load_newest
@@ -197,3 +198,36 @@ def test_a_trajectory_that_cannot_be_read_dies_with_its_reason_and_the_rest_is_t
     assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
     assert ("r0", "dead") in endings(run)
     assert len(run.entries("dead")) == 2
+
+
+def _trains_nothing() -> dict[str, bytes]:
+    return {"verdict": make_verdict("r0", train=0).encode()}
+
+
+def _chunks_of_unequal_support() -> dict[str, bytes]:
+    n = 6
+    verdict = make_verdict(
+        "r0", trigger=n, keep=n, train=n, tokens=np.full(n, 2, np.int32), divergence=np.zeros(n, np.float32)
+    )
+    return {
+        "verdict": verdict.encode(),
+        "t:1": make_tokens(seq=1, start=3).encode(),
+        "p:1": make_support(3, 3).encode(),
+        "q:1": make_score_support(3, 3).encode(),
+    }
+
+
+@pytest.mark.parametrize("breaking", [_trains_nothing, _chunks_of_unequal_support])
+def test_a_record_broken_after_its_verdict_dies_and_the_rest_is_trained(
+    run: Run, breaking: Callable[[], dict[str, bytes]]
+) -> None:
+    for number in range(3):
+        trajectory(run, number)
+    run.client.hset(run.key("rollout:r0"), mapping=dict(breaking()))
+    learner_ = make_learner(run)
+    learner_.start()
+    batch = learner_._next_batch(block_s=0.01)
+    assert batch is not None
+    assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
+    assert ("r0", "dead") in endings(run)
+    assert [entry["stage"] for entry in run.entries("dead")] == ["trajectories"]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -630,8 +630,15 @@ def test_a_lost_redis_excuses_what_it_took(honest: Folder) -> None:
     )
     honest.audit.remove(honest.record(5))
     honest.count()
-    lossy = Allowed(poisoned=EXCUSED.poisoned, rolled_back=EXCUSED.rolled_back, redis_lost=1)
+    open_then = frozenset({LOST, rid_of(13), rid_of(5)})
+    lossy = replace(EXCUSED, lost=open_then)
     assert check_folder(honest.write(), lossy) == []
+    for rid, statements in (
+        (LOST, {"dropped_with_cause"}),
+        (rid_of(13), {"dropped_with_cause", "booked_as_trained"}),
+        (rid_of(5), {"tokens_as_generated"}),
+    ):
+        assert names(honest, replace(EXCUSED, lost=open_then - {rid})) == statements
     assert names(honest) == {"dropped_with_cause", "booked_as_trained", "tokens_as_generated"}
     honest.line(13).update(reason="run_end")
     honest.count()

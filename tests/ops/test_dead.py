@@ -246,9 +246,9 @@ def test_a_letter_whose_rollout_is_gone_is_shown_by_itself(desk: Desk) -> None:
     assert "field" not in told
 
 
-def test_a_rollout_that_the_learner_gave_up_is_found_by_its_reason(desk: Desk) -> None:
+def test_a_rollout_that_the_learner_gave_up_is_found(desk: Desk) -> None:
     entry = desk.run.judged("r1")
-    desk.run.plane.fail("", "trajectories", "r1: chunk 0: broken", max_attempts=1)
+    desk.run.plane.fail("r1", "trajectories", "chunk 0: broken", max_attempts=1)
     desk.run.settle("r1", entry, "dead", "trajectories")
     assert "r1 (open)" in desk.told()
     desk.run.book("r1", "dead")

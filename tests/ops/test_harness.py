@@ -6,16 +6,19 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from samples import Run, make_config, make_divergence
 
+from actors.books import rid_of
 from common.config import ConfigError, load
 from common.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.weights import BadWeights, WeightsRef, publish, verified
-from ops.chaos import faults
-from ops.chaos.cluster import Stage
-from ops.chaos.faults import KINDS
+from ops.chaos import faults, harness
+from ops.chaos.cluster import Cluster, RunEnded, Stage
+from ops.chaos.faults import KINDS, Kind, Scene
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
 from ops.chaos.recovery import moved
@@ -24,6 +27,7 @@ from ops.chaos.table import describe, percentile
 from ops.cli import main
 from ops.embedded import EmbeddedRedis
 
+ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 CHAOS = Path(__file__).parents[2] / "ops" / "experiments" / "chaos.yaml"
 
 
@@ -103,11 +107,66 @@ def test_a_table_counts_what_was_injected_and_survived_and_says_the_seed() -> No
     assert "3 faults of 2 kinds, seeds 7, 2 minutes: 1 violations." in text
 
 
-def test_a_stage_has_moved_when_all_that_matters_has_changed() -> None:
+def test_a_stage_has_moved_when_all_that_matters_has_grown() -> None:
     before = Stage(b"1-0", b"1-0", b"1-0", 1.0, 5)
     now = Stage(b"2-0", b"1-0", b"1-0", 1.0, 6)
     assert moved(before, now, ("chunks", "admitted"))
     assert not moved(before, now, ("chunks", "scores"))
+    assert moved(Stage(b"9-9", b"0-0", b"9-2", 0.0, 0), Stage(b"10-0", b"1-0", b"9-10", 1.0, 1), ALL)
+
+
+@pytest.mark.parametrize("name", ["chunks", "scores", "verdicts", "trained", "admitted"])
+def test_what_a_loss_or_a_truncated_record_takes_back_is_no_progress(name: str) -> None:
+    full, empty = Stage(b"2-0", b"2-0", b"2-0", 2.0, 6), Stage(b"0-0", b"0-0", b"0-0", 0.0, 0)
+    assert not moved(full, empty, (name,))
+    assert moved(empty, full, (name,))
+
+
+def test_a_loss_of_redis_puts_at_stake_what_is_open_and_what_comes_next(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run]
+) -> None:
+    run = start(embedded_redis)
+    run.admit("r000000001")
+    cluster = SimpleNamespace(config=run.config, plane=run.plane, key=run.key, open_rollouts=lambda: {"r000000001"})
+    run.client.delete(run.key("cursor"))
+    assert faults._at_stake(cast(Any, cluster)) == {"r000000001"}
+    run.client.set(run.key("cursor"), 7)
+    count = 2 * (run.config.learner.max_staleness + 1) * run.config.learner.batch_size
+    assert faults._at_stake(cast(Any, cluster)) == {"r000000001", *map(rid_of, range(7, 7 + count))}
+
+
+def test_once_it_is_being_ended_no_fault_goes_on_and_redis_stays_away(tmp_path: Path) -> None:
+    cluster = Cluster(load(CHAOS, [f"runs_dir={tmp_path}"]))
+    cluster.__exit__()
+    for act in (cluster.restart_redis, cluster.check_alive, lambda: cluster.spend_restart("feeder")):
+        with pytest.raises(RunEnded, match="being ended"):
+            act()
+    assert not cluster.redis.running()
+
+
+def test_a_fault_that_fails_in_a_way_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
+        raise ValueError("not like this")
+
+    monkeypatch.setattr(harness, "_GAP_S", 0.001)
+    monkeypatch.setitem(KINDS, "redis-full", Kind("redis-full", fail))
+    result = Result(0, [Fault("redis-full", False, 1)])
+    harness._inject_all(cast(Any, SimpleNamespace()), Scene(), result, 0.0)
+    assert result.violations == [Violation("the harness works", "", "redis-full: ValueError: not like this")]
+    assert not result.faults[0].injected
+
+
+def test_what_was_begun_is_ended_when_a_start_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(load(CHAOS, [f"runs_dir={tmp_path}"]))
+
+    def fail(*_: str) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(cluster, "launch", fail)
+    with pytest.raises(OSError, match="no more"), cluster:
+        pass
+    assert not cluster.redis.running()
+    assert not cluster._sockets.exists()
 
 
 def test_what_is_broken_on_purpose_is_refused_by_the_decoders(

@@ -373,6 +373,27 @@ def test_what_a_former_holder_reads_after_its_lease_is_adopted_and_what_was_dele
     assert run.pending("trajectories") == 1
 
 
+def test_what_an_adoption_took_whose_answer_was_lost_is_read_next(
+    own_redis: EmbeddedRedis, start: Callable[..., Run]
+) -> None:
+    run = start(own_redis)
+    for number in range(3):
+        run.client.xadd(run.key("trajectories"), {"rid": f"r{number}"})
+    run.plane.read("learner", "former", ["trajectories"], count=10, block_s=0)
+    plane = open_plane(run.config, impatient(own_redis, 0.3), run.plane.run_key)
+    lease = Lease(plane, "learner", 600.0)
+    lease.take(threading.Event())
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    timer = threading.Timer(0.6, os.kill, (own_redis.pid, signal.SIGCONT))
+    timer.start()
+    given = lease.adopt("trajectories", "learner")
+    timer.join()
+    given += [one for _, one in plane.read("learner", lease.token, ["trajectories"], count=10, block_s=0)]
+    assert {fields[b"rid"] for _, fields in given} == {b"r0", b"r1", b"r2"}
+    assert plane.read("learner", lease.token, ["trajectories"], count=10, block_s=0) == []
+    plane.client.close()
+
+
 def test_a_former_holder_adopts_nothing(run: Run) -> None:
     former = run.lease("learner")
     run.client.delete(run.key("lease:learner"))

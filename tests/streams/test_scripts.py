@@ -752,6 +752,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "lease": ("learner", "t", 10, "take"),
         "adopt": ("learner", "t", "trajectories", "learner", 10),
         "close": ("t", "scores", "arbiter"),
+        "reopen": ("config",),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))
@@ -762,6 +763,29 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         learner.call("publish", 1, 1, "f", "s")
     assert set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")) == before
     assert run.plane.state() is None
+
+
+def test_an_admission_that_arrives_late_admits_nothing_even_when_its_rollout_is_booked(run: Run) -> None:
+    run.admit("r1")
+    run.book("r1", "dropped:empty")
+    assert run.admit("r1") == b"ok"
+    assert run.plane.rollout("r1") == {}
+    assert run.ledger() == {"admitted": 1, "dropped:empty": 1}
+
+
+def test_an_admission_behind_which_others_are_missing_is_refused(run: Run) -> None:
+    """Redis lost what was admitted last."""
+    run.admit("r1")
+    assert run.lease("feeder").call("admit", "r9", make_head("r9").encode(), 9) == [b"behind"]
+    assert run.plane.rollout("r9") == {}
+
+
+def test_a_late_restore_changes_nothing(run: Run) -> None:
+    for number in range(1, 4):
+        run.admit(f"r{number}")
+    run.lease("feeder").call("restore", 2, "admitted", 2)
+    assert run.ledger() == {"admitted": 3}
+    assert run.client.get(run.key("cursor")) == b"3"
 
 
 def test_a_report_that_arrives_twice_counts_once(run: Run) -> None:
