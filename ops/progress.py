@@ -50,7 +50,7 @@ class Progress:
         self._evals = _Tail(config.run_dir / "eval.jsonl")
         self._step: dict[str, Any] = {}
         self._eval: dict[str, Any] = {}
-        self._booked: deque[dict[str, Any]] = deque(maxlen=4096)  # the whole run's saving stands in summary.json
+        self._booked: deque[dict[str, Any]] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
         self._facts: dict[str, Any] = {}
