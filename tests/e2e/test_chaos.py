@@ -54,8 +54,10 @@ def test_every_kind_of_fault_is_survived_with_nothing_lost(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("sabotage", "statement", "kinds", "faults", "settings"),
     [
-        ("owner", "owners_only", "pause-rollout", 4, ()),
-        ("early_ack", "booked_as_trained", "kill-learner", 2, ("checkpoints.every_steps=8",)),
+        # Many: the one who was paused must be quicker than the one who took over.
+        ("owner", "owners_only", "pause-rollout", 8, ()),
+        # No checkpoint before the first kill.
+        ("early_ack", "booked_as_trained", "kill-learner", 2, ("checkpoints.every_steps=40",)),
         ("trim", "ended_once", "kill-teacher", 2, ("redis.shards=1", "teacher.workers=1")),
     ],
 )
