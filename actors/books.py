@@ -125,8 +125,9 @@ def rid_of(index: int) -> str:
 
 
 def number_of(rid: str) -> int:
-    """The admission number of a rollout; -1 for an id that is none of ours."""
-    return int(rid[1:]) if rid[:1] == "r" and rid[1:].isdigit() and rid.isascii() else -1
+    """The admission number of a rollout; -1 for an id that `rid_of` does not give."""
+    number = int(rid[1:]) if rid.isascii() and rid[1:].isdigit() else -1
+    return number if number >= 0 and rid_of(number) == rid else -1
 
 
 class Booked:

@@ -224,8 +224,7 @@ class Feeder:
         """Take in one `finished` entry. What cannot be read is given up, with the reason."""
         try:
             rid = read_rid(values.get(b"rid"))
-            number = number_of(rid)
-            if not 0 <= number < self._cursor or rid_of(number) != rid:
+            if not 0 <= number_of(rid) < self._cursor:
                 raise MessageError(f"finished.rid: {rid!r:.40} was never admitted")
             rollout = self._rollouts.get(rid, _Open())
             self._absorb(rollout, values)

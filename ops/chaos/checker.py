@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import BookLine, rid_of
+from actors.books import BookLine, number_of, rid_of
 from common.config import Termination
 from common.messages import Floats, row_digest
 from common.streams import Plane, open_plane
@@ -131,8 +131,7 @@ def _ended_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
     for rid in islice(missing, _MOST_NAMED):
         yield Violation("ended_once", rid, "admitted, and never booked")
     for rid in records.books:
-        number = _number(rid)
-        if number is None or number >= admitted:
+        if not 0 <= number_of(rid) < admitted:
             yield Violation("ended_once", rid, f"booked, and not among the {admitted} admitted")
     if ledger["open"] != 0:
         yield Violation("ended_once", "", f"ledger.json: {ledger['open']} rollouts are open")
@@ -141,12 +140,6 @@ def _ended_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
     for name in sorted(set(ledger) | set(counts)):
         if name != "open" and ledger.get(name, 0) != counts[name]:
             yield Violation("ended_once", "", f"ledger.json: {name} {ledger.get(name, 0)}, the books: {counts[name]}")
-
-
-def _number(rid: str) -> int | None:
-    """The admission number of a rollout; None for an id that the feeder does not give."""
-    digits = rid[1:]
-    return int(digits) if digits.isdecimal() and digits.isascii() and rid_of(int(digits)) == rid else None
 
 
 def _trained_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
@@ -448,7 +441,7 @@ def _fault(line: BookLine, trace: Trace | None, max_staleness: float, allowed: A
         return f"dropped as empty, with {trace.train} tokens to train on"
     if line.reason == "lost" and line.rid not in allowed.lost:
         return "lost, and Redis lost no data while it was open"
-    early = allowed.calm_cursor is not None and (_number(line.rid) or 0) < allowed.calm_cursor
+    early = allowed.calm_cursor is not None and number_of(line.rid) < allowed.calm_cursor
     if line.reason == "run_end" and early:
         return f"open at the end of the run, though admitted before number {allowed.calm_cursor}"
     return ""
