@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     chaos.add_argument("--kinds", help="names with commas between them (default: all); an unknown one lists them")
     chaos.add_argument(
         "--calm",
-        type=float,
+        type=_positive_float,
         default=120.0,
         metavar="SECONDS",
         help="how long what is open when the faults end may take (default 120)",
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     soak = commands.add_parser("soak", help="a long run whose processes are killed now and then; its memory stays flat")
     _config_arguments(soak)
-    soak.add_argument("--minutes", type=float, default=30.0, help="how long (default 30)")
+    soak.add_argument("--minutes", type=_positive_float, default=30.0, help="how long (default 30)")
     soak.add_argument("--seed", type=int, default=0, help="of the kills (default 0)")
 
     report = commands.add_parser("report", help="draw report.png from a run's folder")
@@ -135,6 +135,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return value
 
 

@@ -52,6 +52,7 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
     """
     result = Result(seed, schedule(seed, faults, kinds))
     config = prepared(config)
+    print(f"seed {seed}: {faults} faults, run in {config.run_dir}", flush=True)
     scene = Scene()
     began = time.monotonic()
     with Cluster(config) as cluster:
@@ -250,7 +251,6 @@ def run_chaos(config: Config, *, seeds: Sequence[int], faults: int, kinds: Seque
     results = []
     for seed in seeds:
         named = config.model_copy(update={"name": f"{config.name}-{seed}"})
-        print(f"seed {seed}: {faults} faults, run in {named.run_dir}", flush=True)
         results.append(chaos(named, seed=seed, faults=faults, kinds=kinds, calm_s=calm_s))
     print(describe(results))
     for result in results:

@@ -87,6 +87,21 @@ def test_a_model_that_cannot_be_used_is_refused_before_anything_starts(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("soak", "--minutes", "-3"), ("soak", "--minutes", "inf"), ("chaos", "--calm", "0"), ("chaos", "--faults", "0")],
+)
+def test_no_time_and_no_faults_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    name, *flags = command
+    with pytest.raises(SystemExit) as ended:
+        main([name, str(CHAOS), "--set", f"runs_dir={tmp_path}", *flags])
+    assert ended.value.code == 2
+    assert "expected" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_percentiles_are_of_nearest_rank() -> None:
     assert percentile([3.0], 0.95) == 3.0
     assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.0
