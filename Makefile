@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-fast test-only lint format types bench chaos soak fuzz pretrain clean
+.PHONY: setup demo test test-fast test-only test-cluster test-network lint format types bench chaos soak fuzz pretrain clean
 
 setup: .venv/.ready
 
@@ -24,7 +24,11 @@ test-only: setup
 
 # What needs no processes and no training, in under two minutes.
 test-fast: setup
-	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow'
+	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network'
+
+# Several hosts on one machine: network namespaces, a slow and breaking network between them. As root.
+test-network: setup
+	$(RUN_ENV) $(BIN)/python -m pytest -m network tests/network -s
 
 lint: setup
 	$(BIN)/ruff check .

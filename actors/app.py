@@ -171,7 +171,8 @@ def rollout_shift(run_key: str) -> None:
         from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
 
         worker = RolloutWorker(config, plane, _engines(config).decoder, worker=_worker_name("rollout"), stop=STOP)
-        worker.serve(time.monotonic() + config.liveness.shift_s)
+        with metrics.of_run(config.name, "rollout", config.run_dir):
+            worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
 @app.task(name="katana.teacher_shift")  # type: ignore[untyped-decorator]
@@ -194,7 +195,8 @@ def teacher_shift(run_key: str) -> None:
             worker=_worker_name("teacher"),
             stop=STOP,
         )
-        worker.serve(time.monotonic() + config.liveness.shift_s)
+        with metrics.of_run(config.name, "teacher", config.run_dir):
+            worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
 def _engines(config: Config) -> Any:

@@ -17,8 +17,9 @@ import numpy as np
 from common import metrics
 from common.config import Config, Termination
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
-from common.streams import Lease, Plane, shown
+from common.streams import Lease, Plane, shown, unix_s
 from common.termination import Cut, Detector, FixedLength, Kat, MinimaBuffer, NeverCut
+from common.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks asked for in one look
@@ -86,6 +87,7 @@ class Arbiter:
         self._again: set[str] = set()
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._version = 0
+        self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
         self._recent: deque[bool] = deque(maxlen=256)
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -93,6 +95,7 @@ class Arbiter:
         self._lease.take(self._stop)
         self._version = self._policy_version()
         self._load_minima()
+        self._show_threshold()
         self._judge(self._note(self._lease.adopt("scores", "arbiter")))
         try:
             while not self._stop.is_set():
@@ -124,7 +127,16 @@ class Arbiter:
         return self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
 
     def _policy_version(self) -> int:
-        return int(self._plane.policy().get("version", "0"))
+        pointer = self._plane.policy()
+        try:
+            announced = read_pointer(pointer)
+        except BadWeights as error:
+            if pointer != self._refused:
+                metrics.dead_letters.labels("weights").inc()
+                log.warning("ignored, going on as of version %d: %s", self._version, error)
+            self._refused = pointer
+            return self._version
+        return announced[0].version if announced else 0
 
     def _load_minima(self) -> None:
         stored = self._plane.patiently(lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima")
@@ -309,15 +321,19 @@ class Arbiter:
         )
         return bytes(reply[0])
 
-    def _observe(self, verdict: Verdict, entry: bytes) -> None:
+    def _show_threshold(self) -> None:
         metrics.kat_buffer_size.set(len(self._minima))
         threshold = self.threshold
         metrics.kat_threshold.set(float("nan") if threshold is None else threshold)
-        metrics.token_divergence.observe(float(verdict.divergence.mean()))
+
+    def _observe(self, verdict: Verdict, entry: bytes) -> None:
+        self._show_threshold()
+        for nats in verdict.divergence.tolist():
+            metrics.token_divergence.observe(nats)
         if verdict.arm == "treated":
             self._recent.append(verdict.cut)
             metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))
         if verdict.cut:
             seconds, micros = self._plane.patiently(self._plane.client.time, "time")
-            metrics.stop_latency.observe(max(0.0, seconds + micros / 1e6 - int(entry.split(b"-")[0]) / 1000))
+            metrics.stop_latency.observe(max(0.0, seconds + micros / 1e6 - unix_s(entry)))
             metrics.stop_signals.labels(verdict.finish_reason).inc()

@@ -24,6 +24,8 @@ from common import metrics
 from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 
 log = logging.getLogger("katana.books")
+# Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
+UNFINISHED = frozenset({"run_end", "lost"})
 _RID = b'{"rid":"'  # how every line beside rollouts.jsonl begins
 
 
@@ -49,6 +51,10 @@ class BookLine:
     policy_version_last: int
     staleness: int | None
     correct: bool | None
+    # By Redis's clock; None where a record was broken or lost.
+    admitted_unix_s: float | None = None
+    verdict_unix_s: float | None = None
+    ended_unix_s: float | None = None
 
     @property
     def ledger_field(self) -> str:
@@ -289,6 +295,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(raw)
 
 
+def compared(line: dict[str, Any]) -> bool:
+    """Whether a rollout counts where arms are compared: the policy could have cut it, the run did not end it."""
+    if line["ending"] == "dropped" and line["reason"] in UNFINISHED:
+        return False
+    return bool(line["active"]) and line["ending"] != "dead"
+
+
 def count(line: dict[str, Any]) -> None:
     """Put a line into the metrics; also done for every line on record when a feeder starts."""
     arm, reason = line["arm"], line["finish_reason"]
@@ -297,8 +310,9 @@ def count(line: dict[str, Any]) -> None:
     metrics.tokens_trained.labels(arm).inc(line["tokens_trained"])
     metrics.tokens_detection.labels(arm).inc(line["tokens_detection"])
     metrics.tokens_overshoot.labels(arm).inc(line["tokens_overshoot"])
-    metrics.rollout_length.labels(arm, reason).observe(line["tokens_generated"])
-    metrics.rollout_kept.labels(arm, reason).observe(line["tokens_kept"])
+    if compared(line):
+        metrics.rollout_length.labels(arm, reason).observe(line["tokens_generated"])
+        metrics.rollout_kept.labels(arm, reason).observe(line["tokens_kept"])
     if line["ending"] == "dropped":
         metrics.trajectories_dropped.labels(line["reason"]).inc()
     if arm == "treated" and line["tokens_detection"]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from actors.books import (
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.streams import Lease, Plane, RunGone, locked, shown
+from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_atomically
 
 log = logging.getLogger("katana.feeder")
@@ -57,6 +57,9 @@ class _Open:
     counted: int | None = None
     ending: tuple[str, str, int | None] | None = None  # ending, reason, staleness
     ended_at: float = 0.0
+    # By Redis's clock: when the two notices came into the stream.
+    verdict_unix_s: float | None = None
+    ended_unix_s: float | None = None
 
     @property
     def useful(self) -> bool:
@@ -133,6 +136,7 @@ class Feeder:
     # --- start and end -----------------------------------------------------------------------------------------
 
     def _load(self) -> None:
+        _show(self._config)
         feeder = self._config.feeder
         with self._lease.exclusively(self._lock):
             self._books = Books(
@@ -227,7 +231,7 @@ class Feeder:
             if not 0 <= number_of(rid) < self._cursor:
                 raise MessageError(f"finished.rid: {rid!r:.40} was never admitted")
             rollout = self._rollouts.get(rid, _Open())
-            self._absorb(rollout, values)
+            self._absorb(rollout, entry, values)
         except MessageError as error:
             self._plane.fail(
                 "",
@@ -247,13 +251,13 @@ class Feeder:
             return
         self._rollouts[rid] = rollout
 
-    def _absorb(self, rollout: _Open, values: dict[bytes, bytes]) -> None:
+    def _absorb(self, rollout: _Open, entry: bytes, values: dict[bytes, bytes]) -> None:
         kind = values.get(b"kind")
         if kind == b"verdict":
             verdict = Verdict.decode(values.get(b"body", b""))
             if verdict.rid.encode() != values[b"rid"]:
                 raise MessageError(f"finished.body: the verdict of {verdict.rid!r:.40}")
-            rollout.verdict = verdict
+            rollout.verdict, rollout.verdict_unix_s = verdict, unix_s(entry)
             self._running.discard(verdict.rid)
         elif kind == b"count":
             rollout.counted = read_number(values.get(b"generated"), "finished.generated")
@@ -264,7 +268,7 @@ class Feeder:
                 values.get(b"reason", b"").decode("ascii", "replace")[:40],
                 read_number(staleness, "finished.staleness") if staleness else None,
             )
-            rollout.ended_at = time.monotonic()
+            rollout.ended_at, rollout.ended_unix_s = time.monotonic(), unix_s(entry)
             self._running.discard(values[b"rid"].decode())
         else:
             raise MessageError(f"finished.kind: {kind!r:.40} with ending {values.get(b'ending')!r:.40}")
@@ -309,11 +313,19 @@ class Feeder:
             self._ledger[ledger_field] = self._ledger.get(ledger_field, 0) + 1
 
     def _line(self, rid: str, rollout: _Open) -> BookLine:
+        head, length, entry = self._plane.fields([(rid, ["head", "length", "entry"])])[0]
+        return replace(
+            self._ended_line(rid, rollout, head, length),
+            admitted_unix_s=_moment(entry),
+            verdict_unix_s=rollout.verdict_unix_s,
+            ended_unix_s=rollout.ended_unix_s,
+        )
+
+    def _ended_line(self, rid: str, rollout: _Open, head_bytes: bytes | None, length: bytes | None) -> BookLine:
         assert rollout.ending is not None
         ending, reason, staleness = rollout.ending
         verdict = rollout.verdict
         generated = rollout.generated
-        head_bytes, length = self._plane.fields([(rid, ["head", "length"])])[0]
         if generated is None:  # its writer died or never said: the stored chunks
             generated = 0
             try:
@@ -354,9 +366,8 @@ class Feeder:
         The step, and the threshold of that moment, go with each rollout: so it does not matter who writes, scores or
         judges which of them first.
         """
-        policy = self._plane.policy()
-        step = int(policy.get("step", "0"))
-        count = self._lacking(step, int(policy.get("covered", "0")))
+        step, covered = self._plane.steps()
+        count = self._lacking(step, covered)
         if count <= 0:
             return 0
         threshold = self._plane.patiently(lambda: self._plane.client.get(self._plane.key("threshold")), "threshold")
@@ -415,9 +426,8 @@ class Feeder:
         running. Counted so, and not from the sum of all ever trained, it stays right when a learner goes back to an
         older checkpoint.
         """
-        learner, policy = self._config.learner, self._plane.policy()
-        step = int(policy.get("step", "0"))
-        unbooked = (step - int(policy.get("covered", "0"))) * learner.batch_size
+        learner, (step, covered) = self._config.learner, self._plane.steps()
+        unbooked = (step - covered) * learner.batch_size
         usable = min(learner.max_staleness + 1, learner.max_steps - step) * learner.batch_size
         ended = sum(value for name, value in self._ledger.items() if name != "admitted")
         return usable - (self._ledger.get("admitted", 0) - ended - unbooked)
@@ -447,21 +457,36 @@ class Feeder:
         slots = sum(int(facts.get("slots", 0)) for facts in live.values() if facts.get("role") == "rollout")
         self._slots = slots or self._config.rollout.slots * self._config.rollout.workers
         self._write_ledger()
+        for role in ("rollout", "teacher"):
+            metrics.workers_live.labels(role).set(sum(facts.get("role") == role for facts in live.values()))
+        metrics.config_value.labels("concurrency").set(self._concurrency())
+        metrics.rollouts_open.set(self.ledger()["open"])
         self._measure_streams()
 
     def _measure_streams(self) -> None:
-        """Entries outstanding and the age of the oldest pending one, by stream; all shards of chunks together."""
+        """Entries outstanding and the age of the oldest pending one, by stream; all shards of chunks together.
+
+        Redis's memory and the dead letters with them.
+        """
         groups = dict(self._plane.groups)
 
         def ask() -> list[Any]:
             pipe = self._plane.client.pipeline(transaction=False)
             pipe.time()
+            pipe.info("memory")
+            pipe.xlen(self._plane.key("dead"))
             for name, group in groups.items():
                 pipe.xlen(self._plane.key(name))
                 pipe.xpending(self._plane.key(name), group)
             return list(pipe.execute(raise_on_error=False))
 
-        (seconds, _), *answers = self._plane.patiently(ask, "streams")
+        (seconds, _), memory, dead, *answers = self._plane.patiently(ask, "streams")
+        if not isinstance(memory, Exception):
+            limit = memory.get("maxmemory") or float("inf")
+            metrics.redis_memory.set(memory["used_memory"] / limit)
+            metrics.config_value.labels("redis_maxmemory_bytes").set(limit)
+        if not isinstance(dead, Exception):
+            metrics.stream_outstanding.labels("dead").set(dead)
         length: Counter[str] = Counter()
         oldest: dict[str, float] = {}
         for name, size, pending in zip(groups, answers[::2], answers[1::2], strict=True):
@@ -476,12 +501,34 @@ class Feeder:
             metrics.stream_oldest_pending.labels(stream).set(oldest[stream])
 
 
+def _show(config: Config) -> None:
+    """What alerts compare with."""
+    values = {
+        "max_staleness": config.learner.max_staleness,
+        "max_steps": config.learner.max_steps,
+        "batch_size": config.learner.batch_size,
+        "chunk_tokens": config.rollout.chunk_tokens,
+        "max_completion_length": config.rollout.max_completion_length,
+        "control_fraction": config.termination.control_fraction,
+    }
+    for kind, value in values.items():
+        metrics.config_value.labels(kind).set(value)
+
+
 def _admitted_on_disk(folder: Path, books: Books) -> int:
     """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
     path = folder / "ledger.json"
     admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
     trained = [number_of(rid) + 1 for line in read_lines(folder / "trained.jsonl") for rid in line["rids"]]
     return max(books.booked.next_number, admitted, max(trained, default=0))
+
+
+def _moment(entry: bytes | None) -> float | None:
+    """When a rollout was admitted; None where its record is gone or broken."""
+    try:
+        return None if entry is None else unix_s(entry)
+    except ValueError:
+        return None
 
 
 def _reached(ledger: dict[str, Any]) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from common.messages import (
     support_digest,
 )
 from common.streams import Plane, RedisUnavailable, RunGone, Stopping, Taken
-from common.weights import BadWeights, WeightsRef, verified
+from common.weights import BadWeights, read_pointer, verified
 
 log = logging.getLogger("katana.rollout")
 _CONTROL_S = 0.01  # how often signals and credit are looked at
@@ -83,6 +83,7 @@ class RolloutWorker:
 
     def step(self) -> bool:
         """One turn: heartbeat, signals, weights, refill, one engine step. False once the run is over."""
+        metrics.turned("rollout")
         if self._is_due("beat", self._config.liveness.heartbeat_s):
             self._say_alive()
             self._beat(list(self._writing.values()))
@@ -126,6 +127,8 @@ class RolloutWorker:
             known, most = "", self._config.max_length  # a chunk has at least a token
             try:
                 known = read_rid(rid)
+                if claims is None:
+                    raise MessageError("rollout.claims: not a number")
                 stored = read_number(chunks, "rollout.chunks", high=most)
                 taken = Taken(known, entry, stored, read_number(length, "rollout.length", high=most), int(claims))
             except MessageError as error:
@@ -319,11 +322,12 @@ class RolloutWorker:
         True if some version is loaded.
         """
         pointer = self._plane.policy()
-        version = int(pointer.get("version", "-1"))
-        if version <= self._version or "file" not in pointer or step not in (None, int(pointer["step"])):
-            return self._version >= 0
         try:
-            path = verified(self._folder, WeightsRef(version, pointer["file"], pointer["sha256"]))
+            announced = read_pointer(pointer)
+            if announced is None or announced[0].version <= self._version or step not in (None, announced[1]):
+                return self._version >= 0
+            ref, of_step = announced
+            path = verified(self._folder, ref)
             state = load_file(path, device=self._config.rollout.device)
         except (BadWeights, OSError, SafetensorError) as error:
             metrics.dead_letters.labels("weights").inc()
@@ -332,8 +336,8 @@ class RolloutWorker:
             return self._version >= 0
         self._send(self._decoder.close_chunks())
         self._decoder.swap(state)
-        self._version, self._step = version, int(pointer["step"])
-        metrics.policy_version.labels("rollout").set(version)
+        self._version, self._step = ref.version, of_step
+        metrics.policy_version.labels("rollout").set(ref.version)
         return True
 
     # --- the end -----------------------------------------------------------------------------------------------

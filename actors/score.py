@@ -125,6 +125,11 @@ class Scorer:
         self._slot: dict[str, int] = {}  # least recently used first
         self._unused = list(range(slots))
 
+    @property
+    def held(self) -> int:
+        """Rollouts whose cache is kept."""
+        return len(self._slot)
+
     def cached(self, key: str) -> int:
         """The chunk start that can be scored without a prefix, in tokens of the completion; -1 if not
         held."""

@@ -78,6 +78,7 @@ class TeacherWorker:
         self._alive_at = 0.0
         self._waiting: list[_Work] = []
         self._scored_tokens = 0
+        metrics.slots_total.labels("teacher").set(config.teacher.slots)
 
     def serve(self, until: float) -> None:
         """Score until `until` (monotonic seconds), the end of the run, or a stop."""
@@ -92,6 +93,7 @@ class TeacherWorker:
 
     def step(self, block_s: float = 0.05) -> bool:
         """Read notices and score what they point at. True if there were any."""
+        metrics.turned("teacher")
         if time.monotonic() >= self._alive_at:
             self._alive_at = time.monotonic() + self._config.liveness.heartbeat_s
             self._say_alive()
@@ -160,8 +162,9 @@ class TeacherWorker:
         loaded, requests = self._requests(loaded)
         if not requests:
             return
-        with metrics.chunk_score_seconds.time():
+        with metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
             scored = self._scorer.score(requests)
+        metrics.slots_busy.labels("teacher").set(self._scorer.held)
         metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
         self._store(loaded, scored)
 
@@ -233,13 +236,26 @@ class TeacherWorker:
 
     def _prefix(self, one: _Loaded) -> Ints:
         """The completion before a chunk, off the record. Raises MessageError."""
-        stored = self._plane.fields([(one.work.rid, [f"t:{seq}" for seq in range(one.work.seq)])])[0]
-        parts = [ChunkTokens.decode(data).tokens for data in stored if data is not None]
-        prefix: Ints = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        seqs, start = range(one.work.seq), one.tokens.start
+        if len(seqs) > start:  # a chunk has at least a token
+            raise MessageError(f"{start} tokens cannot be {len(seqs)} chunks")
+        names = ["head", "verdict", *(f"t:{seq}" for seq in seqs)]
+        head, verdict, *stored = self._plane.fields([(one.work.rid, names)])[0]
+        if head is None or verdict is not None:  # over meanwhile: anything of the right length serves
+            return np.zeros(start, np.int32)  # its score is refused
+        prefix: Ints = np.zeros(0, np.int32)
+        for seq, data in zip(seqs, stored, strict=True):
+            if data is None:
+                raise MessageError(f"chunk {seq} is missing")
+            chunk = ChunkTokens.decode(data)
+            if (chunk.seq, chunk.start) != (seq, len(prefix)):
+                raise MessageError(f"chunk {chunk.seq} from token {chunk.start} stands as chunk {seq}")
+            prefix = np.concatenate((prefix, chunk.tokens))
+        if len(prefix) != start:
+            raise MessageError(f"{len(prefix)} tokens are stored before token {start}")
         if prefix.max(initial=0) >= self._vocab_size:
             raise MessageError(f"token id {prefix.max()} is outside the vocabulary of {self._vocab_size}")
-        # A rollout that ended meanwhile has no hash; anything of the right length serves, its score is refused.
-        return np.resize(prefix, one.tokens.start) if len(prefix) != one.tokens.start else prefix
+        return prefix
 
     def _store(self, loaded: list[_Loaded], scored: list[Scored]) -> None:
         """Store what can be stored in one round trip; give up what cannot."""

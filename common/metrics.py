@@ -1,14 +1,33 @@
 """Every Prometheus metric, in one registry, declared once. Each process serves its own port.
 
 Loops never ask whether metrics are on: counting is always safe and cheap, serving is what a process may leave out.
+Every series is served with the label `run`; the role is Prometheus's label `job`. Units stand in the names.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    start_http_server,
+)
 
+log = logging.getLogger("katana.metrics")
 REGISTRY = CollectorRegistry()
 _LENGTHS = tuple(float(2**n) for n in range(4, 16))
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -34,11 +53,16 @@ tokens_generated = _counter("rollout_tokens_generated_total", "Tokens written in
 tokens_trained = _counter("rollout_tokens_trained_total", "Tokens trained on", "arm")
 tokens_detection = _counter("rollout_tokens_detection_total", "Tokens between the cut and its detection", "arm")
 tokens_overshoot = _counter("rollout_tokens_overshoot_total", "Tokens written after the detection", "arm")
-rollout_length = _histogram("rollout_length_tokens", "Tokens written in a rollout", _LENGTHS, "arm", "reason")
-rollout_kept = _histogram("rollout_kept_tokens", "Tokens kept of a rollout", _LENGTHS, "arm", "reason")
+# Only rollouts that count in the comparison of the arms: the saving of these is the one in summary.json.
+rollout_length = _histogram("rollout_length_tokens", "Tokens written, compared rollouts", _LENGTHS, "arm", "reason")
+rollout_kept = _histogram("rollout_kept_tokens", "Tokens kept, compared rollouts", _LENGTHS, "arm", "reason")
 trajectories_dropped = _counter("trajectories_dropped_total", "Rollouts dropped, by reason", "reason")
 stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet taken off", "stream")
 stream_oldest_pending = _gauge("stream_oldest_pending_seconds", "Age of the oldest pending entry", "stream")
+rollouts_open = _gauge("rollouts_open", "Rollouts admitted and not booked")
+workers_live = _gauge("workers_live", "Workers that a run has seen lately", "role")
+redis_memory = _gauge("redis_memory_ratio", "Memory of the data Redis by its maxmemory; 0 without one")
+config_value = _gauge("config_value", "What the run was configured with, for alerts that compare with it", "kind")
 
 # Rollout and teacher workers.
 chunks_sent = _counter("chunks_sent_total", "Chunks stored by rollout workers")
@@ -46,7 +70,6 @@ chunks_scored = _counter("chunks_scored_total", "Chunks scored by teacher worker
 chunks_fenced = _counter("chunks_fenced_total", "Chunks refused: no longer the owner, or the rollout has ended")
 chunks_duplicate = _counter("chunks_duplicate_total", "Chunks scored a second time, without effect")
 chunk_score_seconds = _histogram("chunk_score_seconds", "Time to score one batch of chunks", _SECONDS)
-token_divergence = _histogram("token_divergence_nats", "Reverse KL per token on the support", _NATS)
 slots_busy = _gauge("slots_busy", "Slots of the engine in use", "role")
 slots_total = _gauge("slots_total", "Slots of the engine", "role")
 decode_tokens = _counter("decode_tokens_total", "Tokens through the engine", "role")
@@ -59,6 +82,7 @@ busy_ratio = _gauge("busy_ratio", "Share of time a role spends at work", "role")
 stop_signals = _counter("stop_signals_total", "Stop signals sent", "reason")
 stop_latency = _histogram("stop_latency_seconds", "From a score's notice to the verdict it led to", _SECONDS)
 stop_overshoot = _histogram("stop_overshoot_tokens", "Tokens written after the detection", _LENGTHS)
+token_divergence = _histogram("token_divergence_nats", "Reverse KL per token of judged rollouts", _NATS)
 kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive")
 kat_buffer_size = _gauge("kat_buffer_size", "Window minima in the buffer")
 kat_cut_rate = _gauge("kat_cut_rate", "Share cut among the last 256 treated verdicts")
@@ -67,15 +91,116 @@ kat_cut_rate = _gauge("kat_cut_rate", "Share cut among the last 256 treated verd
 policy_lag = _histogram("policy_lag_versions", "Staleness of trained trajectories", _VERSIONS, "role")
 learner_step_seconds = _histogram("learner_step_seconds", "Time of one optimizer step", _SECONDS)
 learner_steps = _counter("learner_steps_total", "Optimizer steps")
+learner_tokens = _counter("learner_tokens_total", "Tokens trained on by this process")
 learner_loss = _gauge("learner_loss_nats", "Loss of the last step")
 learner_idle = _gauge("learner_idle_ratio", "Share of time the learner waits for trajectories")
 
+# Evaluator: the newest version that was measured.
+eval_avg_at_k = _gauge("eval_avg_at_k", "Mean accuracy on the held-out problems")
+eval_pass_at_k = _gauge("eval_pass_at_k", "Share of held-out problems that one of k tries solves")
+eval_mean_length = _gauge("eval_mean_length_tokens", "Mean length of a held-out completion")
+
 # Everyone.
+loop_timestamp = _gauge("loop_timestamp_seconds", "Unix time of the loop's last turn; 0 between two shifts", "role")
 dead_letters = _counter("dead_letters_total", "Records given up", "reason")
 redis_errors = _counter("redis_errors_total", "Failed calls to Redis", "kind")
 
 
+_run = ""
+_address = ""
+_collected_at = float("-inf")  # monotonic
+
+
+class _OfRun:
+    """The registry with the label `run` on every sample: so a target needs no label of its own, however it is found."""
+
+    def collect(self) -> Iterator[Metric]:
+        global _collected_at
+        _collected_at = time.monotonic()
+        for family in REGISTRY.collect():
+            if _run:
+                family.samples = [one._replace(labels={**one.labels, "run": _run}) for one in family.samples]
+            yield family
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+_SERVED = CollectorRegistry()
+_SERVED.register(_OfRun())
+ProcessCollector(registry=_SERVED)  # process_resident_memory_bytes, process_cpu_seconds_total …
+
+
 def serve(host: str, port: int) -> int:
     """Serve the registry over HTTP; returns the port (a free one for 0). Raises OSError if it is taken."""
-    server: Any = start_http_server(port, addr=host, registry=REGISTRY)[0]
+    global _address
+    server: Any = start_http_server(port, addr=host, registry=_SERVED)[0]
+    reached_at = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+    _address = f"{reached_at}:{server.server_port}"
     return int(server.server_port)
+
+
+def last_look(stop: threading.Event, at_most_s: float = 15.0) -> None:
+    """Before a process ends: wait until its final values are fetched, if anybody has been fetching lately.
+
+    So that what Prometheus says of a run that is over is what `summary.json` says.
+    """
+    began = time.monotonic()
+    while began - 60 < _collected_at < began and time.monotonic() < began + at_most_s:
+        if stop.wait(0.1):
+            return
+
+
+def turned(role: str) -> None:
+    """Note that a role's loop has turned: `katana health` and the alerts ask when it last did."""
+    loop_timestamp.labels(role).set(time.time())
+
+
+@contextlib.contextmanager
+def of_run(name: str, role: str, folder: Path) -> Iterator[None]:
+    """Serve as this role of this run, and say where: in `targets/` of the run's folder, for Prometheus's file_sd.
+
+    A folder that cannot be written to is said and left at that: work goes on unseen rather than not at all.
+    """
+    global _run
+    _run = name
+    path = folder / "targets" / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
+    try:
+        if _address:
+            _put(path, [{"targets": [_address], "labels": {"job": role}}])
+        turned(role)
+        yield
+    finally:
+        loop_timestamp.labels(role).set(0)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _put(path: Path, value: Any) -> None:
+    draft = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(path.parent)
+        draft.write_text(json.dumps(value))
+        draft.replace(path)
+    except OSError as error:
+        log.warning("%s: not written (%s); Prometheus will not find this process there", path, error)
+
+
+def _remove_dead(folder: Path) -> None:
+    """Files of processes of this host that are no more: one that was killed could not remove its own."""
+    host = socket.gethostname()
+    for path in folder.glob(f"*-{host}-*.json"):
+        pid = path.stem.rpartition("-")[2]
+        if pid.isdigit() and not _lives(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -50,6 +50,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from common import metrics
 from common.config import Config, ConfigError
 
 log = logging.getLogger("katana.streams")
@@ -406,7 +407,13 @@ class Plane:
 
     def policy(self) -> dict[str, str]:
         answer = self.patiently(lambda: self.client.hgetall(self.key("policy")), "policy")
-        return {name.decode(): value.decode() for name, value in answer.items()}
+        return {name.decode("ascii", "replace"): value.decode("ascii", "replace") for name, value in answer.items()}
+
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps done, and those that a checkpoint covers; 0 for what is not there or no number."""
+        policy = self.policy()
+        done, covered = (policy.get(name, "") for name in ("step", "covered"))
+        return (int(done) if done.isdecimal() else 0), (int(covered) if covered.isdecimal() else 0)
 
     def seen(self, worker: str, **facts: str | int) -> None:
         """Say that a worker lives, and what it is."""
@@ -464,7 +471,8 @@ class Lease:
         self._renew_at = time.monotonic() + self._ms / 3000
 
     def keep(self) -> None:
-        """Renew when a third of the lease is over. Raises LeaseLost."""
+        """Called at every turn: renew when a third of the lease is over. Raises LeaseLost."""
+        metrics.turned(self._role)
         if time.monotonic() >= self._renew_at:
             self._renew()
 
@@ -523,6 +531,11 @@ class Lease:
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
             self._plane.call("lease", self._role, self.token, self._ms, "drop")
+
+
+def unix_s(entry: bytes) -> float:
+    """When an entry was added to its stream, by Redis's clock. Raises ValueError for what is no entry's id."""
+    return int(entry.split(b"-")[0]) / 1000
 
 
 def shown(fields: Mapping[bytes, bytes]) -> bytes:

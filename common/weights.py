@@ -10,12 +10,13 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 log = logging.getLogger("katana.weights")
 _NAME = re.compile(r"v([0-9]{8})\.safetensors")
+_COUNT = re.compile(r"[0-9]{1,15}", re.ASCII)
 
 
 class BadWeights(ValueError):
@@ -29,6 +30,20 @@ class WeightsRef:
     version: int
     file: str
     sha256: str
+
+
+def read_pointer(fields: Mapping[str, str]) -> tuple[WeightsRef, int] | None:
+    """What the policy pointer (the hash `policy`) announces: weights, and the step that they are of; None before the
+    first. Raises BadWeights for a pointer that no learner wrote."""
+    if "version" not in fields:
+        return None
+    for name in ("version", "step"):
+        if not _COUNT.fullmatch(fields.get(name, "")):
+            raise BadWeights(f"policy pointer: {name} {fields.get(name)!r:.40} is no number")
+    for name in ("file", "sha256"):
+        if name not in fields:
+            raise BadWeights(f"policy pointer: version {fields['version']} without a {name}")
+    return WeightsRef(int(fields["version"]), fields["file"], fields["sha256"]), int(fields["step"])
 
 
 def sha256_of(path: Path) -> str:

@@ -27,7 +27,7 @@ from common.config import Config
 from common.messages import row_digest
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.streams import Lease, Plane
-from common.weights import WeightsRef, newest_version, publish, retain
+from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
 from learner.intake import Intake, Received
@@ -113,10 +113,20 @@ class Learner:
                 self._lines[name] = _go_on(folder / name, self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / "weights"))
-        self.version = max(self.version, int(self._plane.policy().get("version", "-1")))
+        self.version = max(self.version, self._announced())
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
+
+    def _announced(self) -> int:
+        """The version that Redis holds; -1 where it holds none that can be read."""
+        try:
+            found = read_pointer(self._plane.policy())
+        except BadWeights as error:
+            metrics.dead_letters.labels("weights").inc()
+            log.warning("ignored, going on from version %d: %s", self.version, error)
+            return -1
+        return found[0].version if found else -1
 
     def _finish(self) -> None:
         """Write `model/`, and tell the feeder that no more is wanted."""
@@ -241,6 +251,7 @@ class Learner:
         self._append("metrics.jsonl", line)
         self._append("trained.jsonl", _trained_line(self.step_count, self.version, batch))
         metrics.learner_steps.inc()
+        metrics.learner_tokens.inc(seen.tokens)
         metrics.learner_loss.set(loss)
         metrics.learner_step_seconds.observe(step_s)
         metrics.learner_idle.set(idle_ratio)

@@ -55,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     for role, text in about.items():
         _config_arguments(commands.add_parser(role, help=f"one role, for clusters: {text}"))
 
+    health = commands.add_parser("health", help="whether a role on this host works: for health checks")
+    health.add_argument("role", choices=sorted(about))
+    _config_arguments(health)
+    health.add_argument(
+        "--within", type=float, default=60.0, metavar="S", help="longest time since its loop turned (default 60 s)"
+    )
+
     check = commands.add_parser("check", help="validate a config, its models and data, and say what would run")
     _config_arguments(check)
 
@@ -189,6 +196,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return run_role(command, _load(arguments))
     return {
         "check": _check,
+        "health": _health,
         "eval": _eval,
         "pretrain": _pretrain,
         "bench": _bench,
@@ -214,6 +222,17 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"error: {text}", file=sys.stderr)
     print("not usable" if found.problems else "ok")
     return 2 if found.problems else 0
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    from ops.health import health
+
+    troubles = health(arguments.role, _load(arguments), within_s=arguments.within)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    if not troubles:
+        print(f"{arguments.role}: well")
+    return 1 if troubles else 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ from common.messages import (
 )
 from common.pretrained import ModelError, find_model, load_tokenizer
 from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
+from ops.chaos.cluster import left_by_harness
 from ops.embedded import EmbeddedRedis
 from ops.roles import reach
 from ops.rundir import lock, read_run_key
@@ -201,12 +202,13 @@ def _run_key(client: redis.Redis, config: Config, source: Path) -> str:
 
 @contextlib.contextmanager
 def _reachable(config: Config) -> Iterator[Config]:
-    """The config with an address of its Redis. A run's own embedded one, where no run is at work, is started for
-    as long as this lasts. Raises ConfigError."""
-    if config.redis.url is not None:
+    """The config with an address of its Redis. A run's own embedded one, or that which the fault harness left, is
+    started for as long as this lasts, where no run is at work. Raises ConfigError."""
+    _, left = left_by_harness(config.run_dir, config)
+    if config.redis.url is not None and left is None:
         yield config
         return
-    folder = config.run_dir / "redis"
+    folder = left or config.run_dir / "redis"
     if not folder.is_dir():
         raise ConfigError(f"redis.url: not set, and there is no run with a Redis of its own in {config.run_dir}")
     held = _hold(config.run_dir)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from actors.books import read_lines
 from actors.engine import Decoder
 from actors.models import load_model
+from common import metrics
 from common.config import Config
 from common.messages import Ints
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
@@ -114,6 +115,7 @@ class Evaluator:
         waiting.reverse()
         done: list[_Sample] = []
         while waiting or self.decoder.busy:
+            metrics.turned("evaluator")
             if stop is not None and stop.is_set():
                 for key in self.decoder.busy:
                     self.decoder.remove(key)
@@ -159,7 +161,10 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
     os.nice(19)
     evaluator: Evaluator | None = None
     folder, results = config.run_dir / "eval", config.run_dir / "eval.jsonl"
+    for line in [*read_lines(results)][-1:]:
+        _show(line)
     while not stop.is_set():
+        metrics.turned("evaluator")
         over = finished()  # asked before looking: what was left behind before the end is seen
         notes = sorted(folder.glob("v*.json"))
         if not notes:
@@ -174,6 +179,13 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
                 return
         (folder / f"v{note['version']:08d}.safetensors").unlink(missing_ok=True)
         notes[0].unlink()
+
+
+def _show(line: dict[str, Any]) -> None:
+    metrics.policy_version.labels("evaluator").set(line["policy_version"])
+    metrics.eval_avg_at_k.set(line["avg@k"])
+    metrics.eval_pass_at_k.set(line["pass@k"])
+    metrics.eval_mean_length.set(line["mean_length"])
 
 
 def _steps(results: Path) -> set[int]:
@@ -195,6 +207,7 @@ def _evaluate_one(
         return False
     line = {"policy_version": note["version"], "step": note["step"], "tokens_trained": note["tokens_trained"]}
     line |= scores.line() | {"wall_s": time.monotonic() - began}
+    _show(line)
     with results.open("a") as file:
         file.write(json.dumps(line) + "\n")
     log.info("version %d: avg@%d %.3f", note["version"], k, scores.avg_at_k)

@@ -250,14 +250,23 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
 def clean(folder: Path) -> str:
     """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
 
-    Raises ConfigError when the folder is no run's, or the run is at work.
+    Of a run of the fault harness, whose Redis went with it, the folders alone. Raises ConfigError when the folder is
+    no run's, the run is at work, or its Redis is away.
     """
     import shutil
+
+    from ops.chaos.cluster import left_by_harness
 
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
     lock(folder).close()
     config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
+    gone, left = left_by_harness(folder, config)
+    if gone:
+        for path in filter(None, (folder, left)):
+            shutil.rmtree(path)
+        folders = f"{folder} and {left}" if left else f"{folder}"
+        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone: no keys there"
     removed = 0
     if config.redis.url is not None:
         removed = _remove_keys(config, read_run_key(folder))

@@ -52,7 +52,9 @@ def run_role(role: str, config: Config) -> int:
             log.info("the run %s is over; its feeder opens it again when there are more steps to do", config.name)
             return 0
         _serve_metrics(config)
-        _START[role](config, plane, stop)
+        with metrics.of_run(config.name, role, config.run_dir):
+            _START[role](config, plane, stop)
+            metrics.last_look(stop)
     except Stopping:
         log.info("stopped")
     except (RunGone, LeaseLost, RedisUnavailable) as error:
@@ -125,7 +127,7 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     run_key = open_folder(config, resume=resume)
     create_run(client, config, run_key)
     plane = open_plane(config, client, run_key)
-    if int(plane.policy().get("step", "0")) < config.learner.max_steps:
+    if plane.steps()[0] < config.learner.max_steps:
         plane.call("reopen", config.to_yaml())
     return run_key
 

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import read_lines
+from actors.books import compared, read_lines
 from common.weights import write_atomically
 
 ARMS = ("treated", "control")
-# Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
-_UNFINISHED = frozenset({"run_end", "lost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +35,7 @@ def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: i
     The interval is a bootstrap of the ratio, clustered by prompt: prompts are drawn with replacement, with all their
     rollouts of both arms.
     """
-    usable = [
-        line
-        for line in lines
-        if line["active"]
-        and not (line["ending"] == "dropped" and line["reason"] in _UNFINISHED)
-        and line["ending"] != "dead"
-    ]
+    usable = [line for line in lines if compared(line)]
     if {line["arm"] for line in usable} != set(ARMS):
         return Saving(None, None, None)
     prompts = {problem: place for place, problem in enumerate(sorted({line["problem"] for line in usable}))}

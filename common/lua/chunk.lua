@@ -8,6 +8,8 @@ local h = rollout(rid)
 local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry')
 if run_state ~= 'open' or state[1] then return {'ended'} end
 if state[2] ~= nonce then return {'lost'} end
+-- Broken under its writer: left to whoever takes it up next, who is handed what stands there and gives it up.
+if not state[3] or not state[3]:find('^%d+$') then return {'lost'} end
 local stored = tonumber(state[3])
 if seq < stored then
   if redis.call('HGET', h, 't:' .. seq) == tokens then return {'ok', state[4]} end

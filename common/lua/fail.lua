@@ -9,7 +9,11 @@ if known then
   -- A report that arrives twice counts once.
   local again = redis.call('HGET', rollout(rid), 'report') == report
   redis.call('HSET', rollout(rid), 'report', report)
-  local attempts = redis.call('HINCRBY', rollout(rid), 'attempts', again and 0 or 1)
+  local attempts = redis.pcall('HINCRBY', rollout(rid), 'attempts', again and 0 or 1)
+  if type(attempts) ~= 'number' then  -- broken itself: counted anew
+    attempts = 1
+    redis.call('HSET', rollout(rid), 'attempts', attempts)
+  end
   if attempts < most then return {'again', attempts} end
   if again then return {'dead'} end
 end

@@ -9,7 +9,7 @@ if run_state ~= 'open' or state[1] or not state[2] then return {'ended'} end
 if state[3] then return {'duplicate'} end
 redis.call('HSETNX', h, 'threshold', redis.call('GET', key('threshold')) or 'inactive')
 redis.call('HSET', h, 'd:' .. seq, divergence, 'q:' .. seq, support)
-redis.call('HINCRBY', h, 'scored', 1)
+redis.pcall('HINCRBY', h, 'scored', 1)  -- where it is no number, its writer finds that out by its heartbeat
 redis.call('HDEL', h, 'attempts')
 redis.call('XADD', key('scores'), '*', 'rid', rid)
 return {'ok'}

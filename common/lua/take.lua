@@ -1,5 +1,6 @@
 -- rollout worker. consumer, nonce, count, idle ms (0: claim nothing), where to claim from
 -- -> ok, where to claim from next, then per rollout {rid, entry, chunks, length, claims}
+-- What is no number in a record is handed out as it is, or as nil: its taker gives the rollout up.
 -- Idle entries first: what somebody began comes before what nobody has.
 local consumer, nonce, count, idle, from = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local reply = {'ok', from}
@@ -15,8 +16,11 @@ local function own(id, rid, claimed)
   end
   -- A rollout that was handed back has no owner: taking it up is no sign of trouble.
   local claims = 0
-  if claimed and state[5] then claims = redis.call('HINCRBY', h, 'claims', 1) end
-  local owners = (state[6] or '') .. nonce .. ' ' .. state[3] .. ' '
+  if claimed and state[5] then
+    claims = redis.pcall('HINCRBY', h, 'claims', 1)
+    if type(claims) ~= 'number' then claims = false end
+  end
+  local owners = (state[6] or '') .. nonce .. ' ' .. (state[3] or '?') .. ' '
   redis.call('HSET', h, 'owner', nonce, 'worker', consumer, 'owners', owners)
   reply[#reply + 1] = {rid, id, state[3], state[4], claims}
 end

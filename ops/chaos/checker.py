@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.books import BookLine, number_of, rid_of
-from common.config import Termination
+from common.config import Config, Termination
 from common.messages import Floats, row_digest
 from common.streams import Plane, open_plane
 from common.termination import FixedLength, kat_verdict
@@ -419,23 +419,23 @@ def _owners_only(records: Records, allowed: Allowed) -> Iterator[Violation]:
 
 
 def _dropped_with_cause(records: Records, allowed: Allowed) -> Iterator[Violation]:
-    most = math.inf if records.config is None else records.config.learner.max_staleness
     for line in records.books.values():
-        detail = _fault(line, records.traces.get(line.rid), most, allowed)
+        detail = _fault(line, records.traces.get(line.rid), records.config, allowed)
         if detail:
             yield Violation("dropped_with_cause", line.rid, detail)
 
 
-def _fault(line: BookLine, trace: Trace | None, max_staleness: float, allowed: Allowed) -> str:
+def _fault(line: BookLine, trace: Trace | None, config: Config | None, allowed: Allowed) -> str:
     """What is wrong with how a rollout ended; '' where nothing is."""
-    stale = line.staleness is not None and line.staleness > max_staleness
+    most = _max_staleness(config)
+    stale = line.staleness is not None and line.staleness > most
     if line.ending == "trained":
-        return f"trained {line.staleness} versions late, at most {max_staleness} are allowed" if stale else ""
+        return f"trained {line.staleness} versions late, at most {most} are allowed" if stale else ""
     if line.ending == "dead":
         return "" if line.rid in allowed.poisoned else f"dead ({line.reason:.40}), and it was not poisoned"
     if line.ending != "dropped" or line.reason not in ("stale", "empty", "run_end", "lost"):
         return f"ended as {line.ending:.40} ({line.reason:.40})"
-    if line.reason == "stale" and not stale and max_staleness < math.inf:
+    if line.reason == "stale" and not stale and config is not None:
         return f"dropped as stale, {line.staleness} versions late"
     if line.reason == "empty" and trace is not None and trace.train:
         return f"dropped as empty, with {trace.train} tokens to train on"
@@ -445,6 +445,11 @@ def _fault(line: BookLine, trace: Trace | None, max_staleness: float, allowed: A
     if line.reason == "run_end" and early:
         return f"open at the end of the run, though admitted before number {allowed.calm_cursor}"
     return ""
+
+
+def _max_staleness(config: Config | None) -> float:
+    """In versions. A deterministic run trains whatever its step asked for, however late it comes."""
+    return math.inf if config is None or config.deterministic else config.learner.max_staleness
 
 
 # --- statements about Redis ---------------------------------------------------------------------------------------
@@ -492,12 +497,11 @@ def _redis_ledger(plane: Plane, records: Records) -> Iterator[Violation]:
 
 
 def _dead_letters(plane: Plane, allowed: Allowed) -> Iterator[Violation]:
-    """A letter is about a rollout that it names, also where it could not be read: in its reason or in what is shown."""
+    """A letter is about the rollout that it names: as its rid or, where that one's record is gone, in what is shown."""
     strange = []
     for _, values in plane.client.xrange(plane.key("dead")):
         letter = {name.decode(): value.decode("utf-8", "replace") for name, value in values.items()}
-        named = {letter.get("rid", ""), letter.get("reason", "").partition(":")[0], letter.get("shown", "")}
-        if not named & allowed.poisoned:
+        if not {letter.get("rid", ""), letter.get("shown", "")} & allowed.poisoned:
             strange.append(letter)
     for letter in strange[allowed.broken_notices :]:
         stage, reason, shown = (letter.get(name, "") for name in ("stage", "reason", "shown"))

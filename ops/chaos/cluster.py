@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from actors.books import read_lines
-from common.config import Config
+from common.config import Config, ConfigError, parse
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.embedded import EmbeddedRedis, end_with_parent
@@ -36,6 +40,8 @@ from ops.rundir import read_run_key
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
 WORKERS = ("rollout", "teacher")
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+_SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
+_SERVED_S = 60.0  # how long a fault waits for Redis to be started
 _RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five times within a minute
 
 
@@ -60,13 +66,13 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = config.run_dir
-        self.beside = config.run_dir.with_name(f"{config.name}.redis")  # outside: a fresh run wants an empty folder
+        self.beside = beside(config.run_dir)
         self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
         self.clocks = self.beside / "clocks"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
-        self._starting_redis = threading.Lock()
-        self._sockets = Path(tempfile.mkdtemp(prefix="katana-"))
+        self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
+        self._sockets = Path(tempfile.mkdtemp(prefix=_SOCKETS))
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
             Path(self.redis.url.removeprefix("unix://").partition("?")[0]),
@@ -111,17 +117,48 @@ class Cluster:
         if self._plane is not None:
             self._plane.client.close()
         self.proxy.close()
-        with self._starting_redis:
-            if self.redis.running():
-                _signal(self.redis.pid, signal.SIGCONT)
-            self.redis.stop()
+        if self.redis.running():
+            _signal(self.redis.pid, signal.SIGCONT)
+        self.redis.stop()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def restart_redis(self) -> None:
-        """Start Redis after a fault has killed it. Raises RunEnded once everything is being ended."""
-        with self._starting_redis:
-            self.check_open()
+        """Start Redis after a fault has killed it. Raises RunEnded once everything is being ended.
+
+        The main thread does it (`serve`): what a passing thread starts does not end with the harness when that is
+        killed, see `end_with_parent`.
+        """
+        self.check_open()
+        if threading.current_thread() is threading.main_thread():
             self.redis.start()
+            return
+        started: Future[None] = Future()
+        self._wanted.put(started)
+        deadline = time.monotonic() + _SERVED_S
+        while not started.done():
+            self.check_open()
+            if time.monotonic() > deadline:
+                raise RunEnded(f"nobody started Redis again within {_SERVED_S:.0f} s")
+            wait([started], 0.1)
+        started.result()
+
+    def serve(self, until: Callable[[], bool]) -> None:
+        """For the main thread while faults are under way: start Redis when they ask for it, until `until` is true."""
+        try:
+            while not until():
+                with contextlib.suppress(queue.Empty):
+                    self._start_for(self._wanted.get(timeout=0.05))
+        except BaseException:  # Ctrl-C: nobody serves any more, and a fault's thread may be waited for
+            self.closing.set()
+            raise
+
+    def _start_for(self, started: Future[None]) -> None:
+        try:
+            self.redis.start()
+        except (RuntimeError, OSError) as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
 
     def check_open(self) -> None:
         """Raises RunEnded once everything is being ended."""
@@ -327,6 +364,55 @@ class Cluster:
         """Rollouts of the steps behind `after`, up to `last`."""
         lines = read_lines(self.folder / "trained.jsonl")
         return {rid for line in lines if after < line["step"] <= last for rid in line["rids"]}
+
+
+def beside(folder: Path) -> Path:
+    """Where the harness keeps what is its own: outside a run's folder, since a fresh run wants an empty one."""
+    return folder.with_name(f"{folder.name}.redis")
+
+
+def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
+    """Whether a run was the harness's, and that has ended with the Redis that it had brought; the folder that it left
+    beside the run's, where that is still there.
+
+    Such a run's Redis will not come back, another's may merely be away. The harness uses sockets of its own in a
+    temporary folder, each for one run, and leaves its marks: its results in the run's folder (which move with it), and
+    beside it the config that it started the run by.
+    """
+    url = config.redis.url or ""
+    address = Path(url.removeprefix("unix://").partition("?")[0])
+    its_own = url.startswith("unix://") and address.parent.name.startswith(_SOCKETS)
+    if not its_own or _answers(address):
+        return False, None
+    left: Path | None = beside(folder)
+    if not _names(beside(folder), url):
+        left = None
+    marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
+    return marked or left is not None, left
+
+
+def _names(folder: Path, url: str) -> bool:
+    """Whether the harness's folder is that of the run on this Redis (and no run's folder, whatever its name)."""
+    path = folder / "config.yaml"
+    if not path.is_file() or (folder / "run.json").exists():
+        return False
+    try:
+        return parse(path.read_bytes(), source=str(path)).redis.url == url
+    except ConfigError:
+        return False
+
+
+def _answers(address: Path) -> bool:
+    """Whether anyone listens on a Unix socket. Whoever may not ask takes it that there is someone."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1.0)
+        try:
+            client.connect(os.fspath(address))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def order(entry: bytes) -> tuple[int, ...]:

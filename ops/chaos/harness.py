@@ -130,16 +130,23 @@ def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) ->
             strike(fault)
             _say(number, fault, result)
             continue
-        time.sleep(min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
-        while sum(thread.is_alive() for thread in threads) >= _AT_ONCE:
-            time.sleep(0.05)
+        _pause(cluster, threads, min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
         threads.append(threading.Thread(target=strike, args=(fault,), daemon=True))
         threads[-1].start()
         _say(number, fault, result)
-    for thread in threads:
-        thread.join()
+    cluster.serve(lambda: not _alive(threads))
     if ended:
         raise ended[0]
+
+
+def _pause(cluster: Cluster, threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Wait for so long, and until one more fault may be under way."""
+    until = time.monotonic() + seconds
+    cluster.serve(lambda: time.monotonic() >= until and _alive(threads) < _AT_ONCE)
+
+
+def _alive(threads: Sequence[threading.Thread]) -> int:
+    return sum(thread.is_alive() for thread in threads)
 
 
 def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: Result, began: float) -> None:
@@ -185,6 +192,7 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
         with ThreadPoolExecutor(1) as pool:
             injecting = pool.submit(kind.inject, cluster, rng, scene, pid)
             if not stop:
+                cluster.serve(injecting.done)
                 injecting.result()
             recovery_s = wait_recovered(
                 cluster, before, held, struck, kind.moves, replaced, lambda: injecting.done() and injecting.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import Histogram
 from samples import make_verdict
 
 from actors.books import Booked, Booking, Books, line_of, read_lines, rid_of, trace_of, unjudged_line
 from common import metrics
+from ops.summary import length_saving
 
 
 def line(rid: str = "r1", **changes: Any) -> Any:
@@ -183,3 +186,35 @@ def test_metrics_count_every_line_on_record_once_for_every_process(tmp_path: Pat
     assert once == [2, 10, 2, 2, 4, 1]
     Books(tmp_path, record_traces=False).close()
     assert [now - then for now, then in zip(seen(), before, strict=True)] == [2 * number for number in once]
+
+
+def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts that nobody could have cut, or that the run ended, count in neither; also after a feeder's restart."""
+    fresh = Histogram("compared", "", ["arm", "reason"], registry=None)
+    monkeypatch.setattr(metrics, "rollout_length", fresh)
+    compared = [line("r1", generated=40), line("r2", generated=8), replace(line("r3", generated=60), arm="control")]
+    others = [
+        line("r4", generated=900, active=False),
+        line("r5", generated=901, ending="dropped", reason="run_end"),
+        line("r6", generated=902, ending="dead", reason="rollout"),
+    ]
+    stale = line("r7", generated=30, ending="dropped", reason="stale")
+    books = Books(tmp_path, record_traces=False)
+    books.write([Booking(one) for one in [*compared, *others]])
+    books.close()
+    monkeypatch.setattr(metrics, "rollout_length", Histogram("compared", "", ["arm", "reason"], registry=None))
+    books = Books(tmp_path, record_traces=False)  # the next feeder: all that is on record, counted once
+    books.write([Booking(stale)])
+    books.close()
+    sums = {
+        (sample.labels["arm"], sample.name): sample.value
+        for family in metrics.rollout_length.collect()
+        for sample in family.samples
+        if sample.name in ("compared_sum", "compared_count")
+    }
+    mean = {arm: sums[arm, "compared_sum"] / sums[arm, "compared_count"] for arm in ("treated", "control")}
+    assert mean == {"treated": (40 + 8 + 30) / 3, "control": 60}
+    saving = length_saving(list(read_lines(tmp_path / "rollouts.jsonl")))
+    assert saving.ratio == 1 - mean["treated"] / mean["control"]

@@ -370,6 +370,38 @@ def test_a_trained_rollouts_line(desk: Desk) -> None:
     assert desk.run.entries("finished") == []
 
 
+def test_a_line_says_when_by_the_clock_of_redis(desk: Desk) -> None:
+    began = desk.run.client.time()[0]
+    desk.go_on()
+    rid = desk.take()[0]
+    time.sleep(0.02)
+    desk.judge(rid)
+    time.sleep(0.02)
+    desk.settle(rid)
+    desk.go_on()
+    line = desk.lines()[rid]
+    assert (
+        began
+        <= line["admitted_unix_s"]
+        < line["verdict_unix_s"]
+        < line["ended_unix_s"]
+        <= desk.run.client.time()[0] + 1
+    )
+    assert line["verdict_unix_s"] - line["admitted_unix_s"] >= 0.02
+
+
+def test_what_alerts_compare_with_is_served(desk: Desk) -> None:
+    desk.go_on()
+    desk.feeder._housekeep()
+    wanted = {"batch_size": 4, "max_staleness": 1, "max_steps": 100, "concurrency": 6}
+    assert {kind: REGISTRY.get_sample_value("katana_config_value", {"kind": kind}) for kind in wanted} == wanted
+    assert REGISTRY.get_sample_value("katana_rollouts_open") == 6
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "dead"}) == 0
+    used = desk.run.client.info("memory")
+    ratio = REGISTRY.get_sample_value("katana_redis_memory_ratio")
+    assert ratio == pytest.approx(used["used_memory"] / used["maxmemory"] if used["maxmemory"] else 0, rel=0.2)
+
+
 def test_a_dropped_rollouts_line_trains_nothing(desk: Desk) -> None:
     desk.go_on()
     rid = desk.take()[1]

@@ -429,6 +429,71 @@ def test_a_chunk_broken_after_its_score_is_given_up_by_a_cold_teacher_and_the_re
     assert run.pending(f"chunks:{run.plane.shard_of('r1')}") == 0
 
 
+def changed(**changes: Any) -> Callable[[bytes], bytes]:
+    return lambda data: replace(ChunkTokens.decode(data), **changes).encode()
+
+
+def shortened(data: bytes) -> bytes:
+    return changed(tokens=ChunkTokens.decode(data).tokens[:-1])(data)
+
+
+@pytest.mark.parametrize(
+    ("breaking", "reason"),
+    [
+        (None, "chunk 0 is missing"),
+        (shortened, "7 tokens are stored before token 8"),
+        (changed(seq=1), "chunk 1 from token 0 stands as chunk 0"),
+        (changed(start=2), "chunk 0 from token 2 stands as chunk 0"),
+    ],
+    ids=["missing", "short", "another", "elsewhere"],
+)
+def test_what_stands_before_a_chunk_is_not_made_up(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, breaking: Callable[[bytes], bytes] | None, reason: str
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    writer, warm = rollout_worker(run, student), teacher_worker(run, teacher, "warm")
+    turn(writer, wrote(run, "r1", 1))
+    while run.field("r1", "scored") != b"1":
+        warm.step(block_s=0.001)
+    turn(writer, wrote(run, "r1", 2))
+    name = run.key("rollout:r1")
+    if breaking:
+        run.client.hset(name, "t:0", breaking(run.field("r1", "t:0") or b""))
+    else:
+        run.client.hdel(name, "t:0")
+    cold = teacher_worker(run, teacher, "cold")
+    for attempt in range(1, run.config.liveness.max_attempts + 1):
+        assert run.field("r1", "verdict") is None
+        cold.step(block_s=0.01)
+        assert run.field("r1", "attempts") == str(attempt).encode()
+    assert (run.field("r1", "verdict"), run.field("r1", "scored")) == (b"dead", b"1")
+    assert [entry["reason"] for entry in run.entries("dead")] == [f"an earlier chunk: {reason}"]
+
+
+@pytest.mark.parametrize("how", ["judged", "gone"])
+def test_a_rollout_that_ends_while_it_is_read_is_not_broken(
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, how: str
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    turn(rollout_worker(run, student), wrote(run, "r1", 2))
+    cold = teacher_worker(run, teacher)
+    cold._note(cold._read(range(run.plane.shards), 8, 0.01))
+    loaded = [one for one in cold._load(cold._waiting) if one.work.seq == 1]
+    if how == "gone":
+        run.client.delete(run.key("rollout:r1"))
+    else:
+        run.client.hdel(run.key("rollout:r1"), "t:0")
+        run.client.hset(run.key("rollout:r1"), "verdict", "any")
+    good, requests = cold._requests(loaded)
+    assert [len(one.prefix) for one in requests if one.prefix is not None] == [CHUNK]
+    cold._store(good, cold._scorer.score(requests))
+    assert run.field("r1", "scored") in (b"0", None)
+    assert run.entries("dead") == []
+    assert cold._scorer.cached("r1") == -1
+
+
 @pytest.mark.parametrize("field", ["t:0", "chunks", "length", "scored"])
 def test_a_takeover_of_a_broken_record_counts_attempts_and_the_rest_is_written(
     run: Run, student: PreTrainedModel, field: str
@@ -446,6 +511,59 @@ def test_a_takeover_of_a_broken_record_counts_attempts_and_the_rest_is_written(
     assert run.field("r1", "verdict") == b"dead"
     assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
     assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
+
+
+def test_a_count_of_claims_that_is_no_number_counts_an_attempt(run: Run, student: PreTrainedModel) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    run.take("silent", "n0")
+    run.client.hset(run.key("rollout:r1"), "claims", "many")
+    said = []
+    run.plane.fail = lambda *args, fail=run.plane.fail, **facts: said.append(args[2]) or fail(*args, **facts)
+    time.sleep(run.config.liveness.claim_s)
+    turn(rollout_worker(run, student), wrote(run, "r1", 1))
+    assert said == ["rollout.claims: not a number"]
+    assert run.field("r1", "claims") is None
+
+
+@pytest.mark.parametrize("value", [None, "many"])
+def test_a_count_of_chunks_broken_under_its_writer_is_given_up_and_the_rest_is_written(
+    run: Run, student: PreTrainedModel, value: str | None
+) -> None:
+    seed = long_seed(run, student)
+    admit(run, "r1", seed)
+    admit(run, "r2", seed)
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    name = run.key("rollout:r1")
+    run.client.hset(name, "chunks", value) if value else run.client.hdel(name, "chunks")
+    turn(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
+    assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
+    assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
+
+
+@pytest.mark.parametrize(
+    "pointer",
+    [{"version": "new"}, {"version": "-3"}, {"version": "9" * 400}, {"version": "7", "step": ""}],
+)
+def test_a_pointer_that_no_learner_wrote_is_refused_and_writing_goes_on(
+    run: Run, student: PreTrainedModel, pointer: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    admit(run, "r1", long_seed(run, student))
+    announce(run, student, 0)
+    writer = rollout_worker(run, student)
+    turn(writer, wrote(run, "r1", 1))
+    run.client.hset(run.key("policy"), mapping=pointer)
+    writer._due.pop("pointer", None)
+    turn(writer, lambda: "weights refused" in caplog.text)
+    assert "policy pointer: " in caplog.text
+    assert writer._version == 0
+    assert writer.step()
+    run.client.delete(run.key("policy"))
+    announce(run, student, 1)
+    writer._due.pop("pointer", None)
+    turn(writer, lambda: writer._version == 1)
 
 
 def test_a_count_of_scores_broken_under_its_writer_harms_nobody_else(run: Run, student: PreTrainedModel) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import socket
+import subprocess
+import sys
+import threading
+import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +48,15 @@ EXPECTED = {
     "trajectories_dropped": ("counter", ("reason",)),
     "stream_outstanding": ("gauge", ("stream",)),
     "stream_oldest_pending_seconds": ("gauge", ("stream",)),
+    "rollouts_open": ("gauge", ()),
+    "workers_live": ("gauge", ("role",)),
+    "redis_memory_ratio": ("gauge", ()),
+    "config_value": ("gauge", ("kind",)),
+    "learner_tokens": ("counter", ()),
+    "eval_avg_at_k": ("gauge", ()),
+    "eval_pass_at_k": ("gauge", ()),
+    "eval_mean_length_tokens": ("gauge", ()),
+    "loop_timestamp_seconds": ("gauge", ("role",)),
     "claims": ("counter", ("stream",)),
     "dead_letters": ("counter", ("reason",)),
     "redis_errors": ("counter", ("kind",)),
@@ -82,6 +98,76 @@ def test_what_is_counted_is_served() -> None:
     found = re.findall(buckets, text)
     assert found == [(str(edge), "1.0" if edge >= 100 else "0.0") for edge in LENGTHS] + [("+Inf", "1.0")]
     assert "python_info" not in text
+
+
+def served(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.fixture
+def no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_run", "")
+    monkeypatch.setattr(metrics, "_address", "")
+
+
+@pytest.mark.usefixtures("no_run")
+def test_every_series_carries_its_run_while_there_is_one(tmp_path: Path) -> None:
+    port = metrics.serve("127.0.0.1", 0)
+    metrics.stop_signals.labels("test_run").inc()
+    assert 'katana_stop_signals_total{reason="test_run"} 1.0' in served(port)
+    with metrics.of_run("mine", "arbiter", tmp_path):
+        lines = [line for line in served(port).splitlines() if line.startswith("katana_")]
+    assert 'katana_stop_signals_total{reason="test_run",run="mine"} 1.0' in lines
+    assert lines and all('run="mine"' in line for line in lines)
+
+
+@pytest.mark.usefixtures("no_run")
+def test_a_process_says_where_it_serves_and_takes_that_back(tmp_path: Path) -> None:
+    port = metrics.serve("127.0.0.1", 0)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    stale = folder / f"teacher-{socket.gethostname()}-{gone.pid}.json"
+    elsewhere = folder / "teacher-another-host-1.json"
+    alive = folder / f"teacher-{socket.gethostname()}-{os.getppid()}.json"
+    for path in (stale, elsewhere, alive):
+        path.write_text("[]")
+    began = time.time()
+    with metrics.of_run("mine", "rollout", tmp_path):
+        (mine,) = set(folder.iterdir()) - {elsewhere, alive}
+        assert json.loads(mine.read_text()) == [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": "rollout"}}]
+        assert metrics.REGISTRY.get_sample_value("katana_loop_timestamp_seconds", {"role": "rollout"}) >= began
+    assert set(folder.iterdir()) == {elsewhere, alive}
+    assert metrics.REGISTRY.get_sample_value("katana_loop_timestamp_seconds", {"role": "rollout"}) == 0
+
+
+@pytest.mark.usefixtures("no_run")
+def test_a_folder_that_cannot_be_written_to_does_not_end_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics.serve("127.0.0.1", 0)
+    (tmp_path / "targets").write_text("a file, not a folder")
+    with metrics.of_run("mine", "rollout", tmp_path):
+        pass
+    assert "Prometheus will not find this process" in caplog.text
+
+
+def test_a_process_waits_for_the_last_look_of_one_who_has_been_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = metrics.serve("127.0.0.1", 0)
+    stop = threading.Event()
+    monkeypatch.setattr(metrics, "_collected_at", float("-inf"))
+    metrics.last_look(stop, at_most_s=60)  # nobody looks: nobody is waited for
+    served(port)
+    looks = threading.Timer(0.3, served, [port])
+    looks.start()
+    began = time.monotonic()
+    metrics.last_look(stop, at_most_s=60)
+    assert 0.2 < time.monotonic() - began < 30
+    looks.join()
+    stop.set()
+    metrics.last_look(stop, at_most_s=60)  # told to stop: not a moment more
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +21,6 @@ from common.config import Config, Termination
 from common.messages import row_digest
 from common.termination import FixedLength, kat_verdict
 from ops.chaos.checker import Allowed, Counts, _kat, check_folder, check_redis, count_folder
-from ops.embedded import EmbeddedRedis
 
 WINDOW, PATIENCE, THRESHOLD, CHUNK = 4, 2, 0.5, 4
 AGREED = [1.0] * 8 + [0.25] * 8  # windows of four: below 0.5 from the one that ends at 11 on
@@ -660,6 +656,18 @@ def test_a_poisoned_record_need_not_hold_what_was_judged(honest: Folder) -> None
     assert names(honest, Allowed(EXCUSED.poisoned | spoiled, rolled_back=EXCUSED.rolled_back)) == set()
 
 
+def test_a_deterministic_run_trains_what_is_late_and_drops_nothing_for_it(honest: Folder) -> None:
+    honest.line(3)["staleness"] = 900
+    assert names(honest) == {"dropped_with_cause"}
+    honest.config = honest.config.model_copy(update={"deterministic": True})
+    late, dropped = check_folder(honest.write(), EXCUSED), honest.line(7)
+    assert [(one.statement, one.rid) for one in late] == [("dropped_with_cause", dropped["rid"])]
+    assert "dropped as stale" in late[0].detail
+    dropped.update(reason="run_end", staleness=None)
+    honest.count()
+    assert names(honest) == set()
+
+
 # --- the rule ---
 
 
@@ -806,117 +814,10 @@ def test_only_what_was_broken_on_purpose_may_be_dead(finished: Run) -> None:
     assert left(finished) == [("dead_letters", "r2")]
     poisoned = Allowed(poisoned=frozenset({"r2"}))
     assert left(finished, poisoned) == []
-    finished.plane.fail("", "trajectories", "r2: chunk 0 is missing", max_attempts=1)
     finished.plane.fail("", "trajectories", "its rollout is gone", max_attempts=1, shown=b"r2")
     assert left(finished, poisoned) == []
     finished.plane.fail("", "chunks", "not a rollout id", max_attempts=1, shown=b"junk")
     assert left(finished, poisoned) == [("dead_letters", "")]
     assert left(finished, Allowed(poisoned=frozenset({"r2"}), broken_notices=1)) == []
-
-
-# --- the sabotage that the checker must notice (tests/negative) ---
-
-ROOT = Path(__file__).parents[2]
-PLAYED = """
-import sys
-from pathlib import Path
-from samples import make_config, remove_run, start_run
-from common.streams import connect
-run = start_run(connect(sys.argv[1]), make_config(Path(sys.argv[2]), redis={"shards": 1}))
-rids = [f"r{number}" for number in range(1, 31)]
-for rid in rids:
-    run.admit(rid)
-run.take(count=30)
-for rid in rids:
-    run.chunk(rid)
-words = [run.chunk("r1", "stranger", seq=1, start=3)[0], run.beat("r1", "stranger")]
-words += [run.plane.call("count", "r1", "stranger", 6)[0]]
-run.plane.call("release", "w2", "r1", run.field("r1", "entry"), "stranger")
-print(*(word.decode() for word in words), run.field("r1", "owner"), run.client.xlen(run.key("chunks:0")))
-remove_run(run)
-"""
-TRAINED = """
-import sys, threading
-from pathlib import Path
-from samples import make_config, make_verdict, remove_run, start_run
-from common.pretrained import PACKAGE_ROOT, Pair, read_facts
-from common.streams import connect
-from learner.train import Learner
-student = PACKAGE_ROOT / "ops" / "models" / "student"
-run = start_run(connect(sys.argv[1]), make_config(
-    Path(sys.argv[2]), student={"model": str(student)}, learner={"batch_size": 1, "max_steps": 4, "max_staleness": 8},
-    checkpoints={"every_steps": 2}, eval={"every_steps": 0}))
-for rid in ("r1", "r2", "r3"):
-    run.admit(rid)
-    run.take()
-    run.chunk(rid, finish="eos", tokens=(2, 3, 4))
-    run.score(rid)
-    run.lease("arbiter").call("verdict", rid, make_verdict(rid).encode(), 2, 0, "", 4, "inactive", *run.score_entries())
-def new():
-    run.client.delete(run.key("lease:learner"))
-    facts = read_facts(student)
-    learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
-    learner._lease.take(threading.Event())
-    learner.start()
-    return learner
-def show(learner):
-    ended = [line["rid"] for line in run.entries("finished") if line["kind"] == "ending"]
-    print(learner.step_count, *ended, flush=True)
-first = new()
-for _ in range(3):
-    first.step(first._next_batch(block_s=0.01))
-    show(first)
-second = new()
-show(second)
-print(second._next_batch(block_s=0.01))
-remove_run(run)
-"""
-
-
-def python(code: str, *arguments: str, sabotage: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter that tests/negative is on the path of."""
-    environment = {name: value for name, value in os.environ.items() if name != "KATANA_SABOTAGE"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (ROOT / "tests" / "negative", ROOT / "tests"))
-    if sabotage is not None:
-        environment["KATANA_SABOTAGE"] = sabotage
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
-
-
-@pytest.mark.parametrize(
-    ("sabotage", "words"),
-    [
-        (None, "lost lost lost b'n1' 30"),
-        ("trim", "lost lost lost b'n1' 20"),
-        ("owner", "ok 0 ok None 31"),
-        ("early_ack", "lost lost lost b'n1' 30"),
-    ],
-)
-def test_sabotaged_scripts_do_what_they_should_not(
-    embedded_redis: EmbeddedRedis, tmp_path: Path, sabotage: str | None, words: str
-) -> None:
-    """A stranger's chunk, heartbeat and count, who owns the rollout after his release, notices in the stream."""
-    done = python(PLAYED, embedded_redis.url, str(tmp_path), sabotage=sabotage)
-    assert done.stdout.strip() == words, done.stderr
-
-
-@pytest.mark.slow
-def test_a_sabotaged_learner_acknowledges_before_its_checkpoint(embedded_redis: EmbeddedRedis, tmp_path: Path) -> None:
-    """Step, and what was acknowledged by then; the next learner goes on from the checkpoint and finds nothing left."""
-    done = python(TRAINED, embedded_redis.url, str(tmp_path), sabotage="early_ack")
-    assert done.stdout.splitlines() == ["1 r1", "2 r1 r2", "3 r1 r2 r3", "2 r1 r2 r3", "None"], done.stderr
-
-
-def test_sabotage_that_no_longer_fits_is_refused() -> None:
-    """An unknown name ends the interpreter, a script that was changed ends the import of whoever loads it."""
-    done = python("print('started')", sabotage="owners")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "owner, early_ack, trim" in done.stderr
-    changed = "import common.streams as s, sitecustomize as c\nc._TRIM['chunk'] = ('XADD2', '')\ns._source('chunk')"
-    done = python(changed, sabotage="trim")
-    assert "'XADD2' is there 0 times" in done.stderr
-
-
-def test_sabotage_imports_nothing_by_itself() -> None:
-    done = python("import sys; print({'common', 'learner', 'torch', 'numpy'} & set(sys.modules))", sabotage="early_ack")
-    assert done.stdout.strip() == "set()", done.stderr
+    finished.plane.fail("", "trajectories", "r2: of a rollout it does not name", max_attempts=1, shown=b"junk")
+    assert len(left(finished, Allowed(poisoned=frozenset({"r2"}), broken_notices=1))) == 1

@@ -437,6 +437,30 @@ def test_a_run_with_a_redis_of_its_own_is_reached_at_work_and_at_rest(
     lock(tmp_path / "moved").close()
 
 
+def test_a_run_of_the_fault_harness_is_looked_at_on_what_the_harness_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"unix://{tmp_path}/katana-gone/redis.sock?db="
+    config = make_config(tmp_path, redis={"url": url + "0", "broker_url": url + "1"})
+    folder, left = config.run_dir, tmp_path / "test.redis"
+    server = EmbeddedRedis(left, maxmemory_mb=64)
+    server.start()
+    folder.mkdir()
+    for path in (folder, left):
+        (path / "config.yaml").write_text(config.to_yaml())
+    (folder / "run.json").write_text('{"run_key": "test-1"}')
+    client = connect(server.url)
+    create_run(client, config, "test-1")
+    desk = Desk(Run(config, open_plane(config, client, "test-1")), capsys, [str(folder / "config.yaml")])
+    entry = desk.die("r1")
+    client.close()
+    server.stop()
+    assert "chunk 1: broken" in desk.told()
+    assert f"removed {entry}" in desk.told("--drop", entry)
+    assert entry not in desk.told()
+    assert not (left / "redis.sock").exists()
+
+
 def test_it_starts_without_torch() -> None:
     code = "import sys, ops.dead; print({'torch', 'celery', 'matplotlib'} & set(sys.modules))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)

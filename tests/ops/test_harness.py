@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +23,7 @@ from common.config import ConfigError, load
 from common.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
-from ops.chaos.cluster import Cluster, RunEnded, Stage
+from ops.chaos.cluster import Cluster, RunEnded, Stage, left_by_harness
 from ops.chaos.faults import KINDS, Kind, Scene
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
@@ -27,6 +33,18 @@ from ops.chaos.table import describe, percentile
 from ops.cli import main
 from ops.embedded import EmbeddedRedis
 
+HOLDER = """
+import sys, threading, time
+from pathlib import Path
+from common.config import load
+from ops.chaos.cluster import Cluster
+cluster = Cluster(load(Path(sys.argv[1]), [f"runs_dir={sys.argv[2]}"]))
+asking = threading.Thread(target=cluster.restart_redis)
+asking.start()
+cluster.serve(lambda: not asking.is_alive())
+print(cluster.redis.pid, flush=True)
+time.sleep(60)
+"""
 ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 CHAOS = Path(__file__).parents[2] / "ops" / "experiments" / "chaos.yaml"
 
@@ -159,14 +177,126 @@ def test_once_it_is_being_ended_no_fault_goes_on_and_redis_stays_away(tmp_path: 
     assert not cluster.redis.running()
 
 
-def test_a_fault_that_fails_in_a_way_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_started_again_for_a_fault_ends_with_a_harness_that_is_killed(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", HOLDER, str(CHAOS), str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert holder.stdout is not None
+    with holder.stdout:
+        pid = int(holder.stdout.readline())
+        assert "redis-server" in Path(f"/proc/{pid}/cmdline").read_text()
+        holder.kill()
+        holder.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "redis-server outlived the harness"
+        time.sleep(0.05)
+
+
+def test_who_waits_for_redis_is_told_that_nobody_serves_any_more(tmp_path: Path) -> None:
+    cluster = Cluster(load(CHAOS, [f"runs_dir={tmp_path}"]))
+
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(cluster.restart_redis)
+        with pytest.raises(KeyboardInterrupt):
+            cluster.serve(interrupted)
+        with pytest.raises(RunEnded, match="being ended"):
+            asked.result(10)
+    cluster.__exit__()
+    assert not cluster.redis.running()
+
+
+def test_a_redis_that_does_not_start_is_told_to_the_fault_that_asked(tmp_path: Path) -> None:
+    cluster = Cluster(load(CHAOS, [f"runs_dir={tmp_path}"]))
+    cluster.redis = EmbeddedRedis(tmp_path / "redis", maxmemory_mb=32, server="/bin/false")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(cluster.restart_redis)
+        cluster.serve(asked.done)
+        with pytest.raises(RuntimeError, match="ended at once"):
+            asked.result()
+    cluster.__exit__()
+
+
+# --- what is left of its runs ---
+
+
+def leave(tmp_path: Path, mark: str, name: str = "demo") -> tuple[Path, str]:
+    """A run's folder as the harness leaves it, its socket gone; the url of its Redis."""
+    folder, url = tmp_path / name, f"unix://{tmp_path}/katana-x1/redis.sock?db=0"
+    (tmp_path / "katana-x1").mkdir(exist_ok=True)
+    config = make_config(tmp_path, name=name, redis={"url": url, "broker_url": url.replace("db=0", "db=1")})
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "run.json").write_text('{"run_key": "demo-1"}')
+    if mark == "beside":
+        (tmp_path / f"{name}.redis").mkdir()
+        (tmp_path / f"{name}.redis" / "config.yaml").write_text(config.to_yaml())
+    elif mark:
+        (folder / mark).write_text("{}")
+    return folder, url
+
+
+@pytest.mark.parametrize("mark", ["beside", "chaos.json", "soak.json"])
+def test_a_run_of_the_harness_is_cleaned_without_its_redis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mark: str
+) -> None:
+    folder, url = leave(tmp_path, mark)
+    if mark == "soak.json":  # a killed harness leaves its socket, on which nobody listens
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / "katana-x1" / "redis.sock"))
+    assert main(["clean", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert url in told
+    assert "gone" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["katana-x1"]
+
+
+def test_of_another_run_with_that_name_nothing_is_removed(tmp_path: Path) -> None:
+    """`demo` was moved to `demo.1`, and a later run is at `demo`; another is named as the harness's folder would be."""
+    leave(tmp_path, "beside")
+    older, _ = leave(tmp_path, "chaos.json", name="other")
+    (tmp_path / "other.redis").mkdir()
+    (tmp_path / "other.redis" / "config.yaml").write_text((older / "config.yaml").read_text())
+    (tmp_path / "other.redis" / "run.json").write_text('{"run_key": "other.redis-1"}')
+    assert main(["clean", str(older)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo.redis", "katana-x1", "other.redis"]
+
+
+@pytest.mark.parametrize("how", ["no mark", "listening", "elsewhere", "tcp", "other beside"])
+def test_a_redis_that_is_merely_away_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    folder, _ = leave(tmp_path, {"no mark": "", "other beside": "beside"}.get(how, "chaos.json"))
+    text = (folder / "config.yaml").read_text().replace("redis_wait_s: 20.0", "redis_wait_s: 0.3")
+    if how == "elsewhere":
+        text = text.replace("katana-x1", "var")
+    elif how == "other beside":
+        text = text.replace("katana-x1", "katana-x2")
+    elif how == "tcp":
+        text = text.replace(f"unix://{tmp_path}/katana-x1/redis.sock?db=", "redis://127.0.0.1:1/")
+    (folder / "config.yaml").write_text(text)
+    with socket.socket(socket.AF_UNIX) as server:
+        if how == "listening":
+            server.bind(str(tmp_path / "katana-x1" / "redis.sock"))
+            server.listen(0)
+        assert not left_by_harness(folder, load(folder / "config.yaml"))[0]
+    if how != "listening":
+        assert main(["clean", str(folder)]) == 2
+        assert "Redis does not answer" in capsys.readouterr().err
+        assert folder.exists()
+
+
+def test_a_fault_that_fails_in_a_way_of_its_own_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> str:
         raise ValueError("not like this")
 
     monkeypatch.setattr(harness, "_GAP_S", 0.001)
     monkeypatch.setitem(KINDS, "redis-full", Kind("redis-full", fail))
     result = Result(0, [Fault("redis-full", False, 1)])
-    harness._inject_all(cast(Any, SimpleNamespace()), Scene(), result, 0.0)
+    harness._inject_all(Cluster(load(CHAOS, [f"runs_dir={tmp_path}"])), Scene(), result, 0.0)
     assert result.violations == [Violation("the harness works", "", "redis-full: ValueError: not like this")]
     assert not result.faults[0].injected
 

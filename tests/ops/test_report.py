@@ -45,6 +45,9 @@ def line(**changes: Any) -> dict[str, Any]:
         "policy_version_last": 0,
         "staleness": 0,
         "correct": True,
+        "admitted_unix_s": 1.0,
+        "verdict_unix_s": 2.0,
+        "ended_unix_s": 3.0,
     }
     return fields | changes
 

@@ -146,6 +146,30 @@ def test_nothing_is_taken_once_the_run_is_trained(run: Run) -> None:
     assert run.take() == [b"ended"]
 
 
+@pytest.mark.parametrize("value", ["many", "007", "-1x", str(1 << 63), ""])
+def test_a_count_of_claims_that_is_no_number_is_handed_out_as_none(run: Run, value: str) -> None:
+    run.admit("r1")
+    run.take("w1", "n1")
+    run.client.hset(run.key("rollout:r1"), "claims", value)
+    [[rid, entry, chunks, _, claims]] = run.take("w2", "n2", idle_ms=idle_for(30))
+    assert (rid, chunks, claims) == (b"r1", b"0", None)
+    assert run.field("r1", "owner") == b"n2"
+    assert run.plane.call("release", "w2", "r1", entry, "n2") == [b"ok"]
+    assert not run.plane.fail("r1", "rollout", "claims", max_attempts=3)
+    assert run.field("r1", "attempts") == b"1"
+
+
+@pytest.mark.parametrize("field", ["chunks", "length"])
+@pytest.mark.parametrize("value", [None, "many"])
+def test_a_count_that_is_no_number_or_missing_is_handed_out_as_it_is(run: Run, field: str, value: str | None) -> None:
+    run.admit("r1")
+    name = run.key("rollout:r1")
+    run.client.hset(name, field, value) if value else run.client.hdel(name, field)
+    [[rid, _, *counts, claims]] = run.take()
+    assert (rid, claims) == (b"r1", 0)
+    assert counts[["chunks", "length"].index(field)] == (value.encode() if value else None)
+
+
 # --- beat ---
 
 
@@ -227,6 +251,19 @@ def test_a_chunk_ahead_of_its_place_is_refused(run: Run) -> None:
     run.take()
     assert run.chunk(seq=1, start=3) == [b"lost"]
     assert run.field("r1", "chunks") == b"0"
+
+
+@pytest.mark.parametrize("value", [None, "many", "1x", "nan", "0x1", ""])
+def test_a_chunk_of_a_record_that_does_not_count_its_chunks_is_refused(run: Run, value: str | None) -> None:
+    run.admit("r1")
+    run.take()
+    assert run.chunk("r1") == [b"ok", b"0"]
+    name = run.key("rollout:r1")
+    run.client.hset(name, "chunks", value) if value is not None else run.client.hdel(name, "chunks")
+    before = run.plane.rollout("r1")
+    for seq in (0, 1):
+        assert run.chunk("r1", seq=seq, start=3 * seq) == [b"lost"]
+    assert run.plane.rollout("r1") == before
 
 
 def test_a_former_owners_chunk_is_refused_even_if_it_is_the_one_stored(run: Run) -> None:
@@ -857,3 +894,38 @@ def test_runs_do_not_see_each_other(run: Run) -> None:
     finally:
         for name in list(run.client.scan_iter(other.prefix.replace("{", "[{]") + "*")):
             run.client.delete(name)
+
+
+# --- hashes that somebody broke ---
+
+
+@pytest.mark.parametrize("junk", ["many", "", "1e9", "-3", "9" * 30])
+def test_a_junk_version_is_replaced_by_the_learners(run: Run, junk: str) -> None:
+    run.client.hset(run.key("policy"), mapping={"version": junk, "step": "4"})
+    assert run.lease("learner").call("publish", 7, 3, "v00000007.safetensors", "00") == [b"ok"]
+    assert run.plane.policy()["version"] == "7"
+    assert run.lease("learner").call("publish", 6, 3, "v00000006.safetensors", "00")[0] == b"old"
+
+
+def test_a_junk_count_of_attempts_begins_anew(run: Run) -> None:
+    run.admit("r1")
+    run.client.hset(run.key("rollout:r1"), "attempts", "many")
+    assert not run.plane.fail("r1", "rollout", "broken", max_attempts=2)
+    assert run.plane.fail("r1", "rollout", "broken", max_attempts=2)
+
+
+def test_a_junk_count_of_scored_chunks_does_not_stop_the_score(run: Run) -> None:
+    run.admit("r1")
+    run.take()
+    run.chunk("r1")
+    run.client.hset(run.key("rollout:r1"), "scored", "many")
+    assert run.score("r1") == b"ok"
+    assert run.field("r1", "d:0") is not None
+
+
+@pytest.mark.parametrize(("field", "value"), [("step", b"many"), ("covered", b"\xff\xfe"), ("step", b"-1")])
+def test_steps_that_are_no_number_count_as_none(run: Run, field: str, value: bytes) -> None:
+    run.client.hset(run.key("policy"), mapping={"step": 5, "covered": 4})
+    assert run.plane.steps() == (5, 4)
+    run.client.hset(run.key("policy"), field, value)
+    assert run.plane.steps() == ((0, 4) if field == "step" else (5, 0))

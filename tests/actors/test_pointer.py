@@ -1,0 +1,75 @@
+"""The policy pointer as Redis holds it: read whole, or refused with a reason, and no process ends by it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from samples import Run
+
+from actors.arbiter import Arbiter
+from common.pretrained import PACKAGE_ROOT, Pair, read_facts
+from common.weights import BadWeights, WeightsRef, read_pointer
+from ops.embedded import EmbeddedRedis
+
+GOOD = {"version": "3", "step": "30", "file": "v00000003.safetensors", "sha256": "aa"}
+
+
+def test_a_pointer_names_weights_and_their_step() -> None:
+    assert read_pointer(GOOD | {"covered": "28"}) == (WeightsRef(3, "v00000003.safetensors", "aa"), 30)
+
+
+@pytest.mark.parametrize("pointer", [{}, {"step": "12"}, {"step": "12", "covered": "10"}])
+def test_before_the_first_weights_nothing_is_announced(pointer: dict[str, str]) -> None:
+    assert read_pointer(pointer) is None
+
+
+@pytest.mark.parametrize("name", ["version", "step"])
+@pytest.mark.parametrize("value", ["", "new", "-1", "1.0", " 1", "1_0", "\u0663", "9" * 16, "9" * 5000, "1\n"])
+def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
+    with pytest.raises(BadWeights, match=f"policy pointer: {name} .* is no number"):
+        read_pointer(GOOD | {name: value})
+
+
+@pytest.mark.parametrize("name", ["step", "file", "sha256"])
+def test_a_pointer_that_is_not_whole_is_refused(name: str) -> None:
+    with pytest.raises(BadWeights, match=f"policy pointer: .*{name}"):
+        read_pointer({key: value for key, value in GOOD.items() if key != name})
+
+
+def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complains_once(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(embedded_redis)
+    arbiter = Arbiter(run.config, run.plane, threading.Event())
+    run.lease("learner").call("publish", 3, 30, "v00000003.safetensors", "aa")
+    arbiter.run(until_idle=True)
+    run.client.hset(run.key("policy"), "version", "new")
+    run.admit()
+    run.take()
+    run.chunk(finish="eos")
+    run.score()
+    arbiter.run(until_idle=True)
+    assert arbiter._version == 3
+    assert run.field("r1", "verdict") is not None
+    assert [one.getMessage() for one in caplog.records if one.name == "katana.arbiter"] == [
+        "ignored, going on as of version 3: policy pointer: version 'new' is no number"
+    ]
+
+
+def test_the_learner_leaves_a_version_that_is_no_number_out(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    from learner.train import Learner
+
+    student = PACKAGE_ROOT / "ops" / "models" / "student"
+    run = start(embedded_redis, student={"model": str(student)})
+    facts = read_facts(student)
+    learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    assert learner._announced() == -1
+    run.lease("learner").call("publish", 3, 30, "v00000003.safetensors", "aa")
+    assert learner._announced() == 3
+    run.client.hset(run.key("policy"), "version", "new")
+    assert learner._announced() == -1
+    assert "policy pointer: version 'new' is no number" in caplog.text
