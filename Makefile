@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: setup demo test test-fast test-only test-cluster test-network lint format types bench chaos soak fuzz pretrain clean
+.PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
+	dashboards bench chaos soak fuzz pretrain clean
 
 setup: .venv/.ready
+setup-dev: .venv/.ready-dev
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Katana needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# What the tests need beyond that.
+.venv/.ready-dev: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -19,27 +26,31 @@ demo: setup
 
 test: lint types test-only
 
-test-only: setup
+test-only: setup-dev
 	$(RUN_ENV) $(BIN)/python -m pytest
 
 # What needs no processes and no training, in under two minutes.
-test-fast: setup
+test-fast: setup-dev
 	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network'
 
 # Several hosts on one machine: network namespaces, a slow and breaking network between them. As root.
-test-network: setup
+test-network: setup-dev
 	$(RUN_ENV) $(BIN)/python -m pytest -m network tests/network -s
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: setup
+types: setup-dev
 	$(BIN)/mypy
+
+# Grafana's JSON, from the one list of panels.
+dashboards: setup
+	$(BIN)/python -m ops.grafana.generate
 
 # Figures for BENCHMARKS.md; nothing else should run meanwhile.
 bench: setup

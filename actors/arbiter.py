@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,6 +89,8 @@ class Arbiter:
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._version = 0
         self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
+        # Verdicts (None: only to acknowledge) that the look at hand has come to, with the last notice of each.
+        self._due: list[tuple[Sequence[str | int | bytes], tuple[Verdict, bytes] | None]] = []
         self._recent: deque[bool] = deque(maxlen=256)
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -189,6 +192,7 @@ class Arbiter:
         while left:
             answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
             left = [rid for rid, values in zip(left, answers, strict=True) if self._advance(rid, values)]
+            self._send_due()
 
     def _wanted(self, track: _Track) -> list[str]:
         first = len(track.chunks)
@@ -247,7 +251,7 @@ class Arbiter:
 
     def _acknowledge(self, rid: str) -> None:
         track = self._tracks.pop(rid)
-        self._send(rid, b"", 0, False, None, track.entries)
+        self._due.append((self._arguments(rid, b"", 0, False, None, track.entries), None))
 
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
@@ -256,11 +260,17 @@ class Arbiter:
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
-        status = self._send(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
-        if status != b"ok":
+        call = self._arguments(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
+        self._due.append((call, (verdict, track.entries[-1])))
+
+    def _send_due(self) -> None:
+        """Give the verdicts of this look, in their order, in one round trip."""
+        due, self._due = self._due, []
+        replies = self._lease.call_each("verdict", [call for call, _ in due]) if due else []
+        given = [(one, reply[0] == b"ok") for (_, one), reply in zip(due, replies, strict=True) if one is not None]
+        if not all(came_through for _, came_through in given):
             self._load_minima()
-            return
-        self._observe(verdict, track.entries[-1])
+        self._observe([one for one, came_through in given if came_through])
 
     def _verdict(
         self, rid: str, track: _Track, finish: bytes | None, chunks: bytes | None, length: bytes | None
@@ -304,12 +314,11 @@ class Arbiter:
         source = self._settings.calibrate_on
         return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.cut)
 
-    def _send(
+    def _arguments(
         self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
-    ) -> bytes:
+    ) -> Sequence[str | int | bytes]:
         threshold = self.threshold
-        reply = self._lease.call(
-            "verdict",
+        return (
             rid,
             verdict,
             train,
@@ -319,21 +328,27 @@ class Arbiter:
             "inactive" if threshold is None else repr(threshold),
             *entries,
         )
-        return bytes(reply[0])
 
     def _show_threshold(self) -> None:
         metrics.kat_buffer_size.set(len(self._minima))
         threshold = self.threshold
         metrics.kat_threshold.set(float("nan") if threshold is None else threshold)
 
-    def _observe(self, verdict: Verdict, entry: bytes) -> None:
+    def _observe(self, given: list[tuple[Verdict, bytes]]) -> None:
         self._show_threshold()
+        now = 0.0
+        if any(verdict.cut for verdict, _ in given):
+            seconds, micros = self._plane.patiently(self._plane.client.time, "time")
+            now = seconds + micros / 1e6
+        for verdict, entry in given:
+            self._observe_one(verdict, entry, now)
+
+    def _observe_one(self, verdict: Verdict, entry: bytes, now: float) -> None:
         for nats in verdict.divergence.tolist():
             metrics.token_divergence.observe(nats)
         if verdict.arm == "treated":
             self._recent.append(verdict.cut)
             metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))
         if verdict.cut:
-            seconds, micros = self._plane.patiently(self._plane.client.time, "time")
-            metrics.stop_latency.observe(max(0.0, seconds + micros / 1e6 - unix_s(entry)))
+            metrics.stop_latency.observe(max(0.0, now - unix_s(entry)))
             metrics.stop_signals.labels(verdict.finish_reason).inc()

@@ -143,8 +143,7 @@ class Feeder:
                 self._config.run_dir, record_traces=feeder.record_traces, record_audit=feeder.record_audit
             )
         client, key = self._plane.client, self._plane.key
-        ledger = self._plane.patiently(lambda: client.hgetall(key("ledger")), "ledger")
-        self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
+        self._read_ledger()
         cursor = self._plane.patiently(lambda: client.get(key("cursor")), "cursor")
         self._cursor = int(cursor or 0)
         known = _admitted_on_disk(self._config.run_dir, self._books)
@@ -246,7 +245,7 @@ class Feeder:
         rollout.entries.append(entry)
         if rid in self._books.booked:
             # Late word on a rollout whose line is written; the script books it if a crash came between the two.
-            self._settle(rid, ledger_field(*rollout.ending[:2]) if rollout.ending else "", rollout.entries)
+            self._settle([(rid, ledger_field(*rollout.ending[:2]) if rollout.ending else "", rollout.entries)])
             self._rollouts.pop(rid, None)
             return
         self._rollouts[rid] = rollout
@@ -290,12 +289,20 @@ class Feeder:
         """On disk first, all with one fsync; then, one by one, in Redis, which takes the rollouts' hashes off."""
         if not ready:
             return
+        facts = self._plane.fields((rid, ["head", "length", "entry"]) for rid in ready)
+        audits = self._audits(list(ready))
         bookings = [
-            Booking(self._line(rid, rollout), rollout.verdict, self._audit(rid)) for rid, rollout in ready.items()
+            Booking(self._line(rid, rollout, found), rollout.verdict, audit)
+            for (rid, rollout), found, audit in zip(ready.items(), facts, audits, strict=True)
         ]
         self._write(bookings)
-        for booking, (rid, rollout) in zip(bookings, ready.items(), strict=True):
-            self._settle(rid, booking.line.ledger_field, rollout.entries)
+        self._settle(
+            [
+                (rid, booking.line.ledger_field, rollout.entries)
+                for booking, (rid, rollout) in zip(bookings, ready.items(), strict=True)
+            ]
+        )
+        for rid in ready:
             self._rollouts.pop(rid, None)
             self._running.discard(rid)
 
@@ -303,17 +310,30 @@ class Feeder:
         with self._lease.exclusively(self._lock):
             self._books.write(bookings)
 
-    def _audit(self, rid: str) -> dict[str, Any] | None:
-        record = self._plane.rollout(rid) if self._config.feeder.record_audit else {}
-        return audit_of(rid, record) if record else None
+    def _audits(self, rids: list[str]) -> list[dict[str, Any] | None]:
+        if not self._config.feeder.record_audit:
+            return [None] * len(rids)
+        records = self._plane.rollouts(rids)
+        return [audit_of(rid, record) if record else None for rid, record in zip(rids, records, strict=True)]
 
-    def _settle(self, rid: str, ledger_field: str, entries: list[bytes]) -> None:
-        reply = self._lease.call("book", rid, ledger_field, *entries)
-        if reply[1] == 1:
-            self._ledger[ledger_field] = self._ledger.get(ledger_field, 0) + 1
+    def _settle(self, endings: list[tuple[str, str, list[bytes]]]) -> None:
+        """Rollouts by their ledger field, with what is pending of each."""
+        failed = self._plane.failed_calls
+        replies = self._lease.call_each("book", [(rid, name, *entries) for rid, name, entries in endings])
+        if self._plane.failed_calls != failed:
+            self._read_ledger()  # a call that came through and whose answer was lost says "before" the second time
+            return
+        for (_, name, _), reply in zip(endings, replies, strict=True):
+            if reply[1] == 1:
+                self._ledger[name] = self._ledger.get(name, 0) + 1
 
-    def _line(self, rid: str, rollout: _Open) -> BookLine:
-        head, length, entry = self._plane.fields([(rid, ["head", "length", "entry"])])[0]
+    def _read_ledger(self) -> None:
+        client, key = self._plane.client, self._plane.key("ledger")
+        ledger = self._plane.patiently(lambda: client.hgetall(key), "ledger")
+        self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
+
+    def _line(self, rid: str, rollout: _Open, facts: list[bytes | None]) -> BookLine:
+        head, length, entry = facts
         return replace(
             self._ended_line(rid, rollout, head, length),
             admitted_unix_s=_moment(entry),
@@ -389,19 +409,25 @@ class Feeder:
 
     def _admit_next(self, count: int, step: int | None = None, threshold: bytes = b"") -> int:
         """What operators sent back comes first; each takes the number, and the place in the data, that is next."""
-        sent_back = self._sent_back(count) if count > 0 else []
-        for admitted in range(count):
-            request = sent_back[admitted] if admitted < len(sent_back) else ()
-            head = self._head(self._cursor, step, *request[1:])
-            reply = self._lease.call("admit", head.rid, head.encode(), self._cursor + 1, threshold, *request)
-            if reply[0] == b"behind":
+        if count <= 0:
+            return 0
+        sent_back = self._sent_back(count)
+        heads, calls = [], []
+        for place in range(count):
+            request = sent_back[place] if place < len(sent_back) else ()
+            head = self._head(self._cursor + place, step, *request[1:])
+            heads.append(head)
+            calls.append((head.rid, head.encode(), self._cursor + place + 1, threshold, *request))
+        for admitted, (head, reply) in enumerate(zip(heads, self._lease.call_each("admit", calls), strict=True)):
+            # Behind one that was refused, all are: each follows the one before.
+            if reply[0] == b"behind" and admitted == 0:
                 raise RunGone("Redis has forgotten the newest admissions: the feeder must begin anew from its books")
             if reply[0] != b"ok":
                 return admitted
             self._cursor += 1
             self._running.add(head.rid)
             self._ledger["admitted"] = self._ledger.get("admitted", 0) + 1
-        return max(count, 0)
+        return count
 
     def _sent_back(self, count: int) -> list[tuple[bytes, int]]:
         """Entry and problem of the oldest requests in `again`; one that cannot be admitted is given up."""
@@ -507,6 +533,7 @@ def _show(config: Config) -> None:
         "max_staleness": config.learner.max_staleness,
         "max_steps": config.learner.max_steps,
         "batch_size": config.learner.batch_size,
+        "checkpoint_steps": config.checkpoints.every_steps,
         "chunk_tokens": config.rollout.chunk_tokens,
         "max_completion_length": config.rollout.max_completion_length,
         "control_fraction": config.termination.control_fraction,

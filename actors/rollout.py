@@ -11,8 +11,8 @@ import logging
 import secrets
 import threading
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,14 @@ from common.messages import (
     read_rid,
     support_digest,
 )
-from common.streams import Plane, RedisUnavailable, RunGone, Stopping, Taken
+from common.streams import Call, Plane, RedisUnavailable, RunGone, Stopping, Taken
 from common.weights import BadWeights, read_pointer, verified
 
 log = logging.getLogger("katana.rollout")
-_CONTROL_S = 0.01  # how often signals and credit are looked at
-_IDLE_S = 0.02  # how often an idle worker looks for rollouts
-_POINTER_S = 0.1  # how often the policy pointer is read
+_CONTROL_S = 0.01  # how often signals, credit and the policy pointer are looked at, and rollouts for free slots
+_TALK_SHARE = 0.25  # of its time, at most, a worker that has something to write waits for Redis's answers
+_LONGEST_SILENCE_S = 0.5  # also after a trip that took long because Redis was away
+_BAD_WEIGHTS_S = 2.0  # before refused weights are looked at again
 _MAX_CLAIMS = 10  # a rollout taken from so many silent workers without progress is given up
 
 
@@ -53,6 +54,13 @@ class _Writing:
     sent: int
     scored: int
     held: bool = False
+    closed: list[tuple[ClosedChunk, int]] = field(default_factory=list)  # chunks to send, with their version
+    refused: bool = False  # a full Redis has not taken the first of them
+
+    @property
+    def final(self) -> bool:
+        """It has left its slot: its last chunk is to be sent."""
+        return bool(self.closed) and self.closed[-1][0].finish is not None
 
 
 class RolloutWorker:
@@ -62,7 +70,9 @@ class RolloutWorker:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._folder = config.run_dir / "weights"
         self._writing: dict[str, _Writing] = {}
-        self._refused: list[tuple[ClosedChunk, int]] = []  # chunks that a full Redis has not taken, with their version
+        self._counts: list[Call] = []  # what stopped rollouts came to, to be sent
+        self._done: list[bytes] = []  # signals that have been read
+        self._talk_at = 0.0
         self._version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
@@ -84,45 +94,77 @@ class RolloutWorker:
     def step(self) -> bool:
         """One turn: heartbeat, signals, weights, refill, one engine step. False once the run is over."""
         metrics.turned("rollout")
-        if self._is_due("beat", self._config.liveness.heartbeat_s):
-            self._say_alive()
-            self._beat(list(self._writing.values()))
-        if self._is_due("control", _CONTROL_S):
-            self._take_signals()
-            self._beat([writing for writing in self._writing.values() if writing.held])
-        # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
-        if not self._config.deterministic and self._is_due("pointer", _POINTER_S):
-            self._follow_policy()
-        if not self._refill():
+        if not self._talk():
             return False
-        if self._refused and self._is_due("refused", 0.25):
-            again, self._refused = self._refused, []
-            for chunk, version in again:
-                self._send([chunk], version)
-        if not any(not writing.held for writing in self._writing.values()):
+        if all(writing.held for writing in self._writing.values()):
             self._stop.wait(_CONTROL_S)
             return True
         with self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
             before = self._decoder.decoded_tokens
             closed = self._decoder.step()
         metrics.decode_tokens.labels("rollout").inc(self._decoder.decoded_tokens - before)
-        self._send(closed)
+        self._close(closed)
+        if closed and time.monotonic() >= self._talk_at:
+            self._say(control=False)
         return True
+
+    def _talk(self) -> bool:
+        """All that is due between this worker and Redis, in one round trip. False once the run is over.
+
+        Over a long line every trip costs the time of many tokens: the next one then waits until enough was written.
+        """
+        writing = any(not writing.held for writing in self._writing.values())
+        if writing and time.monotonic() < self._talk_at:
+            return True
+        return self._say(control=not writing or self._is_due("control", _CONTROL_S))
+
+    def _say(self, *, control: bool) -> bool:
+        """Send chunks and counts; with `control`, learn of signals, credit and weights, and take rollouts."""
+        everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
+        if everyone:
+            self._say_alive()
+        if self._is_due("refused", 0.25):
+            for one in self._writing.values():
+                one.refused = False
+        sent = [(one, *pair) for one in self._writing.values() if not one.refused for pair in one.closed]
+        counts = len(self._counts)
+        calls = self._chunk_calls(sent) + self._counts
+        asked = [one for one in self._writing.values() if everyone or one.held] if control else []
+        if control:
+            calls.append(self._beat_call(asked))
+        nonce, free = secrets.token_hex(8), self._free() if control else 0
+        if free:
+            calls.append(self._take_call(nonce, free))
+        began = time.monotonic()
+        replies = self._plane.call_all(calls)
+        now = time.monotonic()
+        self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), _LONGEST_SILENCE_S)
+        del self._counts[:counts]
+        for (one, chunk, _), reply in zip(sent, replies, strict=False):
+            self._take_reply(one, chunk, reply)
+        if control:
+            self._take_control(asked, replies[len(sent) + counts])
+        return not free or self._take(replies[-1], nonce)
+
+    def _free(self) -> int:
+        """Slots to be filled; none while Redis is full."""
+        if any(one.refused for one in self._writing.values()):
+            return 0
+        return self._config.rollout.slots - len(self._decoder.busy)
 
     # --- what comes in -----------------------------------------------------------------------------------------
 
-    def _refill(self) -> bool:
-        """Take rollouts for the free slots. False once the run is over."""
-        free = self._config.rollout.slots - len(self._writing)
-        if free == 0 or not self._is_due("refill", _IDLE_S):
-            return True
+    def _take_call(self, nonce: str, free: int) -> Call:
         claim = self._plane.may_claim and self._is_due("claim", self._config.liveness.heartbeat_s)
-        nonce = secrets.token_hex(8)
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
-        reply = self._plane.call("take", self._worker, nonce, free, idle_ms, self._claim_from)
+        return "take", (self._worker, nonce, free, idle_ms, self._claim_from)
+
+    def _take(self, reply: list[Any], nonce: str) -> bool:
+        """Begin the rollouts that Redis gave. False once the run is over."""
         if reply[0] == b"ended":
             return False
         self._claim_from = reply[1]
+        taken = []
         for rid, entry, chunks, length, claims in reply[2:]:
             known, most = "", self._config.max_length  # a chunk has at least a token
             try:
@@ -130,17 +172,18 @@ class RolloutWorker:
                 if claims is None:
                     raise MessageError("rollout.claims: not a number")
                 stored = read_number(chunks, "rollout.chunks", high=most)
-                taken = Taken(known, entry, stored, read_number(length, "rollout.length", high=most), int(claims))
+                taken.append(Taken(known, entry, stored, read_number(length, "rollout.length", high=most), int(claims)))
             except MessageError as error:
                 if known:
                     self._plane.call("release", self._worker, known, entry, nonce)
                 self._give_up(known, str(error), entry)
-                continue
-            self._start(taken, nonce)
-        metrics.slots_busy.labels("rollout").set(len(self._writing))
+        names = [(one.rid, ["head", "scored", *(f"t:{seq}" for seq in range(one.chunks))]) for one in taken]
+        for one, fields in zip(taken, self._plane.fields(names), strict=True):
+            self._start(one, nonce, fields)
+        metrics.slots_busy.labels("rollout").set(len(self._decoder.busy))
         return True
 
-    def _start(self, taken: Taken, nonce: str) -> None:
+    def _start(self, taken: Taken, nonce: str, fields: list[bytes | None]) -> None:
         if taken.claims:
             metrics.claims.labels("prompts").inc()
             log.info("rollout %s taken over at token %d", taken.rid, taken.length)
@@ -148,8 +191,7 @@ class RolloutWorker:
             reason = f"taken over {taken.claims} times without progress"
             self._give_up(taken.rid, reason, taken.entry, attempts=1)
             return
-        names = ["head", "scored", *(f"t:{seq}" for seq in range(taken.chunks))]
-        head_bytes, scored, *chunks = self._plane.fields([(taken.rid, names)])[0]
+        head_bytes, scored, *chunks = fields
         if head_bytes is None:
             return  # ended between the two calls
         # A rollout that this very worker had lost from sight (a claim after a stall) is written from the record.
@@ -182,34 +224,32 @@ class RolloutWorker:
         if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
             metrics.dead_letters.labels("rollout").inc()
 
-    def _take_signals(self) -> None:
-        if not self._writing:
-            return
-        name = self._plane.key(f"signals:{self._worker}")
-        client = self._plane.client
-        answer = self._plane.patiently(lambda: client.xread({name: self._signal}, count=256), "signals")
-        for _, entries in answer or []:
-            self._signal = entries[-1][0]
-            read = [entry for entry, _ in entries]
-            self._plane.patiently(partial(client.xdel, name, *read), "signals")
-            for _, values in entries:
-                rid = values.get(b"rid", b"").decode("ascii", "replace")
-                if rid in self._writing:
-                    self._end(rid)
+    def _beat_call(self, asked: list[_Writing]) -> Call:
+        args = [part for one in asked for part in (one.rid, one.entry, one.nonce)]
+        return "beat", (self._worker, self._signal, len(self._done), *self._done, *args)
 
-    def _beat(self, writing: list[_Writing]) -> None:
-        """Say that these are being written; learn what was scored, ended, or taken away."""
-        if not writing:
-            return
-        args = [part for one in writing for part in (one.rid, one.entry, one.nonce)]
-        reply = self._plane.call("beat", self._worker, *args)
-        for one, word in zip(writing, reply[1:], strict=True):
+    def _take_control(self, asked: list[_Writing], reply: list[Any]) -> None:
+        """Signals, weights, and what was scored, ended, or taken away of those that were asked about."""
+        _, signals, pointer, *words = reply
+        self._done = [entry for entry, _ in signals]
+        for entry, values in signals:
+            self._signal = entry
+            rid = dict(zip(values[::2], values[1::2], strict=True)).get(b"rid", b"").decode("ascii", "replace")
+            if rid in self._writing:
+                self._end(rid)
+        for one, word in zip(asked, words, strict=True):
+            if self._writing.get(one.rid) is not one:
+                continue  # ended by one of its own chunks, or by a signal
             if word == b"ended":
                 self._end(one.rid)
             elif word == b"lost":
                 self._forget(one.rid)
             else:
                 self._learn_scored(one, word)
+        # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
+        if not self._config.deterministic:
+            fields = dict(zip(pointer[::2], pointer[1::2], strict=True))
+            self._swap({name.decode(): value.decode() for name, value in fields.items()})
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
@@ -222,38 +262,48 @@ class RolloutWorker:
         self._hold_or_release(writing)
 
     def _hold_or_release(self, writing: _Writing) -> None:
-        refused = any(chunk.key == writing.rid for chunk, _ in self._refused)
-        hold = refused or writing.sent - writing.scored >= self._config.rollout.max_unscored_chunks
+        unscored = writing.sent + len(writing.closed) - writing.scored
+        hold = writing.final or writing.refused or unscored >= self._config.rollout.max_unscored_chunks
         if hold != writing.held:
             writing.held = hold
-            (self._decoder.hold if hold else self._decoder.release)(writing.rid)
+            if not writing.final:  # else it has left its slot
+                (self._decoder.hold if hold else self._decoder.release)(writing.rid)
 
     def _end(self, rid: str, final: ClosedChunk | None = None) -> None:
-        """The rollout has its verdict: free the slot and report how much was written, the chunk at hand included."""
+        """The rollout has its verdict: free the slot; how much was written, the chunk at hand included, is reported."""
         writing = self._writing[rid]
         generated = self._forget(rid) or (final.start + len(final.tokens) if final else 0)
-        self._plane.call("count", rid, writing.nonce, generated)
+        self._counts.append(("count", (rid, writing.nonce, generated)))
 
     def _forget(self, rid: str) -> int:
-        del self._writing[rid]
-        refused = [chunk for chunk, _ in self._refused if chunk.key == rid]
-        self._refused = [pair for pair in self._refused if pair[0].key != rid]
+        """Drop a rollout; how much of it was written."""
+        writing = self._writing.pop(rid)
         if rid in self._decoder.busy:
             return self._decoder.remove(rid)
-        # A final chunk that a full Redis refused has left its slot.
-        return refused[-1].start + len(refused[-1].tokens) if refused else 0
+        last = writing.closed[-1][0] if writing.closed else None
+        return last.start + len(last.tokens) if last else 0
 
     # --- what goes out -----------------------------------------------------------------------------------------
 
-    def _send(self, closed: list[ClosedChunk], version: int | None = None) -> None:
-        """Store chunks, at most one of a rollout, in one round trip; `version` wrote them (None: the current one)."""
-        version = self._version if version is None else version
-        pairs = [(self._writing[chunk.key], chunk) for chunk in closed if chunk.key in self._writing]
-        calls = [self._arguments(writing, chunk, version) for writing, chunk in pairs]
-        for (writing, chunk), reply in zip(pairs, self._plane.call_each("chunk", calls), strict=True):
-            self._take_reply(writing, chunk, version, reply)
+    def _close(self, closed: list[ClosedChunk]) -> None:
+        """Take chunks that the decoder closed; they go out with the next word to Redis."""
+        for chunk in closed:
+            if (writing := self._writing.get(chunk.key)) is not None:
+                writing.closed.append((chunk, self._version))
+                self._hold_or_release(writing)
 
-    def _arguments(self, writing: _Writing, chunk: ClosedChunk, version: int) -> tuple[str | int | bytes, ...]:
+    def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call]:
+        """Calls for chunks, those of one rollout in their order."""
+        ahead: Counter[str] = Counter()
+        calls: list[Call] = []
+        for one, chunk, version in sent:
+            calls.append(("chunk", self._arguments(one, chunk, version, one.sent + ahead[one.rid])))
+            ahead[one.rid] += 1
+        return calls
+
+    def _arguments(
+        self, writing: _Writing, chunk: ClosedChunk, version: int, seq: int
+    ) -> tuple[str | int | bytes, ...]:
         support = ChunkSupport(
             support_ids=chunk.support_ids,
             support_logprobs=chunk.support_logprobs,
@@ -262,7 +312,7 @@ class RolloutWorker:
             sampled_logprobs=chunk.sampled_logprobs,
         ).encode()
         tokens = ChunkTokens(
-            seq=writing.sent,
+            seq=seq,
             start=chunk.start,
             policy_version=version,
             finish=chunk.finish,
@@ -272,10 +322,18 @@ class RolloutWorker:
         ).encode()
         length = chunk.start + len(chunk.tokens)
         shard = self._plane.shard_of(writing.rid)
-        return writing.rid, writing.nonce, writing.sent, tokens, support, shard, length, chunk.finish or ""
+        return writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish or ""
 
-    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, version: int, reply: list[Any]) -> None:
+    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, reply: list[Any]) -> None:
         word = reply[0]
+        if writing.refused or self._writing.get(writing.rid) is not writing:
+            return  # behind one that was not taken
+        if word == b"full":
+            log.warning("Redis is full: a chunk of %s waits", writing.rid)
+            writing.refused = True
+            self._hold_or_release(writing)
+            return
+        del writing.closed[0]
         if word == b"ok":
             metrics.chunks_sent.inc()
             writing.sent += 1
@@ -283,19 +341,12 @@ class RolloutWorker:
                 del self._writing[writing.rid]
             else:
                 self._learn_scored(writing, reply[1])
-        elif word == b"full":
-            log.warning("Redis is full: a chunk of %s waits", writing.rid)
-            self._refused.append((chunk, version))
-            if chunk.finish:  # it has left its slot already
-                writing.held = True
-            else:
-                self._hold_or_release(writing)
+            return
+        metrics.chunks_fenced.inc()
+        if word == b"ended":
+            self._end(writing.rid, chunk)
         else:
-            metrics.chunks_fenced.inc()
-            if word == b"ended":
-                self._end(writing.rid, chunk)
-            else:
-                self._forget(writing.rid)
+            self._forget(writing.rid)
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -317,11 +368,13 @@ class RolloutWorker:
         return step in (None, self._step)
 
     def _follow_policy(self, step: int | None = None) -> bool:
-        """Swap in the announced weights (with `step`: if they are that step's), every open chunk closed first.
+        """Swap in the announced weights (with `step`: if they are that step's). True if some version is loaded."""
+        return self._swap(self._plane.policy(), step)
 
-        True if some version is loaded.
-        """
-        pointer = self._plane.policy()
+    def _swap(self, pointer: dict[str, str], step: int | None = None) -> bool:
+        """Swap in the weights that a policy pointer names, if they are newer; every open chunk is closed first."""
+        if step is None and time.monotonic() < self._due.get("weights", 0.0):
+            return self._version >= 0
         try:
             announced = read_pointer(pointer)
             if announced is None or announced[0].version <= self._version or step not in (None, announced[1]):
@@ -332,9 +385,9 @@ class RolloutWorker:
         except (BadWeights, OSError, SafetensorError) as error:
             metrics.dead_letters.labels("weights").inc()
             log.warning("weights refused, going on with version %d: %s", self._version, error)
-            self._due["pointer"] = time.monotonic() + 20 * _POINTER_S  # they are large, and will be no better
+            self._due["weights"] = time.monotonic() + _BAD_WEIGHTS_S  # they are large, and will be no better
             return self._version >= 0
-        self._send(self._decoder.close_chunks())
+        self._close(self._decoder.close_chunks())
         self._decoder.swap(state)
         self._version, self._step = ref.version, of_step
         metrics.policy_version.labels("rollout").set(ref.version)
@@ -348,7 +401,8 @@ class RolloutWorker:
         try:
             # Deterministic: no chunk ends but where it would have; what is open is written again, bit for bit.
             if not self._config.deterministic:
-                self._send(self._decoder.close_chunks())
+                self._close(self._decoder.close_chunks())
+            self._say(control=False)
             args = [part for one in self._writing.values() for part in (one.rid, one.entry, one.nonce)]
             if args:
                 self._plane.call("release", self._worker, *args)

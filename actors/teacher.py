@@ -134,15 +134,13 @@ class TeacherWorker:
             self._waiting.append(_Work(shard, entry, rid, seq))
 
     def _claim(self) -> None:
-        for shard in range(self._plane.shards):
-            stream = f"chunks:{shard}"
-            found = self._plane.claim_idle(
-                stream, "teacher", self._worker, idle_s=self._config.liveness.claim_s, count=32
-            )
-            known = {work.entry for work in self._waiting if work.shard == shard}
-            if found:
-                metrics.claims.labels("chunks").inc(len(found))
-                self._note([(stream, one) for one in found if one[0] not in known])
+        streams = [f"chunks:{shard}" for shard in range(self._plane.shards)]
+        idle_s = self._config.liveness.claim_s
+        claimed = self._plane.claim_idle_each(streams, "teacher", self._worker, idle_s=idle_s, count=32)
+        known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
+        for stream, found in claimed.items():
+            metrics.claims.labels("chunks").inc(len(found))
+            self._note([(stream, one) for one in found if (stream, one[0]) not in known])
 
     def _say_alive(self) -> None:
         metrics.busy_ratio.labels("teacher").set(self._busy.share)

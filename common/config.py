@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Tracker = Literal["tensorboard", "wandb"]
 MAX_CONFIG_BYTES = 1 << 20
 # PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
 # 2001-99-99 a ValueError, a character beyond Unicode an OverflowError.
@@ -300,6 +301,16 @@ class Config(_Section):
     redis: Redis = Field(default_factory=Redis)
     liveness: Liveness = Field(default_factory=Liveness)
     metrics: Metrics = Field(default_factory=Metrics)
+    tracking: list[Tracker] = Field(
+        default_factory=list, description="Experiment trackers to show the run in: `tensorboard`, `wandb`."
+    )
+
+    @field_validator("tracking")
+    @classmethod
+    def _check_tracking(cls, names: list[Tracker]) -> list[Tracker]:
+        if len(set(names)) != len(names):
+            raise ValueError("a tracker is named twice")
+        return names
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -527,6 +538,7 @@ RESUMABLE = frozenset(
     {
         "name",
         "runs_dir",
+        "tracking",
         "learner.max_steps",
         "learner.threads",
         "learner.device",

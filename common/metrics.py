@@ -29,6 +29,7 @@ from prometheus_client import (
 
 log = logging.getLogger("katana.metrics")
 REGISTRY = CollectorRegistry()
+TARGETS = ".targets"
 _LENGTHS = tuple(float(2**n) for n in range(4, 16))
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _NATS = (1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -158,16 +159,18 @@ def turned(role: str) -> None:
 
 @contextlib.contextmanager
 def of_run(name: str, role: str, folder: Path) -> Iterator[None]:
-    """Serve as this role of this run, and say where: in `targets/` of the run's folder, for Prometheus's file_sd.
+    """Serve as this role of this run, and say where: in `.targets/` beside the runs' folders, for Prometheus's file_sd.
+
+    All runs share that folder: Prometheus takes a wildcard in the last part of a path alone.
 
     A folder that cannot be written to is said and left at that: work goes on unseen rather than not at all.
     """
     global _run
     _run = name
-    path = folder / "targets" / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
+    path = folder.parent / TARGETS / f"{name}--{role}-{socket.gethostname()}-{os.getpid()}.json"
     try:
         if _address:
-            _put(path, [{"targets": [_address], "labels": {"job": role}}])
+            _put(path, [{"targets": [_address], "labels": {"job": role, "run": name}}])
         turned(role)
         yield
     finally:

@@ -68,6 +68,7 @@ _MAY_PASS = (
 )
 T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]
+Call = tuple[str, Sequence[Any]]  # a script and its arguments
 
 
 class RedisUnavailable(ConnectionError):
@@ -221,29 +222,33 @@ class Plane:
 
         Each call is atomic by itself. All are sent again if the answer was lost: scripts are fenced.
         """
+        return self.call_all([(script, args) for args in calls])
+
+    def call_all(self, calls: Sequence[Call]) -> list[list[Any]]:
+        """Like `call_each`, with a script of its own for each call."""
 
         def once() -> list[Any]:
-            answers = self._evaluate(script, calls)
+            answers = self._evaluate(calls)
             if any("NOGROUP" in str(answer) for answer in answers if isinstance(answer, Exception)):
                 self._recreate_groups()
-                answers = self._evaluate(script, calls)
+                answers = self._evaluate(calls)
             return [_reply(answer) for answer in answers]
 
-        replies = self.patiently(once, script) if calls else []
+        replies = self.patiently(once, " ".join(dict.fromkeys(script for script, _ in calls))) if calls else []
         if any(reply[0] == b"gone" for reply in replies):
             raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
         return replies
 
-    def _evaluate(self, script: str, calls: Sequence[Sequence[Any]]) -> list[Any]:
-        loaded = self._scripts[script]
+    def _evaluate(self, calls: Sequence[Call]) -> list[Any]:
         for _ in range(2):
             pipe = self.client.pipeline(transaction=False)
-            for args in calls:
-                pipe.evalsha(loaded.sha, 1, self.key("run"), self.prefix, *args)
+            for script, args in calls:
+                pipe.evalsha(self._scripts[script].sha, 1, self.key("run"), self.prefix, *args)
             answers: list[Any] = pipe.execute(raise_on_error=False)
             if not any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
                 break
-            self.client.script_load(loaded.script)  # a Redis that was started anew knows no scripts
+            for script in {script for script, _ in calls}:
+                self.client.script_load(self._scripts[script].script)  # a Redis that was started anew knows none
         return answers
 
     def patiently(self, action: Callable[[], T], what: str) -> T:
@@ -372,6 +377,26 @@ class Plane:
         answer = self.patiently(lambda: self._or_groups(once), f"claim {stream}")
         return [entry for entry in answer[1] if entry and entry[1]] if answer else []
 
+    def claim_idle_each(
+        self, streams: Sequence[str], group: str, consumer: str, *, idle_s: float, count: int
+    ) -> dict[str, list[Entry]]:
+        """`claim_idle` on several streams in one round trip; only those with such entries."""
+        if not self.may_claim:
+            return {}
+
+        def once() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            for stream in streams:
+                pipe.xautoclaim(self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count)
+            return list(pipe.execute())
+
+        answers = self.patiently(lambda: self._or_groups(once), f"claim {group}")
+        found = {}
+        for stream, answer in zip(streams, answers, strict=False):  # none where groups had to be made again
+            if entries := [one for one in answer[1] if one and one[1]]:
+                found[stream] = entries
+        return found
+
     def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
         """Fields of several rollouts' hashes in one round trip."""
         wanted = list(rids_and_fields)
@@ -385,7 +410,18 @@ class Plane:
         return self.patiently(once, "fields") if wanted else []
 
     def rollout(self, rid: str) -> dict[bytes, bytes]:
-        return self.patiently(lambda: dict(self.client.hgetall(self.key(f"rollout:{rid}"))), "rollout")
+        return self.rollouts([rid])[0]
+
+    def rollouts(self, rids: Sequence[str]) -> list[dict[bytes, bytes]]:
+        """Whole records in one round trip; an empty one where there is none."""
+
+        def once() -> list[dict[bytes, bytes]]:
+            pipe = self.client.pipeline(transaction=False)
+            for rid in rids:
+                pipe.hgetall(self.key(f"rollout:{rid}"))
+            return [dict(record) for record in pipe.execute()]
+
+        return self.patiently(once, "rollouts") if rids else []
 
     def fail(
         self,
@@ -495,6 +531,19 @@ class Lease:
     def call(self, script: str, *args: Any) -> list[Any]:
         """A script of this role alone; a lease that merely ran out is renewed. Raises LeaseLost."""
         return self._fenced(script, self.token, *args)
+
+    def call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Like `call`, once for each list of arguments, in their order, in one round trip."""
+        replies: list[list[Any]] = []
+        for _ in range(3):
+            replies += self._plane.call_each(script, [(self.token, *args) for args in calls[len(replies) :]])
+            done = next((place for place, reply in enumerate(replies) if reply[0] == b"lost"), len(calls))
+            if done == len(calls):
+                return replies
+            # Those behind a refusal may have come through, and are fenced: in order, they are run again.
+            del replies[done:]
+            self._renew()
+        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
 
     def advance(self, what: str, value: str | int) -> None:
         self._fenced("advance", self._role, self.token, what, value)

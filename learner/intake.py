@@ -6,6 +6,7 @@ a new learner finds it again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -94,6 +95,7 @@ class Intake:
         )
 
     def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        records = self._records(entries)
         for entry, values in entries:
             rid = ""
             try:
@@ -104,7 +106,7 @@ class Intake:
                 if rid in self._covered:
                     self.settle([(entry, rid, "trained", "", "")])
                     continue
-                record = self._plane.rollout(rid)
+                record = records[rid]
                 wrong = self._refusal(rid, record)
                 if wrong:
                     self._plane.fail(
@@ -124,6 +126,16 @@ class Intake:
                 self._known.add(rid)
             except MessageError as error:
                 self._give_up(rid, str(error), entry, shown(values))
+
+    def _records(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> dict[str, dict[bytes, bytes]]:
+        """What notices point at, in one round trip; nothing for those that name no rollout, or one that is covered."""
+        rids = []
+        for entry, values in entries:
+            with contextlib.suppress(MessageError):
+                rid = read_rid(values.get(b"rid"))
+                if entry not in self._held and rid not in self._covered:
+                    rids.append(rid)
+        return dict(zip(rids, self._plane.rollouts(rids), strict=True))
 
     def _refusal(self, rid: str, record: dict[bytes, bytes]) -> str:
         """Why a notice has no trajectory to train on; '' where it has one."""

@@ -11,6 +11,7 @@ from common.config import Config, ConfigError
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
 from ops.roles import reach
 from ops.source import TaskSource
+from ops.tracking import missing
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PROMPTS_READ = 256
@@ -34,6 +35,7 @@ def check(config: Config) -> Findings:
         _check_prompts(config, found)
         _estimate_models(config, pair, found)
     _check_redis(config, found)
+    found.problems += missing(config.tracking)
     _say_what_runs(config, found)
     return found
 

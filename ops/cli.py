@@ -104,7 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--minutes", type=_positive_float, default=30.0, help="how long (default 30)")
     soak.add_argument("--seed", type=int, default=0, help="of the kills (default 0)")
 
-    report = commands.add_parser("report", help="draw report.png from a run's folder")
+    top = commands.add_parser("top", help="a running cluster at a glance: roles, streams, saving, recent verdicts")
+    _config_arguments(top)
+    top.add_argument("--interval", type=_positive_float, default=1.0, metavar="S", help="between looks (default 1 s)")
+    top.add_argument("--once", action="store_true", help="one snapshot; so it is, without --json, in a pipe")
+    top.add_argument("--json", action="store_true", help="lines of JSON: until the run ends, or one with --once")
+
+    watch = commands.add_parser("watch", help="one rollout: its text, coloured by divergence, and where it was cut")
+    _config_arguments(watch)
+    watch.add_argument("rid", metavar="RID", help="id or number of the rollout")
+    watch.add_argument("--follow", action="store_true", help="until it has its verdict")
+    watch.add_argument("--json", action="store_true", help="a JSON object: position, token, divergence, kept")
+
+    panels = commands.add_parser("panels", help="draw the dashboards' panels of one run from a running Prometheus")
+    panels.add_argument("prometheus", metavar="PROMETHEUS", help="its address, for example http://127.0.0.1:9090")
+    panels.add_argument("--run", required=True, metavar="NAME", help="the run's name")
+    panels.add_argument("--out", type=Path, required=True, metavar="FILE", help="the PNG")
+    panels.add_argument("--minutes", type=_positive_float, default=60.0, help="how far back to look (default 60)")
+
+    report = commands.add_parser("report", help="write report.html, report.png and figures/ from a run's folder")
     report.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
 
     dead = commands.add_parser("dead", help="list what a run gave up and why; send a rollout back, or remove it")
@@ -154,6 +172,8 @@ def _positive_float(text: str) -> float:
 
 def _load(arguments: argparse.Namespace) -> Config:
     path: Path = arguments.config
+    if arguments.command in ("top", "watch") and path.is_dir():
+        path = arguments.config = path / "config.yaml"  # a run's folder stands for the config in it
     if not path.exists():
         from common.pretrained import PACKAGE_ROOT
 
@@ -161,7 +181,7 @@ def _load(arguments: argparse.Namespace) -> Config:
         path = shipped if shipped.exists() else path
     where = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
     folder = path.resolve().parent
-    own = getattr(arguments, "resume", False) or arguments.command == "dead"
+    own = getattr(arguments, "resume", False) or arguments.command in ("dead", "top", "watch")
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
@@ -202,6 +222,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "bench": _bench,
         "chaos": _chaos,
         "soak": _soak,
+        "top": _top,
+        "watch": _watch,
+        "panels": _panels,
         "report": _report,
         "dead": _dead,
         "clean": _clean,
@@ -280,10 +303,32 @@ def _soak(arguments: argparse.Namespace) -> int:
     return soak(_load(arguments), minutes=arguments.minutes, seed=arguments.seed)
 
 
+def _top(arguments: argparse.Namespace) -> int:
+    from ops.top import top
+
+    config, interval_s = _load(arguments), arguments.interval
+    return top(config, arguments.config, interval_s=interval_s, once=arguments.once, as_json=arguments.json)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from ops.watch import watch
+
+    config, rid = _load(arguments), arguments.rid
+    return watch(config, arguments.config, rid, as_json=arguments.json, follow=arguments.follow)
+
+
+def _panels(arguments: argparse.Namespace) -> int:
+    from ops.panels import draw
+
+    print(draw(arguments.prometheus, arguments.run, arguments.out, arguments.minutes))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from ops.report import write_report
 
-    print(write_report(arguments.run))
+    write_report(arguments.run)
+    print(arguments.run / "report.html")
     return 0
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
 
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 from common.config import Config, ConfigError
 from common.streams import connect
+from ops.scrape import Target, scrape
 
 _ANSWER_S = 3.0
 _ON_THE_BROKER = ("feeder", "rollout", "teacher")
@@ -32,23 +30,13 @@ def health(role: str, config: Config, *, within_s: float) -> list[str]:
 
 def _loop_trouble(role: str, config: Config, within_s: float) -> list[str]:
     host = "127.0.0.1" if config.metrics.host in ("0.0.0.0", "::", "") else config.metrics.host
-    url = f"http://{host}:{config.metrics.port}/metrics"
-    try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
-            text = answer.read().decode()
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        return [f"{url} does not answer: {error}"]
-    turned = [
-        sample.value
-        for family in text_string_to_metric_families(text)
-        if family.name == "katana_loop_timestamp_seconds"
-        for sample in family.samples
-        if sample.labels.get("role") == role
-    ]
-    between_shifts = not turned or turned[0] == 0
-    if between_shifts:
+    (served,) = scrape([Target(role, role, f"{host}:{config.metrics.port}")], timeout_s=_ANSWER_S)
+    if served.trouble:
+        return [f"{served.target.address}: {served.trouble}"]
+    turned = served.value("katana_loop_timestamp_seconds", role=role)
+    if not turned:
         return [] if role in ("rollout", "teacher") else [f"the loop of the {role} has not begun"]
-    age = time.time() - turned[0]
+    age = time.time() - turned
     return [f"the loop of the {role} last turned {age:.0f} s ago"] if age > within_s else []
 
 

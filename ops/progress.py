@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,26 +16,7 @@ from rich.table import Table
 from common.config import Config
 from common.streams import Plane
 from ops.summary import ARMS, length_saving
-
-
-class _Tail:
-    """New whole lines of a growing JSON-lines file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._place, self._inode = path, 0, -1
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:  # another file took its place: cut back to a checkpoint
-                self._place, self._inode = 0, inode
-            file.seek(self._place)
-            data = file.read()
-        end = data.rfind(b"\n") + 1
-        self._place += end
-        return [json.loads(line) for line in data[:end].splitlines()]
+from ops.tail import Tail
 
 
 class Progress:
@@ -46,8 +24,8 @@ class Progress:
 
     def __init__(self, config: Config, plane: Plane) -> None:
         self._config, self._plane = config, plane
-        self._steps, self._lines = _Tail(config.run_dir / "metrics.jsonl"), _Tail(config.run_dir / "rollouts.jsonl")
-        self._evals = _Tail(config.run_dir / "eval.jsonl")
+        self._steps, self._lines = Tail(config.run_dir / "metrics.jsonl"), Tail(config.run_dir / "rollouts.jsonl")
+        self._evals = Tail(config.run_dir / "eval.jsonl")
         self._step: dict[str, Any] = {}
         self._eval: dict[str, Any] = {}
         self._booked: deque[dict[str, Any]] = deque(maxlen=1024)  # the whole run's saving stands in summary.json

@@ -1,4 +1,4 @@
-"""What report.png shows, worked out from the files of a run's folder: pure functions, no drawing.
+"""What the report shows, worked out from the files of a run's folder: pure functions, no drawing.
 
 Lines of `rollouts.jsonl` are dictionaries with the fields of `actors.books.BookLine`, those of `traces.jsonl` the ones
 that `actors.books.trace_of` makes. Divergences are in nats a token.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,15 +19,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import read_lines
+from actors.books import UNFINISHED
 from common.config import Config
 
 Line = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 _T = TypeVar("_T")
 
-# Ended by the run, not by themselves or the policy: their length says nothing about either arm.
-_UNFINISHED = frozenset({"run_end", "lost"})
 # Below this a divergence is shown as this: float32 rounds the agreement of sharp distributions to 0.
 FLOOR_NATS = 1e-6
 
@@ -85,7 +84,7 @@ def finished(lines: Iterable[Line]) -> list[Line]:
     return [
         line
         for line in lines
-        if line["ending"] != "dead" and line["reason"] not in _UNFINISHED and line["finish_reason"] != "unfinished"
+        if line["ending"] != "dead" and line["reason"] not in UNFINISHED and line["finish_reason"] != "unfinished"
     ]
 
 
@@ -179,10 +178,14 @@ class Trace:
 
 
 def read_trace(line: Line) -> Trace:
-    """A line of traces.jsonl."""
-    tokens = np.frombuffer(base64.b64decode(line["tokens"]), dtype="<i4").astype(np.int32)
-    divergence = np.frombuffer(base64.b64decode(line["divergence"]), dtype="<f4").astype(np.float32)
-    return Trace(line["rid"], line["arm"], line["keep"], line["trigger"], line["threshold"], tokens, divergence)
+    """A line of traces.jsonl. Raises ValueError, KeyError or TypeError for a damaged one."""
+    tokens = np.frombuffer(base64.b64decode(line["tokens"], validate=True), dtype="<i4").astype(np.int32)
+    divergence = np.frombuffer(base64.b64decode(line["divergence"], validate=True), dtype="<f4").astype(np.float32)
+    keep, trigger = line["keep"], line["trigger"]
+    if not 0 <= keep <= trigger <= len(tokens) or len(tokens) != len(divergence):
+        found = f"keep {keep}, trigger {trigger}, {len(tokens)} tokens, {len(divergence)} divergences"
+        raise ValueError(f"rollout {line['rid']}: {found}")
+    return Trace(line["rid"], line["arm"], keep, trigger, line["threshold"], tokens, divergence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,23 +197,75 @@ class TraceSample:
 
 
 def sample_traces(path: Path, most: int) -> dict[str, TraceSample]:
-    """At most `most` traces of each kind: treated | control, where the rule fired, and uncut (treated, it did not).
+    """At most `most` traces of each kind: treated | control, where the rule fired; uncut (treated, it did not); and
+    booked, of all of them alike, as they were booked.
 
-    The file is read twice, so that only the sample is held in memory.
+    Of the other lines only the heads are read: those of a long run are gigabytes.
     """
-    places: dict[str, list[int]] = {"treated": [], "control": [], "uncut": []}
-    for place, line in enumerate(read_lines(path)):
-        fired = line["cut"] or line["keep"] < len(base64.b64decode(line["tokens"])) // 4
-        if fired:
-            places[line["arm"]].append(place)
-        elif line["arm"] == "treated":
-            places["uncut"].append(place)
-    wanted = {place: kind for kind, found in places.items() for place in spread(found, most)}
-    chosen: dict[str, list[Trace]] = {kind: [] for kind in places}
-    for place, line in enumerate(read_lines(path)):
-        if place in wanted:
-            chosen[wanted[place]].append(read_trace(line))
-    return {kind: TraceSample(chosen[kind], len(found)) for kind, found in places.items()}
+    marks: dict[str, list[int]] = {"treated": [], "control": [], "uncut": [], "booked": []}
+    for mark in scan_traces(path):
+        if not mark.tokens:
+            continue
+        marks["booked"].append(mark.offset)
+        if mark.fired:
+            marks[mark.arm].append(mark.offset)
+        elif mark.arm == "treated":
+            marks["uncut"].append(mark.offset)
+    chosen = {kind: spread(found, most) for kind, found in marks.items()}
+    read = read_traces(path, sorted({offset for offsets in chosen.values() for offset in offsets}))
+    return {kind: TraceSample([read[offset] for offset in chosen[kind]], len(marks[kind])) for kind in marks}
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMark:
+    """Where a line of traces.jsonl begins, in bytes, its tokens, and whether the rule fired in that rollout."""
+
+    rid: str
+    arm: str
+    tokens: int
+    fired: bool
+    offset: int
+
+
+_TOKENS = re.compile(rb'"tokens": ?"')
+
+
+def scan_traces(path: Path) -> Iterator[TraceMark]:
+    """All whole lines in the order they were booked. Raises ValueError or KeyError for a damaged one."""
+    if not path.exists():
+        return
+    offset = 0
+    with path.open("rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n"):
+                yield _mark(raw, offset)
+            offset += len(raw)
+
+
+def _mark(raw: bytes, offset: int) -> TraceMark:
+    tokens = _TOKENS.search(raw)
+    end = raw.find(b'"', tokens.end()) if tokens else -1
+    if tokens is None or end < 0:
+        raise ValueError(f"no tokens in the line at byte {offset}")
+    head = json.loads(raw[: tokens.start()].rstrip(b", ") + b"}")
+    padding = raw[end - 2 : end].count(b"=")
+    count = ((end - tokens.end()) // 4 * 3 - padding) // 4  # of int32 in base64
+    if head["arm"] not in ("treated", "control"):
+        raise ValueError(f"arm is {head['arm']!r:.40} in the line at byte {offset}")
+    return TraceMark(head["rid"], head["arm"], count, bool(head["cut"] or head["keep"] < count), offset)
+
+
+def read_traces(path: Path, offsets: Iterable[int]) -> dict[int, Trace]:
+    """The lines that begin at these bytes."""
+    wanted = list(offsets)
+    if not wanted:
+        return {}
+    found = {}
+    with path.open("rb") as file:
+        for offset in wanted:
+            file.seek(offset)
+            found[offset] = read_trace(json.loads(file.readline()))
+    return found
 
 
 def spread(items: Sequence[_T], count: int) -> list[_T]:

@@ -148,17 +148,20 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     from ops.report import write_report
     from ops.source import TaskSource
     from ops.summary import write_summary
+    from ops.tracking import Tracking
 
     broker = make_app(config.redis, "feeder")
     feeder = Feeder(
         config, plane, TaskSource(config), stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key)
     )
-    feeder.run()
-    if plane.state() == "ended":
-        close_shifts(broker)
-        write_summary(config.run_dir)
-        if RUN_KEY not in os.environ:  # `katana run` draws when the last evaluation is done
-            write_report(config.run_dir)
+    with Tracking(config, plane.run_key, config.tracking) as tracking:
+        feeder.run()
+        if plane.state() == "ended":
+            close_shifts(broker)
+            write_summary(config.run_dir)
+            if RUN_KEY not in os.environ:  # `katana run` draws when the last evaluation is done
+                write_report(config.run_dir)
+            tracking.wait_for_evaluations(stop)
 
 
 def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:

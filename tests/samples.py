@@ -176,7 +176,7 @@ class Run:
         return self.plane.call("chunk", rid, nonce, seq, record.encode(), support.encode(), shard, length, finish or "")
 
     def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
-        return bytes(self.plane.call("beat", consumer, rid, self.field(rid, "entry") or b"0-1", nonce)[1])
+        return bytes(self.plane.call("beat", consumer, "0-0", 0, rid, self.field(rid, "entry") or b"0-1", nonce)[3])
 
     # --- teacher ---
 

@@ -29,7 +29,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+
+from ops.chaos.relay import Link, Relay, Side
 
 log = logging.getLogger("katana.chaos.proxy")
 Frame = bytes | bytearray
@@ -51,7 +52,6 @@ _LATE_S = (0.2, 2.0)
 _MAX_LATE = 256  # copies on their way at a time; the memory and the connections that they may take
 _LATE_TIMEOUT_S = 10.0
 _BACKLOG = 512
-_READ = 1 << 18  # bytes at most
 
 
 class Frames:
@@ -207,7 +207,7 @@ class _Reversed:
         return self.replies[::-1] if len(self.replies) == self.missing else []
 
 
-class RedisProxy:
+class RedisProxy(Relay):
     """Listens on `listen`, relays to `upstream`, both Unix sockets; a thread of this process.
 
     A thread is enough: relaying takes a fraction of a core, and the harness around it mostly waits. `rng` belongs to
@@ -215,12 +215,10 @@ class RedisProxy:
     """
 
     def __init__(self, listen: Path, upstream: Path, rng: random.Random | None = None) -> None:
-        self.upstream, self.rng = upstream, rng or random.Random(0)
-        self.buffer = memoryview(bytearray(_READ))  # of every read: there is one thread
-        self.sides: set[_Side] = set()
-        self._listen = listen
+        super().__init__()
+        self.rng = rng or random.Random(0)
+        self._listen, self._upstream = listen, upstream
         self._faults: dict[int, dict[str, _Fault]] = {}  # never changed, only replaced: two threads use it
-        self.connecting: set[asyncio.Task[None]] = set()
         self._late: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -278,8 +276,9 @@ class RedisProxy:
         hits, begun = Hits(), threading.Event()
 
         def begin() -> None:
-            for link in {side.link for side in self.sides if side.link.pid == pid}:
-                link.cut(hits, within_s)
+            for link in {side.link for side in self.sides}:
+                if isinstance(link, _Link) and link.pid == pid:
+                    link.cut(hits, within_s)
             begun.set()
 
         self._on_loop(begin)
@@ -313,16 +312,27 @@ class RedisProxy:
 
     async def _serve(self, listening: socket.socket, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await self._loop.create_unix_server(lambda: _Link(self).client, sock=listening, backlog=_BACKLOG)
+        server = await self._loop.create_unix_server(self.accept, sock=listening, backlog=_BACKLOG)
         ready.set()
         await self._stop.wait()
         server.close()
+        await self.break_off()
         for task in self._late:
             task.cancel()
-        while self.sides or self.connecting or self._late:
-            for side in list(self.sides):
-                side.abort()
-            await asyncio.sleep(0)
+        await asyncio.gather(*self._late, return_exceptions=True)
+
+    def accept(self) -> Side:
+        return _Link(self).client
+
+    async def dial(self, side: Side) -> None:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.setblocking(False)
+            sock.connect(str(self._upstream))  # at once or not at all: asyncio would take "not now" for success
+            await asyncio.get_running_loop().create_unix_connection(lambda: side, sock=sock)
+        except OSError:
+            sock.close()
+            raise
 
     def send_late(self, session: bytes, replies: int, copy: Frame, hits: Hits) -> None:
         if len(self._late) < _MAX_LATE:
@@ -336,7 +346,7 @@ class RedisProxy:
         await asyncio.sleep(self.rng.uniform(*_LATE_S))
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_LATE_TIMEOUT_S):
-                reader, writer = await asyncio.open_unix_connection(str(self.upstream))
+                reader, writer = await asyncio.open_unix_connection(str(self._upstream))
                 try:
                     writer.write(session + copy)
                     frames, answers = Frames(), list[Frame]()
@@ -347,96 +357,13 @@ class RedisProxy:
                     writer.transport.abort()
 
 
-class _Side(asyncio.BufferedProtocol):
-    """One end of a relayed connection.
-
-    Buffered: a plain Protocol allocates 256 KiB for each read, which measured twice the CPU of all the rest.
-    """
-
-    def __init__(self, link: _Link, receive: Callable[[bytes], None]) -> None:
-        self.link = link
-        self._receive = receive
-        self._transport: asyncio.Transport | None = None
-        self._reasons: set[str] = set()  # why it is not read from
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self.link.proxy.sides.add(self)
-        self.link.made(self, transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.link.proxy.buffer
-
-    def buffer_updated(self, size: int) -> None:
-        self._received(bytes(self.link.proxy.buffer[:size]))
-
-    def _received(self, data: bytes) -> None:
-        hold = self.link.fault("hold")
-        if hold is not None:
-            hold.hits.held += 1
-            self.pause("hold")
-            asyncio.get_running_loop().call_later(hold.until - time.monotonic(), self._held, data)
-            return
-        try:
-            self._receive(data)
-        except ValueError as error:
-            log.warning("connection of process %d closed: %s", self.link.pid, error)
-            self.link.close()
-
-    def _held(self, data: bytes) -> None:
-        if self.open:
-            self.resume("hold")
-            self._received(data)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.link.proxy.sides.discard(self)
-        self.link.close()
-
-    def pause_writing(self) -> None:
-        self.link.other(self).pause("full")
-
-    def resume_writing(self) -> None:
-        self.link.other(self).resume("full")
-
-    @property
-    def open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    @property
-    def paused(self) -> bool:
-        return bool(self._reasons)
-
-    def write(self, data: Frame) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
-
-    def pause(self, reason: str) -> None:
-        self._reasons.add(reason)
-        if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self, reason: str) -> None:
-        self._reasons.discard(reason)
-        if self._transport is not None and not self._reasons:
-            self._transport.resume_reading()
-
-    def close(self) -> None:
-        """What was written still goes out."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-
-class _Link:
-    """A client's connection and the one to Redis that belongs to it."""
+class _Link(Link):
+    """A client's connection whose requests and replies are followed, and spoiled where a fault says so."""
 
     def __init__(self, proxy: RedisProxy) -> None:
-        self.proxy = proxy
+        super().__init__(proxy)
+        self._proxy = proxy
         self.pid = 0
-        self.client, self._redis = _Side(self, self._asked), _Side(self, self._answered)
         self._requests, self._replies = Frames(), Frames()
         self._batch: list[Frame] = []  # whole requests that wait for the rest of their pipeline
         self._places: deque[_Dropped | _Reversed | None] = deque()  # of replies to come; None: for the client
@@ -445,39 +372,35 @@ class _Link:
         self._raw = False  # no longer followed
         self._cut: Hits | None = None
 
-    def fault(self, kind: str) -> _Fault | None:
-        return self.proxy.fault(self.pid, kind)
-
-    def other(self, side: _Side) -> _Side:
-        return self._redis if side is self.client else self.client
-
-    def made(self, side: _Side, transport: asyncio.BaseTransport) -> None:
+    def made(self, side: Side, transport: asyncio.BaseTransport) -> None:
         if side is self.client:
             peer = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             self.pid = struct.unpack("3i", peer)[0]
-            self.client.pause("connecting")
-            task = asyncio.get_running_loop().create_task(self._connect())
-            self.proxy.connecting.add(task)
-            task.add_done_callback(self.proxy.connecting.discard)
-        else:
-            self.client.resume("connecting")
+        super().made(side, transport)
 
-    async def _connect(self) -> None:
-        """A Redis that is away means an end of the client's connection at once, as it would be without a proxy."""
-        sock = socket.socket(socket.AF_UNIX)
+    def received(self, side: Side, data: bytes) -> None:
+        hold = self._fault("hold")
+        if hold is not None:
+            hold.hits.held += 1
+            side.pause("hold")
+            asyncio.get_running_loop().call_later(hold.until - time.monotonic(), self._held, side, data)
+            return
         try:
-            sock.setblocking(False)
-            sock.connect(str(self.proxy.upstream))  # at once or not at all: asyncio would take "not now" for success
-            await asyncio.get_running_loop().create_unix_connection(lambda: self._redis, sock=sock)
-        except OSError:
-            sock.close()
-            self.client.abort()
-        if not self.client.open:
-            self._redis.close()
+            if side is self.client:
+                self._asked(data)
+            else:
+                self._answered(data)
+        except ValueError as error:
+            log.warning("connection of process %d closed: %s", self.pid, error)
+            self.close()
 
-    def close(self) -> None:
-        self.client.close()
-        self._redis.close()
+    def _held(self, side: Side, data: bytes) -> None:
+        if side.open:
+            side.resume("hold")
+            self.received(side, data)
+
+    def _fault(self, kind: str) -> _Fault | None:
+        return self._proxy.fault(self.pid, kind)
 
     # --- a broken connection -----------------------------------------------------------------------------------
 
@@ -493,9 +416,9 @@ class _Link:
             return
         self._cut.cut += 1
         self._cut = None
-        self._redis.write(data if self.proxy.rng.random() < 0.5 else data[: len(data) // 2])
+        self.server.write(data if self._proxy.rng.random() < 0.5 else data[: len(data) // 2])
         self.client.abort()
-        self._redis.close()
+        self.server.close()
 
     # --- requests ----------------------------------------------------------------------------------------------
 
@@ -507,15 +430,15 @@ class _Link:
             batch: list[Frame] = [data]
         else:
             self._batch += self._requests.feed(data)
-            if self._requests.partial and self.fault("swap") is not None:
+            if self._requests.partial and self._fault("swap") is not None:
                 return
             batch, self._batch = self._batch, []
-        delay = self.fault("delay") if batch else None
+        delay = self._fault("delay") if batch else None
         if delay is None:
             self._send(batch)
         else:
             self.client.pause("delay")
-            wait_s = delay.seconds * self.proxy.rng.uniform(0.5, 1.5)
+            wait_s = delay.seconds * self._proxy.rng.uniform(0.5, 1.5)
             asyncio.get_running_loop().call_later(wait_s, self._delayed, batch, delay.hits)
 
     def _delayed(self, batch: list[Frame], hits: Hits) -> None:
@@ -532,14 +455,14 @@ class _Link:
         if not self._raw:
             batch = self._spoiled(batch)
         if batch:
-            self._redis.write(batch[0] if len(batch) == 1 else b"".join(batch))
+            self.server.write(batch[0] if len(batch) == 1 else b"".join(batch))
         if self._raw:
-            self._redis.write(self._requests.rest())
+            self.server.write(self._requests.rest())
             self.client.write(self._replies.rest())
 
     def _spoiled(self, batch: list[Frame]) -> list[Frame]:
         """What goes to Redis for it; the places of all replies are noted."""
-        swap, duplicate = self.fault("swap"), self.fault("duplicate")
+        swap, duplicate = self._fault("swap"), self._fault("duplicate")
         names = [_name(frame) for frame in batch]
         fenced = self._database == b"0" and not self._in_multi and _SCRIPTS.issuperset(names)
         if swap is not None and len(batch) > 1 and fenced:
@@ -551,10 +474,10 @@ class _Link:
                 self._note(name, frame)
             if swap is not None and (copy := self._copy(name, frame, swap)) is not None:
                 session = b"".join(self._session.values())
-                self.proxy.send_late(session, len(self._session), copy, swap.hits)
+                self._proxy.send_late(session, len(self._session), copy, swap.hits)
             if duplicate is not None and (copy := self._copy(name, frame, duplicate)) is not None:
                 pair: list[tuple[Frame, _Dropped | None]] = [(copy, _Dropped(duplicate.hits)), (frame, None)]
-                for what, place in pair if self.proxy.rng.random() < 0.5 else pair[::-1]:
+                for what, place in pair if self._proxy.rng.random() < 0.5 else pair[::-1]:
                     sent.append(what)
                     self._places.append(place)
             else:

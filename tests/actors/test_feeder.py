@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from samples import Run, make_verdict
 
 import actors.feeder
@@ -225,11 +226,14 @@ def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callab
 
 
 def test_a_full_redis_stops_admission_until_it_has_room(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = desk.feeder._lease.call
-    monkeypatch.setattr(desk.feeder._lease, "call", lambda *args: [b"full"] if args[0] == "admit" else call(*args))
+    each = desk.feeder._lease.call_each
+    full = [[b"full"]]
+    monkeypatch.setattr(
+        desk.feeder._lease, "call_each", lambda name, calls: full * len(calls) if name == "admit" else each(name, calls)
+    )
     desk.go_on()
     assert desk.run.ledger() == {}
-    monkeypatch.setattr(desk.feeder._lease, "call", call)
+    monkeypatch.setattr(desk.feeder._lease, "call_each", each)
     desk.go_on()
     assert desk.take() == [f"r{number:09d}" for number in range(6)]
 
@@ -567,15 +571,13 @@ def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(
 ) -> None:
     desk.go_on()
     desk.finish_run()
-    settle, calls = desk.feeder._settle, []
+    each = desk.feeder._lease.call_each
 
-    def crash_later(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 3:
-            raise Crash
-        settle(*args)
+    def crash_later(script: str, calls: Any) -> Any:
+        each(script, calls[:2])
+        raise Crash
 
-    monkeypatch.setattr(desk.feeder, "_settle", crash_later)
+    monkeypatch.setattr(desk.feeder._lease, "call_each", crash_later)
     with pytest.raises(Crash):
         desk.feeder._finish()
     desk.kill()
@@ -736,16 +738,16 @@ def test_a_crash_around_the_script_admits_what_was_sent_back_once(
     send_back(desk, "r000000001")
     send_back(desk, "r000000002")
     desk.die("r000000003")
-    call = desk.feeder._lease.call
+    each = desk.feeder._lease.call_each
 
-    def dying(script: str, *args: Any) -> Any:
+    def dying(script: str, calls: Any) -> Any:
         if script == "admit":
             if when == "after":
-                call(script, *args)
+                each(script, calls[:1])
             raise Crash
-        return call(script, *args)
+        return each(script, calls)
 
-    monkeypatch.setattr(desk.feeder._lease, "call", dying)
+    monkeypatch.setattr(desk.feeder._lease, "call_each", dying)
     with pytest.raises(Crash):
         desk.go_on()
     assert len(desk.run.entries("again")) == (2 if when == "before" else 1)
@@ -762,11 +764,14 @@ def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.M
     desk.go_on()
     bury(desk, "r000000001")
     send_back(desk, "r000000001")
-    call = desk.feeder._lease.call
-    monkeypatch.setattr(desk.feeder._lease, "call", lambda *args: [b"full"] if args[0] == "admit" else call(*args))
+    each = desk.feeder._lease.call_each
+    full = [[b"full"]]
+    monkeypatch.setattr(
+        desk.feeder._lease, "call_each", lambda name, calls: full * len(calls) if name == "admit" else each(name, calls)
+    )
     bury(desk, "r000000002")
     assert len(desk.run.entries("again")) == 1
-    monkeypatch.setattr(desk.feeder._lease, "call", call)
+    monkeypatch.setattr(desk.feeder._lease, "call_each", each)
     desk.go_on()
     assert desk.head("r000000007").problem == 1
 
@@ -918,3 +923,28 @@ def test_the_whole_loop_returns_when_the_run_is_over_and_lets_go_of_its_lease(de
     assert desk.run.client.exists(desk.run.key("lease:feeder")) == 0
     written = json.loads((desk.run.config.run_dir / "ledger.json").read_text())
     assert written == {"admitted": 6, "trained": 0, "dropped": {}, "dead": 0, "open": 6}
+
+
+def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.go_on()
+    (rid, *_) = desk.take()
+    desk.write(rid)
+    desk.judge(rid)
+    desk.settle(rid)
+    patiently, lost = desk.run.plane.patiently, []
+
+    def losing(action: Any, what: str) -> Any:
+        def once() -> Any:
+            answer = action()
+            if what == "book" and not lost:
+                lost.append(answer)
+                raise redis.exceptions.ConnectionError("the answer is lost")
+            return answer
+
+        return patiently(once, what)
+
+    monkeypatch.setattr(desk.run.plane, "patiently", losing)
+    desk.go_on()
+    assert lost
+    assert desk.run.ledger()["trained"] == 1
+    assert desk.feeder.ledger()["trained"] == 1

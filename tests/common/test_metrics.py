@@ -116,7 +116,7 @@ def test_every_series_carries_its_run_while_there_is_one(tmp_path: Path) -> None
     port = metrics.serve("127.0.0.1", 0)
     metrics.stop_signals.labels("test_run").inc()
     assert 'katana_stop_signals_total{reason="test_run"} 1.0' in served(port)
-    with metrics.of_run("mine", "arbiter", tmp_path):
+    with metrics.of_run("mine", "arbiter", tmp_path / "mine"):
         lines = [line for line in served(port).splitlines() if line.startswith("katana_")]
     assert 'katana_stop_signals_total{reason="test_run",run="mine"} 1.0' in lines
     assert lines and all('run="mine"' in line for line in lines)
@@ -127,17 +127,19 @@ def test_a_process_says_where_it_serves_and_takes_that_back(tmp_path: Path) -> N
     port = metrics.serve("127.0.0.1", 0)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    folder = tmp_path / "targets"
+    folder = tmp_path / ".targets"
     folder.mkdir()
-    stale = folder / f"teacher-{socket.gethostname()}-{gone.pid}.json"
-    elsewhere = folder / "teacher-another-host-1.json"
-    alive = folder / f"teacher-{socket.gethostname()}-{os.getppid()}.json"
+    stale = folder / f"other--teacher-{socket.gethostname()}-{gone.pid}.json"
+    elsewhere = folder / "other--teacher-another-host-1.json"
+    alive = folder / f"other--teacher-{socket.gethostname()}-{os.getppid()}.json"
     for path in (stale, elsewhere, alive):
         path.write_text("[]")
     began = time.time()
-    with metrics.of_run("mine", "rollout", tmp_path):
+    with metrics.of_run("mine", "rollout", tmp_path / "mine"):
         (mine,) = set(folder.iterdir()) - {elsewhere, alive}
-        assert json.loads(mine.read_text()) == [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": "rollout"}}]
+        assert mine.name.startswith("mine--rollout-")
+        where = {"targets": [f"127.0.0.1:{port}"], "labels": {"job": "rollout", "run": "mine"}}
+        assert json.loads(mine.read_text()) == [where]
         assert metrics.REGISTRY.get_sample_value("katana_loop_timestamp_seconds", {"role": "rollout"}) >= began
     assert set(folder.iterdir()) == {elsewhere, alive}
     assert metrics.REGISTRY.get_sample_value("katana_loop_timestamp_seconds", {"role": "rollout"}) == 0
@@ -148,8 +150,8 @@ def test_a_folder_that_cannot_be_written_to_does_not_end_the_work(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics.serve("127.0.0.1", 0)
-    (tmp_path / "targets").write_text("a file, not a folder")
-    with metrics.of_run("mine", "rollout", tmp_path):
+    (tmp_path / ".targets").write_text("a file, not a folder")
+    with metrics.of_run("mine", "rollout", tmp_path / "mine"):
         pass
     assert "Prometheus will not find this process" in caplog.text
 

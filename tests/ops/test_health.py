@@ -32,12 +32,12 @@ def config(
 
 
 def test_a_role_whose_loop_turns_is_well(config: Callable[..., Config], tmp_path: Path) -> None:
-    with metrics.of_run("mine", "arbiter", tmp_path):
+    with metrics.of_run("mine", "arbiter", tmp_path / "mine"):
         assert health("arbiter", config(), within_s=60) == []
 
 
 def test_a_loop_that_stands_still_is_not_well(config: Callable[..., Config], tmp_path: Path) -> None:
-    with metrics.of_run("mine", "learner", tmp_path):
+    with metrics.of_run("mine", "learner", tmp_path / "mine"):
         metrics.loop_timestamp.labels("learner").set(time.time() - 100)
         assert health("learner", config(), within_s=60) == ["the loop of the learner last turned 100 s ago"]
         assert health("learner", config(), within_s=200) == []
@@ -45,7 +45,7 @@ def test_a_loop_that_stands_still_is_not_well(config: Callable[..., Config], tmp
 
 def test_a_worker_may_wait_for_a_shift_and_a_learner_may_not(config: Callable[..., Config], tmp_path: Path) -> None:
     for role in ("teacher", "learner"):
-        with metrics.of_run("mine", role, tmp_path):
+        with metrics.of_run("mine", role, tmp_path / "mine"):
             pass
     assert health("teacher", config(), within_s=60) == []
     assert health("learner", config(), within_s=60) == ["the loop of the learner has not begun"]
@@ -53,7 +53,7 @@ def test_a_worker_may_wait_for_a_shift_and_a_learner_may_not(config: Callable[..
 
 def test_a_redis_that_is_away_is_said(config: Callable[..., Config], tmp_path: Path) -> None:
     away = f"unix://{tmp_path}/none.sock"
-    with metrics.of_run("mine", "rollout", tmp_path), metrics.of_run("mine", "arbiter", tmp_path):
+    with metrics.of_run("mine", "rollout", tmp_path / "mine"), metrics.of_run("mine", "arbiter", tmp_path / "mine"):
         found = health("rollout", config(broker_url=away), within_s=60)
         assert len(found) == 1 and found[0].startswith(f"redis.broker_url {away!r} does not answer: ")
         assert health("arbiter", config(broker_url=away), within_s=60) == []  # it has no business with the broker
@@ -66,7 +66,7 @@ def test_a_port_where_nobody_answers_is_said(config: Callable[..., Config]) -> N
     made = config()
     made = made.model_copy(update={"metrics": made.metrics.model_copy(update={"port": port})})
     (trouble,) = health("feeder", made, within_s=60)
-    assert trouble.startswith(f"http://127.0.0.1:{port}/metrics does not answer")
+    assert trouble.startswith(f"127.0.0.1:{port}: does not answer")
 
 
 def test_a_config_that_names_no_port_or_no_redis_is_refused(config: Callable[..., Config]) -> None:

@@ -1,95 +1,28 @@
 """The report: its figures by hand-worked numbers, and that there is a picture whatever state a run's folder is in."""
 
-import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from run_folders import CONFIG, evaluation, fill, fill_long, line, trace_line, write_lines
 
 from actors.books import BookLine
 from common.config import ConfigError, parse
-from ops import report, report_data
-from ops.summary import Saving
-
-CONFIG = """
-name: small
-student: {model: ./absent-student}
-teacher: {model: ./absent-teacher}
-termination: {window: 4, patience: 2, min_calibration: 2, control_fraction: 0.5}
-learner: {batch_size: 2, max_steps: 2}
-rollout: {max_completion_length: 16}
-"""
-
-
-def line(**changes: Any) -> dict[str, Any]:
-    """A booked rollout of 10 tokens, all trained on."""
-    fields: dict[str, Any] = {
-        "rid": "r0",
-        "arm": "treated",
-        "problem": 0,
-        "finish_reason": "eos",
-        "ending": "trained",
-        "reason": "",
-        "active": True,
-        "tokens_generated": 10,
-        "tokens_kept": 10,
-        "tokens_trained": 10,
-        "tokens_detection": 0,
-        "tokens_overshoot": 0,
-        "threshold": 0.5,
-        "min_window": 0.6,
-        "policy_version_first": 0,
-        "policy_version_last": 0,
-        "staleness": 0,
-        "correct": True,
-        "admitted_unix_s": 1.0,
-        "verdict_unix_s": 2.0,
-        "ended_unix_s": 3.0,
-    }
-    return fields | changes
+from ops import report, report_data, report_panels, report_plots, report_run, report_series
+from ops.cli import main
+from ops.summary import Saving, length_saving
 
 
 def test_lines_here_have_the_fields_of_the_books() -> None:
     assert set(line()) == set(BookLine.__dataclass_fields__)
 
 
-def trace_line(
-    divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0"
-) -> dict[str, Any]:
-    return {
-        "rid": rid,
-        "arm": arm,
-        "problem": 0,
-        "trigger": trigger,
-        "keep": keep,
-        "cut": arm == "treated" and keep < len(divergence),
-        "threshold": 0.5,
-        "version": 0,
-        "tokens": base64.b64encode(np.arange(len(divergence), dtype="<i4").tobytes()).decode(),
-        "divergence": base64.b64encode(np.array(divergence, dtype="<f4").tobytes()).decode(),
-    }
-
-
 def trace(divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0") -> report_data.Trace:
     return report_data.read_trace(trace_line(divergence, keep, trigger, arm, rid))
-
-
-def evaluation(step: int, average: float) -> dict[str, Any]:
-    return {
-        "policy_version": step,
-        "step": step,
-        "tokens_trained": 0,
-        "k": 4,
-        "n": 8,
-        "avg@k": average,
-        "pass@k": average + 0.1,
-        "mean_length": 9.0,
-        "eos_rate": 1.0,
-        "wall_s": 1.0,
-    }
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -254,33 +187,12 @@ def test_the_ledger_is_added_up(tmp_path: Path, ledger: dict[str, Any], words: s
 # --- the picture ---------------------------------------------------------------------------------------------------
 
 
-def fill(folder: Path, *, config: str = CONFIG) -> Path:
-    """A run of two steps: in each arm one rollout in which the rule fired, in each one in which it did not."""
-    cut = {"tokens_kept": 2, "tokens_trained": 2, "tokens_detection": 5, "tokens_overshoot": 3}
-    treated, control = {"arm": "treated"}, {"arm": "control", "policy_version_last": 1}
-    lines = [line(**treated), line(**treated, **cut), line(**control), line(**control, **cut)]
-    wave = [1.0, 2.0, *[0.001] * 5, 0.0, 3.0, 1.0]
-    traces = [trace_line(wave, 10, 10), trace_line(wave[:8], 2, 7), trace_line(wave, 2, 7, "control")]
-    files = {
-        "rollouts.jsonl": lines,
-        "traces.jsonl": traces,
-        "eval.jsonl": [evaluation(0, 0.2), evaluation(2, 0.4)],
-        "metrics.jsonl": [{"step": 2, "policy_version": 2}],
-    }
-    for name, items in files.items():
-        (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
-    ledger = {"admitted": 4, "trained": 4, "dropped": {}, "dead": 0, "open": 0}
-    (folder / "ledger.json").write_text(json.dumps(ledger))
-    (folder / "config.yaml").write_text(config)
-    return folder
-
-
 def pixels(path: Path) -> Any:
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     return imread(path)
 
 
-def words(run: report.Run) -> str:
+def words(run: report_run.Run) -> str:
     """All text of the picture."""
     figure = report.draw(run, None)
     titles = [panel.get_title(loc="left") for panel in figure.axes]
@@ -297,7 +209,7 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
 
 
 def test_titles_say_the_finding(tmp_path: Path) -> None:
-    text = words(report.read_run(fill(tmp_path)))
+    text = words(report_run.read_run(fill(tmp_path)))
     assert "Accuracy: avg@4 0.20 → 0.40 in 40 tokens" in text
     assert "Length saving 0 %" in text
     assert "Cut where the teacher agrees: 1 of 2 rollouts" in text
@@ -310,7 +222,7 @@ def test_titles_say_the_finding(tmp_path: Path) -> None:
     [(0.1, 0.3, "20 % shorter by cutting"), (-0.1, 0.5, "no clear length saving"), (None, None, "no clear")],
 )
 def test_the_headline_says_no_more_than_the_interval(low: float | None, high: float | None, said: str) -> None:
-    assert said in report._saved(Saving(0.2, low, high))
+    assert said in report_panels._saved(Saving(0.2, low, high))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +237,7 @@ def test_the_headline_says_no_more_than_the_interval(low: float | None, high: fl
 )
 def test_a_panel_says_what_is_missing(tmp_path: Path, name: str, said: str) -> None:
     (fill(tmp_path) / name).unlink()
-    assert said in words(report.read_run(tmp_path))
+    assert said in words(report_run.read_run(tmp_path))
 
 
 def test_a_folder_with_nothing_but_a_config_has_a_picture(tmp_path: Path) -> None:
@@ -338,18 +250,18 @@ def test_a_folder_with_nothing_but_a_config_has_a_picture(tmp_path: Path) -> Non
 def test_a_run_that_cuts_nothing(tmp_path: Path) -> None:
     fill(tmp_path, config=CONFIG.replace("{window", "{policy: none, window"))
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace_line([0.1, 0.2, 0.3], 3, 3)) + "\n")
-    text = words(report.read_run(tmp_path))
+    text = words(report_run.read_run(tmp_path))
     assert "No rollout was cut" in text
     assert "nothing is cut (policy none)" in text
 
 
 def test_text_is_decoded_by_the_tokenizer_of_the_run(tmp_path: Path) -> None:
     fill(tmp_path, config=CONFIG.replace("./absent-student", "ops/models/student"))
-    decode = report.find_decoder(report.read_run(tmp_path))
+    decode = report_run.find_decoder(report_run.read_run(tmp_path))
     assert decode is not None
     assert isinstance(decode([3, 4]), str)
     fill(tmp_path)
-    assert report.find_decoder(report.read_run(tmp_path)) is None
+    assert report_run.find_decoder(report_run.read_run(tmp_path)) is None
 
 
 def test_no_runs_folder(tmp_path: Path) -> None:
@@ -357,3 +269,131 @@ def test_no_runs_folder(tmp_path: Path) -> None:
         report.write_report(tmp_path)
     with pytest.raises(ConfigError, match="absent"):
         report.write_report(tmp_path / "absent")
+
+
+# --- series over the run -------------------------------------------------------------------------------------------
+
+
+def test_the_saving_so_far_ends_with_that_of_the_whole_run() -> None:
+    lines = [line(problem=place, arm=("treated", "control")[place % 2]) for place in range(20)]
+    lines += [line(problem=place, arm="treated", tokens_generated=5) for place in range(20)]
+    whole = length_saving(lines)
+    curve = report_series.saving_curve(lines, whole)
+    assert whole.ratio == pytest.approx(1 - (10 * 10 + 20 * 5) / 30 / 10)
+    assert (curve[-1].tokens, curve[-1].ratio, curve[-1].low) == (300, whole.ratio, whole.low)
+    assert curve[0].ratio == 0.0
+    assert [point.tokens for point in curve] == sorted({point.tokens for point in curve})
+    assert report_series.saving_curve([], Saving(None, None, None)) == []
+
+
+def test_cut_rate_counts_treated_rollouts_that_could_have_been_cut() -> None:
+    cut = {"tokens_kept": 4, "tokens_detection": 6}
+    lines = [line(active=False, **cut), line(arm="control", **cut), *[line(**cut)] * 12, *[line()] * 4]
+    first, second = report_series.cut_rate_curve(lines)
+    assert (first.share, second.share, first.count, second.count) == (1.0, 0.5, 8, 8)
+    assert second.low < 0.5 < second.high
+    assert first.tokens == np.mean([30, 40, 50, 60, 70, 80, 90, 100])
+
+
+def test_wilsons_interval() -> None:
+    # 2 of 10 at 95 %: 0.0567 to 0.5098 (Wilson's formula by hand, z = 1.96)
+    assert report_series.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
+    assert report_series.wilson(0, 10)[0] == 0.0
+
+
+def test_thresholds_over_tokens() -> None:
+    tokens, values = report_series.threshold_curve([line(threshold=None), line(threshold=0.5), line(threshold=0.25)])
+    assert tokens.tolist() == [20, 30]
+    assert values.tolist() == [0.5, 0.25]
+
+
+def test_reasons_are_shares_of_an_arm_the_most_frequent_first() -> None:
+    lines = [*[line()] * 8, *[line(finish_reason="kl_trap")] * 8, line(finish_reason="kl_trap"), line(arm="control")]
+    mix = report_series.reasons_mix(lines, "treated")
+    assert mix.counts == {"kl_trap": 9, "eos": 8}
+    assert list(mix.counts) == ["kl_trap", "eos"]
+    assert (mix.shares["kl_trap"] + mix.shares["eos"]).tolist() == pytest.approx([1.0, 1.0])
+    assert mix.shares["eos"].tolist() == pytest.approx([8 / 9, 0.0])
+
+
+def test_staleness_of_what_was_trained_on_and_of_what_was_too_old() -> None:
+    lines = [line(), line(staleness=2), line(staleness=2), line(staleness=5, ending="dropped", reason="stale")]
+    lines += [line(staleness=None, ending="dead"), line(staleness=1, ending="dropped", reason="run_end")]
+    assert report_series.staleness_counts(lines) == {"trained": {0: 1, 2: 2}, "dropped": {5: 1}}
+
+
+def test_stage_latencies_are_of_rollouts_that_have_both_times() -> None:
+    timed = [line(admitted_unix_s=10.0, verdict_unix_s=10.0 + wait, ended_unix_s=20.0) for wait in (1.0, 2.0, 6.0)]
+    lines = [*timed, line(), line(admitted_unix_s=10.0), line(ending="dead", admitted_unix_s=1.0, verdict_unix_s=9.0)]
+    (written,) = report_series.stage_latencies(lines, "admission to verdict")
+    (trained,) = report_series.stage_latencies(lines, "verdict to checkpoint")
+    assert (written.median_s, written.count, trained.median_s) == (2.0, 3, 8.0)
+    assert written.p95_s == pytest.approx(2 + 0.9 * 4)
+    assert report_series.stage_latencies([line()], "verdict to checkpoint") == []
+
+
+def test_books_without_times_are_those_of_an_old_run(tmp_path: Path) -> None:
+    old = {name: value for name, value in line().items() if not name.endswith("_unix_s")}
+    write_lines(fill(tmp_path) / "rollouts.jsonl", [old])
+    run = report_run.read_run(tmp_path)
+    latency = report_plots.draw_all(run)["latency"]
+    assert "the books have no times" in [text.get_text() for panel in latency.axes for text in panel.texts]
+
+
+# --- damaged folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rollouts.jsonl", "[]\n", "rollouts.jsonl: line 1 is damaged: expected an object, found list"),
+        ("rollouts.jsonl", json.dumps(line()) + "\n{oops}\n", "rollouts.jsonl: line 2"),
+        ("rollouts.jsonl", '{"rid":"r0"}\n', "arm is missing"),
+        ("rollouts.jsonl", json.dumps(line(tokens_generated="10")) + "\n", "tokens_generated is '10', expected int"),
+        ("rollouts.jsonl", json.dumps(line(min_window=float("nan"))) + "\n", "min_window is not finite"),
+        ("rollouts.jsonl", json.dumps(line(ended_unix_s="now")) + "\n", "ended_unix_s"),
+        ("metrics.jsonl", '{"step": 1}\n', "policy_version is missing"),
+        ("eval.jsonl", '{"step": 1, "avg@k": null}\n', "eval.jsonl: line 1"),
+        ("traces.jsonl", '{"rid":"r0"}\n', "traces.jsonl: damaged"),
+        ("traces.jsonl", json.dumps(trace_line([1.0], 1, 1) | {"divergence": "?"}) + "\n", "traces.jsonl: damaged"),
+        ("traces.jsonl", json.dumps(trace_line([1.0], 3, 2)) + "\n", "keep 3, trigger 2, 1 tokens, 1 divergences"),
+        ("wall.json", "[]", "wall.json"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (fill(tmp_path) / name).write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        report.write_report(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_plot_is_a_png_of_its_own(tmp_path: Path) -> None:
+    report.write_report(fill_long(tmp_path, 60))
+    written = {path.stem: pixels(path) for path in (tmp_path / "figures").iterdir()}
+    assert set(written) == set(report_plots.PLOTS)
+    for name, image in written.items():
+        assert image.shape[1] >= 800, name
+        assert 0.005 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.8, f"{name} is blank or black"
+
+
+def test_an_svg_takes_the_pages_colours_and_names_nothing_outside(tmp_path: Path) -> None:
+    figures = report_plots.draw_all(report_run.read_run(fill_long(tmp_path, 60)))
+    drawn = {name: report_plots.svg(figure, name) for name, figure in figures.items()}
+    for name, text in drawn.items():
+        assert text.startswith("<svg") and text.rstrip().endswith("</svg>"), name
+        assert "http" not in text, name
+        assert "var(--ink)" in text, name
+        assert f": {report_panels.INK}" not in text, name
+    ids = [found for text in drawn.values() for found in re.findall(r' id="([^"]+)"', text)]
+    assert len(ids) == len(set(ids)), "two plots share an id"
+    used = {found for text in drawn.values() for found in re.findall(r'(?:href="|url\()#([^")]+)', text)}
+    assert used <= set(ids)
+
+
+def test_reasons_may_hold_anything(tmp_path: Path) -> None:
+    write_lines(fill(tmp_path) / "rollouts.jsonl", [line(finish_reason="$\\frac{$<b>&"), line(arm="control")])
+    figure = report_plots.draw_all(report_run.read_run(tmp_path))["reasons"]
+    assert "&lt;b&gt;" in report_plots.svg(figure, "reasons")

@@ -774,7 +774,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "admit": ("t", "r1", b"h", 1),
         "take": ("w", "n", 1, 0, "0-0"),
         "restore": ("t", 1),
-        "beat": ("w", "r1", "1-1", "n"),
+        "beat": ("w", "0-0", 0, "r1", "1-1", "n"),
         "release": ("w", "r1", "1-1", "n"),
         "chunk": ("r1", "n", 0, b"", b"", 0, 1, ""),
         "count": ("r1", "n", 1),

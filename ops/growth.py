@@ -1,0 +1,150 @@
+"""What grows while a run goes on: counters, and the files of its folder. For those who look on; no Redis."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.books import compared
+from ops.summary import length_saving
+from ops.tail import Tail, last_lines
+
+_RATE_S = 10.0  # rates are means over this long
+_MOST_COMPARED = 200_000  # rollouts that the saving is worked out from: the newest
+_NEWEST = 1024  # booked rollouts that are remembered by their id
+_TRACE_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Length saving with its 95 % interval, of how many rollouts, from where: books | metrics (no interval)."""
+
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rollouts: int = 0
+    source: str = ""
+
+
+class Rate:
+    """How fast counters of several processes grow together; one that began anew, or is new, counts from then on."""
+
+    def __init__(self, window_s: float = _RATE_S) -> None:
+        self._window_s = window_s
+        self._seen: dict[str, deque[tuple[float, float]]] = {}
+
+    def note(self, process: str, at_s: float, value: float) -> None:
+        seen = self._seen.setdefault(process, deque())
+        if seen and value < seen[-1][1]:
+            seen.clear()
+        if not seen or at_s > seen[-1][0]:
+            seen.append((at_s, value))
+        while len(seen) > 2 and at_s - seen[1][0] >= self._window_s:
+            seen.popleft()
+
+    def of(self, process: str) -> float | None:
+        """Per second; None before it was seen twice."""
+        seen = self._seen.get(process)
+        if seen is None or len(seen) < 2:
+            return None
+        (began, first), (ended, last) = seen[0], seen[-1]
+        return (last - first) / (ended - began)
+
+    def keep(self, processes: Iterable[str]) -> None:
+        """Forget all others: they are gone."""
+        alive = set(processes)
+        self._seen = {process: seen for process, seen in self._seen.items() if process in alive}
+
+    def total(self) -> float | None:
+        rates = [rate for process in self._seen if (rate := self.of(process)) is not None]
+        return sum(rates) if rates else None
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+class Folder:
+    """What grows in the run's folder: books, steps, traces. All empty where the folder is not to be seen."""
+
+    _FIELDS = ("arm", "problem", "tokens_generated", "ending", "reason", "active")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._books, self._steps = Tail(folder / "rollouts.jsonl"), Tail(folder / "metrics.jsonl")
+        self._cut_back = 0  # how often the steps were cut back to a checkpoint
+        self.steps: deque[dict[str, Any]] = deque(maxlen=20)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._compared: deque[dict[str, Any]] = deque(maxlen=_MOST_COMPARED)
+        self._cuts: deque[bool] = deque(maxlen=256)
+        self.newest: dict[str, dict[str, Any]] = {}  # lines of the newest rollouts, by id
+        self._saving = Saving()
+        self._fresh, self._due_at = 0, 0.0
+
+    def read(self) -> None:
+        """Take in what is new."""
+        renewed = self._books.renewed
+        while lines := self._books.read():
+            if self._books.renewed != renewed:
+                renewed = self._books.renewed
+                self._begin()
+            for line in lines:
+                self._note(line)
+        while lines := self._steps.read():
+            if self._steps.renewed != self._cut_back:
+                self._cut_back = self._steps.renewed
+                self.steps.clear()
+            self.steps.extend(lines)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        try:
+            if compared(line):
+                self._compared.append({name: line[name] for name in self._FIELDS})
+                self._fresh += 1
+                if line["arm"] == "treated":
+                    self._cuts.append(line["tokens_kept"] < line["tokens_generated"])
+            self.newest[line["rid"]] = line
+        except KeyError:
+            self._books.broken += 1
+        if len(self.newest) > _NEWEST:
+            del self.newest[next(iter(self.newest))]
+
+    def saving(self) -> Saving:
+        """Worked out again when there are new rollouts, and so that it takes a twentieth of the time at most."""
+        now = time.monotonic()
+        if self._fresh and now >= self._due_at:
+            found = length_saving(list(self._compared), resamples=500)
+            self._saving = Saving(found.ratio, found.low, found.high, len(self._compared), "books")
+            self._fresh = 0
+            took = time.monotonic() - now
+            self._due_at = now + 20 * took
+        return self._saving
+
+    def cut_rate(self) -> float | None:
+        """Share cut of the last 256 treated rollouts that could have been."""
+        return sum(self._cuts) / len(self._cuts) if self._cuts else None
+
+    def last_step(self, name: str) -> Any:
+        return self.steps[-1].get(name) if self.steps else None
+
+    def trained_per_s(self) -> float | None:
+        """Tokens trained on over the last steps; None when the last is a minute old."""
+        try:
+            timed = [(float(line["unix_s"]), int(line["tokens_trained"])) for line in self.steps]
+        except (KeyError, TypeError, ValueError):
+            return None
+        if len(timed) < 2 or timed[-1][0] <= timed[0][0] or time.time() - timed[-1][0] > 60:
+            return None
+        return sum(tokens for _, tokens in timed[1:]) / (timed[-1][0] - timed[0][0])
+
+    def traces(self, most: int) -> list[dict[str, Any]]:
+        """The last verdicts on record, oldest first; fewer than `most` where they are long."""
+        return last_lines(self._folder / "traces.jsonl", _TRACE_BYTES)[-most:]
+
+    def notes(self) -> list[str]:
+        return [f"rollouts.jsonl: {self._books.broken} lines cannot be read"] if self._books.broken else []

@@ -1,0 +1,222 @@
+"""docker-compose.yml, .env, Dockerfile, ops/docker/: the rules that they keep. No container is started."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.config import load
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "ops" / "docker"
+ROLES = ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator")
+ONE_SHOT = ("init", "operator")  # they do one thing and end: nothing to ask for their health, nothing to restart
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+def _compose(text: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(VARIABLE.sub(lambda match: match[2], text))
+    return tree
+
+
+TEXT = (ROOT / "docker-compose.yml").read_text()
+TREE = _compose(TEXT)
+SERVICES: dict[str, Any] = TREE["services"]
+each_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def _mounts(name: str) -> dict[str, str]:
+    """Target → source of a service's volumes."""
+    pairs = (item.split(":") for item in SERVICES[name].get("volumes", []))
+    return {parts[1]: parts[0] for parts in pairs}
+
+
+@each_service
+def test_no_service_is_root_or_can_become_it(name: str) -> None:
+    service = SERVICES[name]
+    assert int(service["user"].split(":")[0]) > 0
+    assert service["cap_drop"] == ["ALL"] and "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert "privileged" not in service
+
+
+@each_service
+def test_every_service_has_limits_and_time_to_drain(name: str) -> None:
+    service = SERVICES[name]
+    assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
+    assert 0 < service["pids_limit"] <= 256
+    assert int(service["stop_grace_period"].removesuffix("s")) > 20  # what the README promises
+    assert service["logging"]["options"]["max-size"]
+
+
+@each_service
+def test_every_service_is_watched_and_started_again(name: str) -> None:
+    service = SERVICES[name]
+    if name in ONE_SHOT:
+        assert service["restart"] == "no" and "healthcheck" not in service
+        return
+    assert service["restart"] == ("on-failure" if _ends_with_a_run(name) else "unless-stopped")
+    test = service["healthcheck"]["test"]
+    if name.removesuffix("-gpu") in ROLES:
+        assert test == ["CMD", "katana-role", "health", name.removesuffix("-gpu")]
+    assert test
+
+
+def _ends_with_a_run(name: str) -> bool:
+    return name.removesuffix("-gpu") in ("feeder", "arbiter", "learner", "evaluator")
+
+
+@each_service
+def test_images_are_ours_or_pinned(name: str) -> None:
+    image = SERVICES[name]["image"]
+    if image.startswith("katana:"):
+        assert "build" in SERVICES[name] or SERVICES[name]["pull_policy"] == "never"
+    else:
+        assert re.fullmatch(r"[a-z0-9_/]+:v?\d+\.\d+\.\d+(-[a-z]+)?", image)
+
+
+def test_each_of_our_images_is_built_once() -> None:
+    built = {service["image"]: service["build"]["target"] for service in SERVICES.values() if "build" in service}
+    assert built == {"katana:cpu": "cpu", "katana:gpu": "gpu"}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    for target in built.values():
+        assert re.search(rf"^FROM runtime AS {target}$", dockerfile, re.MULTILINE)
+    assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
+    base = re.search(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile, re.MULTILINE)
+    assert base is not None and re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base[1])
+
+
+def test_only_grafana_and_prometheus_are_seen_from_outside_and_only_on_this_host() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert published == {"grafana": ["127.0.0.1:3000:3000"], "prometheus": ["127.0.0.1:9090:9090"]}
+    assert TREE["networks"]["inside"] == {"internal": True}
+    for name, service in SERVICES.items():
+        networks = set(service.get("networks", []))
+        assert networks == ({"inside", "front"} if name in published else set() if name == "init" else {"inside"})
+    assert SERVICES["init"]["network_mode"] == "none"
+
+
+def test_mounted_files_are_there_and_read_only_and_volumes_declared() -> None:
+    used = set()
+    for service in SERVICES.values():
+        for mount in service.get("volumes", []):
+            source, _, *rights = mount.split(":")
+            if source.startswith("."):
+                assert (ROOT / source).exists() and rights == ["ro"], mount
+            else:
+                used.add(source)
+    assert used == set(TREE["volumes"])
+
+
+def test_a_service_sees_no_password_but_its_own() -> None:
+    owners = {"redis-data": "redis", "redis-broker": "redis", "redis-exporter": "exporter"}
+    for name in SERVICES:
+        secrets = {target: source for target, source in _mounts(name).items() if target.startswith("/secrets/")}
+        if name == "init":
+            users = re.findall(r"^user (\w+)", (ROOT / "ops" / "redis" / "users.acl").read_text(), re.MULTILINE)
+            assert set(secrets) == {f"/secrets/{user}" for user in (*users, "redis", "exporter")}
+            folders = re.search(r"for name in ([\w ]+); do", (ROOT / "Dockerfile").read_text())
+            assert folders is not None and set(folders[1].split()) == {Path(target).name for target in secrets}
+        elif name in ("prometheus", "grafana"):
+            assert secrets == {}
+        else:
+            owner = owners.get(name, name.removesuffix("-gpu"))
+            assert secrets == {f"/secrets/{owner}": f"secret-{owner}"}
+
+
+def test_plain_up_is_the_cpu_cluster_and_the_gpu_profile_is_the_same_roles() -> None:
+    env = (ROOT / ".env").read_text()
+    assert re.findall(r"^(\w+=.*)$", env, re.MULTILINE) == ["COMPOSE_PROFILES=cpu"]
+    assert set(_in_profile("cpu")) - set(_in_profile("none")) == set(ROLES) - {"arbiter"}
+    gpu = set(_in_profile("gpu")) - set(_in_profile("none"))
+    assert gpu == {f"{role}-gpu" for role in ROLES if role != "arbiter"}
+    for name in gpu:
+        service, role = SERVICES[name], name.removesuffix("-gpu")
+        assert service["networks"]["inside"]["aliases"] == [role] and service["command"] == [role]
+        assert ("deploy" in service) == (role != "feeder")
+    assert SERVICES["feeder-gpu"]["environment"]["KATANA_DEVICE"] == "cuda"
+
+
+def _in_profile(profile: str) -> list[str]:
+    return [name for name, service in SERVICES.items() if profile in service.get("profiles", [profile])]
+
+
+def test_every_variable_is_named_in_env_with_its_default() -> None:
+    listed = dict(re.findall(r"^#(\w+)=(.*)$", (ROOT / ".env").read_text(), re.MULTILINE))
+    used = dict(VARIABLE.findall(TEXT))
+    assert set(listed) == set(used)
+    for name, default in used.items():
+        # A folder of one's own is shown by an example, as is what is empty by default.
+        if default and not name.endswith(("_EXPERIMENTS", "_MODELS", "_RUNS")):
+            assert listed[name] == default, name
+
+
+def test_nothing_runs_scaled_by_name() -> None:
+    assert not any("container_name" in service or "hostname" in service for service in SERVICES.values())
+
+
+def test_prometheus_looks_for_services_that_are_there() -> None:
+    config = yaml.safe_load((ROOT / "ops" / "prometheus" / "prometheus.yml").read_text())
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    for role in ROLES:
+        (found,) = jobs[role]["dns_sd_configs"]
+        assert (found["names"], found["port"]) == ([role], 9464)
+    (redis,) = jobs["redis"]["static_configs"]
+    assert {target.removeprefix("redis://").removesuffix(":6379") for target in redis["targets"]} <= set(SERVICES)
+
+
+@pytest.fixture
+def role_arguments(tmp_path: Path) -> Any:
+    """`role_arguments("feeder", KATANA_SET=…)`: what `katana` is called with in a container."""
+    fake = tmp_path / "katana"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+
+    def call(*words: str, **env: str) -> list[str]:
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", str(DOCKER / "katana-role"), *words],
+            env={"PATH": path, **env},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_is_started_and_asked_with_the_same_valid_config(role: str, role_arguments: Any) -> None:
+    started = role_arguments(role, KATANA_SET="learner.max_steps=7 seed=3", KATANA_DEVICE="cuda")
+    assert started[:2] == [role, "/experiments/demo.yaml"]
+    asked = role_arguments("health", role, KATANA_SET="learner.max_steps=7 seed=3", KATANA_DEVICE="cuda")
+    assert asked == ["health", *started]
+    assert set(started[2::2]) == {"--set"}
+    config = load(ROOT / "ops" / "experiments" / "demo.yaml", started[3::2])
+    assert (config.learner.max_steps, config.seed, config.learner.device) == (7, 3, "cuda")
+    assert (config.runs_dir, config.metrics.host, config.metrics.port) == ("/runs", "0.0.0.0", 9464)
+    access = config.redis.access(role)
+    assert (access["username"], access["password_file"]) == (role, f"/secrets/{role}/password")
+    assert {config.redis.url, config.redis.broker} == {"redis://redis-data:6379/0", "redis://redis-broker:6379/0"}
+
+
+def test_the_experiment_is_one_variable_and_other_commands_pass_as_they_are(role_arguments: Any) -> None:
+    assert role_arguments("feeder", KATANA_EXPERIMENT="none")[1] == "/experiments/none.yaml"
+    assert role_arguments("dead", "/runs/demo/config.yaml") == ["dead", "/runs/demo/config.yaml"]
+    assert load(ROOT / "ops" / "experiments" / "demo.yaml", role_arguments("feeder")[3::2]).learner.device == "cpu"
+
+
+@pytest.mark.parametrize("script", ["katana-role", "make-secrets", "redis-health"])
+def test_scripts_are_posix_and_may_be_run(script: str) -> None:
+    path = DOCKER / script
+    assert os.access(path, os.X_OK) and path.read_text().startswith("#!/bin/sh\n")
+    subprocess.run(["sh", "-n", str(path)], check=True, timeout=20)
