@@ -33,6 +33,11 @@ test-only: setup-dev
 test-fast: setup-dev
 	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network'
 
+# The cluster of docker-compose.yml in real containers, as root: see docs/operating.md. About ten minutes.
+test-cluster: setup-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
+	$(RUN_ENV) $(BIN)/python -m pytest -s -m cluster tests/cluster
+
 # Several hosts on one machine: network namespaces, a slow and breaking network between them. As root.
 test-network: setup-dev
 	$(RUN_ENV) $(BIN)/python -m pytest -m network tests/network -s
