@@ -546,8 +546,9 @@ def _admitted_on_disk(folder: Path, books: Books) -> int:
     """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
     path = folder / "ledger.json"
     admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
-    trained = [number_of(rid) + 1 for line in read_lines(folder / "trained.jsonl") for rid in line["rids"]]
-    return max(books.booked.next_number, admitted, max(trained, default=0))
+    lines = read_lines(folder / "trained.jsonl")
+    trained = max((number_of(rid) + 1 for line in lines for rid in line["rids"]), default=0)
+    return max(books.booked.next_number, admitted, trained)
 
 
 def _moment(entry: bytes | None) -> float | None:

@@ -30,7 +30,8 @@ REDIS = "Redis used_memory"
 MB = 1 << 20
 WARM_UP_S, LEARNER_WARM_UP_S = 90.0, 300.0
 BLOCK_S = 60.0
-BOUND_MB, BOUND_SHARE = 8.0, 0.05
+BOUND_MB, BOUND_SHARE = 8.0, 0.03
+FLAT, GROWS, CANNOT_TELL = "flat", "GROWS", "cannot tell"
 _LEAST_FREEDOM = 3
 _LABEL_INCHES = 0.52  # two lines of text beside the axes
 _NUMBERED = re.compile(r"-\d+$")
@@ -91,29 +92,30 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a role's memory is flat; what was too short to tell (`fit` is None) counts as flat, and says so."""
+    """What a role's memory does over a soak of `hours`: `word` is FLAT, GROWS or CANNOT_TELL."""
 
     role: str
     processes: int
     median_mb: float
-    fit: Fit | None
-    growth_mb: float  # over the whole soak, at that slope
+    hours: float
     bound_mb: float
+    fit: Fit | None  # None: too little to fit a line to
     grown: tuple[int, ...] = ()  # pids of those that grew beyond the bound by themselves, in their own time
 
     @property
-    def flat(self) -> bool:
-        together = self.fit is None or self.fit.low <= 0 or self.growth_mb <= self.bound_mb
-        return together and not self.grown
+    def word(self) -> str:
+        if self.grown or (self.fit is not None and self.fit.low * self.hours > self.bound_mb):
+            return GROWS
+        return FLAT if self.fit is not None and self.fit.high * self.hours <= self.bound_mb else CANNOT_TELL
 
     def __str__(self) -> str:
         what = f"{self.role}: {self.median_mb:.0f} MB in {self.processes} process{'es'[: 2 * (self.processes > 1)]}"
         if self.fit is None:
-            return f"{what}: too short to tell"
+            return f"{what}: {self.word}, judged for too short a time"
+        low, growth, high = (_signed(slope * self.hours) for slope in (self.fit.low, self.fit.slope, self.fit.high))
         return (
-            f"{what}: {'flat' if self.flat else 'GROWS'}, {_signed(self.fit.slope)} MB/h "
-            f"(95 % interval {_signed(self.fit.low)} to {_signed(self.fit.high)}), "
-            f"{_signed(self.growth_mb)} MB over the soak, {self.bound_mb:.0f} allowed"
+            f"{what}: {self.word}, {growth} MB over the soak (95 % interval {low} to {high}), "
+            f"{self.bound_mb:.0f} allowed; {_signed(self.fit.slope)} MB/h"
             + "".join(f"; pid {pid} by itself" for pid in self.grown)
         )
 
@@ -133,55 +135,80 @@ def _role(name: str) -> str:
     return _NUMBERED.sub("", name)
 
 
+def warm_up_s(role: str) -> float:
+    return LEARNER_WARM_UP_S if role == "learner" else WARM_UP_S
+
+
 def settled(series: Series) -> Series:
-    """Without the first minutes of its life, WARM_UP_S or LEARNER_WARM_UP_S.
+    """Without the first minutes of its life, as many as `warm_up_s` says.
 
     In that time a process loads its libraries and its model and sees its first batches, and its allocator keeps what
     the largest of them took; Redis fills up to what admission allows to be open. This ends, and is no leak. Measured on
     the demo, on two cores with a load of 17: workers grew for a minute, and by 1 MB in the ten after it; the learner,
     whose batches have many shapes, by 60 MB in its first 100 steps, which took eight minutes, and by nothing in the
     next 100. With the cores to itself it makes these steps in three.
+
+    What the processes of a role have in common at equal ages cannot take its place: a leak is common to them as well.
+    So a soak lets them live longer than that.
     """
-    late = series.s >= series.s[0] + (LEARNER_WARM_UP_S if series.role == "learner" else WARM_UP_S)
+    late = series.s >= series.s[0] + warm_up_s(series.role)
     return Series(series.role, series.pid, series.s[late], series.mb[late])
 
 
-def block_means(series: Series) -> tuple[Numbers, Numbers]:
-    """Hours and MB, averaged over blocks of BLOCK_S.
+def floors(series: Series) -> tuple[Numbers, Numbers]:
+    """Hours and MB: the lowest sample of each block of BLOCK_S, at the mean time of its samples.
 
-    Samples that follow each other are alike (a page that is taken is kept for a while); taken one by one they would
-    promise an interval several times too narrow.
+    What is taken for a batch and given back (plateaus of 15 MB for up to a minute in the learner) stands above the
+    floor; what leaks raises it. A block with less than half of the samples of the fullest is left out: of few the
+    lowest is not low.
     """
     if not len(series.s):
         return np.empty(0), np.empty(0)
     _, block = np.unique((series.s - series.s[0]) // BLOCK_S, return_inverse=True)
     count = np.bincount(block)
-    return np.bincount(block, series.s / 3600) / count, np.bincount(block, series.mb) / count
+    low = np.full(len(count), np.inf)
+    np.minimum.at(low, block, series.mb)
+    full = 2 * count >= count.max()
+    return (np.bincount(block, series.s / 3600) / count)[full], low[full]
 
 
 def fit(series: Sequence[Series]) -> Fit | None:
-    """A line by least squares through the block means of each series: its level is its own, the slope is common.
+    """A line by least squares through the floors of each series: its level is its own, the slope is common.
 
-    So many short lives tell together what none could tell alone. What likeness there is left between one block and
-    the next widens the interval as if the residuals were AR(1). None with less than three degrees of freedom.
+    So many lives tell together what none could tell alone. One block is like the next, so the interval is that of
+    AR(1) residuals: fewer of them count, and each counts for less. None with less than three degrees of freedom.
     """
-    parts = [(hours - hours.mean(), mb - mb.mean()) for hours, mb in map(block_means, series) if len(hours) > 1]
-    if sum(len(hours) - 1 for hours, _ in parts) - 1 < _LEAST_FREEDOM:
+    parts = [(hours - hours.mean(), mb - mb.mean()) for hours, mb in map(floors, series) if len(hours) > 1]
+    fitted = len(parts) + 1
+    freedom = sum(len(hours) for hours, _ in parts) - fitted
+    if freedom < _LEAST_FREEDOM:
         return None
     hours, mb = (np.concatenate(both) for both in zip(*parts, strict=True))
-    freedom = len(hours) - len(parts) - 1
     spread = float(hours @ hours)
     slope = float(hours @ mb) / spread
     residuals = [part - slope * at for at, part in parts]
     squares = sum(float(one @ one) for one in residuals)
-    alike = sum(float(one[1:] @ one[:-1]) for one in residuals) / squares if squares else 0.0
-    alike = min(max(alike, 0.0), 0.9)
-    error = math.sqrt(squares / freedom / spread * (1 + alike) / (1 - alike))
-    half = _t_quantile(freedom) * error
+    alike = _likeness(residuals, fitted)
+    worth = (1 - alike) / (1 + alike)
+    half = _t_quantile(max(_LEAST_FREEDOM, freedom * worth)) * math.sqrt(squares / freedom / spread / worth)
     return Fit(slope, slope - half, slope + half)
 
 
-def _t_quantile(freedom: int) -> float:
+def _likeness(residuals: Sequence[Numbers], fitted: int) -> float:
+    """Autocorrelation from one residual to the next, 0 to 0.9.
+
+    Every parameter that was fitted takes about 1/n off what is found, which is all there is in a short life: it is put
+    back, or the shortest series would promise the narrowest intervals.
+    """
+    squares = sum(float(one @ one) for one in residuals)
+    if not squares:
+        return 0.0
+    found = sum(float(one[1:] @ one[:-1]) for one in residuals) / squares
+    lost = fitted / sum(map(len, residuals))
+    return min(max((found + lost) / (1 - lost), 0.0), 0.9)
+
+
+def _t_quantile(freedom: float) -> float:
     """The 97.5 % quantile of Student's t, by its expansion around the normal one; within 1 % from three degrees on."""
     z, n = 1.959964, freedom
     return (
@@ -195,10 +222,11 @@ def _t_quantile(freedom: int) -> float:
 def judge(path: Path) -> list[Verdict]:
     """A verdict on each role in a log, and on Redis.
 
-    Flat is what shows no growth (the interval of the slope reaches down to 0), or grows by less over the soak than
-    5 % of its median or 8 MB, whichever is larger. The bound is for what grows and may: an allocator that is still
-    settling, the feeder, which remembers the ids of what it has booked. A leak that matters in days comes out above it
-    in a soak of hours.
+    What is allowed over a soak is 3 % of the median or 8 MB, whichever is larger: an allocator that still settles, the
+    feeder, which counts what it has booked. FLAT: the whole 95 % interval of the growth is within that. GROWS: the
+    whole interval is beyond, so that chance alone makes it of what is flat far less often than in one of 40 cases.
+    CANNOT_TELL: the interval reaches to both sides, for too little was seen; a longer soak tells. A leak that matters
+    in days comes out above it in a soak of hours.
 
     The processes of a role are judged together, and each by itself for the time that it lived: together they tell what
     each lived too shortly to tell, and by itself one tells what the others would hide.
@@ -207,25 +235,25 @@ def judge(path: Path) -> list[Verdict]:
     if not found:
         return []
     hours = max(one.s[-1] for one in found) / 3600
-    verdicts = []
-    for role in dict.fromkeys(one.role for one in found):
-        lives = [one for one in found if one.role == role]
-        late = [one for one in map(settled, lives) if len(one.s)]
-        median = float(np.median(np.concatenate([one.mb for one in late or lives])))
-        line, bound = fit(late), max(BOUND_MB, BOUND_SHARE * median)
-        grown = [one.pid for one in late if (own := fit([one])) and own.low > 0 and own.slope * _hours(one) > bound]
-        verdicts.append(
-            Verdict(
-                role=role,
-                processes=len(lives),
-                median_mb=median,
-                fit=line,
-                growth_mb=line.slope * hours if line else 0.0,
-                bound_mb=bound,
-                grown=tuple(grown),
-            )
-        )
-    return verdicts
+    return [
+        _judge_role([one for one in found if one.role == role], hours)
+        for role in dict.fromkeys(one.role for one in found)
+    ]
+
+
+def _judge_role(lives: Sequence[Series], hours: float) -> Verdict:
+    late = [one for one in map(settled, lives) if len(one.s)]
+    median = float(np.median(np.concatenate([one.mb for one in late or lives])))
+    bound = max(BOUND_MB, BOUND_SHARE * median)
+    return Verdict(
+        role=lives[0].role,
+        processes=len(lives),
+        median_mb=median,
+        hours=hours,
+        bound_mb=bound,
+        fit=fit(late),
+        grown=tuple(one.pid for one in late if (own := fit([one])) and own.low * _hours(one) > bound),
+    )
 
 
 def _hours(series: Series) -> float:
@@ -297,11 +325,12 @@ def _name_lines(axes: Any, named: Sequence[tuple[Verdict, str]], top: float) -> 
     for (verdict, colour), height in zip(named, heights, strict=True):
         line = verdict.fit
         told = (
-            f"{_signed(line.slope)} ({_signed(line.low)} … {_signed(line.high)}) MB/h" if line else "too short to tell"
+            f"{_signed(line.slope)} ({_signed(line.low)} … {_signed(line.high)}) MB/h"
+            if line
+            else "judged for too short a time"
         )
-        grows = "" if verdict.flat else ", grows"
         for text, shift, weight in (
-            (f"{verdict.role} {verdict.median_mb:.0f} MB{grows}", 1, "bold"),
+            (f"{verdict.role} {verdict.median_mb:.0f} MB, {verdict.word}", 1, "bold"),
             (told, -1, "normal"),
         ):
             axes.annotate(
