@@ -316,7 +316,7 @@ def count(line: dict[str, Any]) -> None:
     if line["ending"] == "dropped":
         metrics.trajectories_dropped.labels(line["reason"]).inc()
     if arm == "treated" and line["tokens_detection"]:
-        metrics.stop_overshoot.observe(line["tokens_overshoot"])
+        metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
 
 
 def _append(file: FileIO | None, values: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -82,9 +83,11 @@ busy_ratio = _gauge("busy_ratio", "Share of time a role spends at work", "role")
 # Arbiter.
 stop_signals = _counter("stop_signals_total", "Stop signals sent", "reason")
 stop_latency = _histogram("stop_latency_seconds", "From a score's notice to the verdict it led to", _SECONDS)
-stop_overshoot = _histogram("stop_overshoot_tokens", "Tokens written after the detection", _LENGTHS)
+# From the books, and so with a label: what has none is served as 0 before they are read, and would seem to jump.
+stop_overshoot = _histogram("stop_overshoot_tokens", "Tokens written after the detection", _LENGTHS, "arm")
 token_divergence = _histogram("token_divergence_nats", "Reverse KL per token of judged rollouts", _NATS)
 kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive")
+kat_threshold.set(float("nan"))
 kat_buffer_size = _gauge("kat_buffer_size", "Window minima in the buffer")
 kat_cut_rate = _gauge("kat_cut_rate", "Share cut among the last 256 treated verdicts")
 
@@ -175,6 +178,7 @@ def of_run(name: str, role: str, folder: Path) -> Iterator[None]:
         yield
     finally:
         loop_timestamp.labels(role).set(0)
+        busy_ratio.labels(role).set(0)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -192,10 +196,10 @@ def _put(path: Path, value: Any) -> None:
 
 def _remove_dead(folder: Path) -> None:
     """Files of processes of this host that are no more: one that was killed could not remove its own."""
-    host = socket.gethostname()
-    for path in folder.glob(f"*-{host}-*.json"):
-        pid = path.stem.rpartition("-")[2]
-        if pid.isdigit() and not _lives(int(pid)):
+    mine = re.compile(rf".+--[a-z]+-{re.escape(socket.gethostname())}-([0-9]{{1,9}})\.json")
+    for path in folder.iterdir():
+        named = mine.fullmatch(path.name)
+        if named and not _lives(int(named[1])):
             path.unlink(missing_ok=True)
 
 

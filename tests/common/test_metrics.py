@@ -33,7 +33,7 @@ EXPECTED = {
     "chunks_duplicate": ("counter", ()),
     "stop_signals": ("counter", ("reason",)),
     "stop_latency_seconds": ("histogram", ()),
-    "stop_overshoot_tokens": ("histogram", ()),
+    "stop_overshoot_tokens": ("histogram", ("arm",)),
     "chunk_score_seconds": ("histogram", ()),
     "token_divergence_nats": ("histogram", ()),
     "kat_threshold_nats": ("gauge", ()),
@@ -130,7 +130,7 @@ def test_a_process_says_where_it_serves_and_takes_that_back(tmp_path: Path) -> N
     folder = tmp_path / ".targets"
     folder.mkdir()
     stale = folder / f"other--teacher-{socket.gethostname()}-{gone.pid}.json"
-    elsewhere = folder / "other--teacher-another-host-1.json"
+    elsewhere = folder / f"other--teacher-{socket.gethostname()}-1-{gone.pid}.json"  # the host of a longer name
     alive = folder / f"other--teacher-{socket.gethostname()}-{os.getppid()}.json"
     for path in (stale, elsewhere, alive):
         path.write_text("[]")
