@@ -105,7 +105,8 @@ class RolloutWorker:
         metrics.decode_tokens.labels("rollout").inc(self._decoder.decoded_tokens - before)
         self._close(closed)
         if closed and time.monotonic() >= self._talk_at:
-            self._say(control=False)
+            # Control goes with it: chunks may close at every step, and then this is the only word for a long time.
+            return self._say(control=self._is_due("control", _CONTROL_S))
         return True
 
     def _talk(self) -> bool:
@@ -120,6 +121,7 @@ class RolloutWorker:
 
     def _say(self, *, control: bool) -> bool:
         """Send chunks and counts; with `control`, learn of signals, credit and weights, and take rollouts."""
+        free = self._free() if control else 0  # asked before chunks that a full Redis refused are tried again
         everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
         if everyone:
             self._say_alive()
@@ -132,13 +134,14 @@ class RolloutWorker:
         asked = [one for one in self._writing.values() if everyone or one.held] if control else []
         if control:
             calls.append(self._beat_call(asked))
-        nonce, free = secrets.token_hex(8), self._free() if control else 0
+        nonce = secrets.token_hex(8)
         if free:
             calls.append(self._take_call(nonce, free))
         began = time.monotonic()
         replies = self._plane.call_all(calls)
         now = time.monotonic()
-        self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), _LONGEST_SILENCE_S)
+        longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
+        self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
         del self._counts[:counts]
         for (one, chunk, _), reply in zip(sent, replies, strict=False):
             self._take_reply(one, chunk, reply)
@@ -248,8 +251,8 @@ class RolloutWorker:
                 self._learn_scored(one, word)
         # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
         if not self._config.deterministic:
-            fields = dict(zip(pointer[::2], pointer[1::2], strict=True))
-            self._swap({name.decode(): value.decode() for name, value in fields.items()})
+            words_of = [part.decode("ascii", "replace") for part in pointer]
+            self._swap(dict(zip(words_of[::2], words_of[1::2], strict=True)))
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
@@ -404,6 +407,7 @@ class RolloutWorker:
             if not self._config.deterministic:
                 self._close(self._decoder.close_chunks())
             self._say(control=False)
+            self._plane.call_all(self._counts)  # of rollouts that those answers ended
             args = [part for one in self._writing.values() for part in (one.rid, one.entry, one.nonce)]
             if args:
                 self._plane.call("release", self._worker, *args)

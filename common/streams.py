@@ -58,6 +58,7 @@ RUNS = "katana:runs"
 _ANSWER_S = 5.0  # how long a connection waits for an answer
 _LONGEST_BLOCK_S = 2.0
 _ADOPT_AT_A_TIME = 500
+RECORDS_AT_A_TIME = 16  # whole rollouts, megabytes each in a large run
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
 # A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
 _MAY_PASS = (
@@ -240,14 +241,20 @@ class Plane:
         return replies
 
     def _evaluate(self, calls: Sequence[Call]) -> list[Any]:
+        """Answers, exceptions among them. What found no script is run again, and that alone: the rest has happened."""
+        answers: list[Any] = [None] * len(calls)
+        left = list(range(len(calls)))
         for _ in range(2):
             pipe = self.client.pipeline(transaction=False)
-            for script, args in calls:
+            for place in left:
+                script, args = calls[place]
                 pipe.evalsha(self._scripts[script].sha, 1, self.key("run"), self.prefix, *args)
-            answers: list[Any] = pipe.execute(raise_on_error=False)
-            if not any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            for place, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
+                answers[place] = answer
+            left = [place for place in left if isinstance(answers[place], redis.exceptions.NoScriptError)]
+            if not left:
                 break
-            for script in {script for script, _ in calls}:
+            for script in {calls[place][0] for place in left}:
                 self.client.script_load(self._scripts[script].script)  # a Redis that was started anew knows none
         return answers
 
@@ -388,12 +395,17 @@ class Plane:
             pipe = self.client.pipeline(transaction=False)
             for stream in streams:
                 pipe.xautoclaim(self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count)
-            return list(pipe.execute())
+            answers = list(pipe.execute(raise_on_error=False))
+            errors = [answer for answer in answers if isinstance(answer, Exception)]
+            if any("NOGROUP" in str(error) for error in errors):
+                self._recreate_groups()  # what was claimed from the others is ours all the same
+            elif errors:
+                raise errors[0]
+            return [None if isinstance(answer, Exception) else answer for answer in answers]
 
-        answers = self.patiently(lambda: self._or_groups(once), f"claim {group}")
         found = {}
-        for stream, answer in zip(streams, answers, strict=False):  # none where groups had to be made again
-            if entries := [one for one in answer[1] if one and one[1]]:
+        for stream, answer in zip(streams, self.patiently(once, f"claim {group}"), strict=True):
+            if entries := [one for one in answer[1] if one and one[1]] if answer else []:
                 found[stream] = entries
         return found
 
@@ -413,7 +425,7 @@ class Plane:
         return self.rollouts([rid])[0]
 
     def rollouts(self, rids: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """Whole records in one round trip; an empty one where there is none."""
+        """Whole records in one round trip; an empty one where there is none. They are large: ask for few at a time."""
 
         def once() -> list[dict[bytes, bytes]]:
             pipe = self.client.pipeline(transaction=False)

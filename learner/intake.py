@@ -24,7 +24,7 @@ from common.messages import (
     Verdict,
     read_rid,
 )
-from common.streams import Lease, Plane, shown
+from common.streams import RECORDS_AT_A_TIME, Lease, Plane, shown
 from learner.batch import Trajectory
 
 Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
@@ -95,6 +95,10 @@ class Intake:
         )
 
     def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        for first in range(0, len(entries), RECORDS_AT_A_TIME):
+            self._receive_some(entries[first : first + RECORDS_AT_A_TIME])
+
+    def _receive_some(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         records = self._records(entries)
         for entry, values in entries:
             rid = ""
