@@ -19,14 +19,19 @@ ENV PIP_INDEX_URL=${PIP_INDEX_URL} PIP_FIND_LINKS=${PIP_FIND_LINKS} PIP_NO_INDEX
 WORKDIR /src
 RUN python3 -m venv /opt/katana
 COPY constraints.txt pyproject.toml ./
+# Optional parts (extras of pyproject.toml) with spaces between them, as the trackers: tensorboard wandb.
+ARG EXTRAS=
 # The dependencies by themselves, so that a change of the code does not fetch them again.
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > requirements.txt
+RUN EXTRAS="$EXTRAS" python -c "import os, tomllib; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+extras = [project['optional-dependencies'][name] for name in os.environ['EXTRAS'].split()]; \
+print(*sum(extras, project['dependencies']), sep='\n')" > requirements.txt
 
-# torch without CUDA, from the project's own index: a fifth of the size.
+# torch without CUDA, a fifth of the size; empty: from the index of its own project.
 FROM build AS build-cpu
-ARG TORCH_CPU_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN pip install --index-url "$TORCH_CPU_INDEX_URL" -c constraints.txt torch && pip install -c constraints.txt -r requirements.txt
+ARG TORCH_CPU_INDEX_URL=
+RUN pip install --index-url "${TORCH_CPU_INDEX_URL:-https://download.pytorch.org/whl/cpu}" -c constraints.txt torch \
+    && pip install -c constraints.txt -r requirements.txt
 COPY . .
 RUN pip install --no-deps .
 
@@ -47,6 +52,8 @@ RUN groupadd --gid 10001 katana \
     && install -d -o katana -g katana /runs
 COPY ops/docker/katana-role ops/docker/make-secrets /usr/local/bin/
 COPY ops/redis/users.acl /etc/katana/
+# Files come with the rights of the checkout, which a umask of 027 or 077 keeps from user 10001.
+RUN chmod 0755 /usr/local/bin/katana-role /usr/local/bin/make-secrets /etc/katana && chmod 0644 /etc/katana/users.acl
 # The file system is read-only, the only place to write is /tmp; nothing is fetched from a hub at run time.
 ENV PATH=/opt/katana/bin:$PATH HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -26,6 +26,10 @@ exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
 """
 
 
+# What may be asked of a run that is there: its folder stands for the config in it.
+_OF_A_RUN = ("check", "dead", "health", "top", "watch")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="katana",
@@ -59,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("role", choices=sorted(about))
     _config_arguments(health)
     health.add_argument(
-        "--within", type=float, default=60.0, metavar="S", help="longest time since its loop turned (default 60 s)"
+        "--within",
+        type=_positive_float,
+        default=60.0,
+        metavar="S",
+        help="longest time since its loop turned (default 60 s)",
     )
 
     check = commands.add_parser("check", help="validate a config, its models and data, and say what would run")
@@ -142,9 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help="a YAML file, for example ops/experiments/demo.yaml"
-    )
+    of_a_run = parser.prog.rpartition(" ")[2] in _OF_A_RUN
+    known = "a YAML file, for example ops/experiments/demo.yaml" + ("; or a run's folder" if of_a_run else "")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help=known)
     parser.add_argument(
         "--set",
         action="append",
@@ -157,22 +165,28 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a whole number of at least 1")
     return value
 
 
 def _positive_float(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a number above 0")
     return value
 
 
 def _load(arguments: argparse.Namespace) -> Config:
     path: Path = arguments.config
-    if arguments.command in ("top", "watch") and path.is_dir():
+    if arguments.command in _OF_A_RUN and path.is_dir():
         path = arguments.config = path / "config.yaml"  # a run's folder stands for the config in it
     if not path.exists():
         from common.pretrained import PACKAGE_ROOT
@@ -181,7 +195,7 @@ def _load(arguments: argparse.Namespace) -> Config:
         path = shipped if shipped.exists() else path
     where = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
     folder = path.resolve().parent
-    own = getattr(arguments, "resume", False) or arguments.command in ("dead", "top", "watch")
+    own = getattr(arguments, "resume", False) or arguments.command in _OF_A_RUN
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]

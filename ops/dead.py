@@ -34,10 +34,11 @@ from common.messages import (
     read_number,
     read_rid,
 )
-from common.pretrained import ModelError, find_model, load_tokenizer
+from common.pretrained import ModelError
 from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
 from ops.chaos.cluster import left_by_harness
 from ops.embedded import EmbeddedRedis
+from ops.reading import find_tokenizer
 from ops.roles import reach
 from ops.rundir import lock, read_run_key
 
@@ -108,6 +109,7 @@ def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
 
 def show(config: Config, source: Path, entry: str) -> None:
     """Print one letter whole, with what is left of its rollout. Raises ConfigError."""
+    folder = config.run_dir  # the run's own config may name another, where it was moved
     with _opened(config, source) as (config, plane):
         letter = _letter(plane, entry)
         record = plane.rollout(letter.rid) if letter.rid else {}
@@ -122,7 +124,7 @@ def show(config: Config, source: Path, entry: str) -> None:
         ("shown", repr(letter.shown)),
     ]
     if record:
-        lines += _describe(record, _find_decoder(config))
+        lines += _describe(record, _find_decoder(config, folder))
     for name, text in lines:
         print(f"{name:<11} {text}")
 
@@ -341,11 +343,11 @@ def _plain(value: bytes) -> str:
 # --- a rollout's record -----------------------------------------------------------------------------------------------
 
 
-def _find_decoder(config: Config) -> Decoder | None:
-    """Token ids to text; None where the student's tokenizer is not to be had here."""
+def _find_decoder(config: Config, folder: Path) -> Decoder | None:
+    """Token ids to text; None where no tokenizer of the run is to be had here."""
     try:
-        tokenizer = load_tokenizer(find_model(config.student.model, weights=False))
-    except (ModelError, OSError):
+        tokenizer = find_tokenizer(config, folder)
+    except ModelError:
         return None
     return lambda ids: str(tokenizer.decode(ids))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.books import compared
+from common.config import ConfigError, load
 from ops.summary import length_saving
 from ops.tail import Tail, last_lines
 
@@ -145,6 +147,19 @@ class Folder:
     def traces(self, most: int) -> list[dict[str, Any]]:
         """The last verdicts on record, oldest first; fewer than `most` where they are long."""
         return last_lines(self._folder / "traces.jsonl", _TRACE_BYTES)[-most:]
+
+    def closed_ledger(self) -> dict[str, int] | None:
+        """Counts of a finished run, named as in Redis; None for one that has steps to do or rollouts open."""
+        try:
+            most = load(self._folder / "config.yaml").learner.max_steps
+            ledger = json.loads((self._folder / "ledger.json").read_bytes())
+            dropped = {f"dropped:{reason}": int(many) for reason, many in ledger["dropped"].items()}
+            counts = {name: int(ledger[name]) for name in ("admitted", "trained", "dead", "open")}
+        except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        if self.last_step("step") != most or counts.pop("open"):
+            return None
+        return counts | dropped
 
     def notes(self) -> list[str]:
         return [f"rollouts.jsonl: {self._books.broken} lines cannot be read"] if self._books.broken else []

@@ -105,7 +105,8 @@ def write_html(folder: Path) -> Path:
     """Write `report.html` into a run's folder; returns its path.
 
     Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), or a file in it is damaged.
+        ConfigError: the folder is no run's (it has no config.yaml), a file in it is damaged, or the page cannot be
+            written.
     """
     run = read_run(folder)
     return write_page(run, plots.draw_all(run))
@@ -116,7 +117,8 @@ def write_page(run: Run, figures: dict[str, Figure]) -> Path:
     text = page(run, {name: plots.svg(figure, name) for name, figure in figures.items()})
     target = run.folder / "report.html"
     # A lone surrogate, which JSON allows in a string, is no character.
-    write_atomically(target, lambda path: _write(path, text.encode("utf-8", "replace")))
+    with plots.named(target):
+        write_atomically(target, lambda path: _write(path, text.encode("utf-8", "replace")))
     return target
 
 
@@ -291,7 +293,7 @@ def table_data(run: Run, chosen: Sequence[int]) -> dict[str, Any]:
     timed = any(line.get("admitted_unix_s") is not None for line in run.lines)
     columns = COLUMNS if timed else COLUMNS[:-1]
     rids = {run.lines[place]["rid"] for place in chosen}
-    readings = list(readings_from_folder(run.folder, run.config, rids, words=_RememberedWords(run.config)))
+    readings = list(readings_from_folder(run.folder, run.config, rids, words=_RememberedWords(run.config, run.folder)))
     pieces: dict[tuple[int, str], int] = {}
     for reading in readings:
         for token in reading.tokens:
@@ -338,8 +340,8 @@ def _scale(readings: Iterable[Reading]) -> list[float]:
 class _RememberedWords(Words):
     """Rollouts of one run say the same again and again."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, folder: Path) -> None:
+        super().__init__(config, folder)
         self._remembered = lru_cache(maxsize=1 << 16)(super().decode)
 
     def decode(self, ids: Sequence[int]) -> str:

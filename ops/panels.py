@@ -35,6 +35,7 @@ from ops.report_panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY,
 _TIMEOUT_S = 10.0
 _SCRAPE_S = 5.0  # the interval of ops/prometheus; a rate needs several scrapes
 _POINTS = 240  # of a line
+_LARGEST = 1e30  # what is above, +Inf too, is nothing that could be drawn
 # On this machine or in the cluster's network: no proxy that the environment may name is asked.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "#8C6D31", "#444444")
@@ -55,6 +56,15 @@ class Span:
     def rate_interval(self) -> str:
         """What Grafana would put for `$__rate_interval`."""
         return f"{math.ceil(max(self.step_s + _SCRAPE_S, 4 * _SCRAPE_S))}s"
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What Prometheus has of one series: its labels, moments (unix seconds [N]) and readings ([N]; NaN for none)."""
+
+    labels: dict[str, str]
+    times_s: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +91,16 @@ class Prometheus:
             raise ConfigError(f"{url!r}: expected the address of a Prometheus, for example http://127.0.0.1:9090")
         self._url = url.rstrip("/")
 
-    def matrix(self, expr: str, span: Span) -> list[dict[str, Any]]:
-        """An expression's readings over a time: `{"metric": {label: value}, "values": [[unix_s, "reading"], …]}`."""
+    def matrix(self, expr: str, span: Span) -> list[Readings]:
+        """An expression's readings over a time, checked: nothing but readings of that time comes from here."""
         question = {"query": expr, "start": span.begin_s, "end": span.end_s, "step": span.step_s}
         found = self._ask("/api/v1/query_range", question)
         if not isinstance(found, dict) or not isinstance(found.get("result"), list):
             raise ConfigError(f"{self._url}: no readings in the answer to {expr!r}; is it a Prometheus?")
-        matrix: list[dict[str, Any]] = found["result"]
-        return matrix
+        try:
+            return [_readings(series, span) for series in found["result"]]
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(f"{self._url}: the answer to {expr!r} is none of a Prometheus: {error}") from error
 
     def runs(self) -> list[str]:
         """Names of the runs that are known."""
@@ -98,20 +110,51 @@ class Prometheus:
     def _ask(self, path: str, question: dict[str, Any]) -> Any:
         request = f"{self._url}{path}?{urllib.parse.urlencode(question)}"
         try:
-            with _OPENER.open(request, timeout=_TIMEOUT_S) as answer:
-                raw = answer.read()
-        except urllib.error.HTTPError as refused:
-            raw = refused.read()  # Prometheus says in JSON what it does not like
+            raw = _fetched(request)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConfigError(f"{self._url}: no Prometheus answers there ({error})") from error
         try:
             found = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self._url}: what answers there is no Prometheus (not JSON)") from error
         if not isinstance(found, dict) or found.get("status") != "success":
             told = found.get("error", "no reason given") if isinstance(found, dict) else "not an object"
-            raise ConfigError(f"{self._url}: {path} was refused: {told}")
-        return found["data"]
+            raise ConfigError(f"{self._url}: {path} was refused: {told!s:.300}")
+        return found.get("data")
+
+
+def _fetched(request: str) -> bytes:
+    """Also of an answer that says what is wrong: Prometheus does so in JSON."""
+    try:
+        answer = _OPENER.open(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as refused:
+        answer = refused
+    with answer:
+        raw: bytes = answer.read()
+    return raw
+
+
+def _readings(series: Any, span: Span) -> Readings:
+    """One series of an answer, `{"metric": {label: value}, "values": [[unix_s, "reading"], …]}`. Raises ValueError."""
+    if not isinstance(series, dict):
+        raise ValueError(f"{series!r:.60} is no series")
+    labels, values = series.get("metric"), series.get("values")
+    if not isinstance(labels, dict) or not isinstance(values, list):
+        raise ValueError(f"a series without metric or values: {series!r:.60}")
+    points = np.array([_point(pair, span) for pair in values], dtype=np.float64).reshape(-1, 2)
+    return Readings({str(name): str(value) for name, value in labels.items()}, points[:, 0], points[:, 1])
+
+
+def _point(pair: Any, span: Span) -> tuple[float, float]:
+    """A moment within the time and a reading; NaN for one that cannot be drawn, as +Inf. Raises ValueError."""
+    match pair:
+        case [int() | float() as at, str() as told] if not isinstance(at, bool):
+            moment, reading = float(at), float(told)
+        case _:
+            raise ValueError(f"{pair!r:.60} is not [time, reading]")
+    if not span.begin_s - span.step_s <= moment <= span.end_s + span.step_s:
+        raise ValueError(f"a reading of {moment:g}, asked for {span.begin_s:.0f} to {span.end_s:.0f}")
+    return moment, reading if abs(reading) < _LARGEST else math.nan
 
 
 def find_span(prometheus: Prometheus, run: str, minutes: float) -> Span:
@@ -119,7 +162,7 @@ def find_span(prometheus: Prometheus, run: str, minutes: float) -> Span:
     now = time.time()
     back = Span(now - 60 * minutes, now, max(1.0, 60 * minutes / 1000))
     found = prometheus.matrix(filled(f"count({of('rollouts_open')})", run, back), back)
-    moments = [float(moment) for one in found for moment, _ in one["values"]]
+    moments = [moment for one in found for moment in one.times_s.tolist()]
     if not moments:
         known = ", ".join(prometheus.runs()) or "none"
         raise ConfigError(f"run {run!r}: nothing of it in the last {minutes:g} minutes; runs known there: {known}")
@@ -135,11 +178,10 @@ def filled(expr: str, run: str, span: Span) -> str:
 
 def ask(prometheus: Prometheus, query: Query, run: str, span: Span) -> list[Series]:
     """The series of one expression."""
-    found = prometheus.matrix(filled(query.expr, run, span), span)
-    series = []
-    for one in found:
-        points = np.array([(float(moment), float(reading)) for moment, reading in one["values"]]).reshape(-1, 2)
-        series.append(Series(_named(query.legend, one["metric"]), points[:, 0], points[:, 1], query.reference))
+    series = [
+        Series(_named(query.legend, one.labels), one.times_s, one.values, query.reference)
+        for one in prometheus.matrix(filled(query.expr, run, span), span)
+    ]
     return sorted(series, key=lambda one: one.legend)
 
 

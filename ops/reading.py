@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,20 +90,42 @@ class Reading:
 # --- tokens to text ---------------------------------------------------------------------------------------------------
 
 
-class Words:
-    """The student's tokenizer and both models' stop ids; where the models are not to be had here, token ids in ⟨⟩."""
+# What transformers raises for a tokenizer.json that is none.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
 
-    def __init__(self, config: Config) -> None:
+
+def find_tokenizer(config: Config, folder: Path) -> Any:
+    """The tokenizer that a run's rollouts are read with: that of the model it left behind, else the student's.
+
+    `folder`: of the run. The model in it is the student's, and stays when the student's own folder is gone or changed.
+    Raises ModelError where neither can be had.
+    """
+    with contextlib.suppress(ModelError, *_DAMAGED):  # none there yet, or a damaged one
+        return load_tokenizer(folder / "model")
+    try:
+        return load_tokenizer(find_model(config.student.model, weights=False))
+    except _DAMAGED as error:
+        raise ModelError(f"{config.student.model}: its tokenizer cannot be read ({error!r:.200})") from error
+
+
+class Words:
+    """The run's tokenizer and both models' stop ids; where it is not to be had here, token ids in ⟨⟩.
+
+    `folder`: of the run, if it is not where the config says.
+    """
+
+    def __init__(self, config: Config, folder: Path | None = None) -> None:
         self.missing = ""  # why there is no tokenizer
         self._tokenizer: Any = None
-        self.stop_ids: frozenset[int] = frozenset()
         try:
-            student = find_model(config.student.model, weights=False)
-            self._tokenizer = load_tokenizer(student)
-            self.stop_ids = frozenset(read_facts(student).stop_ids)
-            self.stop_ids |= frozenset(read_facts(find_model(config.teacher.model, weights=False)).stop_ids)
-        except (ModelError, OSError) as error:
+            self._tokenizer = find_tokenizer(config, folder or config.run_dir)
+        except ModelError as error:
             self.missing = str(error)
+        stops: list[int] = []
+        for model in (config.student.model, config.teacher.model):
+            with contextlib.suppress(ModelError, OSError):  # without it its stop is a token like any other
+                stops += read_facts(find_model(model, weights=False)).stop_ids
+        self.stop_ids = frozenset(stops)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; ids that the tokenizer does not know are told as ids."""
@@ -180,7 +203,7 @@ def readings_from_folder(
     Both files are read line by line. What is in `traces.jsonl` and not in the books yet is left out, as is a torn last
     line. Raises ConfigError for a line that cannot be read.
     """
-    words = words or Words(config)
+    words = words or Words(config, folder)
     prompt_of = _prompts(config)
     booked = _lines(folder / "rollouts.jsonl", rids)
     for trace in _lines(folder / "traces.jsonl", rids):
@@ -235,6 +258,28 @@ def audited_chunks(folder: Path, rid: str) -> tuple[Chunk, ...]:
     return ()
 
 
+def booked_ends(folder: Path) -> tuple[str, str] | None:
+    """The lowest and the highest id in `rollouts.jsonl`, which has them in the order of booking; None without any."""
+    ends: tuple[str, str] | None = None
+    with contextlib.suppress(FileNotFoundError), (folder / "rollouts.jsonl").open("rb") as file:
+        for raw in file:
+            if rid := _rid_of(raw):
+                low, high = ends or (rid, rid)
+                ends = min(low, rid, key=_by_number), max(high, rid, key=_by_number)
+    return ends
+
+
+def _by_number(rid: str) -> tuple[int, str]:
+    return len(rid), rid
+
+
+def _rid_of(raw: bytes) -> str:
+    """The id that a line begins with, unparsed; "" for a line that begins otherwise."""
+    if not raw.startswith(_RID):
+        return ""
+    return raw[len(_RID) : len(_RID) + 40].partition(b'"')[0].decode("ascii", "replace")
+
+
 def _lines(path: Path, rids: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """Whole lines, parsed; of `rids` alone where they are given: then the others cost no parsing."""
     if not path.exists():
@@ -243,8 +288,7 @@ def _lines(path: Path, rids: Collection[str] | None) -> Iterator[dict[str, Any]]
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
                 return
-            rid = raw[: len(_RID) + 40].removeprefix(_RID).partition(b'"')[0].decode("ascii", "replace")
-            if rids is not None and rid not in rids:
+            if rids is not None and _rid_of(raw) not in rids:
                 continue
             try:
                 line = json.loads(raw)

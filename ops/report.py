@@ -16,25 +16,10 @@ from matplotlib.figure import Figure
 from ops import report_data as data
 from ops import report_plots as plots
 from ops.html_report import write_page
-from ops.report_panels import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PALE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    draw_accuracy,
-    draw_fates,
-    draw_length,
-    headline,
-)
+from ops.report_panels import GREY, INK, draw_accuracy, draw_fates, draw_length, headline
 from ops.report_run import Run, find_decoder, read_run
 from ops.report_traces import draw_traces
 
-__all__ = ["BLUE", "GREEN", "GREY", "INK", "ORANGE", "PALE", "PURPLE", "SKY", "VERMILLION", "draw", "write_report"]
 SIZE_INCHES, DOTS_PER_INCH = (16.0, 10.0), 100
 
 
@@ -42,13 +27,14 @@ def write_report(folder: Path) -> Path:
     """Write `report.png`, `report.html` and `figures/*.png` into a run's folder; returns the path of `report.png`.
 
     Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), or a file in it is damaged.
+        ConfigError: the folder is no run's (it has no config.yaml), a file in it is damaged, or one cannot be written.
     """
     run = read_run(folder)
     target = folder / "report.png"
     plots.save_png(draw(run, find_decoder(run)), target, DOTS_PER_INCH)
     figures = plots.draw_all(run)
-    (folder / "figures").mkdir(exist_ok=True)
+    with plots.named(folder / "figures"):
+        (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         plots.save_png(figure, folder / "figures" / f"{name}.png", DOTS_PER_INCH)
     write_page(run, figures)

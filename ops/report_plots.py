@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from common.config import ConfigError
 from common.weights import write_atomically
 from ops import report_course as course
 from ops import report_panels as panels
@@ -88,9 +89,18 @@ def draw_all(run: Run) -> dict[str, Figure]:
 
 
 def save_png(figure: Figure, path: Path, dots_per_inch: int) -> None:
-    """Write a figure so that the file is never half there."""
-    with _settings():
+    """Write a figure so that the file is never half there. Raises ConfigError."""
+    with _settings(), named(path):
         write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=dots_per_inch))
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raises ConfigError, with the path and the reason, for what cannot be written to it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 
 from actors.books import BookLine, read_lines
 from common.config import Config, ConfigError, load
-from common.pretrained import ModelError, find_model, load_tokenizer
+from common.pretrained import ModelError
 from ops import report_data as data
+from ops.reading import find_tokenizer
 from ops.summary import Saving, length_saving
 
 _SAMPLED_TRACES = 400
@@ -47,8 +48,16 @@ def read_run(folder: Path) -> Run:
     """A run's folder in whatever state the run is; files that are not there yet count as empty.
 
     Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), or a file in it is damaged; says which line.
+        ConfigError: the folder is no run's (it has no config.yaml), or a file in it is damaged or cannot be read; says
+            which line, or why.
     """
+    try:
+        return _read_run(folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
     lines = _records(folder / "rollouts.jsonl", _book_types())
@@ -116,14 +125,12 @@ def _wall_s(path: Path) -> float | None:
 
 
 def find_decoder(run: Run) -> Callable[[list[int]], str] | None:
-    """Token ids to text: by the tokenizer that the run left behind, else the student's; None where neither is found."""
+    """Token ids to text; None where no tokenizer is to be had, or nothing to be decoded."""
     if not any(sample.traces for sample in run.traces.values()):
         return None
     try:
-        own = run.folder / "model"
-        folder = own if (own / "tokenizer.json").is_file() else find_model(run.config.student.model, weights=False)
-        tokenizer = load_tokenizer(folder)
-    except (ModelError, OSError):
+        tokenizer = find_tokenizer(run.config, run.folder)
+    except ModelError:
         return None
 
     def decode(ids: list[int]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import ssl
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -145,9 +147,7 @@ def _wait_for_run(config: Config, client: redis.Redis, stop: threading.Event) ->
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     from actors.app import close_shifts, keep_shifts_open, make_app
     from actors.feeder import Feeder
-    from ops.report import write_report
     from ops.source import TaskSource
-    from ops.summary import write_summary
     from ops.tracking import Tracking
 
     broker = make_app(config.redis, "feeder")
@@ -158,9 +158,7 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
         feeder.run()
         if plane.state() == "ended":
             close_shifts(broker)
-            write_summary(config.run_dir)
-            if RUN_KEY not in os.environ:  # `katana run` draws when the last evaluation is done
-                write_report(config.run_dir)
+            _sum_up(config.run_dir)
             tracking.wait_for_evaluations(stop)
 
 
@@ -183,11 +181,29 @@ def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
 
 def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
     from ops.evaluate import follow
-    from ops.summary import write_summary
 
     follow(config, stop, lambda: plane.state() in ("trained", "ended", None))
     if not stop.is_set():
-        write_summary(config.run_dir)
+        _sum_up(config.run_dir)
+
+
+def _sum_up(folder: Path) -> None:
+    """Summary and report of a run's folder as it is now: by the feeder when the books are closed, and by the evaluator
+    when it has done the last version. Either may come last, so one waits for the other: what is read last stays.
+
+    A folder that cannot be read fails no role: all is done, and `katana report` says the same.
+    """
+    from ops.report import write_report
+    from ops.summary import write_summary
+
+    with (folder / ".report.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            write_summary(folder)
+            if RUN_KEY not in os.environ:  # `katana run` draws by itself, when all its roles have ended
+                write_report(folder)
+        except (ValueError, KeyError, TypeError) as error:  # of the report a ConfigError, of the summary any of them
+            log.error("no summary or no report of %s: %s: %s", folder, type(error).__name__, error)
 
 
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}

@@ -93,7 +93,7 @@ class Snapshot:
     at_unix_s: float
     name: str
     folder: str
-    redis: str  # "" when it answers, else what is wrong
+    redis: str  # "" when it answers, else what is wrong; also for a run that is over, which needs none
     metrics: str  # "" when ports answer, else what is wrong
     run_key: str = ""
     state: str = "?"
@@ -145,6 +145,8 @@ class Observer:
         except (redis.exceptions.RedisError, OSError) as error:
             snapshot = replace(blank, redis=f"Redis does not answer ({error})", max_steps=None)
         snapshot = self._add_folder(snapshot)
+        if snapshot.redis:
+            snapshot = self._add_end(snapshot)
         return self._add_metrics(snapshot, scrape(targets(self._given.run_dir)))
 
     @property
@@ -270,6 +272,14 @@ class Observer:
             verdicts=newest[:_MOST_VERDICTS],
             notes=[*snapshot.notes, *folder.notes(), *([self._words.missing] if self._words.missing else [])],
         )
+
+    def _add_end(self, snapshot: Snapshot) -> Snapshot:
+        """A local run's Redis goes with it; whether the run is over, its folder knows."""
+        counts = self._folder.closed_ledger()
+        if counts is None:
+            return snapshot
+        step = self._folder.last_step("step")
+        return replace(snapshot, state="ended", max_steps=step, ledger=counts, open_rollouts=0)
 
     def _note_trace(self, trace: dict[str, Any]) -> None:
         rid = trace.get("rid")

@@ -48,14 +48,18 @@ def _show_once(observer: Observer, config: Config, interval_s: float, as_json: b
     first = observer.look()
     if first.redis and observer.nothing:
         raise ConfigError(f"run {config.name!r}: {first.redis}; and there is no folder {config.run_dir}")
-    # Without metrics ports workers tell how far they are, once a heartbeat.
-    time.sleep(max(interval_s, 1.1 * config.liveness.heartbeat_s) if first.metrics and first.workers else interval_s)
-    snapshot = observer.look()
+    snapshot = first if first.state == "ended" else _look_again(observer, first, config, interval_s)
     if as_json:
         print(_json(snapshot))
         return
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     console.print(picture(snapshot, console.width))
+
+
+def _look_again(observer: Observer, first: Snapshot, config: Config, interval_s: float) -> Snapshot:
+    # Without metrics ports workers tell how far they are, once a heartbeat.
+    time.sleep(max(interval_s, 1.1 * config.liveness.heartbeat_s) if first.metrics and first.workers else interval_s)
+    return observer.look()
 
 
 def _each(observer: Observer, interval_s: float, show: Any) -> Snapshot:
@@ -126,6 +130,9 @@ def _heading(snapshot: Snapshot) -> Text:
 
 
 def _troubles(snapshot: Snapshot) -> list[Text]:
+    if snapshot.state == "ended":  # then nobody need be there
+        told = "the run is over" + ("; what its folder holds is shown, Redis is not there" if snapshot.redis else "")
+        return [Text(told), *(Text(plain(line), "red") for line in snapshot.notes)]
     lines = [f"redis: {snapshot.redis}"] if snapshot.redis else []
     lines += [f"metrics: {snapshot.metrics}"] if snapshot.metrics else []
     return [Text(plain(line), "red") for line in [*lines, *snapshot.notes]]
@@ -189,12 +196,18 @@ def _roles(snapshot: Snapshot) -> Table:
         late = role.turned_s is not None and role.turned_s > _LATE_S
         table.add_row(
             role.name,
-            Text("yes", "green") if role.alive else Text("not seen", "red"),
+            _alive(role, snapshot.state == "ended"),
             _lease(role),
             ports if role.ports or role.silent else "–",
             Text(turned, "red" if late else ""),
         )
     return table
+
+
+def _alive(role: Role, over: bool) -> Text:
+    if role.alive:
+        return Text("yes", "green")
+    return Text("ended") if over else Text("not seen", "red")
 
 
 def _lease(role: Role) -> str:

@@ -29,12 +29,12 @@ from ops.reading import (
     Reading,
     Words,
     audited_chunks,
+    booked_ends,
     booked_line,
     reading_from_hash,
     reading_of_line,
     readings_from_folder,
 )
-from ops.tail import last_lines
 
 _REFRESH_S = 0.5
 
@@ -121,23 +121,15 @@ class Watcher:
         elif admitted:
             parts.append(f"admitted are {rid_of(0)} … {rid_of(admitted - 1)}")
         else:
-            first = next(iter(_first_lines(self._folder / "rollouts.jsonl")), None)
-            last = last_lines(self._folder / "rollouts.jsonl", 65536)
-            if first is not None and last:
-                parts.append(f"booked are, first to last, {first['rid']} … {last[-1]['rid']}")
-            else:
-                parts.append(f"and none is booked in {self._folder}")
+            ends = booked_ends(self._folder)
+            parts.append(
+                f"booked are, lowest to highest, {ends[0]} … {ends[1]}"
+                if ends
+                else f"and none is booked in {self._folder}"
+            )
         if self.away:
             parts.append(f"those that are not booked cannot be seen: {self.away}")
         return "; ".join(parts)
-
-
-def _first_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            return [json.loads(file.readline())]
-    except (OSError, ValueError):
-        return []
 
 
 def _follow(watcher: Watcher, show: Callable[[Reading], object]) -> Reading:

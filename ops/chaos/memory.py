@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from actors.books import read_lines
 from common.weights import write_atomically
-from ops.report import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
+from ops.report_panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 Numbers = npt.NDArray[np.float64]
 REDIS = "Redis used_memory"

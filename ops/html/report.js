@@ -27,11 +27,13 @@
     return Array.from({ length: view.byteLength / width }, (_, place) => view[method](place * width, true));
   };
   const piecesOf = (reading) => numbers(reading.pieces, data.wide ? 4 : 2, data.wide ? "getUint32" : "getUint16");
+  // Its own alone: a rollout may be named as what every object has, "constructor" say.
+  const readingOf = (rid) => (Object.hasOwn(data.readings, rid) ? data.readings[rid] : undefined);
   const texts = new Map(); // of rollouts, in lower case, once they are searched
   const textOf = (row) => {
     const rid = row[at.rid];
     if (!texts.has(rid)) {
-      const reading = data.readings[rid];
+      const reading = readingOf(rid);
       const written = reading ? reading.prompt + " " + piecesOf(reading).map((piece) => data.pieces[piece][1]).join("") : "";
       texts.set(rid, (rid + " " + written).toLowerCase());
     }
@@ -179,7 +181,7 @@
   };
 
   const reading = (row) => {
-    const found = data.readings[row[at.rid]];
+    const found = readingOf(row[at.rid]);
     if (!found) return [make("p", "facts", data.why_no_text)];
     const pieces = piecesOf(found);
     const divergence = numbers(found.divergence, 4, "getFloat32");
@@ -199,7 +201,7 @@
       line.append(mark("◂", "mark trigger", "trigger: the policy fired here"));
     }
     follow(line, spans, readout);
-    return [facts(row, found, spans.length), make("p", "prompt", "prompt: " + found.prompt), line, readout, key()];
+    return [facts(row, found, spans.length), make("p", "prompt", "prompt: " + printable(found.prompt)), line, readout, key()];
   };
 
   const mark = (sign, className, meaning) => {

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from samples import Run, make_divergence
 
 from actors.arbiter import Arbiter
+from common import metrics
 from common.messages import Verdict
 from common.streams import LeaseLost
 from common.termination import kat_verdict
@@ -209,6 +211,36 @@ def test_a_trap_by_hand_is_cut_where_it_began_and_its_writer_is_told(run: Run) -
     assert found.min_window == 0.0
     assert run.entries("signals:w1") == [{"rid": "r1"}]
     assert run.entries("trajectories") == [{"rid": "r1"}]
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_stops_whose_answer_is_lost_are_counted_once_each(
+    run: Run, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    run.client.set(run.key("threshold"), "0.25")
+    for rid in ("r1", "r2"):
+        Writing(run, rid, [1.0] * 4 + [0.0] * 8).whole(5)
+    stops = metrics.stop_signals.labels("kl_trap")
+    before = stops._value.get()
+    patiently, lost = run.plane.patiently, []
+
+    def losing(action: Callable[[], Any], what: str) -> Any:
+        def once() -> Any:
+            answer = action()
+            if what == "verdict" and len(lost) < times:
+                lost.append(answer)
+                raise redis.exceptions.ConnectionError("the answer is lost")
+            return answer
+
+        return patiently(once, what)
+
+    monkeypatch.setattr(run.plane, "patiently", losing)
+    judge(run)
+    assert len(lost) == times
+    assert stops._value.get() == before + 2
+    assert run.entries("signals:w1") == [{"rid": "r1"}, {"rid": "r2"}]
+    judge(run)
+    assert stops._value.get() == before + 2
 
 
 def test_a_trap_at_the_very_start_leaves_nothing_and_is_dropped_as_empty(run: Run) -> None:

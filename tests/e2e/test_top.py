@@ -100,5 +100,5 @@ def check_over(config: Config, source: Path, capsys: Out) -> None:
         assert (rollout["keep"], rollout["trigger"]) == (trace["keep"], trace["trigger"])
         assert rollout["prompt"].endswith("?")
         assert rollout["chunks"]
-    with pytest.raises(ConfigError, match=r"no rollout r000999999 .* booked are, first to last, r0"):
+    with pytest.raises(ConfigError, match=r"no rollout r000999999 .* booked are, lowest to highest, r0"):
         watch(config, source, "999999", as_json=False, follow=False)

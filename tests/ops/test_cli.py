@@ -160,6 +160,37 @@ def test_no_command_and_bad_flags_exit_with_2() -> None:
         assert exit_.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["top", DEMO, "--interval", "junk"], "argument --interval: 'junk': expected a number above 0"),
+        (["health", "learner", DEMO, "--within", "0"], "argument --within: '0': expected a number above 0"),
+        (["health", "learner", DEMO, "--within", "nan"], "argument --within: 'nan': expected a number above 0"),
+        (["eval", DEMO, "--model", "x", "--k", "2.5"], "argument --k: '2.5': expected a whole number of at least 1"),
+    ],
+)
+def test_a_number_that_is_none_is_said_with_what_is_allowed(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_runs_folder_stands_for_the_config_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(Path(DEMO).read_text())
+    (folder / "run.json").write_text('{"run_key": "demo-1"}')
+    assert main(["check", str(folder)]) == 0
+    capsys.readouterr()
+    assert f"no run with a Redis of its own in {folder}" in refused(capsys, "dead", str(folder))
+    assert "metrics.port: 0" in refused(capsys, "health", "learner", str(folder))
+    (folder / "config.yaml").unlink()
+    assert str(folder / "config.yaml") in refused(capsys, "check", str(folder))
+
+
 def test_eval_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     model = str(ROOT / "ops" / "models" / "teacher")
     assert main(["eval", DEMO, "--model", model, "--k", "2", "--set", "eval.problems=16"]) == 0

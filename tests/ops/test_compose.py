@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,10 @@ def test_every_service_is_watched_and_started_again(name: str) -> None:
     assert service["restart"] == ("on-failure" if _ends_with_a_run(name) else "unless-stopped")
     test = service["healthcheck"]["test"]
     if name.removesuffix("-gpu") in ROLES:
-        assert test == ["CMD", "katana-role", "health", name.removesuffix("-gpu")]
+        role = name.removesuffix("-gpu")
+        # A large checkpoint is written or restored in one turn of the loop.
+        patience = ["--within", "600"] if role in ("learner", "evaluator") else []
+        assert test == ["CMD", "katana-role", "health", role, *patience]
     assert test
 
 
@@ -91,6 +97,78 @@ def test_each_of_our_images_is_built_once() -> None:
     assert re.search(r"^USER 10001:10001$", dockerfile, re.MULTILINE)
     base = re.search(r"^ARG PYTHON_IMAGE=(.+)$", dockerfile, re.MULTILINE)
     assert base is not None and re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base[1])
+
+
+def test_both_images_are_built_from_what_the_environment_names() -> None:
+    for service in (one for one in SERVICES.values() if "build" in one):
+        assert set(service["build"]["args"]) == {"PIP_INDEX_URL", "TORCH_CPU_INDEX_URL", "EXTRAS"}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    for name in ("PIP_INDEX_URL", "TORCH_CPU_INDEX_URL", "EXTRAS"):
+        assert re.search(rf"^ARG {name}=$", dockerfile, re.MULTILINE), "what is not set comes as empty"
+    assert '"${TORCH_CPU_INDEX_URL:-https://download.pytorch.org/whl/cpu}"' in dockerfile
+
+
+@pytest.mark.parametrize(("extras", "named"), [("", ()), ("tensorboard wandb", ("tensorboard", "wandb"))])
+def test_the_image_has_the_dependencies_and_the_extras_that_are_asked_for(
+    tmp_path: Path, extras: str, named: tuple[str, ...]
+) -> None:
+    requirements = _requirements(tmp_path, extras)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [line for name in named for line in project["optional-dependencies"][name]]
+    assert requirements.stdout == "" and requirements.returncode == 0, requirements.stderr
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == [*project["dependencies"], *wanted]
+
+
+def test_an_extra_that_is_not_known_ends_the_build(tmp_path: Path) -> None:
+    done = _requirements(tmp_path, "tensorbored")
+    assert done.returncode != 0 and "tensorbored" in done.stderr
+
+
+def _requirements(folder: Path, extras: str) -> subprocess.CompletedProcess[str]:
+    """Do what the Dockerfile does to list the packages."""
+    dockerfile = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    found = re.search(r"^RUN (.*> requirements\.txt)$", dockerfile, re.MULTILINE)
+    assert found is not None
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "EXTRAS": extras}
+    return subprocess.run(["sh", "-c", found[1]], cwd=folder, env=env, capture_output=True, text=True, timeout=20)
+
+
+def test_what_the_image_takes_from_the_checkout_may_be_read_whatever_the_umask() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (ops/.*) (\S+)/$", dockerfile, re.MULTILINE)
+    files = [f"{target}/{Path(source).name}" for sources, target in copied for source in sources.split()]
+    rights = dict.fromkeys(files, "") | {
+        path: mode
+        for mode, paths in re.findall(r"chmod (0\d+) ([^&\n]+)", dockerfile)
+        for path in paths.split()
+        if path in files
+    }
+    assert rights == {
+        "/usr/local/bin/katana-role": "0755",
+        "/usr/local/bin/make-secrets": "0755",
+        "/etc/katana/users.acl": "0644",
+    }
+    assert dockerfile.index("chmod") < dockerfile.index("USER 10001")
+
+
+def test_no_model_of_yours_gets_into_the_image() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+
+    def goes_in(path: str) -> bool:
+        """As Docker reads it: the last rule that fits the path or a folder above it."""
+        above = [path, *map(str, Path(path).parents)]
+        fits = [
+            rule
+            for rule in rules
+            if any(fnmatch(one, rule.lstrip("!")) for one in above if rule.count("/") == one.count("/"))
+        ]
+        return bool(fits) and fits[-1].startswith("!")
+
+    assert goes_in("ops/cli.py") and goes_in("ops/html/report.js") and goes_in("common/lua/again.lua")
+    assert goes_in("ops/models/student/model.safetensors") and goes_in("ops/models/teacher/tokenizer.json")
+    assert not goes_in("ops/models/mine/model.safetensors") and not goes_in("ops/models/mine.safetensors")
+    assert not goes_in("runs/demo/config.yaml") and not goes_in(".git/config")
 
 
 def test_only_grafana_and_prometheus_are_seen_from_outside_and_only_on_this_host() -> None:
@@ -207,6 +285,12 @@ def test_a_role_is_started_and_asked_with_the_same_valid_config(role: str, role_
     access = config.redis.access(role)
     assert (access["username"], access["password_file"]) == (role, f"/secrets/{role}/password")
     assert {config.redis.url, config.redis.broker} == {"redis://redis-data:6379/0", "redis://redis-broker:6379/0"}
+
+
+def test_a_health_check_may_be_told_more(role_arguments: Any) -> None:
+    asked = role_arguments("health", "learner", "--within", "600")
+    assert asked[:5] == ["health", "learner", "/experiments/demo.yaml", "--within", "600"]
+    assert set(asked[5::2]) == {"--set"}
 
 
 def test_the_experiment_is_one_variable_and_other_commands_pass_as_they_are(role_arguments: Any) -> None:

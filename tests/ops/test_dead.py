@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from samples import Run, make_config, make_divergence, make_head, make_tokens
 
 from actors.feeder import Feeder
 from common.messages import Ints
+from common.pretrained import find_model, load_tokenizer
 from common.streams import connect, create_run, open_plane
 from ops import dead
 from ops.cli import main
@@ -210,6 +212,15 @@ def test_the_text_of_prompt_and_tokens_where_the_tokenizer_is_to_be_had(begin: C
     assert f"prompt      {source.tokenizer.decode(prompt.tolist())!r}" in told
     desk.store("r1", "head", make_head("r1", prompt=np.array([2**31 - 1], np.int32)).encode())
     assert "prompt      " in desk.told("--show", desk.letter())
+
+
+def test_the_text_by_the_tokenizer_that_the_run_left_behind(begin: Callable[..., Desk]) -> None:
+    desk = begin()  # the student's folder is gone
+    entry = desk.die("r1", prompt=np.array([3, 4], np.int32))
+    assert "prompt      token ids 3 4" in desk.told("--show", entry)
+    model = find_model("ops/models/student")
+    shutil.copytree(model, desk.run.config.run_dir / "model")
+    assert f"prompt      {load_tokenizer(model).decode([3, 4])!r}" in desk.told("--show", entry)
 
 
 @pytest.mark.parametrize(

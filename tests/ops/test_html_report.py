@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import browser
 from run_folders import CONFIG, fill, fill_long, line, trace_line, write_lines
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -240,3 +241,24 @@ def test_the_time_of_a_run_is_measured_or_told_by_the_books(tmp_path: Path) -> N
     (tmp_path / "wall.json").unlink()
     # Rollout i is admitted in second i, and ends two seconds later.
     assert "<td>21.0 s from the first rollout to the last on record</td>" in write_html(tmp_path).read_text()
+
+
+@pytest.mark.slow
+def test_a_browser_shows_rollouts_of_any_name_and_prompts_of_any_text(tmp_path: Path) -> None:
+    folder = fill(tmp_path)
+    write_lines(folder / "rollouts.jsonl", [line(rid="constructor", problem=0), line(rid="r1", problem=1)])
+    write_lines(folder / "traces.jsonl", [trace_line([0.5] * 10, 10, 10, rid="r1")])
+    path = write_html(folder)
+    text = path.read_text()
+    assert text.count('"prompt":"') == 1
+    path.write_text(text.replace('"prompt":"', '"prompt":"\\u202e\\u0007'))
+    with browser() as window:
+        window.open(path)
+        window.click("#table tr.row[data-rid=constructor]")
+        assert window.texts("#table tr.reading") == ["Its tokens were not recorded: it ended before its verdict."]
+        window.click("#table tr.row[data-rid=constructor]")
+        window.click("#table tr.row[data-rid=r1]")
+        assert window.texts("#table tr.reading .prompt")[0].startswith("prompt: ··")
+        window.type("#search", "constructor")
+        assert len(window.texts("#table tr.row")) == 1
+        assert window.log() == []

@@ -267,6 +267,8 @@ def test_a_run_that_was_not_seen_is_refused_with_those_that_were(
             "parse error at char 7",
         ),
         (200, b'{"status": "success", "data": "?"}', "is it a Prometheus"),
+        (200, b'{"status": "success"}', "is it a Prometheus"),
+        (200, b"[" * 100_000, "not JSON"),
         (502, b"", "not JSON"),
     ],
 )
@@ -275,6 +277,45 @@ def test_an_answer_that_is_none_of_a_prometheus_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         panels.draw(serve(lambda *_: (code, body)), "demo", tmp_path / "panels.png")
+
+
+NOW = 1_000_000.0
+SERIES = {"metric": {}, "values": [[NOW, "1"]]}
+
+
+@pytest.mark.parametrize(
+    ("series", "said"),
+    [
+        ("a string", "is no series"),
+        (None, "is no series"),
+        ({"metric": {}}, "without metric or values"),
+        ({"values": []}, "without metric or values"),
+        (SERIES | {"values": "12"}, "without metric or values"),
+        (SERIES | {"values": [[NOW]]}, "is not .time, reading."),
+        (SERIES | {"values": ["ab"]}, "is not .time, reading."),
+        (SERIES | {"values": [[True, "1"]]}, "is not .time, reading."),
+        (SERIES | {"values": [[NOW, ["1"]]]}, "is not .time, reading."),
+        (SERIES | {"values": [[NOW, "many"]]}, "could not convert"),
+        (SERIES | {"values": [[1e300, "1"]]}, r"a reading of 1e\+300, asked for"),
+        (SERIES | {"values": [[10**400, "1"]]}, "none of a Prometheus"),
+        (SERIES | {"values": [[-5, "1"]]}, "a reading of -5, asked for"),
+    ],
+)
+def test_a_series_that_is_none_is_refused(serve: Callable[[Answer], str], series: Any, said: str) -> None:
+    prometheus = panels.Prometheus(serve(lambda *_: success({"resultType": "matrix", "result": [series]})))
+    with pytest.raises(ConfigError, match=said):
+        prometheus.matrix("up", panels.Span(NOW - 60, NOW, 1.0))
+
+
+def test_readings_that_cannot_be_drawn_count_as_none(serve: Callable[[Answer], str]) -> None:
+    told = ["1.5", "NaN", "+Inf", "-Inf", "1e308"]
+    series = {"metric": {"arm": 7}, "values": [[NOW - place, text] for place, text in enumerate(told)]}
+    prometheus = panels.Prometheus(serve(lambda *_: success({"result": [series, {"metric": {}, "values": []}]})))
+    found, empty = prometheus.matrix("up", panels.Span(NOW - 60, NOW, 1.0))
+    assert found.labels == {"arm": "7"}
+    np.testing.assert_equal(found.values, [1.5, *[np.nan] * 4])
+    assert found.times_s.tolist() == [NOW - place for place in range(5)]
+    assert len(empty.values) == 0
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:9090", "file:///etc/passwd", "http://[", ""])

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import ConfigError
 from common.messages import Verdict
+from common.pretrained import find_model
 from ops.reading import (
     Chunk,
     Words,
     audited_chunks,
+    booked_ends,
     booked_line,
     reading_from_hash,
     reading_of_line,
@@ -126,6 +128,38 @@ def test_where_no_tokenizer_is_to_be_had_ids_are_shown(tmp_path: Path) -> None:
     shipped = Words(make_config(tmp_path, **MODELS))
     assert not shipped.missing
     assert shipped.decode([10**6]) == "⟨1000000⟩"
+
+
+def tokenizer_in(folder: Path, text: str | None = None) -> None:
+    """The tokenizer that ships, or a file of this text in its place."""
+    folder.mkdir(parents=True)
+    shipped = find_model("ops/models/student") / "tokenizer.json"
+    (folder / "tokenizer.json").write_text(shipped.read_text() if text is None else text)
+
+
+def test_the_tokenizer_is_that_of_the_model_that_the_run_left_behind(tmp_path: Path) -> None:
+    config = make_config(tmp_path)  # the student's folder is gone
+    tokenizer_in(config.run_dir / "model")
+    words = Words(config)
+    assert not words.missing
+    assert "⟨" not in words.decode([3, 4])
+    moved = tmp_path / "moved"
+    config.run_dir.rename(moved)
+    assert Words(config).missing
+    assert Words(config, moved).decode([3, 4]) == words.decode([3, 4])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", ""])
+def test_a_damaged_tokenizer_gives_way_to_the_students_and_then_to_ids(tmp_path: Path, text: str) -> None:
+    config = make_config(tmp_path, **MODELS)
+    tokenizer_in(config.run_dir / "model", text)
+    assert "⟨" not in Words(config).decode([3, 4])
+    student = tmp_path / "student"
+    tokenizer_in(student, text)
+    (student / "config.json").write_text("{}")
+    words = Words(make_config(tmp_path, student={"model": str(student)}))
+    assert str(student) in words.missing
+    assert words.decode([3, 4]) == "⟨3⟩⟨4⟩"
 
 
 # --- from Redis ---
@@ -250,6 +284,13 @@ def test_booked_rollouts_are_read_in_order_and_by_id(tmp_path: Path) -> None:
     assert only.prompt.endswith("?")
     assert audited_chunks(tmp_path, "r3") == (Chunk(0, 0, 3, 1, "n4"),)
     assert list(readings_from_folder(tmp_path, config, {"r9"})) == []
+
+
+def test_the_ends_of_the_books_are_by_number_and_not_by_their_order(tmp_path: Path) -> None:
+    assert booked_ends(tmp_path) is None
+    lines = [json.dumps({"rid": rid}, separators=(",", ":")) for rid in ("r000000007", "r000000003", "r1000000000")]
+    (tmp_path / "rollouts.jsonl").write_text("\n".join([*lines, "junk", lines[0]]) + "\n")
+    assert booked_ends(tmp_path) == ("r000000003", "r1000000000")
 
 
 def test_one_without_a_trace_is_what_the_books_tell(tmp_path: Path) -> None:

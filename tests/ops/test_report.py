@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from run_folders import CONFIG, evaluation, fill, fill_long, line, trace_line, w
 
 from actors.books import BookLine
 from common.config import ConfigError, parse
+from common.pretrained import PACKAGE_ROOT
 from ops import report, report_data, report_panels, report_plots, report_run, report_series
 from ops.cli import main
 from ops.summary import Saving, length_saving
@@ -262,6 +264,33 @@ def test_text_is_decoded_by_the_tokenizer_of_the_run(tmp_path: Path) -> None:
     assert isinstance(decode([3, 4]), str)
     fill(tmp_path)
     assert report_run.find_decoder(report_run.read_run(tmp_path)) is None
+
+
+def test_a_run_that_is_read_where_its_student_is_not_has_its_own_tokenizer(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE_ROOT / "ops" / "models" / "student", fill(tmp_path) / "model")
+    decode = report_run.find_decoder(report_run.read_run(tmp_path))
+    assert decode is not None
+    assert decode([3, 4])
+
+
+@pytest.mark.parametrize("name", ["figures", "report.png", "report.html"])
+def test_what_cannot_be_written_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path)
+    if name == "figures":
+        (tmp_path / name).write_text("a file")
+    else:
+        (tmp_path / name).mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"error: {tmp_path / name}: cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "traces.jsonl"])
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (fill(tmp_path) / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert str(tmp_path / name) in told and "directory" in told.lower()
 
 
 def test_no_runs_folder(tmp_path: Path) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from run_folders import evaluation, fill, write_lines
 from samples import Run
 
 from actors.books import read_lines, rid_of
+from common.config import Config, load
 from common.pretrained import PACKAGE_ROOT
+from ops import roles
 from ops.embedded import EmbeddedRedis
 from ops.roles import RUN_KEY, run_role
 from ops.rundir import write_text
@@ -48,3 +54,56 @@ def test_a_feeder_that_died_while_it_closed_the_run_goes_on_with_that(
     assert [(line["rid"], line["reason"]) for line in lines] == [(rid_of(number), "run_end") for number in range(3)]
     assert run.ledger() == {"admitted": 3, "dropped:run_end": 3}
     assert run.entries("prompts") == []
+
+
+# --- at the end of a run ---
+
+
+@pytest.fixture
+def over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """The config of a run that is over on a cluster, its folder filled; the last version is evaluated already."""
+    monkeypatch.delenv(RUN_KEY, raising=False)
+    monkeypatch.setattr("ops.evaluate.follow", lambda *_: None)
+    (tmp_path / "small").mkdir()
+    config = load(fill(tmp_path / "small") / "config.yaml")
+    return config.model_copy(update={"runs_dir": str(tmp_path)})
+
+
+def test_on_a_cluster_the_evaluator_draws_what_it_found_last(over: Config) -> None:
+    folder = over.run_dir
+    write_lines(folder / "eval.jsonl", [evaluation(0, 0.25), evaluation(2, 0.75)])
+    roles._evaluator(over, None, threading.Event())  # type: ignore[arg-type]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [line["avg@k"] for line in summary["eval"]] == [0.25, 0.75]
+    page = (folder / "report.html").read_text()
+    assert "0.250" in page and "0.750" in page
+
+
+def test_under_katana_run_the_evaluator_does_not_draw(over: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_KEY, "small-1")
+    roles._evaluator(over, None, threading.Event())  # type: ignore[arg-type]
+    assert (over.run_dir / "summary.json").is_file()
+    assert not (over.run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("metrics.jsonl", '{"step": 1}\n'), ("eval.jsonl", "{oops\n")])
+def test_a_damaged_folder_is_logged_and_fails_no_role(
+    over: Config, caplog: pytest.LogCaptureFixture, name: str, text: str
+) -> None:
+    (over.run_dir / name).write_text(text)
+    roles._sum_up(over.run_dir)
+    assert "no summary or no report" in caplog.text
+    assert not (over.run_dir / "report.html").exists()
+
+
+def test_one_waits_while_another_sums_up(over: Config) -> None:
+    """Feeder and evaluator may come to it at once; whoever read first must not write last."""
+    with (over.run_dir / ".report.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=roles._sum_up, args=(over.run_dir,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert not (over.run_dir / "summary.json").exists()
+    waiting.join(60)
+    assert (over.run_dir / "report.html").is_file()

@@ -508,6 +508,58 @@ def test_a_run_at_rest_with_a_redis_of_its_own(tmp_path: Path, observe: Callable
     assert "at rest" in observe(config).look().redis
 
 
+def finish(config: Config, *, steps: int = 0, ledger: str | None = None) -> None:
+    """The folder of a local run that is over: its Redis is gone with it."""
+    folder = config.run_dir
+    (folder / "redis").mkdir(parents=True)
+    write_text(folder / "config.yaml", config.to_yaml())
+    step = {"step": steps or config.learner.max_steps, "policy_version": 4, "staleness_mean": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    closed = {"admitted": 9, "trained": 6, "dropped": {"stale": 2}, "dead": 1, "open": 0}
+    (folder / "ledger.json").write_text(ledger if ledger is not None else json.dumps(closed))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("once", [True, False])
+def test_a_run_that_is_over_is_shown_as_such_and_top_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], once: bool
+) -> None:
+    config = make_config(tmp_path, **SHIPPED)
+    finish(config)
+    source = config.run_dir / "config.yaml"
+    assert top(config, source, interval_s=3600, once=once, as_json=True) == 0
+    [line] = capsys.readouterr().out.splitlines()
+    value = json.loads(line)
+    assert (value["state"], value["step"], value["open_rollouts"]) == ("ended", config.learner.max_steps, 0)
+    assert value["ledger"] == {"admitted": 9, "trained": 6, "dead": 1, "dropped:stale": 2}
+    assert top(config, source, interval_s=3600, once=True, as_json=False) == 0
+    text = capsys.readouterr().out
+    assert "· ended · step" in text and "the run is over; what its folder holds is shown" in text
+    assert "not seen" not in text and "at rest" not in text
+    assert "9 admitted = 6 trained + 2 dropped + 1 dead + 0 open" in text
+
+
+@pytest.mark.parametrize(
+    ("steps", "ledger"),
+    [
+        (1, None),
+        (0, '{"admitted": 9, "trained": 6, "dropped": {}, "dead": 1, "open": 2}'),
+        (0, '{"admitted": 9}'),
+        (0, "[]"),
+        (0, "{"),
+    ],
+)
+def test_a_run_that_stopped_before_its_end_is_not_over(
+    tmp_path: Path, observe: Callable[..., Observer], steps: int, ledger: str | None
+) -> None:
+    config = make_config(tmp_path, **SHIPPED)
+    finish(config, steps=steps, ledger=ledger)
+    snapshot = observe(config).look()
+    assert snapshot.state != "ended"
+    assert "at rest" in snapshot.redis
+    assert "not seen" in rendered(snapshot)
+
+
 def test_a_run_at_work_is_found_by_its_folder(tmp_path: Path, observe: Callable[..., Observer]) -> None:
     config = make_config(tmp_path, **SHIPPED)
     server = EmbeddedRedis(config.run_dir / "redis", maxmemory_mb=64)

@@ -278,12 +278,12 @@ def test_without_redis_the_books_say_which_there_are(desk: Desk, tmp_path: Path)
     desk.config = desk.config.model_copy(update={"redis": away})
     assert "and none is booked" in desk.refused("7")
     books = Books(desk.config.run_dir, record_traces=True)
-    for number in (0, 3):
+    for number in (3, 0, 2):
         line = unjudged_line(f"r{number:09d}", "treated", 0, ending="dropped", reason="lost", generated=0)
         books.write([Booking(line)])
     books.close()
     said = desk.refused("7")
-    assert "booked are, first to last, r000000000 … r000000003" in said
+    assert "booked are, lowest to highest, r000000000 … r000000003" in said
     assert "Redis does not answer" in said
     assert "dropped (lost)" in desk.watch("3")
 

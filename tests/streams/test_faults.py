@@ -177,6 +177,22 @@ def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     assert fields == {b"rid": b"r1"}
 
 
+def test_claims_on_other_shards_are_given_although_one_shard_lost_its_group(run: Run) -> None:
+    """They are this consumer's by then: not given now, they would wait until it has been silent for long."""
+    shards = [f"chunks:{shard}" for shard in range(run.plane.shards)]
+    for shard in shards:
+        run.client.xadd(run.key(shard), {"rid": shard})
+    assert len(run.plane.read("teacher", "silent", shards, count=10, block_s=0)) == len(shards)
+    run.client.xgroup_destroy(run.key("chunks:1"), "teacher")
+    found = run.plane.claim_idle_each(shards, "teacher", "t1", idle_s=0.0, count=10)
+    assert {shard: [fields[b"rid"] for _, fields in entries] for shard, entries in found.items()} == {
+        shard: [shard.encode()] for shard in ("chunks:0", "chunks:2", "chunks:3")
+    }
+    # The group was made again, and gives what is left in its stream.
+    [(shard, (_, fields))] = run.plane.read("teacher", "t1", shards, count=10, block_s=0)
+    assert (shard, fields) == ("chunks:1", {b"rid": b"chunks:1"})
+
+
 def test_what_was_read_before_the_groups_were_lost_still_ends_once(run: Run) -> None:
     entry = run.judged("r1")
     destroy_groups(run)
@@ -185,6 +201,31 @@ def test_what_was_read_before_the_groups_were_lost_still_ends_once(run: Run) -> 
     assert run.settle("r1", entry) == [b"ok", 0]
     endings = [one["ending"] for one in run.entries("finished") if one["kind"] == "ending"]
     assert endings == ["trained"]
+
+
+# --- scripts lost ---
+
+
+@pytest.mark.parametrize("unknown", ["count", "beat", "take", "all"])
+def test_of_calls_sent_together_each_runs_once_although_scripts_are_unknown(run: Run, unknown: str) -> None:
+    for rid in ("r1", "r2", "r3"):
+        run.admit(rid)
+    [[_, entry, *_]] = run.take("w1", "n1", count=1)
+    run.client.script_flush()
+    for name, script in run.plane._scripts.items():
+        if unknown not in (name, "all"):
+            run.client.script_load(script.script)
+    count, beat, take = run.plane.call_all(
+        [
+            ("count", ("r1", "n1", 9)),
+            ("beat", ("w1", "0-0", 0, "r1", entry, "n1")),
+            ("take", ("w1", "n2", 1, 0, "0-0")),
+        ]
+    )
+    assert (count, beat[0], beat[3:]) == ([b"ok"], b"ok", [b"0"])
+    assert [taken[0] for taken in take[2:]] == [b"r2"]
+    assert [run.field(rid, "owner") for rid in ("r1", "r2", "r3")] == [b"n1", b"n2", None]
+    assert len(run.entries("finished")) == 1
 
 
 # --- stopped, restarted, away ---
