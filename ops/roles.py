@@ -116,11 +116,29 @@ def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event)
     if role == "feeder" and plane.state() is None:
         log.warning("Redis has lost this run: it is opened again, what was in flight is booked as lost")
         create_run(client, config, run_key)
-    raw = client.get(plane.key("config"))
-    if not isinstance(raw, bytes):
-        raise RunGone(f"Redis does not know the run {run_key!r} any more: its feeder opens it again")
+    raw = _read_config(config, client, plane, stop)
     shared = parse(raw, source=f"config of {run_key}")
     return shared.model_copy(update={"redis": config.redis, "metrics": config.metrics}), plane
+
+
+def _read_config(config: Config, client: redis.Redis, plane: Plane, stop: threading.Event) -> bytes:
+    """The run's config. Where Redis has lost it, wait: its feeder, which may itself be starting, opens the run again.
+
+    To end at once instead would only make whoever supervises this role start it again, and at last give it up.
+    """
+    deadline = time.monotonic() + config.liveness.redis_wait_s
+    said = False
+    while True:
+        raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
+        if isinstance(raw, bytes):
+            return raw
+        if not said:
+            log.warning("Redis does not know the run %r any more: waiting for its feeder", plane.run_key)
+            said = True
+        if time.monotonic() > deadline:
+            raise RunGone(f"Redis does not know the run {plane.run_key!r} any more: its feeder opens it again")
+        if stop.wait(0.2):
+            raise Stopping
 
 
 def _open_run(config: Config, client: redis.Redis) -> str:

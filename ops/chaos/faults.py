@@ -68,8 +68,14 @@ class Kind:
         return self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint"))
 
     @property
-    def costs_restart(self) -> bool:
-        """Whether the struck process ends, so that its supervisor starts another."""
+    def restarts(self) -> dict[str, int]:
+        """By role, how often its supervisor will have to start a process anew."""
+        if self.name == "redis-lose":
+            return dict.fromkeys(("arbiter", "feeder", "learner"), 2)
+        return {self.role: 1} if self.role is not None and self._ends_process else {}
+
+    @property
+    def _ends_process(self) -> bool:
         ends = self.name.startswith(("kill-", "term-", "torn-checkpoint"))
         return ends or (self.name.startswith("pause-") and self.role not in WORKERS)
 
@@ -146,8 +152,6 @@ def _redis_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
 
 
 def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> str:
-    for role in ("arbiter", "feeder", "learner"):
-        cluster.spend_restart(role, times=2)
     with cluster.busy_redis:
         at_stake = _at_stake(cluster)
         with scene.lock:

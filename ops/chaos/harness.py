@@ -171,9 +171,9 @@ def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: Result, began:
 
 
 def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: float, rng: random.Random) -> None:
-    if kind.costs_restart:
-        assert kind.role is not None
-        cluster.spend_restart(kind.role)
+    # Before the clock starts: waiting for leave to end a process is the harness's affair.
+    for role, times in kind.restarts.items():
+        cluster.spend_restart(role, times)
     pid = cluster.victim(kind.role, rng) if kind.role else 0
     if not fault.alone:
         fault.at_s = time.monotonic() - began

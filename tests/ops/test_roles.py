@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from run_folders import evaluation, fill, write_lines
 from samples import Run
 
@@ -107,3 +108,50 @@ def test_one_waits_while_another_sums_up(over: Config) -> None:
         assert not (over.run_dir / "summary.json").exists()
     waiting.join(60)
     assert (over.run_dir / "report.html").is_file()
+
+
+def test_a_role_waits_while_redis_has_lost_the_run_and_joins_when_its_feeder_has_opened_it_again(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(
+        embedded_redis,
+        redis={"url": embedded_redis.url, "broker_url": embedded_redis.broker_url},
+        name="reopened",
+        **MODELS,
+    )
+    monkeypatch.setenv(RUN_KEY, run.plane.run_key)
+    config = run.client.get(run.key("config"))
+    run.client.delete(run.key("config"), run.key("run"))
+    looks: list[int] = []
+    get = redis.Redis.get
+
+    def looking(client: redis.Redis, name: str) -> object:
+        if name == run.key("config"):
+            looks.append(1)
+            if len(looks) == 3:  # its feeder has come
+                run.client.set(run.key("config"), config)
+                run.client.set(run.key("run"), "ended")
+        return get(client, name)
+
+    monkeypatch.setattr(redis.Redis, "get", looking)
+    assert run_role("arbiter", run.config) == 0
+    assert len(looks) == 3
+
+
+def test_a_role_gives_up_when_no_feeder_opens_the_run_again(
+    embedded_redis: EmbeddedRedis,
+    start: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = start(
+        embedded_redis,
+        redis={"url": embedded_redis.url, "broker_url": embedded_redis.broker_url},
+        liveness={"redis_wait_s": 0.3},
+        name="forgotten",
+        **MODELS,
+    )
+    monkeypatch.setenv(RUN_KEY, run.plane.run_key)
+    run.client.delete(run.key("config"), run.key("run"))
+    assert run_role("arbiter", run.config) == 1
+    assert "its feeder opens it again" in caplog.text
