@@ -219,7 +219,7 @@ def test_a_run_that_cuts_nothing_has_no_threshold(tmp_path: Path) -> None:
 
 def test_katana_report_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(fill(tmp_path))]) == 0
-    assert str(tmp_path / "report.png") in capsys.readouterr().out
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"{name}.png" for name in report_plots.PLOTS}
     assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []

@@ -351,5 +351,9 @@ def test_following_what_is_not_there_does_not_wait(desk: Desk) -> None:
 def test_ctrl_c_ends_following(desk: Desk, meanwhile: Callable[..., None]) -> None:
     desk.write()
     meanwhile(lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        watch(desk.config, SOURCE, RID, as_json=True, follow=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            watch(desk.config, SOURCE, RID, as_json=True, follow=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
