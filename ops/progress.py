@@ -210,5 +210,5 @@ def describe(summary: dict[str, Any], config: Config) -> str:
             f"ledger: admitted {ledger['admitted']} = trained {ledger['trained']} + dropped {dropped} "
             f"+ dead {ledger['dead']} + open {ledger['open']}"
         )
-    lines.append(f"folder: {config.run_dir} (summary.json, report.png, model/)")
+    lines.append(f"folder: {config.run_dir} (summary.json, report.html, model/)")
     return "\n".join(lines)
