@@ -31,7 +31,7 @@ from actors.books import (
 from common import metrics
 from common.config import Config
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.streams import RECORDS_AT_A_TIME, Lease, Plane, RunGone, locked, shown, unix_s
+from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_atomically
 
 log = logging.getLogger("katana.feeder")
@@ -313,12 +313,8 @@ class Feeder:
     def _audits(self, rids: list[str]) -> list[dict[str, Any] | None]:
         if not self._config.feeder.record_audit:
             return [None] * len(rids)
-        audits: list[dict[str, Any] | None] = []
-        for first in range(0, len(rids), RECORDS_AT_A_TIME):
-            some = rids[first : first + RECORDS_AT_A_TIME]
-            records = self._plane.rollouts(some)
-            audits += [audit_of(rid, record) if record else None for rid, record in zip(some, records, strict=True)]
-        return audits
+        records = self._plane.rollouts(rids)
+        return [audit_of(rid, record) if record else None for rid, record in zip(rids, records, strict=True)]
 
     def _settle(self, endings: list[tuple[str, str, list[bytes]]]) -> None:
         """Rollouts by their ledger field, with what is pending of each."""

@@ -136,7 +136,7 @@ class TeacherWorker:
     def _claim(self) -> None:
         streams = [f"chunks:{shard}" for shard in range(self._plane.shards)]
         idle_s = self._config.liveness.claim_s
-        claimed = self._plane.claim_idle_each(streams, "teacher", self._worker, idle_s=idle_s, count=32)
+        claimed = self._plane.claim_idle(streams, "teacher", self._worker, idle_s=idle_s, count=32)
         known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
         for stream, found in claimed.items():
             metrics.claims.labels("chunks").inc(len(found))

@@ -58,7 +58,7 @@ RUNS = "katana:runs"
 _ANSWER_S = 5.0  # how long a connection waits for an answer
 _LONGEST_BLOCK_S = 2.0
 _ADOPT_AT_A_TIME = 500
-RECORDS_AT_A_TIME = 16  # whole rollouts, megabytes each in a large run
+_RECORDS_AT_A_TIME = 16  # whole rollouts, megabytes each in a large run
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
 # A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
 _MAY_PASS = (
@@ -371,23 +371,10 @@ class Plane:
             found += [(stream, (entry, values or {})) for entry, values in entries]
         return found
 
-    def claim_idle(self, stream: str, group: str, consumer: str, *, idle_s: float, count: int) -> list[Entry]:
-        """Entries whose consumer has been silent for `idle_s`; none while `may_claim` is False."""
-        if not self.may_claim:
-            return []
-
-        def once() -> Any:
-            return self.client.xautoclaim(
-                self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count
-            )
-
-        answer = self.patiently(lambda: self._or_groups(once), f"claim {stream}")
-        return [entry for entry in answer[1] if entry and entry[1]] if answer else []
-
-    def claim_idle_each(
+    def claim_idle(
         self, streams: Sequence[str], group: str, consumer: str, *, idle_s: float, count: int
     ) -> dict[str, list[Entry]]:
-        """`claim_idle` on several streams in one round trip; only those with such entries."""
+        """Entries whose consumer has been silent for `idle_s`, by stream; none while `may_claim` is False."""
         if not self.may_claim:
             return {}
 
@@ -422,18 +409,22 @@ class Plane:
         return self.patiently(once, "fields") if wanted else []
 
     def rollout(self, rid: str) -> dict[bytes, bytes]:
-        return self.rollouts([rid])[0]
+        """A whole record; an empty one where there is none."""
+        return next(self.rollouts([rid]))
 
-    def rollouts(self, rids: Sequence[str]) -> list[dict[bytes, bytes]]:
-        """Whole records in one round trip; an empty one where there is none. They are large: ask for few at a time."""
+    def rollouts(self, rids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
+        """Whole records, in the order of the ids; a few in each round trip, for they are large."""
+        for first in range(0, len(rids), _RECORDS_AT_A_TIME):
+            yield from self._records(rids[first : first + _RECORDS_AT_A_TIME])
 
+    def _records(self, rids: Sequence[str]) -> list[dict[bytes, bytes]]:
         def once() -> list[dict[bytes, bytes]]:
             pipe = self.client.pipeline(transaction=False)
             for rid in rids:
                 pipe.hgetall(self.key(f"rollout:{rid}"))
             return [dict(record) for record in pipe.execute()]
 
-        return self.patiently(once, "rollouts") if rids else []
+        return self.patiently(once, "rollouts")
 
     def fail(
         self,

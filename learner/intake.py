@@ -6,7 +6,6 @@ a new learner finds it again.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from common.messages import (
     Verdict,
     read_rid,
 )
-from common.streams import RECORDS_AT_A_TIME, Lease, Plane, shown
+from common.streams import Lease, Plane, shown
 from learner.batch import Trajectory
 
 Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
@@ -95,51 +94,39 @@ class Intake:
         )
 
     def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
-        for first in range(0, len(entries), RECORDS_AT_A_TIME):
-            self._receive_some(entries[first : first + RECORDS_AT_A_TIME])
-
-    def _receive_some(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
-        records = self._records(entries)
-        for entry, values in entries:
-            rid = ""
+        fresh = [(entry, rid) for entry, values in entries if (rid := self._fresh(entry, values))]
+        for (entry, rid), record in zip(fresh, self._plane.rollouts([rid for _, rid in fresh]), strict=True):
+            self._held.add(entry)
             try:
-                rid = read_rid(values.get(b"rid"))
-                if entry in self._held:
-                    continue  # a group that was lost and made again delivers anew what is in our hands
-                self._held.add(entry)
-                if rid in self._covered:
-                    self.settle([(entry, rid, "trained", "", "")])
-                    continue
-                record = records[rid]
-                wrong = self._refusal(rid, record)
-                if wrong:
-                    self._plane.fail(
-                        "",
-                        "trajectories",
-                        wrong,
-                        max_attempts=1,
-                        shown=rid.encode(),
-                        at=("trajectories", "learner", entry),
-                    )
-                    metrics.dead_letters.labels("trajectories").inc()
-                    continue
-                trajectory = read_trajectory(record, self._vocab_size)
-                if trajectory.rid != rid:
-                    raise MessageError(f"the record of {trajectory.rid!r:.40}")
-                self._waiting.append(Received(entry, trajectory))
-                self._known.add(rid)
+                self._take_in(entry, rid, record)
             except MessageError as error:
-                self._give_up(rid, str(error), entry, shown(values))
+                self._give_up(rid, str(error), entry)
 
-    def _records(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> dict[str, dict[bytes, bytes]]:
-        """What notices point at, in one round trip; nothing for those that name no rollout, or one that is covered."""
-        rids = []
-        for entry, values in entries:
-            with contextlib.suppress(MessageError):
-                rid = read_rid(values.get(b"rid"))
-                if entry not in self._held and rid not in self._covered:
-                    rids.append(rid)
-        return dict(zip(rids, self._plane.rollouts(rids), strict=True))
+    def _fresh(self, entry: bytes, values: dict[bytes, bytes]) -> str:
+        """The rollout that a notice names; '' where there is nothing more to do about it."""
+        try:
+            rid = read_rid(values.get(b"rid"))
+        except MessageError as error:
+            self._refuse(entry, str(error), shown(values))
+            return ""
+        if entry in self._held:
+            return ""  # a group that was lost and made again delivers anew what is in our hands
+        if rid in self._covered:
+            self.settle([(entry, rid, "trained", "", "")])
+            return ""
+        return rid
+
+    def _take_in(self, entry: bytes, rid: str, record: dict[bytes, bytes]) -> None:
+        """Raises MessageError for a record that cannot be read."""
+        wrong = self._refusal(rid, record)
+        if wrong:
+            self._refuse(entry, wrong, rid.encode())
+            return
+        trajectory = read_trajectory(record, self._vocab_size)
+        if trajectory.rid != rid:
+            raise MessageError(f"the record of {trajectory.rid!r:.40}")
+        self._waiting.append(Received(entry, trajectory))
+        self._known.add(rid)
 
     def _refusal(self, rid: str, record: dict[bytes, bytes]) -> str:
         """Why a notice has no trajectory to train on; '' where it has one."""
@@ -149,15 +136,18 @@ class Intake:
             return "a second notice of the same rollout"
         return "" if record.get(b"verdict", b"dead") != b"dead" else "its rollout has no verdict"
 
-    def _give_up(self, rid: str, reason: str, entry: bytes, what: bytes) -> None:
-        """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
-        log.warning("trajectory %s cannot be read: %s", rid or "?", reason)
+    def _refuse(self, entry: bytes, reason: str, what: bytes) -> None:
+        """Take a notice off that leads to no trajectory; no rollout ends by it."""
+        log.warning("a notice of a trajectory is taken off: %s", reason)
         metrics.dead_letters.labels("trajectories").inc()
-        if not rid:  # a notice that names no rollout is only taken off
-            at = ("trajectories", "learner", entry)
-            self._plane.fail("", "trajectories", reason, max_attempts=1, shown=what, at=at)
-            return
-        self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=what)
+        at = ("trajectories", "learner", entry)
+        self._plane.fail("", "trajectories", reason, max_attempts=1, shown=what, at=at)
+
+    def _give_up(self, rid: str, reason: str, entry: bytes) -> None:
+        """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
+        log.warning("trajectory %s cannot be read: %s", rid, reason)
+        metrics.dead_letters.labels("trajectories").inc()
+        self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
         self.settle([(entry, rid, "dead", "trajectories", "")])
 
 

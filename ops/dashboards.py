@@ -99,6 +99,12 @@ def growth(metric: str) -> str:
     return f"{rate(metric)} or {_zero()}"
 
 
+def _counted(title: str, text: str, counter: str, label: str) -> Panel:
+    """How fast a counter of mishaps grows, by label and in all."""
+    queries = (Query(rate(counter, label), f"{{{{{label}}}}}"), Query(growth(counter), "all"))
+    return Panel(title, text, "suffix: /s", queries)
+
+
 def configured(kind: str) -> str:
     """A setting of the run, as its feeder serves it."""
     return f"max({of('config_value', job='feeder', kind=kind)})"
@@ -506,32 +512,12 @@ _FAULTS = Row(
             (Query(f"time() - max by (role) ({of('loop_timestamp_seconds')} > 0)", "{{role}}"),),
             alarm=60.0,
         ),
-        Panel(
-            "Given up",
-            "Dead letters a second, by where the record was given up.",
-            "suffix: /s",
-            (
-                Query(rate("dead_letters_total", "reason"), "{{reason}}"),
-                Query(growth("dead_letters_total"), "all"),
-            ),
+        _counted(
+            "Given up", "Dead letters a second, by where the record was given up.", "dead_letters_total", "reason"
         ),
-        Panel(
-            "Failed calls",
-            "Failed calls to Redis a second, by kind.",
-            "suffix: /s",
-            (
-                Query(rate("redis_errors_total", "kind"), "{{kind}}"),
-                Query(growth("redis_errors_total"), "all"),
-            ),
-        ),
-        Panel(
-            "Taken over",
-            "Entries a second taken over from a silent worker, by stream.",
-            "suffix: /s",
-            (
-                Query(rate("claims_total", "stream"), "{{stream}}"),
-                Query(growth("claims_total"), "all"),
-            ),
+        _counted("Failed calls", "Failed calls to Redis a second, by kind.", "redis_errors_total", "kind"),
+        _counted(
+            "Taken over", "Entries a second taken over from a silent worker, by stream.", "claims_total", "stream"
         ),
         Panel(
             "Fenced and repeated chunks",

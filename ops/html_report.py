@@ -35,7 +35,7 @@ from ops import report_data as data
 from ops import report_plots as plots
 from ops.reading import Reading, Words, readings_from_folder
 from ops.report_panels import headline
-from ops.report_run import Run, read_run
+from ops.report_run import Run
 from ops.summary import ARMS, Saving, arm_totals
 
 FILES = Path(__file__).parent / "html"
@@ -99,17 +99,6 @@ COLUMNS = (
 
 
 _SHOWN_OF_COLUMN = ("name", "title", "meaning", "kind")
-
-
-def write_html(folder: Path) -> Path:
-    """Write `report.html` into a run's folder; returns its path.
-
-    Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), a file in it is damaged, or the page cannot be
-            written.
-    """
-    run = read_run(folder)
-    return write_page(run, plots.draw_all(run))
 
 
 def write_page(run: Run, figures: dict[str, Figure]) -> Path:

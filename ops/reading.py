@@ -222,25 +222,30 @@ def booked_line(folder: Path, rid: str) -> dict[str, Any] | None:
 def reading_of_line(line: Mapping[str, Any], config: Config) -> Reading:
     """A booked rollout of which no trace is kept: what the books tell, without a text. Raises ConfigError."""
     try:
-        return Reading(
-            rid=line["rid"],
-            arm=line["arm"],
-            prompt=_prompts(config)(line["problem"]),
-            tokens=[],
-            finish_reason=line["finish_reason"],
-            keep=line["tokens_kept"],
-            trigger=line["tokens_kept"] + line["tokens_detection"],
-            threshold=line["threshold"],
-            min_window=line["min_window"],
-            problem=line["problem"],
-            generated=line["tokens_generated"],
-            versions=(line["policy_version_first"], line["policy_version_last"]),
-            ending=line["ending"],
-            reason=line["reason"],
-            notes=("no text: it had no verdict, or feeder.record_traces is off",),
-        )
+        reading = _booked(line, _prompts(config))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"rollouts.jsonl: the line of {line.get('rid')} cannot be read ({error!r})") from error
+    return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off",))
+
+
+def _booked(line: Mapping[str, Any], prompt_of: Callable[[int], str]) -> Reading:
+    """What a line of the books says. Raises KeyError, TypeError."""
+    return Reading(
+        rid=line["rid"],
+        arm=line["arm"],
+        prompt=prompt_of(line["problem"]),
+        tokens=[],
+        finish_reason=line["finish_reason"],
+        keep=line["tokens_kept"],
+        trigger=line["tokens_kept"] + line["tokens_detection"],
+        threshold=line["threshold"],
+        min_window=line["min_window"],
+        problem=line["problem"],
+        generated=line["tokens_generated"],
+        versions=(line["policy_version_first"], line["policy_version_last"]),
+        ending=line["ending"],
+        reason=line["reason"],
+    )
 
 
 def audited_chunks(folder: Path, rid: str) -> tuple[Chunk, ...]:
@@ -306,23 +311,8 @@ def _reading_of(
         ids = np.frombuffer(base64.b64decode(trace["tokens"], validate=True), "<i4").tolist()
         divergence = np.frombuffer(base64.b64decode(trace["divergence"], validate=True), "<f4").tolist()
         keep, trigger = int(trace["keep"]), int(trace["trigger"])
-        return Reading(
-            rid=trace["rid"],
-            arm=trace["arm"],
-            prompt=prompt_of(trace["problem"]),
-            tokens=tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids),
-            finish_reason=trace["finish_reason"],
-            keep=keep,
-            trigger=trigger,
-            threshold=trace["threshold"],
-            min_window=line["min_window"],
-            problem=trace["problem"],
-            cut=trace["cut"],
-            generated=line["tokens_generated"],
-            versions=(line["policy_version_first"], line["policy_version_last"]),
-            ending=line["ending"],
-            reason=line["reason"],
-        )
+        tokens = tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids)
+        return replace(_booked(line, prompt_of), tokens=tokens, keep=keep, trigger=trigger, cut=trace["cut"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ConfigError(f"{folder}: rollout {trace['rid']} cannot be read from its files ({error!r})") from error
 

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ops.html_report import write_page
+from ops.report_plots import draw_all
+from ops.report_run import read_run
+
 CONFIG = """
 name: small
 student: {model: ./absent-student}
@@ -189,3 +193,9 @@ def _rollout(
     divergence = np.exp(rng.normal(-4.0, 2.0, total))
     traced = trace_line(divergence.tolist(), keep, trigger, arm, rid, rng.integers(0, ids, total).tolist())
     return booked, traced
+
+
+def write_html(folder: Path) -> Path:
+    """report.html of a run's folder alone, as `katana report` makes it with the rest."""
+    run = read_run(folder)
+    return write_page(run, draw_all(run))

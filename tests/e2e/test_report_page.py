@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from browser import Browser, browser
 from matplotlib.image import imread
-from run_folders import fill, fill_long, line, write_lines
+from run_folders import fill, fill_long, line, write_html, write_lines
 
-from ops.html_report import write_html
 from ops.report_plots import PLOTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browser
-from run_folders import CONFIG, fill, fill_long, line, trace_line, write_lines
+from run_folders import CONFIG, fill, fill_long, line, trace_line, write_html, write_lines
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -19,7 +19,6 @@ from tokenizers.models import WordLevel
 from common.config import ConfigError
 from ops import html_report, report, report_plots
 from ops.cli import main
-from ops.html_report import write_html
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

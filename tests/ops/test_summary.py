@@ -8,25 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import run_folders
 
 from ops.summary import arm_totals, length_saving, summarize, write_summary
 
 
 def line(arm: str, generated: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "rid": "r",
-        "arm": arm,
-        "problem": 0,
-        "finish_reason": "eos",
-        "ending": "trained",
-        "reason": "",
-        "active": True,
-        "tokens_generated": generated,
-        "tokens_kept": generated - 3,
-        "tokens_trained": generated - 3,
-        "tokens_detection": 2,
-        "tokens_overshoot": 1,
-    } | changes
+    kept = {"tokens_kept": generated - 3, "tokens_trained": generated - 3, "tokens_detection": 2, "tokens_overshoot": 1}
+    return run_folders.line(rid="r", arm=arm, tokens_generated=generated, **(kept | changes))
 
 
 def test_the_saving_by_hand() -> None:

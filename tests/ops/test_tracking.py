@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_folders
 from samples import make_config
 
 from common.config import ConfigError
@@ -56,24 +57,9 @@ def step_line(step: int, *, loss: float | None = None, version: int | None = Non
 
 
 def rollout_line(arm: str, generated: int, version: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "rid": "r",
-        "arm": arm,
-        "problem": 0,
-        "finish_reason": "eos",
-        "ending": "trained",
-        "reason": "",
-        "active": True,
-        "tokens_generated": generated,
-        "tokens_kept": generated,
-        "tokens_trained": generated,
-        "tokens_detection": 0,
-        "tokens_overshoot": 0,
-        "threshold": None,
-        "policy_version_last": version,
-        "correct": None,
-        "ended_unix_s": None,
-    } | changes
+    tokens = dict.fromkeys(("tokens_generated", "tokens_kept", "tokens_trained"), generated)
+    others = {"threshold": None, "policy_version_last": version, "correct": None}
+    return run_folders.line(rid="r", arm=arm, **(tokens | others | changes))
 
 
 def eval_line(step: int, right: float) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     elif how == "adopt":
         assert run.lease("learner").adopt("trajectories", "learner") == []
     else:
-        assert run.plane.claim_idle("chunks:0", "teacher", "t1", idle_s=0.0, count=10) == []
+        assert run.plane.claim_idle(["chunks:0"], "teacher", "t1", idle_s=0.0, count=10) == {}
     [(_, (_, fields))] = run.plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
     assert fields == {b"rid": b"r1"}
 
@@ -184,7 +184,7 @@ def test_claims_on_other_shards_are_given_although_one_shard_lost_its_group(run:
         run.client.xadd(run.key(shard), {"rid": shard})
     assert len(run.plane.read("teacher", "silent", shards, count=10, block_s=0)) == len(shards)
     run.client.xgroup_destroy(run.key("chunks:1"), "teacher")
-    found = run.plane.claim_idle_each(shards, "teacher", "t1", idle_s=0.0, count=10)
+    found = run.plane.claim_idle(shards, "teacher", "t1", idle_s=0.0, count=10)
     assert {shard: [fields[b"rid"] for _, fields in entries] for shard, entries in found.items()} == {
         shard: [shard.encode()] for shard in ("chunks:0", "chunks:2", "chunks:3")
     }
@@ -248,7 +248,7 @@ def test_a_slow_answer_comes_through_and_nobody_claims_for_a_while(
     assert time.monotonic() - began > 2.3
     assert not run.plane.may_claim
     # Everybody's entries look idle now.
-    assert run.plane.claim_idle("prompts", "rollout", "w2", idle_s=0.1, count=10) == []
+    assert run.plane.claim_idle(["prompts"], "rollout", "w2", idle_s=0.1, count=10) == {}
     time.sleep(run.config.liveness.claim_s + 0.05)
     assert run.plane.may_claim
 
