@@ -15,24 +15,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common import metrics
-from common.config import Config, Termination
+from common import metrics, policies
+from common.config import Config
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
+from common.policies import Policy, Progress, Situation
 from common.streams import Lease, Plane, shown, unix_s
-from common.termination import Cut, Detector, FixedLength, Kat, MinimaBuffer, NeverCut
+from common.termination import Cut, Kat, MinimaBuffer
 from common.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks asked for in one look
-
-
-def make_detector(settings: Termination, threshold: float | None) -> Detector:
-    """The policy of one rollout."""
-    if settings.policy == "none":
-        return NeverCut()
-    if settings.policy == "fixed":
-        return FixedLength(settings.fixed_tokens)
-    return _kat(settings, threshold)
 
 
 def _read_threshold(value: bytes | None) -> float | None:
@@ -48,16 +40,6 @@ def _read_threshold(value: bytes | None) -> float | None:
     return threshold
 
 
-def _kat(settings: Termination, threshold: float | None) -> Kat:
-    return Kat(
-        window=settings.window,
-        patience=settings.patience,
-        stride=settings.stride,
-        grace_tokens=settings.grace_tokens,
-        threshold=threshold,
-    )
-
-
 @dataclass(slots=True)
 class _Track:
     """One rollout without a verdict, as far as it has been read."""
@@ -65,7 +47,7 @@ class _Track:
     entries: list[bytes] = field(default_factory=list)
     head: RolloutHead | None = None
     threshold: float | None = None
-    detector: Detector = field(default_factory=NeverCut)
+    detector: Policy | None = None
     minimum: Kat | None = None  # sees every window, also those behind a control rollout's would-be cut
     cut: Cut | None = None
     chunks: list[ChunkTokens] = field(default_factory=list)
@@ -87,7 +69,8 @@ class Arbiter:
         self._tracks: dict[str, _Track] = {}
         self._again: set[str] = set()
         self._minima = MinimaBuffer(self._settings.buffer_size)
-        self._version = 0
+        self._policy = policies.find(self._settings.policy)
+        self._version = self._step = 0
         self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
         # Verdicts (None: only to acknowledge) that the look at hand has come to, with the last notice of each.
         self._due: list[tuple[Sequence[str | int | bytes], tuple[Verdict, bytes] | None]] = []
@@ -123,11 +106,9 @@ class Arbiter:
 
     @property
     def threshold(self) -> float | None:
-        """s for rollouts whose first score is stored from now on; None while the rule is not active."""
-        settings = self._settings
-        if settings.policy != "kat" or self._version < settings.warmup_steps:
-            return None
-        return self._minima.quantile(1 - settings.eta) if len(self._minima) >= settings.min_calibration else None
+        """The policy's number (kat: s) for rollouts whose first score is stored from now on; None for none."""
+        number = self._policy.number(self._settings, Progress(self._version, self._step, self._minima))
+        return None if number is None else float(number)
 
     def _policy_version(self) -> int:
         pointer = self._plane.policy()
@@ -139,6 +120,8 @@ class Arbiter:
                 log.warning("ignored, going on as of version %d: %s", self._version, error)
             self._refused = pointer
             return self._version
+        step = pointer.get("step", "")
+        self._step = int(step) if step.isdecimal() else self._step
         return announced[0].version if announced else 0
 
     def _load_minima(self) -> None:
@@ -222,8 +205,9 @@ class Arbiter:
         if track.head is None:
             track.head = RolloutHead.decode(head)
             track.threshold = _read_threshold(threshold)
-            track.detector = make_detector(self._settings, track.threshold)
-            track.minimum = _kat(self._settings, None)
+            situation = Situation(track.threshold, track.head.seed, track.head.max_new_tokens)
+            track.detector = self._policy(self._settings, situation)
+            track.minimum = policies.extremes(self._settings)
         fresh = 0
         for tokens_bytes, divergence_bytes in zip(chunks[::2], chunks[1::2], strict=True):
             if tokens_bytes is None or divergence_bytes is None:
@@ -234,7 +218,7 @@ class Arbiter:
             track.chunks.append(tokens)
             track.divergence.append(scores)
             fresh += 1
-            assert track.minimum is not None
+            assert track.minimum is not None and track.detector is not None
             track.minimum.feed(scores.divergence)
             if track.cut is None:
                 track.cut = track.detector.feed(scores.divergence)
@@ -256,7 +240,9 @@ class Arbiter:
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
         if track.head is not None and track.head.step is not None:
-            self._version = track.head.step  # a version of the pointer also counts how often the run was resumed
+            self._version = self._step = (
+                track.head.step
+            )  # a version of the pointer also counts how often the run was resumed
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
@@ -280,25 +266,25 @@ class Arbiter:
     ) -> Verdict | None:
         """The verdict, if one is due: the rollout is to be cut, or it has ended by itself and is scored whole."""
         assert track.head is not None and track.minimum is not None
-        treated = track.head.arm == "treated"
-        cut = treated and track.cut is not None
+        arm, settings = track.head.arm, self._settings
+        cut = settings.stops(arm) and track.cut is not None
         if not cut and (not finish or len(track.chunks) < read_number(chunks, "chunks", low=1)):
             return None
         reason = track.cut.reason if cut and track.cut else (finish or b"").decode("ascii", "replace")
         tokens = np.concatenate([chunk.tokens for chunk in track.chunks])
         total = len(tokens)
         keep = track.cut.keep if track.cut else total
-        whole = not treated and self._settings.control_trains == "whole"
-        seen = track.detector if treated and isinstance(track.detector, Kat) else track.minimum
+        # What nothing stops is judged by all of its windows, also those behind a would-be cut.
+        seen = track.detector if settings.stops(arm) and isinstance(track.detector, Kat) else track.minimum
         versions = [chunk.policy_version for chunk in track.chunks]
         return Verdict(
             rid=rid,
-            arm=track.head.arm,
+            arm=arm,
             problem=track.head.problem,
             finish_reason=reason,
             trigger=track.cut.trigger if track.cut else total,
             keep=keep,
-            train=total if whole else keep,
+            train=total if settings.trains_whole(arm) else keep,
             cut=cut,
             generated=read_number(length, "length") if finish else None,
             threshold=track.threshold,
@@ -335,7 +321,8 @@ class Arbiter:
     def _show_threshold(self) -> None:
         metrics.kat_buffer_size.set(len(self._minima))
         threshold = self.threshold
-        metrics.kat_threshold.set(float("nan") if threshold is None else threshold)
+        shown = threshold is not None and self._policy.unit == "nats"
+        metrics.kat_threshold.set(threshold if shown and threshold is not None else float("nan"))
 
     def _observe(self, given: list[tuple[Verdict, bytes]]) -> None:
         self._show_threshold()

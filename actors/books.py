@@ -26,6 +26,7 @@ from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict,
 log = logging.getLogger("katana.books")
 # Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
 UNFINISHED = frozenset({"run_end", "lost"})
+ENDS_BY_ITSELF = ("eos", "length")  # finish reasons of what no policy stopped
 _RID = b'{"rid":"'  # how every line beside rollouts.jsonl begins
 
 
@@ -315,7 +316,7 @@ def count(line: dict[str, Any]) -> None:
         metrics.rollout_kept.labels(arm, reason).observe(line["tokens_kept"])
     if line["ending"] == "dropped":
         metrics.trajectories_dropped.labels(line["reason"]).inc()
-    if arm == "treated" and line["tokens_detection"]:
+    if arm == "treated" and reason not in ENDS_BY_ITSELF and reason != "unfinished":
         metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
 
 

@@ -5,7 +5,6 @@ Invariant: every admitted rollout ends exactly once, as trained, dropped (with a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -28,8 +27,9 @@ from actors.books import (
     rid_of,
     unjudged_line,
 )
-from common import metrics
+from common import metrics, policies
 from common.config import Config
+from common.draws import draw, rollout_seed
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
 from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_atomically
@@ -89,6 +89,7 @@ class Feeder:
         self._lease = Lease(plane, "feeder", config.liveness.lease_s)
         self._books: Books  # opened when the lease is ours: a former feeder may still write
         self._open_shifts = open_shifts
+        self._policy = policies.find(config.termination.policy)
         self._lock = config.run_dir / ".books.lock"
         self._rollouts: dict[str, _Open] = {}
         self._running: set[str] = set()
@@ -353,14 +354,13 @@ class Feeder:
             except MessageError as error:
                 log.warning("rollout %s is booked with no tokens beyond its verdict: %s", rid, error)
         if verdict is not None:
-            policy = self._config.termination.policy
             return line_of(
                 verdict,
                 ending=ending,
                 reason=reason,
                 generated=generated,
                 staleness=staleness,
-                active=policy == "fixed" or (policy == "kat" and verdict.threshold is not None),
+                active=self._policy.active(verdict.threshold),
                 correct=self._source.judge(verdict.problem, verdict.tokens),
             )
         arm, problem = "treated", 0
@@ -464,12 +464,12 @@ class Feeder:
     def _head(self, cursor: int, step: int | None = None, problem: int | None = None) -> RolloutHead:
         config = self._config
         problem = cursor // config.data.num_generations if problem is None else problem
-        treated = _fraction(config.seed, "arm", cursor) >= config.termination.control_fraction
+        treated = draw(config.seed, "arm", cursor) / 2**64 >= config.termination.control_fraction
         return RolloutHead(
             rid=rid_of(cursor),
             arm="treated" if treated else "control",
             problem=problem,
-            seed=_draw(config.seed, "rollout", cursor) >> 1,
+            seed=rollout_seed(config.seed, cursor),
             max_new_tokens=config.rollout.max_completion_length,
             step=step,
             prompt=self._source.prompt(problem),
@@ -562,15 +562,6 @@ def _moment(entry: bytes | None) -> float | None:
 def _reached(ledger: dict[str, Any]) -> tuple[int, int]:
     """How far a ledger is: both numbers never fall."""
     return ledger["admitted"], ledger["admitted"] - ledger["open"]
-
-
-def _draw(seed: int, what: str, index: int) -> int:
-    """64 bits that depend on nothing but their arguments."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}:{index}".encode(), digest_size=8).digest(), "big")
-
-
-def _fraction(seed: int, what: str, index: int) -> float:
-    return _draw(seed, what, index) / 2**64
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from common import policies
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 MAX_CONFIG_BYTES = 1 << 20
@@ -83,7 +85,15 @@ class Rollout(_Section):
 
 
 class Termination(_Section):
-    policy: Literal["none", "fixed", "kat"] = Field("kat", description="What ends a rollout early.")
+    policy: str = Field(
+        "kat",
+        description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, `kat`, "
+        "`kat_absolute`, `kat_inverse`, or one of your own, `package.module:ClassName` (docs/policies.md).",
+    )
+    apply: Literal["stop", "mask"] = Field(
+        "stop", description="A cut stops the writing, or only leaves the tokens behind it out of the loss."
+    )
+    shadow: bool = Field(False, description="Verdicts are recorded and none is applied: all is written and trained.")
     window: int = Field(64, ge=1, description="W: tokens in a window.")
     patience: int = Field(4, ge=1, description="C: consecutive windows below the threshold that trigger.")
     stride: int = Field(1, ge=1, description="Tokens between evaluated windows.")
@@ -100,11 +110,51 @@ class Termination(_Section):
     control_trains: Literal["kept", "whole"] = Field(
         "kept", description="What is trained of a control rollout: what the policy would have kept, or all."
     )
-    fixed_tokens: int = Field(64, ge=1, description="Policy `fixed`: tokens kept.")
+    fixed_tokens: int = Field(64, ge=1, description="Policy `fixed`: tokens kept; `scheduled`: kept at step 0.")
+    scheduled_tokens: int = Field(192, ge=1, description="Policy `scheduled`: tokens kept from `scheduled_steps` on.")
+    scheduled_steps: int = Field(100, ge=1, description="Policy `scheduled`: steps in which the tokens kept grow.")
+    floor_nats: float = Field(0.01, gt=0, description="Policy `kat_absolute`: the threshold of window means.")
+    hazard: dict[int, float] = Field(
+        default_factory=dict,
+        description="Policy `random_matched`: chance of a cut at a token, by its position; `katana match` makes it.",
+    )
+    hazard_scale: float = Field(1.0, gt=0, description="Policy `random_matched`: every chance is multiplied by this.")
+    detection_tokens: int = Field(0, ge=0, description="Policy `random_matched`: tokens cut up to where it fires.")
+    options: dict[str, float] = Field(default_factory=dict, description="Numbers for a policy of your own.")
+
+    def stops(self, arm: str) -> bool:
+        """Whether a cut ends the writing of a rollout of this arm."""
+        return arm == "treated" and self.apply == "stop" and not self.shadow
+
+    def trains_whole(self, arm: str) -> bool:
+        """Whether a rollout of this arm is trained beyond its cut."""
+        return self.shadow or (arm == "control" and self.control_trains == "whole")
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, name: str) -> str:
+        policies.check_name(name)
+        return name
+
+    @field_validator("hazard")
+    @classmethod
+    def _check_hazard(cls, hazard: dict[int, float]) -> dict[int, float]:
+        for position, chance in hazard.items():
+            if position < 1 or not 0 <= chance <= 1:
+                raise ValueError(f"{position}: {chance}; allowed: positions from 1, chances from 0 to 1")
+        return hazard
 
     @model_validator(mode="after")
     def _check(self) -> Termination:
-        if self.policy == "kat" and self.calibrate_on == "control" and self.control_fraction == 0:
+        calibrated = self.policy in ("kat", "kat_inverse")
+        if self.policy == "random_matched" and not self.hazard:
+            raise ValueError("policy random_matched needs hazard: `katana match RUN` makes it from a run of kat")
+        if self.policy == "scheduled" and self.scheduled_tokens < self.fixed_tokens:
+            raise ValueError(
+                f"scheduled_tokens {self.scheduled_tokens} is below fixed_tokens {self.fixed_tokens}, "
+                f"and a schedule grows"
+            )
+        if calibrated and self.calibrate_on == "control" and self.control_fraction == 0:
             raise ValueError(
                 "calibrate_on: control needs a control arm, but control_fraction is 0; "
                 "allowed: control_fraction above 0, or calibrate_on: completed | all"
@@ -121,8 +171,18 @@ class Loss(_Section):
     mode: Literal["reverse_kl_topk_tail", "reverse_kl_sampled"] = Field(
         "reverse_kl_topk_tail", description="Loss on a kept token."
     )
-    denominator: Literal["kept", "sequence"] = Field(
-        "kept", description="Mean over the batch's kept tokens, or mean over sequences of their means."
+    denominator: Literal["kept", "sequence", "generated"] = Field(
+        "kept",
+        description="Mean over the batch's kept tokens; mean over sequences of their means; or the sum over kept "
+        "tokens divided by the tokens generated (of what was stopped: up to the trigger).",
+    )
+    weighting: Literal["uniform", "random_drop", "position"] = Field(
+        "uniform",
+        description="How kept tokens count: alike; a random share of them (`retention`); or less and less by position.",
+    )
+    retention: float = Field(1.0, gt=0, le=1, description="`random_drop`: share of kept tokens that count.")
+    position_half_life: float = Field(
+        64.0, gt=0, description="`position`: tokens after which a token counts half as much."
     )
     ratio_clip: float | None = Field(
         None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_rollout; null: not clipped."
@@ -314,9 +374,10 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.termination.policy == "fixed" and self.termination.fixed_tokens > self.rollout.max_completion_length:
+        policy = self.termination.policy
+        if policy in ("fixed", "scheduled") and self.termination.fixed_tokens > self.rollout.max_completion_length:
             raise ValueError("termination.fixed_tokens is above rollout.max_completion_length; nothing would be cut")
-        if self.termination.policy == "kat":
+        if policy in ("kat", "kat_absolute", "kat_inverse"):
             first = self.termination.grace_tokens + self.termination.window
             if first > self.rollout.max_completion_length:
                 raise ValueError(
@@ -354,17 +415,26 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path, overrides: Sequence[str] = (), *, import_policy: bool = True) -> Config:
     """Read a YAML config and put `a.b=c` overrides on top.
 
+    `import_policy` False: a policy of the user's own is not imported, for looking at a run from elsewhere.
+
     Raises:
-        ConfigError: unreadable file, broken YAML, unknown key (names the nearest), wrong type or value.
+        ConfigError: unreadable file, broken YAML, unknown key (names the nearest), wrong type or value, a policy that
+            cannot be imported.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse(raw, overrides, source=str(path))
+    config = parse(raw, overrides, source=str(path))
+    if import_policy:
+        try:
+            policies.check(config.termination, config.rollout.max_completion_length)
+        except policies.PolicyError as error:
+            raise ConfigError(f"{path}: termination.policy: {error}") from error
+    return config
 
 
 def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
@@ -600,7 +670,7 @@ def check_resume(before: Config, after: Config) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict) and name != "options":
+        if isinstance(value, dict) and name not in ("options", "hazard"):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

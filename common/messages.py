@@ -298,14 +298,14 @@ class Verdict(_Record):
     rid: str
     arm: str
     problem: int
-    finish_reason: str  # eos | length, or why it was cut: kl_trap | fixed …
+    finish_reason: str  # eos | length, or why it was stopped: kl_trap | kl_high | fixed …
     trigger: int  # tokens seen when the policy fired, or all tokens where it did not
     keep: int  # tokens before the cut
     train: int  # tokens handed to the learner
     cut: bool  # whether the writing was stopped
     generated: int | None  # all tokens written, where the last chunk was stored by then; None: its writer will tell
-    threshold: float | None
-    min_window: float | None  # up to the trigger (treated) or over the whole rollout (control)
+    threshold: float | None  # the policy's number that it was judged by
+    min_window: float | None  # up to the trigger of what was stopped, else over the whole; kat_inverse: the greatest
     first_version: int
     last_version: int
     tokens: Ints  # [n], all scored tokens

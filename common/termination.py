@@ -1,4 +1,4 @@
-"""When a rollout ends early: the KAT rule and its threshold, pure functions of divergences. No Redis, no clock.
+"""When a rollout ends early: the rules and KAT's threshold, pure functions of divergences. No Redis, no clock.
 
 Source: "Escaping the KL Agreement Trap in On-Policy Distillation", arXiv 2606.09471. With d_t the divergence of
 token t (natural logarithm, nats):
@@ -18,7 +18,6 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,63 +36,80 @@ class Cut:
     reason: str
 
 
-class Detector(Protocol):
-    """One rollout's termination policy, fed its divergences in order."""
-
-    @property
-    def min_window(self) -> float | None:
-        """Least window mean evaluated so far, in nats; None before the first window."""
-
-    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
-        """Take the next divergences (float, [n], nats); a Cut once, where it fires; what follows is ignored."""
-
-
 class NeverCut:
-    """Policy `none`."""
-
-    min_window: float | None = None
+    """Nothing is cut."""
 
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
         return None
 
 
 class FixedLength:
-    """Policy `fixed`: the first `tokens` tokens are kept, whatever the teacher says."""
+    """The first `tokens` tokens are kept, whatever the teacher says."""
 
-    min_window: float | None = None
-
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, reason: str = "fixed") -> None:
         self._left = self._tokens = tokens
+        self._reason = reason
 
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
         before, self._left = self._left, self._left - len(divergence)
         # Strictly more: a rollout that ends by itself at the limit was not cut.
-        return Cut(self._tokens, self._tokens, "fixed") if before >= 0 > self._left else None
+        return Cut(self._tokens, self._tokens, self._reason) if before >= 0 > self._left else None
+
+
+class CutAt:
+    """Fires when `trigger` tokens (None: never) have been seen, as KAT may at a rollout's last one; `keep` are kept."""
+
+    def __init__(self, trigger: int | None, keep: int, reason: str) -> None:
+        self._cut = None if trigger is None else Cut(trigger, keep, reason)
+        self._seen = 0
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        before, self._seen = self._seen, self._seen + len(divergence)
+        return self._cut if self._cut is not None and before < self._cut.trigger <= self._seen else None
 
 
 class Kat:
-    """Policy `kat`, streaming. `threshold` None: inactive, window minima are recorded and nothing fires."""
+    """The KAT rule, streaming. `threshold` None: inactive, window minima are recorded and nothing fires.
 
-    def __init__(self, *, window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None) -> None:
+    `inverse` mirrors it: it fires where means stay *above* the threshold, and `min_window` is the greatest of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int,
+        patience: int,
+        stride: int,
+        grace_tokens: int,
+        threshold: float | None,
+        inverse: bool = False,
+    ) -> None:
         if window < 1 or patience < 1 or stride < 1 or grace_tokens < 0:
             raise ValueError(
                 f"window {window}, patience {patience} and stride {stride} must be at least 1, "
                 f"grace_tokens {grace_tokens} at least 0"
             )
         self._window, self._patience, self._stride = window, patience, stride
-        self._threshold = threshold
+        # Mirrored, everything is negative inside: there is one rule.
+        self._sign = -1 if inverse else 1
+        self._threshold = None if threshold is None else self._sign * threshold
+        self._least: float | None = None
         self._next = grace_tokens + window
         self._seen = self._sum = self._streak = self._first = 0
         self._inside: deque[int] = deque()
         self._cut: Cut | None = None
-        self.min_window: float | None = None
+        self._reason = "kl_high" if inverse else "kl_trap"
+
+    @property
+    def min_window(self) -> float | None:
+        return None if self._least is None else self._sign * self._least + 0.0  # no negative zero
 
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
         if self._cut is not None:
             return None
-        for value in divergence.tolist():
+        for value in (divergence if self._sign > 0 else -divergence).tolist():
             if self._push(value):
-                self._cut = Cut(self._seen, self._first - self._window, "kl_trap")
+                self._cut = Cut(self._seen, self._first - self._window, self._reason)
                 return self._cut
         return None
 
@@ -110,7 +126,7 @@ class Kat:
         return self._evaluate(self._sum / (self._window << _UNIT_BITS))
 
     def _evaluate(self, mean: float) -> bool:
-        self.min_window = mean if self.min_window is None else min(self.min_window, mean)
+        self._least = mean if self._least is None else min(self._least, mean)
         if self._threshold is None or mean >= self._threshold:
             self._streak = 0
             return False

@@ -7,7 +7,7 @@ model's attention takes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -16,8 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Denominator = Literal["kept", "sequence"]
+Denominator = Literal["kept", "sequence", "generated"]
 """What a batch's mean divides by: see `token_weights`."""
+
+Shares = Callable[["Trajectory"], npt.NDArray[np.float64]]
+"""How much each kept token of a trajectory counts, float64 [n], at least 0: see `learner.weighting`."""
 
 PADDING_ID = 0
 """Any id the embedding holds: what stands at a padded place reaches no kept token (see `_micro_batch`)."""
@@ -37,6 +40,7 @@ class Trajectory:
         stop token).
     rollout_logprobs: float32 [n] nats, the same under the student that sampled it, before top-p.
     oldest_version: the oldest policy version among the kept tokens.
+    generated: tokens that its verdict saw, up to the trigger where it was cut, n or more; 0 stands for n.
 
     Raises ValueError, naming rollout and field, where a dtype or shape is another, or a log-probability
     not finite: this is the last door before the weights, and one NaN behind it ends a run.
@@ -52,6 +56,7 @@ class Trajectory:
     teacher_sampled: npt.NDArray[np.float32]
     rollout_logprobs: npt.NDArray[np.float32]
     oldest_version: int
+    generated: int = 0
 
     def __post_init__(self) -> None:
         self._check("prompt", np.int32, None)
@@ -67,6 +72,8 @@ class Trajectory:
             self._check("teacher_tail", np.float32, n)
         self._check("teacher_sampled", np.float32, n)
         self._check("rollout_logprobs", np.float32, n)
+        if 0 < self.generated < n:
+            raise ValueError(f"trajectory {self.rid}: {self.generated} tokens generated, {n} kept")
 
     def _check(self, name: str, dtype: type[np.generic], *shape: int | None) -> None:
         """Raise ValueError unless field `name` is a finite array of `dtype` and `shape` (None: any size)."""
@@ -130,24 +137,42 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def token_weights(trajectories: Sequence[Trajectory], denominator: Denominator) -> list[float]:
-    """Return, for each trajectory, the weight of one of its kept tokens in the batch's mean.
+def uniform(trajectory: Trajectory) -> npt.NDArray[np.float64]:
+    """Every kept token counts alike."""
+    return np.ones(len(trajectory.tokens))
 
-    kept: 1 / (kept tokens of the batch): every token counts alike, long trajectories more than short ones.
-    sequence: 1 / (kept tokens of this trajectory x trajectories): every trajectory counts alike.
 
-    All weights times their tokens sum to 1. Raises ValueError for another denominator.
+def token_weights(
+    trajectories: Sequence[Trajectory], denominator: Denominator, shares: Shares = uniform
+) -> list[npt.NDArray[np.float64]]:
+    """Return, for each trajectory, the weight of each of its kept tokens in the batch's mean, float64 [n].
+
+    kept: share / (sum of the batch's shares): every kept token counts alike, long trajectories more than short ones.
+    sequence: share / (sum of this trajectory's shares x trajectories): every trajectory counts alike.
+    generated: share / (tokens generated of the batch): what is cut counts as a loss of 0, so that cutting does not
+        raise the weight of what is left.
+
+    All weights of `kept` and `sequence` sum to 1 (0 where no token has a share; a trajectory without one counts 0).
+    Raises ValueError for another denominator.
     """
+    counted = [shares(trajectory) for trajectory in trajectories]
     if denominator == "kept":
-        total = sum(len(trajectory.tokens) for trajectory in trajectories)
-        return [1.0 / total for _ in trajectories]
+        total = sum(float(share.sum()) for share in counted)
+        return [share / (total or 1.0) for share in counted]
     if denominator == "sequence":
-        return [1.0 / (len(trajectory.tokens) * len(trajectories)) for trajectory in trajectories]
+        return [share / ((float(share.sum()) or 1.0) * len(counted)) for share in counted]
+    if denominator == "generated":
+        total = sum(one.generated or len(one.tokens) for one in trajectories)
+        return [share / total for share in counted]
     raise ValueError(f"denominator is {denominator!r}, expected one of {', '.join(get_args(Denominator))}")
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory], *, max_tokens: int, denominator: Denominator = "kept"
+    trajectories: Sequence[Trajectory],
+    *,
+    max_tokens: int,
+    denominator: Denominator = "kept",
+    shares: Shares = uniform,
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of like length, of at most `max_tokens` padded tokens each.
 
@@ -161,9 +186,9 @@ def micro_batches(
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     _check_alike(trajectories)
-    weights = token_weights(trajectories, denominator)
+    weights = token_weights(trajectories, denominator, shares)
     ordered = sorted(zip(trajectories, weights, strict=True), key=lambda row: (-row[0].length, row[0].rid))
-    groups: list[list[tuple[Trajectory, float]]] = []
+    groups: list[list[tuple[Trajectory, npt.NDArray[np.float64]]]] = []
     for row in ordered:
         # Longest first: the first row of a group is as long as its padding will ever be.
         if groups and (len(groups[-1]) + 1) * groups[-1][0][0].length <= max_tokens:
@@ -186,7 +211,7 @@ def _check_alike(trajectories: Sequence[Trajectory]) -> None:
             raise ValueError(f"one of trajectories {trajectory.rid} and {first.rid} has a tail, the other none")
 
 
-def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[float]) -> MicroBatch:
+def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[npt.NDArray[np.float64]]) -> MicroBatch:
     """Pad and flatten `rows`, the longest of which stands first."""
     # Right padding needs no attention mask: attention is causal, so no position sees one to its right, and
     # all padding is to the right of every token that counts. Rotary positions count from 0 at the row's
@@ -198,8 +223,6 @@ def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[float]) -> MicroB
         input_ids[row, : trajectory.length] = np.concatenate([trajectory.prompt, trajectory.tokens])
         # The logits at position i are for the token at i + 1.
         logit_mask[row, len(trajectory.prompt) - 1 : trajectory.length - 1] = True
-
-    kept = [len(trajectory.tokens) for trajectory in rows]
 
     def flat(name: str) -> Tensor:
         # Concatenating copies, a single array too: those off the wire are read-only, which torch refuses.
@@ -215,5 +238,5 @@ def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[float]) -> MicroB
         teacher_tail=None if rows[0].teacher_tail is None else flat("teacher_tail"),
         teacher_sampled=flat("teacher_sampled"),
         rollout_logprobs=flat("rollout_logprobs"),
-        weights=torch.from_numpy(np.repeat(np.asarray(weights, dtype=np.float32), kept)),
+        weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
     )

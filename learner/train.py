@@ -33,6 +33,7 @@ from learner.checkpoint import CheckpointState, capture, load_newest, restore, s
 from learner.intake import Intake, Received
 from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses
 from learner.schedule import learning_rate
+from learner.weighting import shares_of
 
 log = logging.getLogger("katana.learner")
 
@@ -178,7 +179,10 @@ class Learner:
         config, stop_ids = self._config, self._pair.stop_ids
         loss, parts = 0.0, []
         for micro in micro_batches(
-            batch, max_tokens=config.learner.micro_batch_tokens, denominator=config.loss.denominator
+            batch,
+            max_tokens=config.learner.micro_batch_tokens,
+            denominator=config.loss.denominator,
+            shares=shares_of(config.loss, config.seed),
         ):
             micro = micro.to(config.learner.device)
             with self._cast():

@@ -167,13 +167,29 @@ def _check_redis(config: Config, found: Findings) -> None:
 
 def _say_what_runs(config: Config, found: Findings) -> None:
     rule = config.termination
+    windows = f"W {rule.window}, C {rule.patience}, grace {rule.grace_tokens}, stride {rule.stride}"
+    since = f"active from policy version {rule.warmup_steps}"
+    arm = f"control arm {rule.control_fraction:.0%}"
+    calibrated = (
+        f"W {rule.window}, C {rule.patience}, η {rule.eta:g}, K {rule.teacher_top_k}, "
+        f"grace {rule.grace_tokens}, stride {rule.stride}; {since} and {rule.min_calibration} minima; {arm}"
+    )
     text = {
         "none": "no rollout is cut",
         "fixed": f"every treated rollout is cut at {rule.fixed_tokens} tokens",
-        "kat": f"W {rule.window}, C {rule.patience}, η {rule.eta:g}, K {rule.teacher_top_k}, "
-        f"grace {rule.grace_tokens}, stride {rule.stride}; active from policy version {rule.warmup_steps} and "
-        f"{rule.min_calibration} minima; control arm {rule.control_fraction:.0%}",
-    }[rule.policy]
+        "scheduled": f"every treated rollout is cut at {rule.fixed_tokens} tokens, growing to {rule.scheduled_tokens} "
+        f"in {rule.scheduled_steps} steps",
+        "random": f"treated rollouts are cut at a place drawn from 1 to {config.rollout.max_completion_length} tokens",
+        "random_matched": f"treated rollouts are cut by chance, {len(rule.hazard)} positions × {rule.hazard_scale:g}; "
+        f"{since}",
+        "kat": calibrated,
+        "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
+        "kat_inverse": f"cut where divergence stays high; {calibrated}",
+    }.get(rule.policy, f"your own; {arm}")
+    if rule.shadow:
+        text += "; shadow: verdicts are recorded, none is applied"
+    elif rule.apply == "mask":
+        text += "; mask: nothing is stopped, what is cut is left out of the loss"
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",

@@ -133,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html, report.png and figures/ from a run's folder")
     report.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
 
+    match = commands.add_parser("match", help="from a run of kat, the config of random_matched: it cuts by chance")
+    match.add_argument("run", type=Path, help="the folder of the run of kat, for example runs/demo")
+    match.add_argument("--against", type=Path, metavar="RUN", help="only compare its means with this run's")
+
     dead = commands.add_parser("dead", help="list what a run gave up and why; send a rollout back, or remove it")
     _config_arguments(dead)
     what = dead.add_mutually_exclusive_group()
@@ -199,7 +203,8 @@ def _load(arguments: argparse.Namespace) -> Config:
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
-    return load(path, [*arguments.overrides, *where])
+    looks_only = arguments.command in _OF_A_RUN and arguments.command != "check"
+    return load(path, [*arguments.overrides, *where], import_policy=not looks_only)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +245,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "watch": _watch,
         "panels": _panels,
         "report": _report,
+        "match": _match,
         "dead": _dead,
         "clean": _clean,
         "keys": _keys,
@@ -343,6 +349,19 @@ def _report(arguments: argparse.Namespace) -> int:
 
     write_report(arguments.run)
     print(arguments.run / "report.html")
+    return 0
+
+
+def _match(arguments: argparse.Namespace) -> int:
+    from ops import matching
+
+    if arguments.against is not None:
+        text, agree = matching.compare(arguments.run, arguments.against)
+        print(text)
+        return 0 if agree else 1
+    config, text = matching.matched_config(arguments.run)
+    print(text, file=sys.stderr)
+    print(config.to_yaml(), end="")
     return 0
 
 

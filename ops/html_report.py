@@ -85,7 +85,13 @@ COLUMNS = (
     Column("detection", "detection", "count", "tokens from the cut to the trigger", _field("tokens_detection")),
     Column("overshoot", "overshoot", "count", "tokens behind the trigger", _field("tokens_overshoot")),
     Column("window", "lowest window", "number", "lowest window mean of divergence, nats", _field("min_window")),
-    Column("threshold", "threshold", "number", "in force for it, nats", _field("threshold")),
+    Column(
+        "threshold",
+        "threshold",
+        "number",
+        "the number it was judged by, nats in policies of windows",
+        _field("threshold"),
+    ),
     Column("version", "version", "count", "policy version that wrote its last token", _field("policy_version_last")),
     Column("stale", "stale", "count", "policy versions old when it was trained on", _field("staleness")),
     Column(

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from common.config import Config
+from common.policies import written
 from common.streams import Plane
 from ops.summary import ARMS, length_saving
 from ops.tail import Tail, last_lines
@@ -137,11 +138,11 @@ class Progress:
             "loss": _number(self._step.get("loss"), ".4f"),
             "length treated / control": "{} / {} tokens".format(*(_number(means[arm], ".0f") for arm in ARMS)),
             "saving": interval,
-            "threshold": f"{threshold:.2e} nats"
+            "threshold": written(threshold, self._config.termination.policy, ".2e")
             if threshold is not None
             else (
                 f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
-                if self._config.termination.policy == "kat"
+                if self._config.termination.policy in ("kat", "kat_inverse")
                 else "–"
             ),
             "lag": f"{_number(self._step.get('staleness_mean'), '.2f')} versions",

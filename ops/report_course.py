@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from common.policies import unit_of
 from ops import report_data as data
 from ops import report_series as series
 from ops.report_panels import (
@@ -67,7 +68,8 @@ def draw_threshold(figure: Figure, run: Run) -> None:
     """The threshold, and beneath it how many of the rollouts that could be cut were; over the same tokens."""
     above, below = _two_rows(figure)
     tokens, values = series.threshold_curve(run.lines)
-    if len(tokens):
+    policy = run.config.termination.policy
+    if len(tokens) and unit_of(policy) == "nats":
         say_title(above, f"Threshold: {values[0]:.2g} → {values[-1]:.2g} nats")
         above.plot(tokens, values, color=INK, linewidth=1.8, drawstyle="steps-post")
         above.set_ylim(0, 1.25 * values.max() or 1)
@@ -75,8 +77,7 @@ def draw_threshold(figure: Figure, run: Run) -> None:
         _over_tokens(above, run)
         above.set_xlabel("")
     else:
-        policy = run.config.termination.policy
-        say_missing(above, "Threshold", "never active" if policy == "kat" else f"policy {policy} has none")
+        say_missing(above, "Threshold", "never active" if policy.startswith("kat") else f"policy {policy} has none")
     _draw_cut_rate(below, run)
 
 

@@ -355,12 +355,13 @@ def visible(text: str) -> str:
 def policy_text(config: Config, lines: Iterable[Line]) -> str:
     """What ends a rollout early, with its settings and the thresholds that were in force, in nats."""
     settings = config.termination
+    applied = " (shadow)" if settings.shadow else " (mask)" if settings.apply == "mask" else ""
     if settings.policy == "fixed":
-        return f"fixed: the first {settings.fixed_tokens} tokens"
+        return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
     if not settings.policy.startswith("kat"):
-        return settings.policy
+        return settings.policy + applied
     text = (
-        f"{settings.policy}: W {settings.window}, C {settings.patience}, η {settings.eta:g}, "
+        f"{settings.policy}{applied}: W {settings.window}, C {settings.patience}, η {settings.eta:g}, "
         f"K {settings.teacher_top_k}, control {100 * settings.control_fraction:g} %; threshold "
     )
     seen = [line["threshold"] for line in lines if line["threshold"] is not None]

@@ -10,6 +10,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from common.config import Termination
+from common.policies import unit_of
 from ops import report_data as data
 from ops.report_panels import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report_run import Run
@@ -46,7 +48,7 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
     above = figure.add_subplot(grid[1], sharex=heat)
     examples = [above, figure.add_subplot(grid[2], sharex=heat, sharey=above)]
     for axes, arm in zip(examples, ARMS, strict=True):
-        _draw_example(axes, data.typical(run.traces[arm].traces), arm, run.config.termination.window, decode)
+        _draw_example(axes, data.typical(run.traces[arm].traces), arm, run.config.termination, decode)
     above.tick_params(labelbottom=False)
     examples[1].set_xlabel("token position")
     _legend_of_examples(figure)
@@ -185,7 +187,7 @@ def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -
 
 
 def _draw_example(
-    axes: Any, trace: data.Trace | None, arm: str, window: int, decode: Callable[[list[int]], str] | None
+    axes: Any, trace: data.Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
 ) -> None:
     """One rollout: divergence, window mean, threshold, keep, trigger, and its text around the cut."""
     if trace is None:
@@ -204,13 +206,12 @@ def _draw_example(
         return
     places = np.arange(1, len(trace.divergence) + 1)
     axes.plot(places, np.maximum(trace.divergence, data.FLOOR_NATS), color=SKY, linewidth=0.9)
-    means = np.maximum(data.window_means(trace.divergence, window), data.FLOOR_NATS)
+    means = np.maximum(data.window_means(trace.divergence, rule.window), data.FLOOR_NATS)
     axes.plot(places, means, color=BLUE, linewidth=2)
-    if trace.threshold is not None:
+    if trace.threshold is not None and unit_of(rule.policy) == "nats":
+        past = means > trace.threshold if rule.policy == "kat_inverse" else means < trace.threshold
         axes.axhline(trace.threshold, color=INK, linewidth=1.1, linestyle="--")
-        axes.fill_between(
-            places, means, trace.threshold, where=means < trace.threshold, color=VERMILLION, alpha=0.35, linewidth=0
-        )
+        axes.fill_between(places, means, trace.threshold, where=past, color=VERMILLION, alpha=0.35, linewidth=0)
     axes.axvline(trace.keep, color=VERMILLION, linewidth=2.4)
     axes.axvline(trace.trigger, color=INK, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")

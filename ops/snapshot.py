@@ -19,6 +19,7 @@ import redis
 
 from common.config import Config
 from common.messages import MessageError, Verdict, read_rid
+from common.policies import unit_of
 from common.streams import GROUPS, unix_s
 from ops.attach import Away, Outlook, Seen
 from ops.growth import Folder, Rate, Saving
@@ -180,7 +181,7 @@ class Observer:
             ledger=facts["ledger"],
             open_rollouts=facts["open"],
             dead_letters=facts["dead"],
-            threshold_nats=facts["threshold"],
+            threshold_nats=facts["threshold"] if unit_of(seen.config.termination.policy) == "nats" else None,
             minima=facts["minima"],
             redis_used_bytes=facts["memory"].get("used_memory"),
             redis_max_bytes=facts["memory"].get("maxmemory"),

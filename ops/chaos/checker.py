@@ -32,14 +32,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import BookLine, number_of, rid_of
+from actors.books import ENDS_BY_ITSELF, BookLine, number_of, rid_of
+from common import policies
 from common.config import Config, Termination
+from common.draws import rollout_seed
 from common.messages import Floats, row_digest
 from common.streams import Plane, open_plane
-from common.termination import FixedLength, kat_verdict
+from common.termination import Kat, kat_verdict
 from ops.chaos.records import Chunk, Measured, Records, Trace, Violation, read_records
 
-_ENDS_BY_ITSELF = ("eos", "length")
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing
 
 
@@ -185,10 +186,10 @@ def _within_verdict(records: Records, allowed: Allowed) -> Iterator[Violation]:
                 yield Violation("within_verdict", rid, f"{tokens} tokens trained, {trace.train} by its verdict")
             elif trace is not None and digest != row_digest(trace.tokens[:tokens]):
                 yield Violation("within_verdict", rid, "the tokens trained are not those of its verdict")
-    whole = records.config is not None and records.config.termination.control_trains == "whole"
+    settings = records.config.termination if records.config is not None else None
     for rid, trace in records.traces.items():
-        limit = len(trace.tokens) if whole and trace.arm == "control" else trace.keep
-        if records.config is not None and trace.train != limit:
+        limit = len(trace.tokens) if settings is not None and settings.trains_whole(trace.arm) else trace.keep
+        if settings is not None and trace.train != limit:
             yield Violation("within_verdict", rid, f"its verdict trains {trace.train} tokens instead of {limit}")
     for line in records.books.values():
         yield from _line_fits(line, records.traces.get(line.rid))
@@ -230,7 +231,7 @@ def _verdict_replayed(records: Records, allowed: Allowed) -> Iterator[Violation]
         if judged and line.rid not in records.traces and records.config.feeder.record_traces:
             yield Violation("verdict_replayed", line.rid, f"booked as {line.ledger_field}, without a trace")
     for rid, trace in records.traces.items():
-        yield from _rule_holds(trace, records.books.get(rid), records.config.termination)
+        yield from _rule_holds(trace, records.books.get(rid), records.config)
     for audit in records.audits:
         verdict = records.traces.get(audit.rid)
         if verdict is None or audit.rid in allowed.poisoned or audit.rid not in records.books:
@@ -242,16 +243,19 @@ def _verdict_replayed(records: Records, allowed: Allowed) -> Iterator[Violation]
             yield Violation("verdict_replayed", audit.rid, "judged, and its record holds no verdict")
 
 
-def _rule_holds(trace: Trace, line: BookLine | None, settings: Termination) -> Iterator[Violation]:
-    rule = _replay(trace, settings)
-    total, treated = len(trace.tokens), trace.arm == "treated"
-    cut = treated and rule.trigger is not None
+def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator[Violation]:
+    settings = config.termination
+    rule = _replay(trace, config)
+    total = len(trace.tokens)
+    cut = settings.stops(trace.arm) and rule.trigger is not None
+    if not policies.find(settings.policy).possible(settings, trace.threshold):
+        yield Violation("verdict_replayed", trace.rid, f"policy {settings.policy} never says {trace.threshold}")
     trigger, keep = (total, total) if rule.trigger is None or rule.keep is None else (rule.trigger, rule.keep)
     wanted = {"trigger": trigger, "keep": keep, "cut": cut}
     for name, number in wanted.items():
         if getattr(trace, name) != number:
             yield Violation("verdict_replayed", trace.rid, f"{name} {getattr(trace, name)}, by the rule {number}")
-    reasons = (rule.reason,) if cut else _ENDS_BY_ITSELF
+    reasons = (rule.reason,) if cut else ENDS_BY_ITSELF
     if trace.finish_reason not in reasons:
         detail = f"finish_reason {trace.finish_reason!r:.40}, by the rule {' or '.join(reasons)}"
         yield Violation("verdict_replayed", trace.rid, detail)
@@ -292,23 +296,38 @@ class _Rule:
         return abs(value - self.min_window) <= self.doubt
 
 
-def _replay(trace: Trace, settings: Termination) -> _Rule:
-    fired = None
-    kat = settings.policy == "kat"
-    trigger, keep, minimum, doubt = _kat(trace.divergence, settings, trace.threshold if kat else None)
-    if not kat and settings.policy == "fixed":
-        fired = FixedLength(settings.fixed_tokens).feed(trace.divergence)
-        trigger, keep = (fired.trigger, fired.keep) if fired else (None, None)
-    if kat and trace.arm == "control" and trigger is not None:
-        # Its minimum is taken over the whole rollout: nothing stopped it.
-        _, _, minimum, doubt = _kat(trace.divergence, settings, None)
-    return _Rule(trigger, keep, fired.reason if fired else "kl_trap", minimum, doubt)
+_KAT = (policies.KatPolicy, policies.KatAbsolutePolicy, policies.KatInversePolicy)
+
+
+def _replay(trace: Trace, config: Config) -> _Rule:
+    settings = config.termination
+    policy = policies.find(settings.policy)
+    sign, stopped = -1 if policy.looks_high else 1, settings.stops(trace.arm)
+    if policy in _KAT:
+        number = None if trace.threshold is None else sign * trace.threshold
+        trigger, keep, minimum, doubt = _kat(sign * trace.divergence, settings, number)
+        if not stopped and trigger is not None:
+            # Its minimum is taken over the whole rollout: nothing stopped it.
+            _, _, minimum, doubt = _kat(sign * trace.divergence, settings, None)
+        return _Rule(trigger, keep, "kl_high" if policy.looks_high else "kl_trap", _signed(minimum, sign), doubt)
+    seed = rollout_seed(config.seed, number_of(trace.rid))
+    judge = policy(settings, policies.Situation(trace.threshold, seed, config.rollout.max_completion_length))
+    fired = judge.feed(trace.divergence)
+    _, _, minimum, doubt = _kat(sign * trace.divergence, settings, None)
+    minimum = judge.min_window if stopped and isinstance(judge, Kat) else _signed(minimum, sign)
+    if fired is None:
+        return _Rule(None, None, "", minimum, doubt)
+    return _Rule(fired.trigger, fired.keep, fired.reason, minimum, doubt)
+
+
+def _signed(value: float | None, sign: int) -> float | None:
+    return None if value is None else sign * value
 
 
 def _kat(
     divergence: Floats, settings: Termination, threshold: float | None
 ) -> tuple[int | None, int | None, float | None, float]:
-    """`kat_verdict` and how far its min_window may be off.
+    """`kat_verdict` and how far its min_window may be off. All divergences negative: the rule mirrored.
 
     kat_verdict takes a microsecond a token, ten seconds for ten million: windows are averaged by numpy, and the rule
     itself is asked where one of them lies so near the threshold that rounding could decide.
@@ -320,7 +339,7 @@ def _kat(
         return None, None, None, 0.0
     means: npt.NDArray[np.float64] = (sums[ends] - sums[ends - window]) / window
     # Rounding of the sums, and the 2^-60 nats a token that the rule leaves out.
-    doubt = 4 * len(sums) * 2.0**-53 * float(sums[-1]) / window + 2.0**-58
+    doubt = 4 * len(sums) * 2.0**-53 * abs(float(sums[-1])) / window + 2.0**-58
     if threshold is None:
         return None, None, float(means.min()), doubt
     if float(np.abs(means - threshold).min()) <= doubt:
@@ -397,7 +416,7 @@ def _chunks_fit(chunks: list[Chunk], line: BookLine, trace: Trace | None) -> Ite
     if (min(versions), max(versions)) != (line.policy_version_first, line.policy_version_last):
         on_record = f"{line.policy_version_first} to {line.policy_version_last}"
         yield f"versions {min(versions)} to {max(versions)} wrote its chunks, {on_record} on record"
-    by_itself = trace.finish_reason in _ENDS_BY_ITSELF
+    by_itself = trace.finish_reason in ENDS_BY_ITSELF
     if by_itself and (len(covered) < len(chunks) or covered[-1].finish != trace.finish_reason):
         ending = f"{chunks[-1].finish!r:.40} after {len(chunks)} chunks"
         yield f"judged as {trace.finish_reason!r:.40} after {len(covered)} chunks; it ended by {ending}"

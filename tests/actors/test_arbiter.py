@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ import redis
 from samples import Run, make_divergence
 
 from actors.arbiter import Arbiter
+from actors.books import line_of, rid_of, trace_of
 from common import metrics
+from common.draws import fraction, rollout_seed
 from common.messages import Verdict
 from common.streams import LeaseLost
-from common.termination import kat_verdict
+from common.termination import Cut, kat_verdict
+from ops.chaos.checker import check_folder
 from ops.embedded import EmbeddedRedis
 
 RULE = {"window": 4, "patience": 2, "stride": 1, "grace_tokens": 0}
@@ -32,13 +36,16 @@ class Writing:
     arm: str = "treated"
     problem: int = 0
     step: int | None = None
+    seed: int = 7
+    max_tokens: int = 64
     finish: str = "eos"
     done: int = 0
     chunks: int = 0
     ended: bool = False
 
     def __post_init__(self) -> None:
-        assert self.run.admit(self.rid, arm=self.arm, problem=self.problem, step=self.step) == b"ok"
+        head = {"arm": self.arm, "problem": self.problem, "step": self.step, "seed": self.seed}
+        assert self.run.admit(self.rid, **head, max_new_tokens=self.max_tokens) == b"ok"
         self.run.take("w1", self.rid)
 
     def go_on(self, size: int, version: int = 0) -> bool:
@@ -320,6 +327,156 @@ def test_policy_none_cuts_nothing(begin: Callable[..., Run]) -> None:
     Writing(run, "r1", [0.0] * 30).whole()
     judge(run)
     assert (verdict(run, "r1").cut, verdict(run, "r1").keep) == (False, 30)
+
+
+LOW, HIGH = [1.0] * 4 + [0.0] * 8, [0.0] * 4 + [1.0] * 8
+POLICIES = {
+    "none": (LOW, {}, None, None),
+    "fixed": (LOW, {"fixed_tokens": 6}, None, Cut(6, 6, "fixed")),
+    "scheduled": (LOW, {"fixed_tokens": 3, "scheduled_tokens": 9}, "7.0", Cut(7, 7, "scheduled")),
+    "random": (LOW, {}, None, None),
+    "random_matched": (LOW, {"hazard": {9: 1.0}, "detection_tokens": 5}, "1.0", Cut(9, 4, "random")),
+    "kat": (LOW, {}, "0.25", Cut(9, 4, "kl_trap")),
+    "kat_absolute": (LOW, {"floor_nats": 0.25}, "0.25", Cut(9, 4, "kl_trap")),
+    "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
+    "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
+}
+
+
+def wanted_cut(name: str) -> Cut | None:
+    if name == "random":
+        position = 1 + int(fraction(7, "cut") * 64)
+        return Cut(position, position, "random") if position < 12 else None
+    return POLICIES[name][3]
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_gives_the_verdict_that_it_gives_by_hand(begin: Callable[..., Run], name: str, size: int) -> None:
+    values, changes, number, _ = POLICIES[name]
+    run = begin(termination={"policy": name, **changes})
+    if number:
+        run.client.set(run.key("threshold"), number)
+    Writing(run, "r1", values).whole(size)
+    judge(run)
+    found, cut = verdict(run, "r1"), wanted_cut(name)
+    if cut is None:
+        assert (found.cut, found.keep, found.train, found.finish_reason) == (False, 12, 12, "eos")
+    else:
+        assert (found.cut, found.trigger, found.keep, found.finish_reason) == (True, cut.trigger, cut.keep, cut.reason)
+        assert found.train == cut.keep
+        assert run.entries("signals:w1") == [{"rid": "r1"}]
+    assert found.threshold == (float(number) if number else None)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("none", "random")])
+@pytest.mark.parametrize(
+    ("how", "trained"),
+    [({"apply": "mask"}, "kept"), ({"shadow": True}, "all"), ({"shadow": True, "apply": "mask"}, "all")],
+)
+@pytest.mark.parametrize("arm", ["treated", "control"])
+def test_mask_and_shadow_stop_nothing_and_record_the_cut(
+    begin: Callable[..., Run], name: str, how: dict[str, Any], trained: str, arm: str
+) -> None:
+    values, changes, number, cut = POLICIES[name]
+    assert cut is not None
+    run = begin(termination={"policy": name, **changes, **how})
+    if number:
+        run.client.set(run.key("threshold"), number)
+    case = Writing(run, "r1", values, arm=arm)
+    case.go_on(10)
+    judge(run)
+    assert run.field("r1", "verdict") is None
+    case.whole()
+    judge(run)
+    found = verdict(run, "r1")
+    assert (found.cut, found.finish_reason, found.generated) == (False, "eos", 12)
+    assert (found.trigger, found.keep) == (cut.trigger, cut.keep)
+    assert found.train == (cut.keep if trained == "kept" else 12)
+    assert found.min_window == (1.0 if name == "kat_inverse" else 0.0)
+    assert run.entries("signals:w1") == []
+    line = line_of(found, ending="trained", reason="", generated=12, staleness=0, active=True, correct=None)
+    assert line.tokens_kept + line.tokens_detection + line.tokens_overshoot == line.tokens_generated == 12
+
+
+def test_a_schedule_follows_the_steps(begin: Callable[..., Run]) -> None:
+    changes = {"policy": "scheduled", "fixed_tokens": 4, "scheduled_tokens": 8, "scheduled_steps": 4}
+    run = begin(termination=changes)
+    assert run.lease("learner").call("publish", 9, 2, "v00000009.safetensors", "aa") == [b"ok"]
+    Writing(run, "r1", [0.5] * 6).whole()
+    judge(run)
+    assert (verdict(run, "r1").keep, threshold(run)) == (4, "6.0")
+    Writing(run, "r2", [0.5] * 7).whole()
+    judge(run)
+    assert (verdict(run, "r2").keep, verdict(run, "r2").threshold) == (6, 6.0)
+
+
+def test_kat_inverse_is_calibrated_on_the_greatest_windows(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"policy": "kat_inverse", "min_calibration": 2, "eta": 0.5})
+    publish(run, 0)
+    for number, level in enumerate((0.5, 1.0)):
+        Writing(run, f"r{number}", [0.0] * 4 + [level] * 4 + [0.0] * 4, arm="control").whole()
+        judge(run)
+    assert minima(run) == [0.5, 1.0]
+    assert float(threshold(run)) == 0.75
+
+
+def test_a_cut_that_a_policy_cannot_have_made_ends_the_rollout_and_not_the_arbiter(
+    begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("own_policy.Halved.feed", lambda self, divergence: Cut(trigger=99, keep=3, reason="halved"))
+    run = begin(termination={"policy": "own_policy:Halved", "options": {"head": 3}})
+    Writing(run, "r1", LOW).whole()
+    judge(run)
+    assert run.field("r1", "verdict") == b"dead"
+
+
+@pytest.mark.parametrize("how", [{}, {"apply": "mask"}, {"shadow": True}], ids=["stop", "mask", "shadow"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_checker_replays_every_verdict_and_sees_a_changed_one(
+    begin: Callable[..., Run], name: str, how: dict[str, Any]
+) -> None:
+    _, changes, number, _ = POLICIES[name]
+    run = begin(termination={"policy": name, **changes, **how}, rollout={"max_completion_length": 48})
+    rng = np.random.default_rng(3)
+    for place in range(24):
+        if number:  # in force before the first score; the verdict of the one before has set its own
+            run.client.set(run.key("threshold"), number)
+        seed, arm = rollout_seed(run.config.seed, place), "control" if place % 4 == 0 else "treated"
+        values = random_values(rng)
+        Writing(run, rid_of(place), values, arm=arm, seed=seed, max_tokens=48).whole(5)
+        judge(run)
+    verdicts = [verdict(run, rid_of(place)) for place in range(24)]
+    cuts = sum(one.keep < len(one.tokens) or one.cut for one in verdicts)
+    assert (cuts > 0) == (name != "none")
+    possible = {"verdict_replayed": 0, "within_verdict": 0}
+    assert statements(run, verdicts) == possible
+    fired = next((place for place, one in enumerate(verdicts) if one.cut or 0 < one.keep < len(one.tokens)), 1)
+    verdicts[fired] = replace(verdicts[fired], keep=verdicts[fired].keep - 1)
+    assert statements(run, verdicts)["verdict_replayed"] == 1
+
+
+def statements(run: Run, verdicts: list[Verdict]) -> dict[str, int]:
+    """Books and traces of these verdicts as the feeder writes them; what the checker says of them."""
+    folder = run.config.run_dir
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(run.config.to_yaml())
+    lines = [
+        line_of(
+            one,
+            ending="trained",
+            reason="",
+            generated=one.generated or len(one.tokens),
+            staleness=0,
+            active=True,
+            correct=None,
+        )
+        for one in verdicts
+    ]
+    for file, values in (("rollouts", map(asdict, lines)), ("traces", map(trace_of, verdicts))):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    found = [one.statement for one in check_folder(folder)]
+    return {name: found.count(name) for name in ("verdict_replayed", "within_verdict")}
 
 
 # --- the threshold ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from prometheus_client import Histogram
 from samples import make_verdict
 
-from actors.books import Booked, Booking, Books, line_of, read_lines, rid_of, trace_of, unjudged_line
+from actors.books import Booked, Booking, Books, count, line_of, read_lines, rid_of, trace_of, unjudged_line
 from common import metrics
+from common.metrics import REGISTRY
 from ops.summary import length_saving
 
 
@@ -218,3 +219,19 @@ def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
     assert mean == {"treated": (40 + 8 + 30) / 3, "control": 60}
     saving = length_saving(list(read_lines(tmp_path / "rollouts.jsonl")))
     assert saving.ratio == 1 - mean["treated"] / mean["control"]
+
+
+@pytest.mark.parametrize(("reason", "observed"), [("fixed", 1), ("kl_trap", 1), ("eos", 0), ("length", 0)])
+def test_overshoot_is_observed_of_what_was_stopped_and_of_nothing_else(reason: str, observed: int) -> None:
+    """A rollout that goes on behind its trigger under `mask` or `shadow` ends by itself: its tokens are no overshoot
+    of a stop."""
+
+    def seen() -> float:
+        return REGISTRY.get_sample_value("katana_stop_overshoot_tokens_count", {"arm": "treated"}) or 0
+
+    keep = 3 if reason == "fixed" else 2
+    verdict = make_verdict(finish_reason=reason, keep=keep, train=keep, cut=observed == 1)
+    how: dict[str, Any] = {"reason": "", "staleness": 0, "active": True, "correct": None}
+    line, before = line_of(verdict, ending="trained", generated=7, **how), seen()
+    count(asdict(line))
+    assert seen() == before + observed

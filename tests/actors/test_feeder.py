@@ -948,3 +948,36 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
     assert lost
     assert desk.run.ledger()["trained"] == 1
     assert desk.feeder.ledger()["trained"] == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "without", "with_number"),
+    [
+        ("none", False, False),
+        ("fixed", True, True),
+        ("scheduled", True, True),
+        ("random", True, True),
+        ("random_matched", False, True),
+        ("kat", False, True),
+        ("kat_absolute", False, True),
+        ("kat_inverse", False, True),
+        ("own_policy:Halved", True, True),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, {"apply": "mask"}, {"shadow": True}], ids=["stop", "mask", "shadow"])
+def test_lines_say_whether_their_policy_could_have_cut(
+    begin: Callable[..., Desk], policy: str, without: bool, with_number: bool, how: dict[str, Any]
+) -> None:
+    desk = begin(termination={"policy": policy, "hazard": {9: 0.5}, "scheduled_tokens": 64, **how})
+    desk.go_on()
+    first, second = desk.take()[:2]
+    for rid, number in ((first, None), (second, 64.0)):
+        # The rule fired, and what it says was not done: all three tokens were written.
+        desk.judge(rid, threshold=number, trigger=2, keep=1, train=1, cut=False, generated=3, finish_reason="eos")
+        desk.settle(rid)
+    desk.go_on()
+    lines = desk.lines()
+    assert (lines[first]["active"], lines[second]["active"]) == (without, with_number)
+    for line in (lines[first], lines[second]):
+        assert (line["tokens_kept"], line["tokens_detection"], line["tokens_overshoot"]) == (1, 1, 1)
+        assert line["tokens_generated"] == 3

@@ -57,11 +57,16 @@ def test_a_micro_batch_by_hand() -> None:
 
 def test_weights_by_hand() -> None:
     batch = [trajectory("a", [1], [2]), trajectory("b", [1], [2, 3, 4])]
-    assert token_weights(batch, "kept") == [0.25, 0.25]
-    assert token_weights(batch, "sequence") == [0.5, 1 / 6]
+    assert [row.tolist() for row in token_weights(batch, "kept")] == [[0.25], [0.25] * 3]
+    assert [row.tolist() for row in token_weights(batch, "sequence")] == [[0.5], [1 / 6] * 3]
+    # Nothing was cut: as many were generated as were kept. With 4 of 1 and 12 of 3: each counts a sixteenth.
+    assert [row.tolist() for row in token_weights(batch, "generated")] == [[0.25], [0.25] * 3]
+    cut = [replace(batch[0], generated=4), replace(batch[1], generated=12)]
+    assert [row.tolist() for row in token_weights(cut, "generated")] == [[1 / 16], [1 / 16] * 3]
+    assert [row.tolist() for row in token_weights(cut, "kept")] == [[0.25], [0.25] * 3]
     (micro,) = micro_batches(batch, max_tokens=100, denominator="sequence")
     torch.testing.assert_close(micro.weights, torch.tensor([1 / 6, 1 / 6, 1 / 6, 0.5]))
-    with pytest.raises(ValueError, match=r"denominator is 'tokens', expected one of kept, sequence"):
+    with pytest.raises(ValueError, match=r"denominator is 'tokens', expected one of kept, sequence, generated"):
         token_weights(batch, "tokens")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,318 @@
+"""The policies that may end a rollout early, by the name that `termination.policy` gives. No Redis, no clock, no torch.
+
+A policy is one class. An object of it judges one rollout: it is made from the settings and a `Situation`, and fed the
+rollout's divergences in order. One of your own is named `package.module:ClassName`; docs/policies.md shows how.
+
+Invariant: a verdict is a function of the settings, the situation and the divergences, however these were cut into
+chunks. All of them are on record, so whoever has the record comes to the same verdict.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from common.draws import fraction
+from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut
+
+if TYPE_CHECKING:
+    from common.config import Termination
+
+OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used. The message says what is wrong and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a policy knows of a rollout before its first divergence.
+
+    number: what the policy's `number` said when the rollout's first score was stored (deterministic runs: when it was
+        admitted); None where it said nothing yet. On record as the rollout's threshold.
+    seed: the rollout's own, 0 … 2^63 - 1; the same in every run of the same `seed`.
+    max_tokens: the most tokens the rollout can have.
+    """
+
+    number: float | None
+    seed: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the run is: the newest policy version, optimizer steps done, and the window extremes kept."""
+
+    version: int
+    step: int
+    minima: MinimaBuffer
+
+
+class Policy(ABC):
+    """One rollout's policy. Write `__init__(self, settings, situation)` and `feed`."""
+
+    unit: ClassVar[str] = ""
+    """Of `number`: "nats", "tokens" or nothing."""
+    looks_high: ClassVar[bool] = False
+    """True: the buffer is filled with the rollouts' greatest window means, not with their least."""
+
+    @abstractmethod
+    def __init__(self, settings: Termination, situation: Situation) -> None: ...
+
+    @abstractmethod
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        """Take the next divergences (float, [n], nats); a Cut once, where it fires; what follows is ignored.
+
+        A Cut's trigger is the number of tokens after which it fired: at most those fed, and the same in whatever parts
+        they come.
+        """
+
+    @classmethod
+    def number(cls, settings: Termination, progress: Progress) -> float | None:
+        """The one number, finite, that rollouts which begin now are judged by; None for none."""
+        return None
+
+    @classmethod
+    def active(cls, number: float | None) -> bool:
+        """Whether a rollout judged by this number could be cut: only those count where arms are compared."""
+        return True
+
+    @classmethod
+    def possible(cls, settings: Termination, number: float | None) -> bool:
+        """Whether `number` can ever have given this: the checker asks."""
+        return True
+
+
+class Calibrated(Policy):
+    """Base of policies judged by s, the quantile of window minima; None, and not active, until there are enough."""
+
+    unit = "nats"
+
+    @classmethod
+    def number(cls, settings: Termination, progress: Progress) -> float | None:
+        if progress.version < settings.warmup_steps or len(progress.minima) < settings.min_calibration:
+            return None
+        return progress.minima.quantile(settings.eta if cls.looks_high else 1 - settings.eta)
+
+    @classmethod
+    def active(cls, number: float | None) -> bool:
+        return number is not None
+
+
+class NonePolicy(NeverCut, Policy):
+    """`none`: nothing is cut."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        pass
+
+    @classmethod
+    def active(cls, number: float | None) -> bool:
+        return False
+
+
+class FixedPolicy(FixedLength, Policy):
+    """`fixed`: the first `fixed_tokens` tokens are kept."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(settings.fixed_tokens, "fixed")
+
+
+class ScheduledPolicy(FixedLength, Policy):
+    """`scheduled`: the first N tokens are kept; N goes from `fixed_tokens` to `scheduled_tokens` in so many steps."""
+
+    unit = "tokens"
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        # Before the first verdict of a run there is no number: no step is done.
+        tokens = settings.fixed_tokens if situation.number is None else int(situation.number)
+        super().__init__(tokens, "scheduled")
+
+    @classmethod
+    def number(cls, settings: Termination, progress: Progress) -> float | None:
+        first, last, steps = settings.fixed_tokens, settings.scheduled_tokens, settings.scheduled_steps
+        return float(first + (last - first) * min(progress.step, steps) // steps)
+
+    @classmethod
+    def possible(cls, settings: Termination, number: float | None) -> bool:
+        return number is None or (number.is_integer() and settings.fixed_tokens <= number <= settings.scheduled_tokens)
+
+
+class RandomPolicy(FixedLength, Policy):
+    """`random`: the first N tokens are kept, N uniform over 1 … `max_completion_length`, drawn for each rollout."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(1 + int(fraction(situation.seed, "cut") * situation.max_tokens), "random")
+
+
+class RandomMatchedPolicy(CutAt, Policy):
+    """`random_matched`: cut by chance with KAT's realised hazard at each position, scaled; never by what is read.
+
+    With probability min(1, hazard_scale · hazard[t]) it fires at token t, if it has not before; the last
+    `detection_tokens` tokens up to there are cut. The draw is made before the first token: a rollout that ends before
+    the position that was drawn is not cut.
+    """
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        trigger = None
+        if situation.number is not None:
+            trigger = drawn_position(settings.hazard, situation.number, fraction(situation.seed, "cut"))
+        super().__init__(trigger, 0 if trigger is None else max(0, trigger - settings.detection_tokens), "random")
+
+    @classmethod
+    def number(cls, settings: Termination, progress: Progress) -> float | None:
+        return settings.hazard_scale if progress.version >= settings.warmup_steps else None
+
+    @classmethod
+    def active(cls, number: float | None) -> bool:
+        return number is not None
+
+    @classmethod
+    def possible(cls, settings: Termination, number: float | None) -> bool:
+        return number in (None, settings.hazard_scale)
+
+
+def drawn_position(hazard: dict[int, float], scale: float, share: float) -> int | None:
+    """The first position at which the chance to have been cut by then exceeds `share` (0 … 1); None where none does."""
+    survival = 1.0
+    for position in sorted(hazard):
+        survival *= 1 - min(1.0, scale * hazard[position])
+        if 1 - survival > share:
+            return position
+    return None
+
+
+class KatPolicy(Kat, Calibrated):
+    """`kat`: cut where window means stay below s, the quantile of other rollouts' least ones."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(**_windows(settings), threshold=situation.number)
+
+
+class KatAbsolutePolicy(Kat, Policy):
+    """`kat_absolute`: the rule of `kat` with a floor from the config, `floor_nats`, in place of the quantile."""
+
+    unit = "nats"
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(**_windows(settings), threshold=situation.number)
+
+    @classmethod
+    def number(cls, settings: Termination, progress: Progress) -> float | None:
+        return settings.floor_nats if progress.version >= settings.warmup_steps else None
+
+    @classmethod
+    def active(cls, number: float | None) -> bool:
+        return number is not None
+
+    @classmethod
+    def possible(cls, settings: Termination, number: float | None) -> bool:
+        return number in (None, settings.floor_nats)
+
+
+class KatInversePolicy(Kat, Calibrated):
+    """`kat_inverse`: cut where window means stay above s, the quantile of other rollouts' greatest ones."""
+
+    looks_high = True
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(**_windows(settings), threshold=situation.number, inverse=True)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "none": NonePolicy,
+    "fixed": FixedPolicy,
+    "scheduled": ScheduledPolicy,
+    "random": RandomPolicy,
+    "random_matched": RandomMatchedPolicy,
+    "kat": KatPolicy,
+    "kat_absolute": KatAbsolutePolicy,
+    "kat_inverse": KatInversePolicy,
+}
+
+
+class _Windows(TypedDict):
+    window: int
+    patience: int
+    stride: int
+    grace_tokens: int
+
+
+def _windows(settings: Termination) -> _Windows:
+    return {
+        "window": settings.window,
+        "patience": settings.patience,
+        "stride": settings.stride,
+        "grace_tokens": settings.grace_tokens,
+    }
+
+
+def extremes(settings: Termination) -> Kat:
+    """What finds the least (or greatest: `looks_high`) window mean of a whole rollout, and cuts nothing."""
+    return Kat(**_windows(settings), threshold=None, inverse=find(settings.policy).looks_high)
+
+
+def check_name(name: str) -> None:
+    """Raises PolicyError unless it is a policy's name or has the form of one of your own. Imports nothing."""
+    if name in POLICIES or OWN.fullmatch(name):
+        return
+    near = difflib.get_close_matches(name, POLICIES, n=1)
+    hint = f" (the nearest is {near[0]!r})" if near else ""
+    allowed = f"{', '.join(POLICIES)}, or package.module:ClassName"
+    raise PolicyError(f"no such policy{hint}; allowed: {allowed}; found {name[:80]!r}")
+
+
+def find(name: str) -> type[Policy]:
+    """The class by its name; one of your own is imported. Raises PolicyError."""
+    check_name(name)
+    if name in POLICIES:
+        return POLICIES[name]
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PolicyError(
+            f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
+            f"runs a feeder or an arbiter (PYTHONPATH, or an installed package)"
+        ) from error
+    except SyntaxError as error:
+        raise PolicyError(f"{name!r}: line {error.lineno} of the module is no Python ({error.msg})") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type) or not issubclass(found, Policy):
+        what = "has no such class" if found is None else "holds something else under that name"
+        raise PolicyError(f"{name!r}: the module {what}; allowed: a subclass of common.policies.Policy")
+    if missing := getattr(found, "__abstractmethods__", None):
+        raise PolicyError(f"{name!r}: the class lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def check(settings: Termination, max_tokens: int) -> None:
+    """Make one object of the policy, as for a rollout. Raises PolicyError where that fails."""
+    policy = find(settings.policy)
+    if issubclass(policy, Calibrated) and settings.calibrate_on == "control" and settings.control_fraction == 0:
+        raise PolicyError(f"{settings.policy!r} is calibrated on the control arm, but control_fraction is 0")
+    try:
+        policy(settings, Situation(number=None, seed=0, max_tokens=max_tokens))
+    except (ValueError, TypeError, LookupError) as error:
+        shown = f"{type(error).__name__}: {error}"[:200]
+        raise PolicyError(f"{settings.policy!r} refuses these settings ({shown})") from error
+
+
+def unit_of(name: str) -> str:
+    """The unit of a policy's number, without importing anything."""
+    return POLICIES[name].unit if name in POLICIES else "nats"
+
+
+def written(number: float, name: str, digits: str = ".3g") -> str:
+    """A number in its unit, for people."""
+    unit = unit_of(name)
+    value = f"{number:.0f}" if unit == "tokens" and math.isfinite(number) else format(number, digits)
+    return f"{value} {unit}".rstrip()

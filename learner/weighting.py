@@ -1,0 +1,41 @@
+"""How much each kept token counts beside the cut: what cutting is compared with. Pure functions.
+
+    uniform       every kept token counts alike
+    random_drop   a random share of the kept tokens, `retention`, counts, wherever they stand: with `policy: none` and
+                  the retention of a run of KAT it learns from as many tokens as KAT does, but not from the beginnings
+    position      a token counts 2^(-t / half_life), t = 0 at the first: earlier ones count more
+
+A draw is a function of the run's seed, rollout and position: a batch trained again has the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from common.config import Loss
+from learner.batch import Shares, Trajectory, uniform
+
+
+def shares_of(settings: Loss, seed: int) -> Shares:
+    """What `loss.weighting` asks for, in a run of this seed."""
+    if settings.weighting == "random_drop":
+        return lambda trajectory: random_drop(trajectory, settings.retention, seed)
+    if settings.weighting == "position":
+        return lambda trajectory: by_position(len(trajectory.tokens), settings.position_half_life)
+    return uniform
+
+
+def random_drop(trajectory: Trajectory, retention: float, seed: int) -> npt.NDArray[np.float64]:
+    """1 for a random share `retention` (0 … 1) of the kept tokens, each by itself, 0 for the others; float64 [n]."""
+    key = hashlib.blake2b(f"{seed}:drop:{trajectory.rid}".encode(), digest_size=16).digest()
+    # Philox's raw numbers never change between versions of numpy.
+    raw = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(len(trajectory.tokens))
+    return ((np.asarray(raw) >> np.uint64(11)) / 2.0**53 < retention).astype(np.float64)
+
+
+def by_position(count: int, half_life: float) -> npt.NDArray[np.float64]:
+    """2^(-t / half_life) for t = 0 … count - 1, float64 [count]; half_life in tokens, above 0."""
+    return np.exp2(-np.arange(count) / half_life)

@@ -1,0 +1,264 @@
+"""Every policy by hand, any chunking alike; the registry, and what it says of names that lead nowhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import policies
+from common.config import ConfigError, Termination, load, parse
+from common.draws import fraction, rollout_seed
+from common.policies import POLICIES, Policy, PolicyError, Progress, Situation, drawn_position, extremes, find
+from common.termination import Cut, CutAt, Kat, MinimaBuffer
+
+OWN = "own_policy:Halved"
+CASES = json.loads((Path(__file__).parents[1] / "vectors" / "kat_rule.json").read_text())["cases"]
+LEAST = "student: {model: s}\nteacher: {model: t}\n"
+
+
+def rule(policy: str = "kat", **changes: Any) -> Termination:
+    values = {"window": 2, "patience": 2, "min_calibration": 2, "buffer_size": 8, "warmup_steps": 3}
+    return Termination(**values | {"policy": policy, "hazard": {2: 0.5, 4: 0.25}, "options": {"head": 2}} | changes)
+
+
+def make(name: str, number: float | None = None, seed: int = 7, max_tokens: int = 40, **changes: Any) -> Policy:
+    return find(name)(rule(name, **changes), Situation(number, seed, max_tokens))
+
+
+def fed(policy: Policy, values: list[float], sizes: list[int]) -> list[Cut]:
+    array, place, cuts = np.array(values, np.float32), 0, []
+    for size in [*sizes, len(values)]:
+        cut = policy.feed(array[place : place + size])
+        place += size
+        if cut is not None:
+            cuts.append(cut)
+            break  # what follows is the arbiter's to leave out
+    return cuts
+
+
+def progress(version: int = 9, step: int = 9, values: tuple[float, ...] = (0.25, 0.5, 1.0)) -> Progress:
+    return Progress(version, step, MinimaBuffer(8, values))
+
+
+@pytest.mark.parametrize("name", [*POLICIES, OWN])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_chunking_changes_no_verdict(name: str, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 8).map(lambda eighths: eighths / 8), max_size=40))
+    sizes = data.draw(st.lists(st.integers(0, 9), max_size=20))
+    number = data.draw(st.sampled_from([None, 1.0, 3.0] if name == "scheduled" else [None, 0.25, 0.5, 1.0]))
+    seed = data.draw(st.integers(0, 2**63 - 1))
+    changes = {"fixed_tokens": 3, "patience": 2}
+    whole = fed(make(name, number, seed, **changes), values, [])
+    assert fed(make(name, number, seed, **changes), values, sizes) == whole
+    for cut in whole:
+        assert 0 <= cut.keep <= cut.trigger <= len(values)
+
+
+@pytest.mark.parametrize("number", range(0, 200, 5))
+def test_kat_and_kat_absolute_are_the_published_rule(number: int) -> None:
+    case = CASES[number]
+    changes = {name: case[name] for name in ("window", "patience", "stride", "grace_tokens")}
+    for name in ("kat", "kat_absolute"):
+        judge = make(name, case["threshold"], **changes)
+        cut = judge.feed(np.array(case["divergence"]))
+        assert (cut and cut.keep, cut and cut.trigger) == (case["keep"], case["trigger"])
+
+
+@pytest.mark.parametrize("number", range(0, 200, 5))
+def test_kat_inverse_is_the_published_rule_mirrored(number: int) -> None:
+    case = CASES[number]
+    changes = {name: case[name] for name in ("window", "patience", "stride", "grace_tokens")}
+    mirrored = -np.array(case["divergence"])
+    threshold = None if case["threshold"] is None else -case["threshold"]
+    judge = make("kat_inverse", threshold, **changes)
+    cut = judge.feed(mirrored)
+    assert (cut and cut.keep, cut and cut.trigger) == (case["keep"], case["trigger"])
+    assert isinstance(judge, Kat)
+    lowest = case["min_window"]
+    assert judge.min_window == (None if lowest is None else pytest.approx(-lowest, rel=1e-9, abs=1e-15))
+
+
+def test_kat_inverse_by_hand() -> None:
+    # W 2, C 2, s 0.5: means of windows ending at 2, 3, …: 0, .5, 1, 1: above .5 at 4 and 5, begun behind 2 tokens.
+    judge = make("kat_inverse", 0.5)
+    assert fed(judge, [0, 0, 1, 1, 1, 0], []) == [Cut(5, 2, "kl_high")]
+    whole = extremes(rule("kat_inverse"))
+    whole.feed(np.array([0.0, 0.0, 1.0, 1.0, 3.0]))
+    assert whole.min_window == 2.0
+    assert extremes(rule("kat_inverse")).min_window is None
+
+
+def test_fixed_and_scheduled_by_hand() -> None:
+    assert fed(make("fixed", fixed_tokens=3), [1] * 4, []) == [Cut(3, 3, "fixed")]
+    growing = {"fixed_tokens": 3, "scheduled_tokens": 13, "scheduled_steps": 20}
+    policy, settings_ = find("scheduled"), rule("scheduled", **growing)
+    numbers = [policy.number(settings_, progress(step=step)) for step in (0, 1, 2, 10, 20, 99)]
+    assert numbers == [3.0, 3.0, 4.0, 8.0, 13.0, 13.0]
+    assert fed(make("scheduled", 8.0, **growing), [1] * 9, []) == [Cut(8, 8, "scheduled")]
+    assert fed(make("scheduled", 8.0, **growing), [1] * 8, []) == []
+    assert fed(make("scheduled", None, **growing), [1] * 9, []) == [Cut(3, 3, "scheduled")]
+    possible = [policy.possible(settings_, number) for number in (None, 3.0, 13.0, 2.0, 14.0, 3.5)]
+    assert possible == [True, True, True, False, False, False]
+
+
+def test_random_positions_are_uniform_and_the_seeds_own() -> None:
+    found = []
+    for number in range(4000):
+        [cut] = fed(make("random", seed=rollout_seed(3, number), max_tokens=10), [1] * 11, [])
+        assert (cut.keep, cut.reason) == (cut.trigger, "random")
+        found.append(cut.trigger)
+    counts = np.bincount(found, minlength=11)
+    assert counts[0] == 0
+    assert len(counts) == 11
+    # Chi square with 9 degrees of freedom: above 27.9 once in a thousand; the draws are fixed by the seed.
+    assert float(((counts[1:] - 400.0) ** 2 / 400).sum()) < 27.9
+    again = fed(make("random", seed=rollout_seed(3, 5), max_tokens=10), [9] * 11, [1] * 11)
+    assert again[0].trigger == found[5]
+
+
+def test_random_matched_has_the_hazard_that_it_is_given() -> None:
+    seeds = [rollout_seed(1, number) for number in range(4000)]
+    triggers = [fed(make("random_matched", 1.0, seed, detection_tokens=3), [1] * 6, []) for seed in seeds]
+    at = [cuts[0].trigger if cuts else None for cuts in triggers]
+    # Half are cut at 2; a quarter of the other half at 4. Five standard errors of a share of 4,000 are 0.04.
+    assert at.count(2) / 4000 == pytest.approx(0.5, abs=0.04)
+    assert at.count(4) / 4000 == pytest.approx(0.125, abs=0.03)
+    assert set(at) == {2, 4, None}
+    assert {(cuts[0].trigger, cuts[0].keep) for cuts in triggers if cuts} == {(2, 0), (4, 1)}
+
+
+def test_random_matched_does_not_peek() -> None:
+    """What it would do at a position depends neither on what is read nor on whether the rollout gets there."""
+    hazard, seeds = {2: 0.5, 4: 0.25}, [rollout_seed(1, number) for number in range(99)]
+    seed = next(one for one in seeds if drawn_position(hazard, 1.0, fraction(one, "cut")) == 4)
+    assert fed(make("random_matched", 1.0, seed), [1] * 3, []) == []
+    assert fed(make("random_matched", 1.0, seed), [0] * 9, []) == fed(make("random_matched", 1.0, seed), [5] * 4, [])
+    assert fed(make("random_matched", None, seed), [1] * 9, []) == []
+
+
+def test_drawn_positions_by_hand() -> None:
+    hazard = {4: 0.5, 2: 0.5}  # cut by 2: a half, by 4: three quarters
+    assert [drawn_position(hazard, 1.0, share) for share in (0.0, 0.49, 0.5, 0.74, 0.75)] == [2, 2, 4, 4, None]
+    assert drawn_position(hazard, 2.0, 0.999) == 2
+    assert drawn_position({}, 1.0, 0.0) is None
+
+
+def test_numbers_wait_for_minima_and_warm_up() -> None:
+    for name in ("kat", "kat_inverse"):
+        policy, settings_ = find(name), rule(name, eta=0.3)
+        assert policy.number(settings_, progress(version=2)) is None
+        assert policy.number(settings_, progress(values=(1.0,))) is None
+        # Of .25, .5, 1: the 0.7 quantile is at 1.4, the 0.3 quantile at 0.6.
+        wanted = {"kat": 0.7, "kat_inverse": 0.4}[name]
+        assert policy.number(settings_, progress()) == pytest.approx(wanted)
+        assert (policy.active(None), policy.active(0.5)) == (False, True)
+    absolute, floor = find("kat_absolute"), rule("kat_absolute", floor_nats=0.125)
+    assert (absolute.number(floor, progress(2)), absolute.number(floor, progress(3, values=()))) == (None, 0.125)
+    assert [absolute.possible(floor, number) for number in (None, 0.125, 0.25)] == [True, True, False]
+    matched, scaled = find("random_matched"), rule("random_matched", hazard_scale=1.5)
+    assert (matched.number(scaled, progress(2)), matched.number(scaled, progress(3))) == (None, 1.5)
+    assert [find(name).active(None) for name in ("none", "fixed", "scheduled", "random")] == [False, True, True, True]
+
+
+def test_cut_at_fires_once_at_its_token() -> None:
+    judge = CutAt(3, 1, "random")
+    assert [judge.feed(np.ones(size)) for size in (2, 0, 1, 4)] == [None, None, Cut(3, 1, "random"), None]
+    assert CutAt(None, 0, "random").feed(np.ones(99)) is None
+
+
+# --- one of your own ---
+
+
+def test_a_policy_of_ones_own_by_hand() -> None:
+    # The first two have mean 1; below a half from the fourth token on, twice in a row at the fifth.
+    assert fed(make(OWN), [1, 1, 1, 0.25, 0.25, 9], []) == [Cut(5, 3, "halved")]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module:Halved", "the module cannot be imported"),
+        ("own_policy:Nothing", "has no such class"),
+        ("own_policy:NotAClass", "holds something else"),
+        ("own_policy:Cut", "a subclass of common.policies.Policy"),
+        ("own_policy:Unfinished", "lacks __init__, feed"),
+        ("kta", "the nearest is 'kat'"),
+        ("os.path", "no such policy"),
+        ("../x:Y", "no such policy"),
+        ("own_policy:Halved:x", "no such policy"),
+    ],
+)
+def test_what_is_no_policy_is_refused_in_words(name: str, said: str) -> None:
+    with pytest.raises(PolicyError, match=said.replace(".", r"\.")):
+        find(name)
+
+
+def test_a_policy_with_a_mistake_in_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_policy.py").write_text("x = 1\ndef f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PolicyError, match="line 2 of the module is no Python"):
+        find("broken_policy:Any")
+
+
+def test_load_imports_the_policy_and_parse_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(LEAST + "termination: {policy: 'own_policy:Halved', options: {head: 4, share: 0.5}}\n")
+    assert load(path).termination.options == {"head": 4.0, "share": 0.5}
+    gone = LEAST + "termination: {policy: 'gone.for_good:Halved'}\n"
+    assert parse(gone).termination.policy == "gone.for_good:Halved"
+    path.write_text(gone)
+    assert load(path, import_policy=False).termination.policy == "gone.for_good:Halved"
+    with pytest.raises(ConfigError, match=r"termination\.policy: 'gone\.for_good:Halved': the module cannot be"):
+        load(path)
+
+
+def test_settings_that_a_policy_refuses_are_an_error_at_load(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
+    with pytest.raises(ConfigError, match=r"refuses these settings \(KeyError: 'head'\)"):
+        load(path)
+
+
+def test_what_is_calibrated_on_the_control_arm_needs_one() -> None:
+    class Mine(policies.Calibrated):
+        def __init__(self, settings: Termination, situation: Situation) -> None: ...
+
+        def feed(self, divergence: Any) -> None: ...
+
+    POLICIES["mine"] = Mine
+    try:
+        with pytest.raises(PolicyError, match="control_fraction is 0"):
+            policies.check(rule("mine", control_fraction=0), 64)
+        policies.check(rule("mine", control_fraction=0, calibrate_on="all"), 64)
+    finally:
+        del POLICIES["mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{policy: random_matched}", "needs hazard"),
+        ("{policy: random_matched, hazard: {0: 0.5}}", "positions from 1"),
+        ("{policy: random_matched, hazard: {3: 1.5}}", "chances from 0 to 1"),
+        ("{policy: scheduled, fixed_tokens: 64, scheduled_tokens: 63}", "a schedule grows"),
+        ("{policy: scheduled, fixed_tokens: 193, scheduled_tokens: 300}", "nothing would be cut"),
+        ("{policy: kat_inverse, control_fraction: 0}", "needs a control arm"),
+        ("{policy: kat_absolute, window: 193}", "no window would ever be evaluated"),
+        ("{apply: drop}", "'stop' or 'mask'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse(LEAST + f"termination: {text}\n")
+
+
+def test_hazards_come_back_from_yaml_as_they_were() -> None:
+    config = parse(LEAST + "termination: {policy: random_matched, hazard: {3: 0.1, 70: 1.0e-3, 9: 1}}\n")
+    assert parse(config.to_yaml()).termination.hazard == {3: 0.1, 70: 0.001, 9: 1.0}

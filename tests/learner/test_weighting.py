@@ -1,0 +1,106 @@
+"""Token weightings: by hand, the same whenever they are asked for, and what they leave of the batch's mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from samples import make_head, make_score_support, make_support, make_tokens, make_verdict
+
+from common.config import Loss
+from common.messages import support_digest
+from learner.batch import Trajectory, micro_batches, token_weights, uniform
+from learner.intake import read_trajectory
+from learner.weighting import by_position, random_drop, shares_of
+
+
+def trajectory(rid: str, count: int) -> Trajectory:
+    return Trajectory(
+        rid=rid,
+        arm="treated",
+        prompt=np.array([1], np.int32),
+        tokens=np.arange(count, dtype=np.int32),
+        support_ids=np.zeros((count, 1), np.int32),
+        teacher_logprobs=np.full((count, 2), -1, np.float32),
+        teacher_tail=None,
+        teacher_sampled=np.full(count, -1, np.float32),
+        rollout_logprobs=np.full(count, -1, np.float32),
+        oldest_version=0,
+    )
+
+
+def test_position_weights_halve_at_the_half_life() -> None:
+    assert by_position(5, 2.0)[::2].tolist() == [1.0, 0.5, 0.25]
+    assert by_position(3, 1.0).tolist() == [1.0, 0.5, 0.25]
+    rows = token_weights(
+        [trajectory("a", 2), trajectory("b", 1)], "kept", lambda one: by_position(len(one.tokens), 1.0)
+    )
+    assert [row.tolist() for row in rows] == [[0.4, 0.2], [0.4]]
+
+
+def test_random_drop_keeps_the_share_that_it_is_told_wherever_it_lies() -> None:
+    shares = np.stack([random_drop(trajectory(f"r{number}", 200), 0.3, seed=5) for number in range(100)])
+    assert set(np.unique(shares)) == {0.0, 1.0}
+    # 20,000 draws: five standard errors are 0.016; a half of the positions 0.023.
+    assert shares.mean() == pytest.approx(0.3, abs=0.016)
+    assert shares[:, :100].mean() == pytest.approx(0.3, abs=0.023)
+    assert not (shares[0] == shares[1]).all()
+
+
+def test_random_drop_is_a_function_of_seed_rollout_and_position() -> None:
+    one = random_drop(trajectory("r1", 64), 0.5, seed=1)
+    assert (random_drop(trajectory("r1", 64), 0.5, seed=1) == one).all()
+    assert (random_drop(trajectory("r1", 40), 0.5, seed=1) == one[:40]).all()
+    assert not (random_drop(trajectory("r1", 64), 0.5, seed=2) == one).all()
+    assert random_drop(trajectory("r1", 64), 1.0, seed=1).all()
+
+
+def test_the_config_s_names_lead_to_their_weightings() -> None:
+    one = trajectory("r1", 9)
+    assert shares_of(Loss(), 3) is uniform
+    drop = shares_of(Loss(weighting="random_drop", retention=0.5), 3)
+    assert (drop(one) == random_drop(one, 0.5, 3)).all()
+    fading = shares_of(Loss(weighting="position", position_half_life=3.0), 3)
+    assert (fading(one) == by_position(9, 3.0)).all()
+
+
+@pytest.mark.parametrize("denominator", ["kept", "sequence"])
+def test_what_is_dropped_has_no_weight_and_the_rest_sums_to_one(denominator: str) -> None:
+    batch = [trajectory(f"r{number}", 30 + number) for number in range(4)]
+    shares = shares_of(Loss(weighting="random_drop", retention=0.4), 3)
+    micros = micro_batches(batch, max_tokens=70, denominator=denominator, shares=shares)  # type: ignore[arg-type]
+    assert len(micros) > 1
+    weights = {rid: micro.weights.numpy() for micro in micros for rid in micro.rids if len(micro.rids) == 1}
+    assert sum(float(micro.weights.sum()) for micro in micros) == pytest.approx(1.0, abs=1e-5)
+    for one in batch:
+        if one.rid in weights:
+            assert ((weights[one.rid] > 0) == (shares(one) > 0)).all()
+
+
+def test_a_batch_of_which_nothing_is_left_weighs_nothing() -> None:
+    for denominator in ("kept", "sequence", "generated"):
+        rows = token_weights([trajectory("a", 2)], denominator, lambda one: np.zeros(len(one.tokens)))  # type: ignore[arg-type]
+        assert rows[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("cut", "generated"), [(True, 3), (False, 5)])
+def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generated: int) -> None:
+    """Trigger 3 of 5 scored tokens, keep 2; more of them may have been scored by chance, when the cut was found."""
+    verdict = make_verdict(
+        keep=2,
+        trigger=3,
+        train=2,
+        cut=cut,
+        generated=None if cut else 5,
+        tokens=np.arange(5, dtype=np.int32),
+        divergence=np.ones(5, np.float32),
+    )
+    support = make_support(5)
+    record = {
+        b"head": make_head().encode(),
+        b"verdict": verdict.encode(),
+        b"t:0": make_tokens(range(5), digest=support_digest(support.encode())).encode(),
+        b"p:0": support.encode(),
+        b"q:0": make_score_support(5).encode(),
+    }
+    found = read_trajectory(record, vocab_size=64)
+    assert (len(found.tokens), found.generated) == (2, generated)

@@ -1,0 +1,37 @@
+"""A policy of one's own, as docs/policies.md shows it: cut when the divergence has halved for good."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from common.config import Termination
+from common.policies import Policy, Situation
+from common.termination import Cut
+
+
+class Halved(Policy):
+    """Cuts where `patience` tokens in a row lie below half of the mean of the first `options.head` tokens."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        self._head, self._patience = int(settings.options["head"]), settings.patience
+        self._seen = self._low = 0
+        self._sum = 0.0
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        for value in divergence.tolist():
+            self._seen += 1
+            if self._seen <= self._head:
+                self._sum += value
+                continue
+            self._low = self._low + 1 if value < 0.5 * self._sum / self._head else 0
+            if self._low == self._patience:
+                return Cut(trigger=self._seen, keep=self._seen - self._patience, reason="halved")
+        return None
+
+
+class Unfinished(Policy):
+    """Not usable: it has no `feed`."""
+
+
+NotAClass = 3
