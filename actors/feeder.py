@@ -292,10 +292,10 @@ class Feeder:
             return
         facts = self._plane.fields((rid, ["head", "length", "entry"]) for rid in ready)
         audits = self._audits(list(ready))
-        bookings = [
-            Booking(self._line(rid, rollout, found), rollout.verdict, audit)
-            for (rid, rollout), found, audit in zip(ready.items(), facts, audits, strict=True)
-        ]
+        bookings = []
+        for (rid, rollout), found, audit in zip(ready.items(), facts, audits, strict=True):
+            self._lease.keep()  # to judge a completion may take seconds
+            bookings.append(Booking(self._line(rid, rollout, found), rollout.verdict, audit))
         self._write(bookings)
         self._settle(
             [

@@ -64,10 +64,43 @@ class Teacher(_Section):
 
 
 class Data(_Section):
-    task: str = Field("arithmetic", description="Built-in task (`arithmetic`).")
-    options: dict[str, int] = Field(default_factory=dict, description="Sizes handed to the task.")
+    task: str = Field("arithmetic", description="`arithmetic` (built in), or `dataset`: rows of `data.path`.")
+    options: dict[str, int] = Field(default_factory=dict, description="Sizes handed to the task `arithmetic`.")
+    path: str | None = Field(
+        None,
+        description="Task `dataset`: a JSONL or Parquet file, a folder of them, or what `Dataset.save_to_disk` wrote.",
+    )
+    prompt_key: str = Field(
+        "prompt", min_length=1, description="Column of the prompt, text or chat messages; dots lead into nested ones."
+    )
+    answer_key: str = Field(
+        "answer", min_length=1, description="Column of the answer; of a worked solution, its \\boxed{} or #### counts."
+    )
+    verifier: Literal["math-verify", "exact", "none"] = Field(
+        "math-verify", description="Who judges completions: `math-verify`, `exact` (equal text) or `none` (nobody)."
+    )
+    chat: bool = Field(
+        False, description="Prompts go through the tokenizer's chat template; text is one message of the user."
+    )
+    template_options: dict[str, bool] = Field(
+        default_factory=dict, description="Switches handed to the chat template, such as enable_thinking."
+    )
+    system_prompt: str | None = Field(None, description="Chat: system message of prompts that have none of their own.")
+    prompt_suffix: str = Field("", description="Text put behind every prompt, or behind its last message of a user.")
+    too_long: Literal["error", "skip"] = Field(
+        "error", description="A row whose prompt is above max_prompt_length is an error, or is left out."
+    )
     num_generations: int = Field(1, ge=1, description="Rollouts for each prompt.")
-    max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens; a longer one is an error.")
+    max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens; `data.too_long` says what then.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if (self.task == "dataset") != (self.path is not None):
+            raise ValueError("task: dataset and path need each other")
+        for name in ("template_options", "system_prompt"):
+            if getattr(self, name) and not self.chat:
+                raise ValueError(f"{name} is for chat templates: it needs chat: true")
+        return self
 
 
 class Rollout(_Section):
@@ -223,15 +256,38 @@ class Checkpoints(_Section):
     keep: int = Field(2, ge=1, description="Checkpoints kept.")
 
 
+class Benchmark(_Section):
+    """One of `eval.data`. What is null is as in `data` and `eval`."""
+
+    path: str = Field(description="As data.path.")
+    prompt_key: str | None = Field(None, min_length=1, description="null: data.prompt_key.")
+    answer_key: str | None = Field(None, min_length=1, description="null: data.answer_key.")
+    problems: int | None = Field(None, ge=1, description="The first rows; null: all.")
+    k: int | None = Field(None, ge=1, description="null: eval.k.")
+
+
 class Eval(_Section):
     every_steps: int = Field(25, ge=0, description="Steps between evaluations; 0: none at all.")
     problems: int = Field(64, ge=1, description="Held-out problems.")
     k: int = Field(4, ge=1, description="Samples a problem, for avg@k and pass@k.")
+    data: dict[str, Benchmark] = Field(
+        default_factory=dict,
+        description="Task `dataset`: benchmarks by name, each with a `path` and, where they differ, `prompt_key`, "
+        "`answer_key`, `problems` (null: all rows) and `k`.",
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the evaluation.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass of the evaluation.")
     device: str = Field("cpu", description="Device of the evaluator.")
     threads: int = Field(1, ge=1, description="torch threads of the evaluator (CPU).")
     slots: int = Field(64, ge=1, description="Samples written at a time.")
+
+    @field_validator("data")
+    @classmethod
+    def _check_names(cls, data: dict[str, Benchmark]) -> dict[str, Benchmark]:
+        for name in data:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+                raise ValueError(f"{name!r} is no name for a benchmark; allowed: letters, digits, '-' and '_'")
+        return data
 
 
 class Feeder(_Section):
@@ -384,9 +440,18 @@ class Config(_Section):
                     f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
                     f"{self.rollout.max_completion_length}: no window would ever be evaluated"
                 )
+        self._check_data()
         if self.deterministic:
             self._check_deterministic()
         return self
+
+    def _check_data(self) -> None:
+        if self.eval.data and self.data.task != "dataset":
+            raise ValueError(f"eval.data needs data.task: dataset; the task {self.data.task!r} has problems of its own")
+        if self.data.task == "dataset" and self.eval.every_steps and not self.eval.data:
+            raise ValueError("task dataset holds no rows out: name benchmarks in eval.data, or eval.every_steps: 0")
+        if self.eval.data and self.data.verifier == "none":
+            raise ValueError("eval.data needs a verifier; data.verifier is none")
 
     def _check_deterministic(self) -> None:
         if self.learner.weight_sync_steps != 1:
@@ -570,6 +635,8 @@ def _names() -> list[str]:
 
 
 def _nearest(where: str) -> str:
+    if where.startswith("eval.data."):  # a benchmark: its name is anyone's
+        return f"; a benchmark has the keys {', '.join(Benchmark.model_fields)}"
     known = _names()
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     last = where.rpartition(".")[2]
@@ -659,10 +726,10 @@ def check_resume(before: Config, after: Config) -> None:
     """Raises ConfigError when a resumed run would change a key that its record depends on."""
     old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
     allowed = RESUMABLE - _NOT_IF_DETERMINISTIC if before.deterministic else RESUMABLE
-    changed = [key for key in new if old.get(key) != new[key] and key not in allowed]
+    changed = [key for key in old | new if old.get(key) != new.get(key) and key not in allowed]
     if changed:
         raise ConfigError(
-            "; ".join(f"{key}: {old.get(key)!r} cannot become {new[key]!r} on --resume" for key in changed)
+            "; ".join(f"{key}: {old.get(key)!r} cannot become {new.get(key)!r} on --resume" for key in changed)
             + f". Keys that may change: {', '.join(sorted(allowed))}"
         )
 

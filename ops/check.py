@@ -10,6 +10,7 @@ from typing import Any
 from common.config import Config, ConfigError
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
 from ops.roles import reach
+from ops.rows import DataMissing
 from ops.source import TaskSource
 from ops.tracking import missing
 
@@ -68,13 +69,30 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
 
 
 def _check_prompts(config: Config, found: Findings) -> None:
-    try:
-        source = TaskSource(config)
-        longest = max(len(source.prompt(index)) for index in range(_PROMPTS_READ))
-    except (ConfigError, ModelError) as error:
-        found.problems.append(str(error))
-        return
-    found.lines.append(f"prompts    task {config.data.task!r}; the longest of {_PROMPTS_READ} has {longest} tokens")
+    for name in (None, *config.eval.data):
+        what = "prompts   " if name is None else "benchmark "
+        try:
+            source = TaskSource(config, "eval" if name else "train", name)
+            # Of a data set the reading itself has looked at every row.
+            read = min(_PROMPTS_READ, source.count or _PROMPTS_READ)
+            longest = max(len(source.prompt(index)) for index in range(read))
+        except DataMissing as error:
+            found.unchecked.append(f"{what.strip()}: {error}; a run needs it")
+        except (ConfigError, ModelError) as error:
+            found.problems.append(str(error))
+        else:
+            found.lines.append(f"{what} {_told(config, source, name)}; the longest of {read} has {longest} tokens")
+
+
+def _told(config: Config, source: TaskSource, name: str | None) -> str:
+    if source.count is None:
+        return f"task {config.data.task!r}"
+    skipped = f", {source.skipped} more are too long and left out" if source.skipped else ""
+    if name is None:
+        return f"{source.count} rows of {config.data.path}{skipped}, judged by {config.data.verifier}"
+    one = config.eval.data[name]
+    used = min(source.count, one.problems or source.count)
+    return f"{name}: {used} of {source.count} rows of {one.path}{skipped}, {one.k or config.eval.k} samples each"
 
 
 def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:

@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="avg@k and pass@k of a model on the held-out problems")
     _config_arguments(evaluate)
     evaluate.add_argument("--model", required=True, help="folder or hub id of the model to measure")
-    evaluate.add_argument("--k", type=_positive, default=8, help="samples a problem (default 8)")
+    evaluate.add_argument(
+        "--k", type=_positive, help="samples a problem (default: each benchmark's own; 8 on held-out problems)"
+    )
 
     pretrain = commands.add_parser("pretrain", help="make the tiny teacher and the tiny base student that ship")
     pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
@@ -284,7 +286,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     config = _load(arguments)
     folder = find_model(arguments.model)
-    scores = Evaluator(config, folder).measure(k=arguments.k)
+    scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
     assert scores is not None
     print(json.dumps({"model": str(folder), **scores.line()}))
     return 0

@@ -1,4 +1,4 @@
-"""avg@k and pass@k on the held-out split, by sampling with the slot engine."""
+"""avg@k and pass@k on the held-out split or on benchmarks, by sampling with the slot engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from actors.books import read_lines
 from actors.engine import Decoder
 from actors.models import load_model
 from common import metrics
-from common.config import Config
+from common.config import Config, ConfigError
 from common.messages import Ints
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
 from common.weights import BadWeights, WeightsRef, verified
@@ -44,7 +44,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP."""
+    """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP.
+
+    Of several benchmarks: n is their sum, k that of the config, and every other number the mean of theirs.
+    """
 
     n: int
     k: int
@@ -52,18 +55,21 @@ class Scores:
     pass_at_k: float
     mean_length: float
     eos_rate: float
+    benchmarks: dict[str, Scores] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:
         """As it stands in eval.jsonl and summary.json."""
-        fields = asdict(self)
-        return {
+        line: dict[str, Any] = {
             "k": self.k,
             "n": self.n,
-            "avg@k": fields["avg_at_k"],
-            "pass@k": fields["pass_at_k"],
+            "avg@k": self.avg_at_k,
+            "pass@k": self.pass_at_k,
             "mean_length": self.mean_length,
             "eos_rate": self.eos_rate,
         }
+        if self.benchmarks:
+            line["benchmarks"] = {name: scores.line() for name, scores in self.benchmarks.items()}
+        return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +80,32 @@ class _Sample:
     correct: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Problems:
+    """What is measured: the first n problems of a source. `name` "": the task's held-out problems."""
+
+    name: str
+    source: TaskSource
+    n: int
+    k: int
+
+
+def _problems(config: Config) -> list[_Problems]:
+    settings = config.eval
+    if config.data.task == "dataset" and not settings.data:
+        raise ConfigError("eval.data: names no benchmark; the task dataset holds no rows out")
+    if not settings.data:
+        return [_Problems("", TaskSource(config, "eval"), settings.problems, settings.k)]
+    found = []
+    for name, one in settings.data.items():
+        source = TaskSource(config, "eval", name)
+        rows = source.count or 0
+        found.append(_Problems(name, source, min(one.problems or rows, rows), one.k or settings.k))
+    return found
+
+
 class Evaluator:
-    """Samples k completions of the first n held-out problems; the same draws for every version."""
+    """Samples k completions of every problem; the same draws for every version."""
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         self._config, settings = config, config.eval
@@ -90,7 +120,9 @@ class Evaluator:
             device=settings.device,
             vocab_size=pair.vocab_size,
         )
-        self.source = TaskSource(config, "eval")
+        self._problems = _problems(config)
+        for one in self._problems:
+            one.source.prepare()
         self.decoder = Decoder(
             model,
             slots=settings.slots,
@@ -108,10 +140,18 @@ class Evaluator:
         """Take other weights. Raises ValueError where they do not fit."""
         self.decoder.swap(load_file(path, device=self._config.eval.device))
 
-    def measure(self, *, k: int, stop: threading.Event | None = None) -> Scores | None:
-        """Sample and judge; None when stopped in between."""
-        n = self._config.eval.problems
-        waiting = [(problem, sample) for problem in range(n) for sample in range(k)]
+    def measure(self, *, k: int | None = None, stop: threading.Event | None = None) -> Scores | None:
+        """Sample and judge; None when stopped in between. `k`: samples a problem; None: as the config says."""
+        found: dict[str, Scores] = {}
+        for one in self._problems:
+            scores = self._measure_one(one, k or one.k, stop)
+            if scores is None:
+                return None
+            found[one.name] = scores
+        return found[""] if "" in found else _overall(found, k or self._config.eval.k)
+
+    def _measure_one(self, problems: _Problems, k: int, stop: threading.Event | None) -> Scores | None:
+        waiting = [(problem, sample) for problem in range(problems.n) for sample in range(k)]
         waiting.reverse()
         done: list[_Sample] = []
         while waiting or self.decoder.busy:
@@ -121,22 +161,24 @@ class Evaluator:
                     self.decoder.remove(key)
                 return None
             while waiting and self.decoder.free:
-                self._add(*waiting.pop())
+                self._add(problems.source, *waiting.pop())
             for chunk in self.decoder.step():
-                done.append(self._judge(chunk.key, chunk.tokens, chunk.finish == "eos"))
-        return _scores(done, n, k)
+                metrics.turned("evaluator")  # to judge a completion may take seconds
+                done.append(_judged(problems.source, chunk.key, chunk.tokens, chunk.finish == "eos"))
+        return _scores(done, problems.n, k)
 
-    def _add(self, problem: int, sample: int) -> None:
+    def _add(self, source: TaskSource, problem: int, sample: int) -> None:
         self.decoder.add(
             f"{problem}:{sample}",
-            self.source.prompt(problem),
+            source.prompt(problem),
             seed=(problem << 20) + sample,
             max_new_tokens=self._config.rollout.max_completion_length,
         )
 
-    def _judge(self, key: str, tokens: Ints, ended: bool) -> _Sample:
-        problem = int(key.partition(":")[0])
-        return _Sample(problem, len(tokens), ended, bool(self.source.judge(problem, tokens)))
+
+def _judged(source: TaskSource, key: str, tokens: Ints, ended: bool) -> _Sample:
+    problem = int(key.partition(":")[0])
+    return _Sample(problem, len(tokens), ended, bool(source.judge(problem, tokens)))
 
 
 def _scores(samples: list[_Sample], n: int, k: int) -> Scores:
@@ -150,6 +192,20 @@ def _scores(samples: list[_Sample], n: int, k: int) -> Scores:
         pass_at_k=sum(pass_at_k(k, right, k) for right in correct) / n,
         mean_length=sum(sample.length for sample in samples) / len(samples),
         eos_rate=sum(sample.ended for sample in samples) / len(samples),
+    )
+
+
+def _overall(benchmarks: dict[str, Scores], k: int) -> Scores:
+    """Benchmarks weigh the same, however many problems each has."""
+    all_of = list(benchmarks.values())
+    return Scores(
+        n=sum(one.n for one in all_of),
+        k=k,
+        avg_at_k=sum(one.avg_at_k for one in all_of) / len(all_of),
+        pass_at_k=sum(one.pass_at_k for one in all_of) / len(all_of),
+        mean_length=sum(one.mean_length for one in all_of) / len(all_of),
+        eos_rate=sum(one.eos_rate for one in all_of) / len(all_of),
+        benchmarks=benchmarks,
     )
 
 
@@ -175,7 +231,7 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
         note = json.loads(notes[0].read_text())
         if note["step"] not in _steps(results):
             evaluator = evaluator or Evaluator(config)
-            if not _evaluate_one(evaluator, note, folder, results, config.eval.k, stop):
+            if not _evaluate_one(evaluator, note, folder, results, stop):
                 return
         (folder / f"v{note['version']:08d}.safetensors").unlink(missing_ok=True)
         notes[0].unlink()
@@ -193,7 +249,7 @@ def _steps(results: Path) -> set[int]:
 
 
 def _evaluate_one(
-    evaluator: Evaluator, note: dict[str, Any], folder: Path, results: Path, k: int, stop: threading.Event
+    evaluator: Evaluator, note: dict[str, Any], folder: Path, results: Path, stop: threading.Event
 ) -> bool:
     began = time.monotonic()
     ref = WeightsRef(note["version"], f"v{note['version']:08d}.safetensors", note["sha256"])
@@ -202,7 +258,7 @@ def _evaluate_one(
     except (BadWeights, ValueError) as error:
         log.warning("not evaluated: %s", error)
         return True
-    scores = evaluator.measure(k=k, stop=stop)
+    scores = evaluator.measure(stop=stop)
     if scores is None:
         return False
     line = {"policy_version": note["version"], "step": note["step"], "tokens_trained": note["tokens_trained"]}
@@ -210,5 +266,5 @@ def _evaluate_one(
     _show(line)
     with results.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    log.info("version %d: avg@%d %.3f", note["version"], k, scores.avg_at_k)
+    log.info("version %d: avg@%d %.3f", note["version"], scores.k, scores.avg_at_k)
     return True

@@ -169,9 +169,9 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     from ops.tracking import Tracking
 
     broker = make_app(config.redis, "feeder")
-    feeder = Feeder(
-        config, plane, TaskSource(config), stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key)
-    )
+    source = TaskSource(config)
+    source.prepare()
+    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":

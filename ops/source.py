@@ -6,24 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from common.config import Config, ConfigError
+from common.config import Benchmark, Config, ConfigError
 from common.messages import Ints
 from common.pretrained import find_model, load_tokenizer, read_facts
-from ops.tasks import Problem, Split, Task
+from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
+from ops.tasks.dataset import Dataset, Layout
+from ops.tasks.verifiers import VERIFIERS
 
 TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
 
 
-class PromptTooLong(ConfigError):
-    """A prompt of more than data.max_prompt_length tokens."""
+def make_task(config: Config, tokenizer: Any = None, benchmark: str | None = None) -> Task:
+    """The task that `data` names, or the benchmark of `eval.data`. `tokenizer`: the student's, null: it is loaded.
 
-
-def make_task(config: Config) -> Task:
-    """The task that `data` names. Raises ConfigError for an unknown one or options that it does not take."""
+    Raises ConfigError for an unknown one, options that it does not take, or data that cannot be used.
+    """
     data = config.data
+    if data.task == "dataset":
+        return _dataset(config, tokenizer or load_tokenizer(find_model(config.student.model, weights=False)), benchmark)
     if data.task not in TASKS:
-        raise ConfigError(f"data.task: {data.task!r} is not known; known tasks: {', '.join(sorted(TASKS))}")
+        raise ConfigError(
+            f"data.task: {data.task!r} is not known; known tasks: {', '.join(sorted([*TASKS, 'dataset']))}"
+        )
     try:
         task: Task = TASKS[data.task](**data.options)
     except (TypeError, ValueError) as error:
@@ -31,16 +36,55 @@ def make_task(config: Config) -> Task:
     return task
 
 
+def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
+    from ops.tasks.prompts import Renderer  # Jinja: only here
+
+    data = config.data
+    if benchmark is None:
+        assert data.path is not None  # the config's own check
+        where = Benchmark(path=data.path)
+    else:
+        where = config.eval.data[benchmark]
+    layout = Layout(
+        where.path,
+        where.prompt_key or data.prompt_key,
+        None if data.verifier == "none" else where.answer_key or data.answer_key,
+        data.max_prompt_length,
+        skip_too_long=data.too_long == "skip",
+    )
+    return Dataset(
+        layout,
+        render=Renderer(tokenizer, data),
+        length=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        verifier=VERIFIERS[data.verifier](),
+    )
+
+
 class TaskSource:
     """Token ids of a task's problems, and its verdict on completions (`actors.feeder.Source`)."""
 
-    def __init__(self, config: Config, split: Split = "train") -> None:
-        self._task, self._split, self._seed = make_task(config), split, config.seed
+    def __init__(self, config: Config, split: Split = "train", benchmark: str | None = None) -> None:
+        self._split, self._seed = split, config.seed
         self._limit = config.data.max_prompt_length
         folder = find_model(config.student.model, weights=False)
         self.tokenizer = load_tokenizer(folder)
+        self._task = make_task(config, self.tokenizer, benchmark)
         teacher = find_model(config.teacher.model, weights=False)
         self._stops = set(read_facts(folder).stop_ids) | set(read_facts(teacher).stop_ids)
+
+    def prepare(self) -> None:
+        """Start what judges: a process that will judge calls it before it has anything else to do."""
+        self._task.prepare()
+
+    @property
+    def count(self) -> int | None:
+        """Rows of a data set; None for a task that has problems without end."""
+        return self._task.count if isinstance(self._task, Dataset) else None
+
+    @property
+    def skipped(self) -> int:
+        """Rows of a data set that were left out as too long."""
+        return self._task.skipped if isinstance(self._task, Dataset) else 0
 
     def problem(self, index: int) -> Problem:
         """Problem `index` of the split."""
@@ -67,5 +111,5 @@ class TaskSource:
         return text
 
     def judge(self, problem: int, tokens: Ints) -> bool | None:
-        """Whether a completion is right."""
+        """Whether a completion is right; None where nothing can tell."""
         return self._task.verify(self.problem(problem), self.text(tokens))

@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from common.config import ConfigError
+
 Split = Literal["train", "eval"]
+
+
+class PromptTooLong(ConfigError):
+    """A prompt of more than data.max_prompt_length tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +32,12 @@ class Task(Protocol):
         """Return problem `index` (0, 1, ...) of `split`; no prompt is ever in both splits."""
         ...
 
-    def verify(self, problem: Problem, completion: str) -> bool:
-        """Return whether `completion` answers `problem`."""
+    def prepare(self) -> None:
+        """Start what `verify` needs, where that takes time; without it, the first verdict waits for it."""
+        ...
+
+    def verify(self, problem: Problem, completion: str) -> bool | None:
+        """Return whether `completion` answers `problem`; None where nothing can tell."""
         ...
 
     def answer_end(self, problem: Problem, completion: str) -> int | None:

@@ -103,6 +103,9 @@ class Arithmetic:
         """The longest prompt, in characters."""
         return (self.max_numbers - 1) * (len(str(self.max_value)) + 1) + len(f"{self.max_first}?")
 
+    def prepare(self) -> None:
+        """Nothing to start."""
+
     def problem(self, index: int, *, split: Split, seed: int) -> Problem:
         """Return problem `index` of `split`; different indices may, rarely, hold the same prompt.
 

@@ -183,6 +183,19 @@ def test_a_wrong_value_is_named_with_its_place(text: str, where: str, found: str
         ("termination: {window: 193}", "= 193 is above rollout.max_completion_length 192"),
         ("termination: {window: 64, grace_tokens: 129}", "= 193 is above rollout.max_completion_length 192"),
         ("termination: {policy: fixed, fixed_tokens: 193}", "nothing would be cut"),
+        ("data: {task: dataset}", "task: dataset and path need each other"),
+        ("data: {path: rows.jsonl}", "task: dataset and path need each other"),
+        ("data: {system_prompt: x}", "system_prompt is for chat templates: it needs chat: true"),
+        ("data: {template_options: {enable_thinking: false}}", "template_options is for chat templates"),
+        ("data: {task: dataset, path: rows.jsonl}", "name benchmarks in eval.data, or eval.every_steps: 0"),
+        ("eval: {data: {amc: {path: amc.jsonl}}}", "eval.data needs data.task: dataset"),
+        ("data: {task: dataset, path: r, verifier: none}\neval: {data: {a: {path: a}}}", "data.verifier is none"),
+        ("eval: {data: {'a b': {path: a}}}", "'a b' is no name for a benchmark"),
+        (
+            "eval: {data: {amc: {path: a, prompt: q}}}",
+            "unknown key 'eval.data.amc.prompt'; a benchmark has the keys path",
+        ),
+        ("eval: {data: {amc: {k: 8}}}", "eval.data.amc.path: missing"),
     ],
 )
 def test_keys_that_do_not_fit_each_other_are_refused(text: str, words: str) -> None:

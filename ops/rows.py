@@ -1,0 +1,176 @@
+"""Rows of a data set on disk, in their order: JSONL, Parquet, and what `datasets.Dataset.save_to_disk` writes.
+
+Read as a stream, so that memory does not grow with the file. Parquet and Arrow need pyarrow, which is imported here
+alone; the package `datasets` is not needed: what it saves are Arrow streams, and a JSON file that names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import ConfigError
+
+_JSONL, _PARQUET = (".jsonl", ".ndjson"), (".parquet",)
+_FORMATS = "*.jsonl, *.parquet, a folder of either, or a folder written by Dataset.save_to_disk"
+_ROWS_AT_A_TIME = 256
+MAX_LINE_BYTES = 16 << 20
+
+
+class DataMissing(ConfigError):
+    """Nothing lies where the data should be."""
+
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands, for messages ("train.jsonl, line 3"), and its columns."""
+
+
+def require(package: str, extra: str, *, wanted_by: str) -> None:
+    """Raises ConfigError, naming the command that installs it, where a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{wanted_by} needs the package {package}: pip install 'katana-distill[{extra}]'")
+
+
+def read_rows(path: str | Path, columns: frozenset[str] | None = None) -> Iterator[Row]:
+    """Every row of a file or folder; of Parquet and Arrow `columns` alone are read (None: all).
+
+    Raises:
+        DataMissing: there is no such file or folder.
+        ConfigError: no known format, a row or a file that cannot be read, a column that is not there, pyarrow missing.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise DataMissing(f"{path}: there is no such file or folder; allowed: {_FORMATS}")
+    for file in _files(found):
+        if file.suffix in _JSONL:
+            yield from _read_jsonl(file)
+        else:
+            require("pyarrow", "data", wanted_by=str(file))
+            yield from _read_batches(file, columns)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if path.suffix not in _JSONL + _PARQUET:
+            raise ConfigError(f"{path}: the format {path.suffix!r} is not known; allowed: {_FORMATS}")
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = _read_json(path / "dataset_dict.json").get("splits")
+        raise ConfigError(f"{path}: holds several splits: name one of them, {path}/SPLIT with SPLIT of {splits}")
+    if (path / "state.json").is_file():
+        return _saved_files(path)
+    for endings in (_JSONL, _PARQUET):
+        files = sorted(file for file in path.iterdir() if file.suffix in endings)
+        if files:
+            return files
+    raise ConfigError(f"{path}: nothing in it can be read; allowed: {_FORMATS}")
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a saved data set, in the order that its state.json gives them."""
+    state = _read_json(folder / "state.json")
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise ConfigError(f"{folder}: was saved with indices by an old version of datasets; save it again")
+    files = state.get("_data_files")
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files or []]
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ConfigError(f"{folder}/state.json: names no data files; Dataset.save_to_disk writes it")
+    paths = [folder / str(name) for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"{path}: is missing; {folder}/state.json names it")
+    return paths
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise ConfigError(f"{path}, line {number}: more than {MAX_LINE_BYTES} bytes")
+                if raw.strip():
+                    yield f"{path}, line {number}", _parse(raw, f"{path}, line {number}")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place}: a row is an object of columns, found {type(row).__name__}")
+    return row
+
+
+def _read_batches(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
+    pyarrow = importlib.import_module("pyarrow")
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in _batches(source, path, columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!s:.200})") from error
+
+
+def _batches(source: Any, path: Path, columns: frozenset[str] | None) -> Iterator[Any]:
+    """Record batches of at most _ROWS_AT_A_TIME rows, with the wanted columns alone."""
+    if path.suffix in _PARQUET:
+        file = importlib.import_module("pyarrow.parquet").ParquetFile(source)
+        _check_columns(columns, file.schema_arrow.names, path)
+        yield from file.iter_batches(_ROWS_AT_A_TIME, columns=None if columns is None else sorted(columns))
+        return
+    reader = importlib.import_module("pyarrow.ipc").open_stream(source)
+    _check_columns(columns, reader.schema.names, path)
+    for batch in reader:
+        wanted = batch if columns is None else batch.select(sorted(columns))
+        for first in range(0, wanted.num_rows, _ROWS_AT_A_TIME):
+            yield wanted.slice(first, _ROWS_AT_A_TIME)
+
+
+def _check_columns(wanted: frozenset[str] | None, known: list[str], path: Path) -> None:
+    for name in sorted(wanted or ()):
+        if name not in known:
+            raise ConfigError(f"{path}: {missing(name, known)}")
+
+
+def missing(name: str, known: list[str]) -> str:
+    """That a column is not there, with the nearest that is."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"no column {name!r}" + (f"; the nearest is {near[0]!r}" if near else f"; there are: {', '.join(known)}")
+
+
+def column(row: Mapping[str, Any], key: str, place: str) -> Any:
+    """The value at a dotted key: `reward_model.ground_truth`. A column whose own name has dots in it goes first.
+
+    Raises ConfigError, naming the nearest known column.
+    """
+    if key in row:
+        return row[key]
+    value: Any = row
+    for name in key.split("."):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{place}: {key!r} leads into {type(value).__name__}; dots lead into nested columns")
+        if name not in value:
+            raise ConfigError(f"{place}: {missing(name, list(value))}")
+        value = value[name]
+    return value

@@ -1,0 +1,160 @@
+"""The task `dataset`: rows on disk as problems, shuffled by a seed, each reachable by its index alone.
+
+All rows are read once, at the start: whatever is wrong with one is said before anything runs. What is needed of them
+(prompt as the model is shown it, answer) goes into a temporary file without a name, and problem `index` is one read
+from it: memory is 8 bytes a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.config import ConfigError
+from ops.rows import column, read_rows
+from ops.tasks import Problem, PromptTooLong, Split
+from ops.tasks.verifiers import Verifier, answer_end
+
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a data set lies and how its rows are read. `answer_key` None: rows without answers."""
+
+    path: str
+    prompt_key: str
+    answer_key: str | None
+    max_prompt_length: int
+    skip_too_long: bool = False
+
+    @property
+    def columns(self) -> frozenset[str] | None:
+        """Columns to read of formats that have columns; None: all, where dots may be part of a name."""
+        keys = {self.prompt_key} | ({self.answer_key} if self.answer_key is not None else set())
+        return None if any("." in key for key in keys) else frozenset(keys)
+
+
+@dataclass(slots=True, weakref_slot=True)
+class _Spool:
+    """Records of text, written once, read by number from any place."""
+
+    _file: Any = field(default_factory=tempfile.TemporaryFile)
+    _ends: array[int] = field(default_factory=lambda: array("Q", [0]))
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, record: list[str]) -> None:
+        raw = json.dumps(record).encode()
+        self._file.write(raw)
+        self._ends.append(self._ends[-1] + len(raw))
+
+    def done(self) -> None:
+        self._file.flush()
+
+    def __getitem__(self, number: int) -> list[str]:
+        begin, end = self._ends[number], self._ends[number + 1]
+        record: list[str] = json.loads(os.pread(self._file.fileno(), end - begin, begin))
+        return record
+
+
+class Dataset:
+    """A data set on disk as a task. The split `train` is shuffled, epoch after epoch; `eval` is in the file's order.
+
+    Raises ConfigError: what is wrong with the file or with a row, and where. PromptTooLong names the row.
+    """
+
+    def __init__(
+        self, layout: Layout, *, render: Callable[[Any, str], str], length: Callable[[str], int], verifier: Verifier
+    ) -> None:
+        """`render` makes a prompt's text of a row's value and its place, `length` counts a text's tokens."""
+        self._layout, self._verifier = layout, verifier
+        self._spool, self.skipped = _Spool(), 0
+        for place, row in read_rows(layout.path, layout.columns):
+            text = render(column(row, layout.prompt_key, place), place)
+            # No token is shorter than a byte: most rows need not be tokenized to know that they fit.
+            fits = len(text.encode()) <= layout.max_prompt_length
+            tokens = 0 if fits else length(text)
+            if tokens > layout.max_prompt_length and not layout.skip_too_long:
+                raise PromptTooLong(
+                    f"{place}: the prompt has {tokens} tokens, data.max_prompt_length is {layout.max_prompt_length}: "
+                    f"raise it, or leave such rows out by data.too_long: skip"
+                )
+            if tokens > layout.max_prompt_length:
+                self.skipped += 1
+                continue
+            self._spool.add([text, "" if layout.answer_key is None else _answer(row, layout.answer_key, place)])
+        self._spool.done()
+        if not len(self._spool):
+            raise ConfigError(
+                f"{layout.path}: there is no row in it"
+                + (f" of at most {layout.max_prompt_length} tokens" if self.skipped else "")
+            )
+
+    @property
+    def count(self) -> int:
+        """Rows in use: the problems of one epoch."""
+        return len(self._spool)
+
+    def prepare(self) -> None:
+        """Start what judges, so that it is there when it is first wanted."""
+        self._verifier.prepare()
+
+    def problem(self, index: int, *, split: Split, seed: int) -> Problem:
+        """Problem `index`: a function of its arguments and the file alone. Raises ValueError for a negative index."""
+        if index < 0:
+            raise ValueError(f"index must not be negative, got {index}")
+        epoch, place = divmod(index, self.count)
+        prompt, answer = self._spool[shuffled(place, self.count, f"{seed}:{epoch}") if split == "train" else place]
+        return Problem(prompt, answer)
+
+    def verify(self, problem: Problem, completion: str) -> bool | None:
+        """Whether the completion answers the problem; None where nothing can tell."""
+        return self._verifier.verify(problem.answer, completion)
+
+    def answer_end(self, problem: Problem, completion: str) -> int | None:
+        """The offset just behind the final answer; None where there is none."""
+        return answer_end(completion)
+
+
+def shuffled(place: int, count: int, key: str) -> int:
+    """Where `place` of 0 .. count-1 goes in the permutation that `key` names; nothing of size `count` is kept.
+
+    A Feistel network permutes the next power of four; what falls outside goes through it again. By BLAKE2, and not by
+    a library's generator, whose stream may change with its version: a resumed run must find the same order.
+    """
+    if not 0 <= place < count:
+        raise ValueError(f"need 0 <= place < count, got {place} of {count}")
+    bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+    while True:
+        left, right = place >> bits, place & mask
+        for number in range(_ROUNDS):
+            digest = hashlib.blake2b(f"{key}:{number}:{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
+        place = left << bits | right
+        if place < count:
+            return place
+
+
+def _answer(row: dict[str, Any], key: str, place: str) -> str:
+    value = column(row, key, place)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # columns of numbers are often stored as floats: 142.0 is 142
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{place}: the answer ({key!r}) is {type(value).__name__}; allowed: text or a number")
+    text = str(value).strip()
+    if not text:
+        raise ConfigError(f"{place}: the answer ({key!r}) is empty")
+    return text

@@ -1,0 +1,66 @@
+"""The process that judges by math-verify: `python -m ops.tasks.math_judge CPU_SECONDS`, started by `verifiers.py`.
+
+In: a line of JSON [answer, completion]. Out: "ready" once, then a line a verdict, "right" or "wrong". Every verdict is
+worked out in a fork of this process, which the kernel ends when its CPU seconds or its memory are used up; so nothing
+that a completion says can hang this process, make it grow, or change the next verdict. Ends with its input.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+from math_verify import parse, verify
+
+_RIGHT, _WRONG = 0, 3
+_MEMORY_BYTES = 2 << 30
+_WALL_PER_CPU = 20  # a fork that waits uses no CPU seconds: a limit for what should not happen
+# Each makes sympy import or build something that every fork would otherwise pay for.
+_WARM_UP = (
+    ("\\boxed{\\frac{1}{2}}", "so 0.5"),
+    ("\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}"),
+    ("\\boxed{2}", "$\\sqrt{3}$"),
+)
+
+
+def right(answer: str, completion: str) -> bool:
+    """Whether math-verify finds both equal. Its own time limits are off: the kernel's count."""
+    expected, given = parse(answer, parsing_timeout=None), parse(completion, parsing_timeout=None)
+    return bool(verify(expected, given, timeout_seconds=None))
+
+
+def judge(answer: str, completion: str, cpu_s: float) -> bool:
+    """`right`, in a fork with limits; what does not come to an end within them is wrong."""
+    child = os.fork()
+    if child == 0:
+        code = _WRONG
+        try:
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF and SIGALRM end a process that does not handle them
+            signal.setitimer(signal.ITIMER_REAL, _WALL_PER_CPU * cpu_s)
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+            code = _RIGHT if right(answer, completion) else _WRONG
+        finally:
+            os._exit(code)  # whatever was raised: no verdict but "right" is one
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == _RIGHT
+
+
+def main() -> None:
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
+    cpu_s = float(sys.argv[1])
+    for answer, completion in _WARM_UP:
+        right(answer, completion)
+    gc.collect()
+    gc.freeze()  # forks share these pages
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer, completion = json.loads(line)
+        print("right" if judge(answer, completion, cpu_s) else "wrong", flush=True)
+
+
+if __name__ == "__main__":
+    main()

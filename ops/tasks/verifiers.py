@@ -1,0 +1,202 @@
+"""Who judges a completion against an answer: `exact` (equal text), `math-verify` (equal mathematics), `none`.
+
+Completions are whatever a model writes, and comparing mathematics can take for ever: 9^{9^{9^9}}. math-verify's own
+time limit is Python's alarm, which only works in a main thread and does not interrupt one long operation of C. So it
+works in a process of its own (`ops/tasks/math_judge.py`) that forks for every verdict: the kernel ends the fork when
+its CPU seconds or its memory are used up, and the answer then is "wrong". By CPU seconds, so that a verdict does not
+depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+import weakref
+from typing import Protocol
+
+from common.pretrained import PACKAGE_ROOT
+from ops.rows import require
+
+log = logging.getLogger("katana.verify")
+
+READ_CHARACTERS = 2000
+"""Most that math-verify is shown of a completion."""
+CPU_S, START_S, ANSWER_S = 2.0, 120.0, 60.0
+_E_NOTATION = re.compile(r"([+-]?[0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)")
+_BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
+
+
+class Verifier(Protocol):
+    def prepare(self) -> None:
+        """Start what judging needs, without waiting for it."""
+        ...
+
+    def verify(self, answer: str, completion: str) -> bool | None:
+        """Whether a completion gives the answer; None where nothing can tell."""
+        ...
+
+
+def last_boxed(text: str) -> tuple[int, int] | None:
+    r"""Begin and end of what stands inside the last \boxed{} whose braces are closed; None without one. One pass."""
+    opened: list[int] = []  # where the inside of each open brace begins; of one that is no box, negative
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        if match[0] == "}" and opened:
+            begin = opened.pop()
+            if begin > (last[0] if last else -1):
+                last = begin, match.start()
+        elif match[0].endswith("{") and match[0] != "\\{":
+            opened.append(match.end() if match[0] != "{" else -1)
+    return last
+
+
+def final_answer(text: str) -> tuple[int, int] | None:
+    r"""Begin and end of the final answer: inside the last \boxed{}, or behind the first #### (as GSM8K writes it)."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, hashes, rest = text.partition("####")
+    line = rest.partition("\n")[0]
+    begin = len(text) - len(rest) + len(line) - len(line.lstrip())
+    return (begin, begin + len(line.strip())) if hashes and line.strip() else None
+
+
+def answer_end(text: str) -> int | None:
+    """The offset just behind the final answer, its brace included; None where there is none."""
+    found = final_answer(text)
+    return None if found is None else found[1] + (text[found[1] : found[1] + 1] == "}")
+
+
+def gold(answer: str) -> str:
+    r"""The answer of a data set by itself: of a worked solution what is boxed or stands behind ####; without $."""
+    found = final_answer(answer)
+    text = answer[slice(*found)] if found else answer
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == "$":
+        text = text.strip("$").strip()
+    return text
+
+
+def excerpt(completion: str) -> str:
+    r"""What math-verify is shown of a completion: its last \boxed{}, else its end; at most READ_CHARACTERS.
+
+    Of the box nothing else: left with several boxes, math-verify takes them for one set, and "\boxed{3}, no, \boxed{4}"
+    for wrong.
+    """
+    boxed = last_boxed(completion)
+    shown = completion if boxed is None else f"\\boxed{{{completion[slice(*boxed)]}}}"
+    return shown[-READ_CHARACTERS:]
+
+
+class Nobody:
+    """The verifier `none`."""
+
+    def prepare(self) -> None:
+        pass
+
+    def verify(self, answer: str, completion: str) -> bool | None:
+        return None
+
+
+class Exact:
+    """Equal text: the completion's final answer, or all of it where it names none, is the answer."""
+
+    def prepare(self) -> None:
+        pass
+
+    def verify(self, answer: str, completion: str) -> bool | None:
+        found = final_answer(completion)
+        return (completion[slice(*found)] if found else completion).strip() == gold(answer)
+
+
+class MathVerify:
+    """The package math-verify behind a pipe. Raises ConfigError where it is not installed."""
+
+    def __init__(self, cpu_s: float = CPU_S, answer_s: float = ANSWER_S) -> None:
+        require("math_verify", "math", wanted_by="data.verifier math-verify")
+        self._cpu_s, self._answer_s = cpu_s, answer_s
+        self._judge: subprocess.Popen[bytes] | None = None
+        self._ready = False
+
+    def prepare(self) -> None:
+        """Start the judge, which takes seconds to import what it needs."""
+        if self._judge is not None:
+            return
+        command = [sys.executable, "-m", "ops.tasks.math_judge", str(self._cpu_s)]
+        # A session of its own: Ctrl-C is the feeder's, and the end of its input is the judge's end.
+        self._judge = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PACKAGE_ROOT, start_new_session=True, bufsize=0
+        )
+        self._ready = False
+        weakref.finalize(self, _end, self._judge)
+
+    def verify(self, answer: str, completion: str) -> bool | None:
+        r"""Whether both are the same mathematics; the last \boxed{} counts, else the last expression or number.
+
+        None, with a warning, where the judge itself does not answer; it is started again for the next.
+        """
+        self.prepare()
+        assert self._judge is not None
+        try:
+            if not self._ready and self._line(START_S) != b"ready":
+                raise OSError("it does not start")
+            self._ready = True
+            self._send(json.dumps([_boxed_gold(answer), excerpt(completion)]).encode() + b"\n")
+            return self._line(self._answer_s) == b"right"
+        except OSError as error:
+            log.warning("math-verify's judge gave no verdict, which stays open: %s", error)
+            _end(self._judge)
+            self._judge = None
+            return None
+
+    def _send(self, raw: bytes) -> None:
+        assert self._judge is not None and self._judge.stdin is not None
+        while raw:
+            raw = raw[self._judge.stdin.write(raw) :]
+
+    def _line(self, within_s: float) -> bytes:
+        """One line of the judge's. Raises OSError when it has ended or takes too long."""
+        assert self._judge is not None and self._judge.stdout is not None
+        output, line, deadline = self._judge.stdout.fileno(), b"", time.monotonic() + within_s
+        while not line.endswith(b"\n"):
+            if not select.select([output], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise OSError(f"nothing came within {within_s:g} s")
+            part = os.read(output, 64)
+            if not part:
+                raise OSError("it has ended")
+            line += part
+        return line.strip()
+
+
+def _boxed_gold(answer: str) -> str:
+    """An answer as LaTeX in a box, the one form that math-verify reads whole; 4.5e33 becomes a power of ten."""
+    text = gold(answer)
+    power = _E_NOTATION.fullmatch(text)
+    if power:
+        text = f"{power[1]}\\times 10^{{{int(power[2])}}}"
+    return f"\\boxed{{{text}}}"
+
+
+def _end(judge: subprocess.Popen[bytes]) -> None:
+    """The end of its input ends it; a judge that does not listen is killed."""
+    for pipe in (judge.stdin, judge.stdout):
+        if pipe is not None:
+            pipe.close()
+    try:
+        judge.wait(timeout=1.0)
+    except subprocess.TimeoutExpired:
+        judge.kill()
+        judge.wait()
+
+
+VERIFIERS: dict[str, type[Nobody] | type[Exact] | type[MathVerify]] = {
+    "none": Nobody,
+    "exact": Exact,
+    "math-verify": MathVerify,
+}
