@@ -180,7 +180,12 @@ class Feeder:
         )
         self._cursor = cursor
         self._ledger = {"admitted": cursor, **self._books.endings}
-        self._lease.call("restore", cursor, *(part for item in self._ledger.items() for part in item))
+        lines = read_lines(self._config.run_dir / "rollouts.jsonl")
+        generated = sum(line["tokens_generated"] for line in lines)
+        # These have a count of their own in their records, to which their writers may be adding.
+        unbooked = [rid for rid in alive if rid.decode() not in self._books.booked]
+        ledger = (part for item in self._ledger.items() for part in item)
+        self._lease.call("restore", cursor, generated, len(unbooked), *unbooked, *ledger)
 
     def _finish(self) -> None:
         """The learner is done: free the writers, hear them out for a moment, drop what is in flight."""

@@ -115,6 +115,11 @@ class Rollout(_Section):
     max_completion_length: int = Field(192, ge=1, description="Most tokens of a rollout.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
+    stop_set: Literal["union", "student"] = Field(
+        "union",
+        description="What ends a rollout, as one outcome: stop ids of both models, or (to show what that costs) only "
+        "the student's own.",
+    )
 
 
 class Termination(_Section):
@@ -228,12 +233,23 @@ class Learner(_Section):
     )
     device: str = Field("cpu", description="Device of the learner.")
     threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
-    max_steps: int = Field(100, ge=1, description="Optimizer steps of the run.")
+    max_steps: int = Field(100, ge=1, description="Optimizer steps of the run, at most.")
+    max_generated_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The run ends with the step at which the rollout workers have written so many tokens, kept or not, "
+        "in both arms; learning rate and warm-up follow this count, not the steps. null: max_steps alone.",
+    )
     batch_size: int = Field(32, ge=1, description="Trajectories of a step.")
     micro_batch_tokens: int = Field(8192, ge=1, description="Most padded tokens in one forward and backward.")
     learning_rate: float = Field(1e-6, gt=0, description="AdamW: peak learning rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after warm-up.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of max_steps with a rising learning rate.")
+    warmup_ratio: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of max_steps (of max_generated_tokens, if set) with a rising learning rate.",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW β₁.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
@@ -454,6 +470,11 @@ class Config(_Section):
             raise ValueError("eval.data needs a verifier; data.verifier is none")
 
     def _check_deterministic(self) -> None:
+        if self.learner.max_generated_tokens is not None:
+            raise ValueError(
+                f"learner.max_generated_tokens is {self.learner.max_generated_tokens}; with deterministic only null is "
+                f"allowed: how much the workers have written at a step is a matter of timing"
+            )
         if self.learner.weight_sync_steps != 1:
             raise ValueError(
                 f"learner.weight_sync_steps is {self.learner.weight_sync_steps}; with deterministic only 1 is allowed: "
@@ -525,6 +546,12 @@ class _Loader(yaml.SafeLoader):
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.constructor.ConstructorError(None, None, "'<<' is not allowed: write the section out")
         super().flatten_mapping(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+        return mapping
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER_LENGTH:
@@ -670,13 +697,14 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]
 
 
 # Keys that `--resume` may change: where and how long things run. All others decide what is already on record.
-# (A new learner.max_steps stretches a cosine schedule from the next step on.)
+# (A new learner.max_steps or max_generated_tokens stretches a cosine schedule from the next step on.)
 RESUMABLE = frozenset(
     {
         "name",
         "runs_dir",
         "tracking",
         "learner.max_steps",
+        "learner.max_generated_tokens",
         "learner.threads",
         "learner.device",
         "learner.micro_batch_tokens",

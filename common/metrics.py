@@ -97,6 +97,10 @@ learner_step_seconds = _histogram("learner_step_seconds", "Time of one optimizer
 learner_steps = _counter("learner_steps_total", "Optimizer steps")
 learner_tokens = _counter("learner_tokens_total", "Tokens trained on by this process")
 learner_loss = _gauge("learner_loss_nats", "Loss of the last step")
+learner_entropy = _gauge("learner_entropy_nats", "Mean entropy of the student over the tokens of the last step")
+learner_drift = _gauge("learner_drift_ratio", "Drift guards of the last step that could tell: shares, by kind", "kind")
+learner_threshold = _gauge("learner_threshold_nats", "Mean threshold of the rollouts of the last step; NaN without one")
+learner_threshold.set(float("nan"))
 learner_idle = _gauge("learner_idle_ratio", "Share of time the learner waits for trajectories")
 
 # Evaluator: the newest version that was measured.

@@ -12,9 +12,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
 import re
+import sys
+import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import numpy as np
@@ -27,6 +31,27 @@ if TYPE_CHECKING:
     from common.config import Termination
 
 OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+# All that Python itself raises for a mistake in somebody's code. `sys.exit()` would end Katana without a word.
+_MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    ReferenceError,
+    RuntimeError,
+    StopIteration,
+    SystemExit,
+    TypeError,
+    ValueError,
+)
 
 
 class PolicyError(ValueError):
@@ -276,15 +301,7 @@ def find(name: str) -> type[Policy]:
     if name in POLICIES:
         return POLICIES[name]
     module_name, _, class_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise PolicyError(
-            f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
-            f"runs a feeder or an arbiter (PYTHONPATH, or an installed package)"
-        ) from error
-    except SyntaxError as error:
-        raise PolicyError(f"{name!r}: line {error.lineno} of the module is no Python ({error.msg})") from error
+    module = _imported(name, module_name)
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Policy):
         what = "has no such class" if found is None else "holds something else under that name"
@@ -294,21 +311,56 @@ def find(name: str) -> type[Policy]:
     return found
 
 
+def _imported(name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise PolicyError(
+            f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
+            f"runs a feeder or an arbiter (PYTHONPATH, or an installed package)"
+        ) from error
+    except SyntaxError as error:
+        where = f"line {error.lineno} of the module" if error.lineno else "the module"
+        raise PolicyError(f"{name!r}: {where} is no Python ({error.msg})") from error
+    except _MISTAKES as error:
+        raise PolicyError(f"{name!r}: the module fails when it is imported ({_told(error, module_name)})") from error
+
+
+def _told(error: BaseException, module_name: str) -> str:
+    """What went wrong, and in which line of the module; of another one where that is not on the way."""
+    places = traceback.extract_tb(error.__traceback__)
+    own = [one for one in places if one.filename.removesuffix(".py").endswith(module_name.replace(".", "/"))]
+    place = (own or places)[-1]
+    return f"{type(error).__name__}: {error}"[:200] + f", {os.path.basename(place.filename)} line {place.lineno}"
+
+
 def check(settings: Termination, max_tokens: int) -> None:
-    """Make one object of the policy, as for a rollout. Raises PolicyError where that fails."""
+    """Make one object of the policy, as for a rollout. Raises PolicyError where that fails, or nothing could be cut."""
     policy = find(settings.policy)
     if issubclass(policy, Calibrated) and settings.calibrate_on == "control" and settings.control_fraction == 0:
         raise PolicyError(f"{settings.policy!r} is calibrated on the control arm, but control_fraction is 0")
+    usable = any(chance > 0 and position <= max_tokens for position, chance in settings.hazard.items())
+    if settings.policy == "random_matched" and not usable:
+        raise PolicyError(
+            f"'random_matched' would cut nothing: no chance in hazard is above 0 at a position up to "
+            f"max_completion_length, {max_tokens}"
+        )
     try:
         policy(settings, Situation(number=None, seed=0, max_tokens=max_tokens))
-    except (ValueError, TypeError, LookupError) as error:
-        shown = f"{type(error).__name__}: {error}"[:200]
-        raise PolicyError(f"{settings.policy!r} refuses these settings ({shown})") from error
+    except _MISTAKES as error:
+        raise PolicyError(
+            f"{settings.policy!r} refuses these settings ({_told(error, settings.policy.partition(':')[0])})"
+        ) from error
 
 
 def unit_of(name: str) -> str:
-    """The unit of a policy's number, without importing anything."""
-    return POLICIES[name].unit if name in POLICIES else "nats"
+    """The unit of a policy's number. Imports nothing: of one of your own it is known where a role, or whoever loaded
+    the config, has done so, and "" elsewhere, as for whoever looks at the folder of another's run."""
+    if name in POLICIES:
+        return POLICIES[name].unit
+    module, _, class_name = name.partition(":")
+    found = getattr(sys.modules.get(module), class_name, None)
+    return found.unit if isinstance(found, type) and issubclass(found, Policy) else ""
 
 
 def written(number: float, name: str, digits: str = ".3g") -> str:

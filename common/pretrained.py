@@ -110,8 +110,9 @@ def load_tokenizer(folder: Path) -> Any:
 class Pair:
     """Student and teacher, checked against each other.
 
-    `stop_ids` is the union U of both models' stop ids, the student's own first: generation ends on any of U, and all
-    of U is one outcome, STOP. `vocab_size` is how many outcomes' logits are used; wider heads are padding.
+    `stop_ids` is U, the union of both models' stop ids, the student's own first: generation ends on any of U, and all
+    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is how many outcomes'
+    logits are used; wider heads are padding.
     """
 
     student: ModelFacts
@@ -131,7 +132,8 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     ours, theirs = load_tokenizer(student.folder), load_tokenizer(teacher.folder)
     compare_tokenizers(ours.get_vocab(), theirs.get_vocab())
     ids = max(max(ours.get_vocab().values()), max(theirs.get_vocab().values())) + 1
-    stop_ids = tuple(dict.fromkeys([*student.stop_ids, *teacher.stop_ids]))
+    union = [*student.stop_ids, *teacher.stop_ids]
+    stop_ids = tuple(dict.fromkeys(union if config.rollout.stop_set == "union" else student.stop_ids))
     for who, facts in (("student", student), ("teacher", teacher)):
         _check_layers(who, facts.folder)
         if facts.vocab_size < ids:

@@ -8,8 +8,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        head · entry (its id in `prompts`) · owner (nonce) · owners (every owner and its first chunk) ·
                        worker · chunks · length · scored · finish · settled (the learner is done with it)
                        t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
-                       threshold · verdict · attempts · report (the last one counted) · claims ·
-                       problem (of one that was sent back)
+                       threshold · verdict · counted (its writer's count) · attempts · report (the last one counted) ·
+                       claims · problem (of one that was sent back)
     prompts          stream   feeder → rollout workers     group rollout   rid
     chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
     scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
@@ -21,7 +21,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     open             set      rollouts admitted and not booked
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
-    policy           hash     version · step · covered (step of the checkpoint) · file · sha256
+    policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
+                       generated (tokens written in the whole run)
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
@@ -453,6 +454,11 @@ class Plane:
         policy = self.policy()
         done, covered = (policy.get(name, "") for name in ("step", "covered"))
         return (int(done) if done.isdecimal() else 0), (int(covered) if covered.isdecimal() else 0)
+
+    def generated(self) -> int:
+        """Tokens that rollout workers have written so far, kept or not, in both arms; 0 where that is no number."""
+        count = self.patiently(lambda: self.client.hget(self.key("policy"), "generated"), "generated")
+        return int(count) if isinstance(count, bytes) and count.isdigit() else 0
 
     def seen(self, worker: str, **facts: str | int) -> None:
         """Say that a worker lives, and what it is."""

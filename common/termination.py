@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,30 @@ import numpy.typing as npt
 _UNIT_BITS = 60
 
 
+_REASON = re.compile(r"[A-Za-z0-9_.-]{1,40}", re.ASCII)
+_OTHER_ENDS = ("eos", "length", "open", "unfinished")  # what the books call rollouts that no policy cut
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a rollout is cut: tokens seen when the rule fired, and tokens kept (0 ≤ keep ≤ trigger)."""
+    """Where a rollout is cut: tokens seen when the rule fired, and tokens kept (0 ≤ keep ≤ trigger).
+
+    Whole numbers of any kind (numpy's too) become ints, as the wire wants them. Raises TypeError for others, ValueError
+    for a reason that the books could not tell from other endings.
+    """
 
     trigger: int
     keep: int
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trigger", operator.index(self.trigger))
+        object.__setattr__(self, "keep", operator.index(self.keep))
+        if not _REASON.fullmatch(self.reason) or self.reason in _OTHER_ENDS:
+            raise ValueError(
+                f"Cut.reason {self.reason!r:.80}: allowed are 1 to 40 ASCII letters, digits, '_', '.', '-', but not "
+                f"{', '.join(_OTHER_ENDS)}"
+            )
 
 
 class NeverCut:

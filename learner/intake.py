@@ -25,6 +25,7 @@ from common.messages import (
 )
 from common.streams import Lease, Plane, shown
 from learner.batch import Trajectory
+from learner.drift import repetition
 
 Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
 log = logging.getLogger("katana.intake")
@@ -194,6 +195,10 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             oldest_version=min(chunk.policy_version for chunk in chunks),
             # Not the writer's count: how far it overshoots depends on time, and what is trained may not.
             generated=verdict.trigger if verdict.cut else len(verdict.tokens),
+            finish_reason=verdict.finish_reason,
+            cut=verdict.cut or verdict.keep < len(verdict.tokens),
+            threshold=verdict.threshold,
+            repetition=repetition(verdict.tokens, vocab_size),
         )
     except ValueError as error:
         raise MessageError(str(error)) from error

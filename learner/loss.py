@@ -215,6 +215,9 @@ class Diagnostics:
     entropy_nats: mean entropy of the student over all outcomes (STOP as one).
     support_mass: mean probability of STOP and support together under the student as it is now: the support
         was the top K of the student that sampled, and the mass left in it falls as the two part.
+    support_mass_teacher: the same under the teacher: 1 - q_tail, 1 where there is no tail.
+    topk_overlap: mean share of the K recorded outcomes that are among the K likeliest of the student as it is now, STOP
+        apart in both: 1 for the student that sampled, and less the further the learner has moved from what was written.
     ratio_mean, ratio_max: importance ratio p / p_rollout of the sampled outcomes, before any clip.
     """
 
@@ -222,6 +225,8 @@ class Diagnostics:
     kl_nats: float
     entropy_nats: float
     support_mass: float
+    support_mass_teacher: float
+    topk_overlap: float
     ratio_mean: float
     ratio_max: float
 
@@ -234,8 +239,30 @@ def diagnostics(outcomes: Tensor, micro_batch: MicroBatch, *, stop_ids: Sequence
     entropy = -(outcomes.exp() * outcomes.clamp_min(LOG_FLOOR)).sum(dim=1)
     log_p = sampled_logprobs(outcomes, micro_batch.targets, stop_ids)
     ratio = importance_ratio(log_p, micro_batch.rollout_logprobs)
-    means = [kl.mean(), entropy.mean(), logprobs.exp().sum(dim=1).mean(), ratio.mean(), ratio.max()]
+    means = [
+        kl.mean(),
+        entropy.mean(),
+        logprobs.exp().sum(dim=1).mean(),
+        micro_batch.teacher_logprobs.exp().sum(dim=1).mean(),
+        topk_overlap(outcomes, logprobs).mean(),
+        ratio.mean(),
+        ratio.max(),
+    ]
     return Diagnostics(micro_batch.kept_tokens, *torch.stack(means).tolist())
+
+
+def topk_overlap(outcomes: Tensor, logprobs: Tensor) -> Tensor:
+    """Return the share [N] of the recorded support that is among the K likeliest outcomes besides STOP.
+
+    outcomes: [N, V] from `log_outcomes`; logprobs: [N, K+1] of STOP (column 0) and support, gathered from them. An
+    outcome that is as likely as the last of the K is one of them.
+    """
+    support = logprobs[:, 1:]
+    k = support.shape[1]
+    likeliest = outcomes.topk(k + 1, dim=1).values
+    # STOP is an outcome too: where it is among the first K, the last of the others stands one further on.
+    last = torch.where(logprobs[:, 0] >= likeliest[:, k - 1], likeliest[:, k], likeliest[:, k - 1])
+    return (support >= last[:, None]).to(outcomes.dtype).mean(dim=1)
 
 
 def merged(parts: Sequence[Diagnostics]) -> Diagnostics:
@@ -252,6 +279,8 @@ def merged(parts: Sequence[Diagnostics]) -> Diagnostics:
         kl_nats=mean("kl_nats"),
         entropy_nats=mean("entropy_nats"),
         support_mass=mean("support_mass"),
+        support_mass_teacher=mean("support_mass_teacher"),
+        topk_overlap=mean("topk_overlap"),
         ratio_mean=mean("ratio_mean"),
         ratio_max=max(part.ratio_max for part in parts),
     )

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed learner needs no scheduler's state."""
+"""The learning rate as a pure function of how far the run is, so that a resumed learner needs no scheduler's state."""
 
 from __future__ import annotations
 
@@ -18,16 +18,52 @@ def learning_rate(step: int, *, base: float, schedule: Schedule, warmup_steps: i
 
     Raises ValueError for a negative step, warmup_steps or max_steps, and for another schedule.
     """
-    for name, value in (("step", step), ("warmup_steps", warmup_steps), ("max_steps", max_steps)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}, expected at least 0")
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(get_args(Schedule))}")
+    _check(schedule, step=step, warmup_steps=warmup_steps, max_steps=max_steps)
     if schedule == "cosine" and step >= max_steps:
         return 0.0
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     if schedule == "constant":
         return base
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)
-    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return base * _half_cosine((step - warmup_steps) / (max_steps - warmup_steps))
+
+
+def learning_rate_by_tokens(
+    generated: int, *, own: int, base: float, schedule: Schedule, warmup_ratio: float, max_tokens: int
+) -> float:
+    """Return the learning rate of the step that follows when `generated` tokens of at most `max_tokens` were written.
+
+        g < w:      base * min(1, (g + own) / w)                    w = warmup_ratio * max_tokens
+        constant:   base
+        cosine:     base * (1 + cos(pi (g - w) / (max_tokens - w))) / 2,    0 from max_tokens on
+
+    generated (g): as counted when the step before ended, 0 at the first one: it stands where the number of steps done
+    stands in `learning_rate`. own: tokens written in the rollouts of the step's own batch, which stand where that
+    number's + 1 stands: the first step is never lost on a rate of 0.
+
+    Raises ValueError for negative generated, own or max_tokens, for a warmup_ratio outside 0 <= r < 1, and for another
+    schedule.
+    """
+    _check(schedule, generated=generated, own=own, max_tokens=max_tokens)
+    if not 0 <= warmup_ratio < 1:
+        raise ValueError(f"warmup_ratio is {warmup_ratio}, expected 0 <= r < 1")
+    if schedule == "cosine" and generated >= max_tokens:
+        return 0.0
+    warmup = warmup_ratio * max_tokens
+    if generated < warmup:
+        return base * min(1.0, (generated + own) / warmup)
+    if schedule == "constant":
+        return base
+    return base * _half_cosine((generated - warmup) / (max_tokens - warmup))
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _check(schedule: Schedule, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected at least 0")
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(get_args(Schedule))}")

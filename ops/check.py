@@ -12,6 +12,7 @@ from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_h
 from ops.roles import reach
 from ops.rows import DataMissing
 from ops.source import TaskSource
+from ops.tasks.prompts import Renderer
 from ops.tracking import missing
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -73,15 +74,18 @@ def _check_prompts(config: Config, found: Findings) -> None:
         what = "prompts   " if name is None else "benchmark "
         try:
             source = TaskSource(config, "eval" if name else "train", name)
+            source.rehearse()
             # Of a data set the reading itself has looked at every row.
             read = min(_PROMPTS_READ, source.count or _PROMPTS_READ)
             longest = max(len(source.prompt(index)) for index in range(read))
+            warning = "" if source.count is None else Renderer(source.tokenizer, config.data).warning
         except DataMissing as error:
             found.unchecked.append(f"{what.strip()}: {error}; a run needs it")
         except (ConfigError, ModelError) as error:
             found.problems.append(str(error))
         else:
             found.lines.append(f"{what} {_told(config, source, name)}; the longest of {read} has {longest} tokens")
+            found.lines += [f"warning    {warning}"] if warning and name is None else []
 
 
 def _told(config: Config, source: TaskSource, name: str | None) -> str:
@@ -211,7 +215,7 @@ def _say_what_runs(config: Config, found: Findings) -> None:
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {learner.max_steps} steps of {learner.batch_size} trajectories, {config.loss.mode}, AdamW "
+        f"training   {_told_end(config)} of {learner.batch_size} trajectories, {config.loss.mode}, AdamW "
         f"{learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up to "
         f"{learner.max_staleness}",
         f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
@@ -222,3 +226,10 @@ def _say_what_runs(config: Config, found: Findings) -> None:
             "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens come from the "
             "truncated distribution, their weights from the full one"
         )
+
+
+def _told_end(config: Config) -> str:
+    tokens = config.learner.max_generated_tokens
+    if tokens is None:
+        return f"{config.learner.max_steps} steps"
+    return f"until {tokens:,} tokens are generated, at most {config.learner.max_steps} steps"

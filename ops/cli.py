@@ -28,6 +28,8 @@ exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
 
 # What may be asked of a run that is there: its folder stands for the config in it.
 _OF_A_RUN = ("check", "dead", "health", "top", "watch")
+# What judges rollouts, or starts what does: only there is a policy of one's own imported.
+_JUDGES = ("arbiter", "chaos", "check", "compare", "feeder", "run", "soak")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
     pretrain.add_argument("--which", choices=("teacher", "student", "both"), default="both")
     pretrain.add_argument("--seed", type=int, default=0)
+    other = pretrain.add_mutually_exclusive_group()
+    other.add_argument(
+        "--exchange-end",
+        type=Path,
+        metavar="MODEL",
+        help="make nothing; copy MODEL into --out with another id for its end token, as base and instruct models have",
+    )
+    other.add_argument(
+        "--leave-loop",
+        type=_chance,
+        metavar="P",
+        help="chance that a loop in the teacher's documents ends, at each repetition (default 0.15); low: a trap",
+    )
 
     bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
     bench.add_argument(
@@ -137,7 +152,59 @@ def _parser() -> argparse.ArgumentParser:
 
     match = commands.add_parser("match", help="from a run of kat, the config of random_matched: it cuts by chance")
     match.add_argument("run", type=Path, help="the folder of the run of kat, for example runs/demo")
-    match.add_argument("--against", type=Path, metavar="RUN", help="only compare its means with this run's")
+    match.add_argument("--against", type=Path, metavar="RUN", help="compare its means with this run's")
+    match.add_argument("--correct", action="store_true", help="with --against: the config again, from both runs")
+
+    replay = commands.add_parser("replay", help="what other settings would have cut of the rollouts on record")
+    replay.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+    replay.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        dest="overrides",
+        help="a termination key; may be repeated",
+    )
+    replay.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="A.B=C,D",
+        help="a termination key with several values; given again: all combinations; writes RUN/replay/",
+    )
+    replay.add_argument(
+        "--arm",
+        choices=("control", "all"),
+        help="rollouts that count (default: all where nothing was stopped, else control)",
+    )
+
+    audit = commands.add_parser("audit", help="whether cut rollouts were recoverable: continue them, and judge")
+    audit.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
+    audit.add_argument("--samples", type=_positive, default=8, help="continuations of each prefix (default 8)")
+    audit.add_argument("--rollouts", type=_positive, default=200, metavar="N", help="most cuts (default 200)")
+    audit.add_argument("--student", metavar="MODEL", help="who continues (default: the student that the run left)")
+    audit.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+    compare = commands.add_parser("compare", help="several policies and seeds, run one by one, with tables and plots")
+    _config_arguments(compare)
+    compare.add_argument(
+        "--policies", default="none,kat", help="names with commas between them (default none,kat): a row each"
+    )
+    compare.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="LABEL:A.B=C,D.E=F",
+        help="one more row: the config with these keys changed; may be given again",
+    )
+    compare.add_argument("--seeds", default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
+    compare.add_argument(
+        "--budget", default="steps", help="steps: learner.max_steps; tokens:N: each run ends when N are generated"
+    )
+    compare.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
+    compare.add_argument(
+        "--report-only", action="store_true", help="run nothing; CONFIG may be the folder of the comparison"
+    )
 
     dead = commands.add_parser("dead", help="list what a run gave up and why; send a rollout back, or remove it")
     _config_arguments(dead)
@@ -190,6 +257,16 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _chance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a number from 0 to 1")
+    return value
+
+
 def _load(arguments: argparse.Namespace) -> Config:
     path: Path = arguments.config
     if arguments.command in _OF_A_RUN and path.is_dir():
@@ -205,8 +282,7 @@ def _load(arguments: argparse.Namespace) -> Config:
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
-    looks_only = arguments.command in _OF_A_RUN and arguments.command != "check"
-    return load(path, [*arguments.overrides, *where], import_policy=not looks_only)
+    return load(path, [*arguments.overrides, *where], import_policy=arguments.command in _JUDGES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,6 +324,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         "panels": _panels,
         "report": _report,
         "match": _match,
+        "replay": _replay,
+        "audit": _audit,
+        "compare": _compare,
         "dead": _dead,
         "clean": _clean,
         "keys": _keys,
@@ -293,9 +372,13 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from ops.pretrain import pretrain
+    from ops.pretrain import exchange_end, pretrain, with_leave_loop
 
-    pretrain(arguments.out, which=arguments.which, seed=arguments.seed)
+    if arguments.exchange_end is not None:
+        exchange_end(arguments.exchange_end, arguments.out)
+        return 0
+    settings = None if arguments.leave_loop is None else with_leave_loop(arguments.leave_loop)
+    pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0
 
 
@@ -357,14 +440,51 @@ def _report(arguments: argparse.Namespace) -> int:
 def _match(arguments: argparse.Namespace) -> int:
     from ops import matching
 
-    if arguments.against is not None:
+    if arguments.correct and arguments.against is None:
+        raise ConfigError("--correct needs --against RUN, the run that was matched before")
+    if arguments.against is not None and not arguments.correct:
         text, agree = matching.compare(arguments.run, arguments.against)
         print(text)
+        if not agree:
+            again = f"katana match {arguments.run} --against {arguments.against} --correct > again.yaml"
+            print(f"no match within 2 %; corrected: {again}", file=sys.stderr)
         return 0 if agree else 1
-    config, text = matching.matched_config(arguments.run)
+    if arguments.against is not None:
+        config, text = matching.corrected_config(arguments.run, arguments.against)
+    else:
+        config, text = matching.matched_config(arguments.run)
     print(text, file=sys.stderr)
     print(config.to_yaml(), end="")
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from ops.replay import replay
+
+    print(replay(arguments.run, arguments.overrides, arguments.sweep, arguments.arm))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from ops.audit import audit
+
+    chosen = {name: getattr(arguments, name) for name in ("samples", "rollouts", "student", "seed")}
+    print(audit(arguments.run, **chosen))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from ops import compare
+
+    if arguments.report_only and arguments.config.is_dir():
+        return compare.report(arguments.config)
+    config, name = _load(arguments), arguments.name
+    if arguments.report_only:
+        return compare.report(compare.grid_folder(config, name))
+    request = compare.Request(
+        arguments.policies, arguments.variant, arguments.seeds, arguments.budget, arguments.overrides, arguments.jobs
+    )
+    return compare.compare(config, name, request)
 
 
 def _dead(arguments: argparse.Namespace) -> int:

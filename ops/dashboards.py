@@ -388,6 +388,13 @@ _LATENCY = Row(
     ),
 )
 
+_STEPPED = f"{of('learner_steps_total', job='learner')} > 0"  # not the zeros before the first step
+
+
+def _drift(kind: str, legend: str) -> Query:
+    return Query(f"max({of('learner_drift_ratio', job='learner', kind=kind)})", legend)
+
+
 _LEARNING = Row(
     "Learning",
     (
@@ -395,12 +402,7 @@ _LEARNING = Row(
             "Loss",
             "Loss of the last optimizer step.",
             "suffix: nats",
-            (
-                Query(
-                    f"max({of('learner_loss_nats', job='learner')} and {of('learner_steps_total', job='learner')} > 0)",
-                    "loss",
-                ),
-            ),
+            (Query(f"max({of('learner_loss_nats', job='learner')} and {_STEPPED})", "loss"),),
         ),
         Panel(
             "Steps",
@@ -436,6 +438,59 @@ _LEARNING = Row(
                 Query(f"min by (role) ({of('policy_version')})", "{{role}}"),
                 Query(configured("max_steps"), "last step", reference=True),
             ),
+        ),
+    ),
+)
+
+_DRIFT = Row(
+    "Drift",
+    (
+        Panel(
+            "Repetition and truncation",
+            "Of the last step's rollouts: the share of their text that deflate saves, near 1 in a loop, and the share "
+            "that ended at the length limit. Both rise when the student begins to ramble.",
+            "percentunit",
+            (_drift("repetition", "repetition"), _drift("truncation", "at the limit")),
+            top=1.0,
+        ),
+        Panel(
+            "Cut rate by arm",
+            "Share of the last step's rollouts that the policy cut (treated) or would have cut (control: the rule on "
+            "whole rollouts). If both rise and repetition does not, it is the threshold that climbs.",
+            "percentunit",
+            (_drift("cut_treated", "treated"), _drift("cut_control", "control")),
+            top=1.0,
+        ),
+        Panel(
+            "Threshold of what is trained",
+            "Mean threshold that the last step's rollouts were judged by, and the one in force for new rollouts.",
+            "suffix: nats",
+            (
+                Query(f"max({of('learner_threshold_nats', job='learner')})", "trained on"),
+                Query(f"max({of('kat_threshold_nats', job='arbiter')})", "in force", reference=True),
+            ),
+        ),
+        Panel(
+            "Entropy of the student",
+            "Mean over the tokens that the last step kept. Towards 0 the student has stopped to explore.",
+            "suffix: nats",
+            (Query(f"max({of('learner_entropy_nats', job='learner')} and {_STEPPED})", "entropy"),),
+        ),
+        Panel(
+            "Mass on the support",
+            "Mean probability of STOP and the K recorded outcomes, under the student as it is now and under the "
+            "teacher. What lies outside is one bucket in the loss.",
+            "percentunit",
+            (_drift("support_mass", "student"), _drift("support_mass_teacher", "teacher")),
+            top=1.0,
+        ),
+        Panel(
+            "Top-K overlap",
+            "Share of the K outcomes that were likeliest when a token was written and still are under the student as "
+            "it is now: how far the learner has moved from what it trains on.",
+            "percentunit",
+            (_drift("topk_overlap", "overlap"),),
+            top=1.0,
         ),
     ),
 )
@@ -617,8 +672,8 @@ DASHBOARDS = (
     Dashboard(
         "learner",
         "Katana: learner",
-        "Loss and pace of the training, and how old what it trains on is.",
-        (_LEARNING, _STALENESS),
+        "Loss and pace of the training, whether it runs off with itself, and how old what it trains on is.",
+        (_LEARNING, _DRIFT, _STALENESS),
     ),
     Dashboard(
         "faults",

@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 class Scores:
     """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP.
 
-    Of several benchmarks: n is their sum, k that of the config, and every other number the mean of theirs.
+    A problem with a sample that nobody could judge is left out of accuracy and chance, and of n; `unjudged` counts such
+    samples. Of several benchmarks: n is their sum, as is `unjudged`, k that of the config, and every other number the
+    mean of theirs.
     """
 
     n: int
@@ -56,6 +59,7 @@ class Scores:
     mean_length: float
     eos_rate: float
     benchmarks: dict[str, Scores] = field(default_factory=dict)
+    unjudged: int = 0
 
     def line(self) -> dict[str, Any]:
         """As it stands in eval.jsonl and summary.json."""
@@ -67,6 +71,8 @@ class Scores:
             "mean_length": self.mean_length,
             "eos_rate": self.eos_rate,
         }
+        if self.unjudged:
+            line["unjudged"] = self.unjudged
         if self.benchmarks:
             line["benchmarks"] = {name: scores.line() for name, scores in self.benchmarks.items()}
         return line
@@ -77,7 +83,7 @@ class _Sample:
     problem: int
     length: int
     ended: bool
-    correct: bool
+    correct: bool | None  # None: the judge gave no verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +184,33 @@ class Evaluator:
 
 def _judged(source: TaskSource, key: str, tokens: Ints, ended: bool) -> _Sample:
     problem = int(key.partition(":")[0])
-    return _Sample(problem, len(tokens), ended, bool(source.judge(problem, tokens)))
+    correct = source.judge(problem, tokens)
+    if correct is None:  # the judge died over it, or for want of memory: once more, by a new one
+        correct = source.judge(problem, tokens)
+    return _Sample(problem, len(tokens), ended, correct)
 
 
 def _scores(samples: list[_Sample], n: int, k: int) -> Scores:
-    correct = [0] * n
-    for sample in samples:
-        correct[sample.problem] += sample.correct
+    """Raises ConfigError where there is not one problem whose samples are all judged."""
+    left_out = {sample.problem for sample in samples if sample.correct is None}
+    unjudged = sum(sample.correct is None for sample in samples)
+    if unjudged:
+        log.warning("%d samples have no verdict: %d of %d problems are left out", unjudged, len(left_out), n)
+    if len(left_out) == n:
+        raise ConfigError(
+            f"data.verifier: gave no verdict on {unjudged} of {len(samples)} samples, of every problem some"
+        )
+    right = Counter(sample.problem for sample in samples if sample.correct)
+    correct = [right[problem] for problem in range(n) if problem not in left_out]
+    n = len(correct)
     return Scores(
         n=n,
         k=k,
         avg_at_k=sum(correct) / (n * k),
-        pass_at_k=sum(pass_at_k(k, right, k) for right in correct) / n,
+        pass_at_k=sum(pass_at_k(k, count, k) for count in correct) / n,
         mean_length=sum(sample.length for sample in samples) / len(samples),
         eos_rate=sum(sample.ended for sample in samples) / len(samples),
+        unjudged=unjudged,
     )
 
 
@@ -205,6 +224,7 @@ def _overall(benchmarks: dict[str, Scores], k: int) -> Scores:
         pass_at_k=sum(one.pass_at_k for one in all_of) / len(all_of),
         mean_length=sum(one.mean_length for one in all_of) / len(all_of),
         eos_rate=sum(one.eos_rate for one in all_of) / len(all_of),
+        unjudged=sum(one.unjudged for one in all_of),
         benchmarks=benchmarks,
     )
 

@@ -151,13 +151,15 @@ class Folder:
     def closed_ledger(self) -> dict[str, int] | None:
         """Counts of a finished run, named as in Redis; None for one that has steps to do or rollouts open."""
         try:
-            most = load(self._folder / "config.yaml", import_policy=False).learner.max_steps
+            learner = load(self._folder / "config.yaml", import_policy=False).learner
             ledger = json.loads((self._folder / "ledger.json").read_bytes())
             dropped = {f"dropped:{reason}": int(many) for reason, many in ledger["dropped"].items()}
             counts = {name: int(ledger[name]) for name in ("admitted", "trained", "dead", "open")}
         except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        if self.last_step("step") != most or counts.pop("open"):
+        tokens, budget = self.last_step("tokens_generated"), learner.max_generated_tokens
+        spent = budget is not None and tokens is not None and tokens >= budget
+        if not (self.last_step("step") == learner.max_steps or spent) or counts.pop("open"):
             return None
         return counts | dropped
 

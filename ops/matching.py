@@ -4,186 +4,276 @@ From a finished run of KAT comes the hazard of a cut at each position t:
 
     hazard[t] = treated rollouts that were cut when t tokens had been seen / those that had come as far as t, uncut
 
-The control arm tells how long rollouts are that nothing stops. Under one scale on all hazards and one number of cut
-tokens, the means of what is seen and of what is kept follow exactly; both numbers are chosen so that the means agree
-with KAT's. Shuffling KAT's cut lengths instead would put many behind the end of the rollout that they are dealt to.
+Under one scale on all hazards and one number of cut tokens, the means of what is generated and of what is kept follow
+exactly from the lengths of rollouts that nothing stops; both numbers are chosen so that the means agree with KAT's.
+Shuffling KAT's cut lengths instead would put many behind the end of the rollout that they are dealt to.
+
+How long rollouts are that nothing stops is known from the control arm at first, which is small, and whose student
+learned under another policy. The run that was made from it knows more: its cuts were drawn by chance, so each of its
+rollouts tells that it was at least as long as it got (`uncut_lengths`). From these the two numbers are corrected.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actors.books import ENDS_BY_ITSELF, compared, read_lines
 from common.config import Config, ConfigError, load
+from ops.matching_means import (
+    TOLERANCE,
+    Match,
+    Means,
+    Reals,
+    Rule,
+    agree,
+    all_alike,
+    expected_means,
+    hazard_of,
+    match,
+    outcomes,
+    uncut_lengths,
+)
+from ops.rundir import read_json
 
-TOLERANCE = 0.02
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
-    """Tokens a rollout: seen (up to the trigger, or all), kept; and the share of rollouts that were cut."""
+class Arm:
+    """Rollouts of one arm that the policy could have cut, each [n]: prompt, tokens up to the trigger (or all), tokens
+    kept and generated, and whether it was cut."""
 
-    seen: float
-    kept: float
-    cut: float
+    problem: Reals
+    seen: Reals
+    kept: Reals
+    generated: Reals
+    cut: npt.NDArray[np.bool_]
 
+    @property
+    def means(self) -> Means:
+        return Means(float(self.generated.mean()), float(self.kept.mean()), float(self.cut.mean()))
 
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What random_matched needs, with the means that it aims at and those that it will have."""
-
-    hazard: dict[int, float]
-    scale: float
-    detection_tokens: int
-    wanted: Means
-    expected: Means
-
-
-def hazard_of(seen: Sequence[int], cut: Sequence[bool]) -> dict[int, float]:
-    """The hazard at every position where a cut was; `seen` in tokens, with whether the rollout was cut there."""
-    fired = Counter(tokens for tokens, was_cut in zip(seen, cut, strict=True) if was_cut)
-    lengths = np.sort(np.asarray(seen))
-    return {at: fired[at] / int(len(lengths) - np.searchsorted(lengths, at)) for at in sorted(fired)}
+    @property
+    def overshoot(self) -> float:
+        """Mean tokens that were written behind a trigger."""
+        return float((self.generated - self.seen)[self.cut].mean()) if self.cut.any() else 0.0
 
 
-def expected_means(hazard: dict[int, float], scale: float, detection: int, lengths: Sequence[int]) -> Means:
-    """Means of random_matched over rollouts that would by themselves be of these lengths, in tokens; exact."""
-    at = np.array(sorted(hazard))
-    chances = np.minimum(1.0, scale * np.array([hazard[position] for position in at]))
-    before = np.concatenate(([1.0], np.cumprod(1 - chances)))
-    fires = before[:-1] * chances
-    reached = np.searchsorted(at, np.asarray(lengths), side="right")  # places of a rollout's length or below
-    sums = [np.concatenate(([0.0], np.cumsum(fires * part))) for part in (at, np.maximum(0, at - detection), 1.0)]
-    seen, kept, cut = (total[reached] for total in sums)
-    left = before[reached] * np.asarray(lengths)
-    return Means(float((seen + left).mean()), float((kept + left).mean()), float(cut.mean()))
+# --- how sure that is ----------------------------------------------------------------------------------------------
 
 
-def match(seen: Sequence[int], kept: Sequence[int], cut: Sequence[bool], lengths: Sequence[int]) -> Match:
-    """Scale and detection for the treated rollouts of a run of KAT, and the lengths of its control rollouts.
-
-    Raises ConfigError where no scale does it within 2 %.
-    """
-    if not any(cut) or not lengths:
-        raise ConfigError("nothing to match: the run has no treated rollout that was cut, or no control rollout")
-    wanted = Means(float(np.mean(seen)), float(np.mean(kept)), float(np.mean(cut)))
-    hazard = hazard_of(seen, cut)
-    if wanted.seen >= float(np.mean(lengths)):
-        raise ConfigError(
-            f"cannot be matched: treated rollouts were no shorter ({wanted.seen:.1f} tokens) than those of the control "
-            f"arm ({np.mean(lengths):.1f})"
-        )
-    low, high = 0.0, 1.0 / min(hazard.values())  # there every chance is 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        longer = expected_means(hazard, middle, 0, lengths).seen > wanted.seen
-        low, high = (middle, high) if longer else (low, middle)
-    detection = _detection(hazard, high, lengths, wanted.kept)
-    found = Match(hazard, high, detection, wanted, expected_means(hazard, high, detection, lengths))
-    if not agree(found.wanted, found.expected):
-        raise ConfigError(f"cannot be matched within {TOLERANCE:.0%}: {_text(found.wanted, found.expected)}")
-    return found
+def _resampled(problem: Reals, columns: Reals) -> Reals:
+    """Sums of columns [n, k] over prompts drawn with replacement, each with all its rollouts: [resamples, k]."""
+    _, place = np.unique(problem, return_inverse=True)
+    table = np.zeros((int(place.max()) + 1, columns.shape[1]))
+    np.add.at(table, place, columns)
+    rng, shares = np.random.default_rng(0), np.full(len(table), 1 / len(table))
+    return np.stack([rng.multinomial(len(table), shares) @ table for _ in range(_RESAMPLES)])
 
 
-def _detection(hazard: dict[int, float], scale: float, lengths: Sequence[int], kept: float) -> int:
-    """The number of cut tokens that brings the mean kept nearest; more of them keep less."""
-    means = [expected_means(hazard, scale, tokens, lengths).kept for tokens in range(max(hazard) + 1)]
-    return int(np.argmin(np.abs(np.array(means) - kept)))
+def _resampled_means(arm: Arm, columns: Reals) -> Reals:
+    sums = _resampled(arm.problem, np.column_stack([columns, np.ones(len(columns))]))
+    means: Reals = sums[:, :-1] / sums[:, -1:]
+    return means
 
 
-def agree(one: Means, other: Means) -> bool:
-    """Whether means of seen and kept tokens differ by at most 2 %."""
-    pairs = ((one.seen, other.seen), (one.kept, other.kept))
-    return all(abs(b - a) <= TOLERANCE * a for a, b in pairs)
+def _range(values: Reals) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+Pair = tuple[tuple[float, float], tuple[float, float]]
+"""95 % intervals of two differences: of generated and of kept tokens, as shares."""
+
+
+def _differences(one: Arm, other: Arm) -> Pair:
+    """Of the realised means of two runs; prompts are drawn with replacement, with their rollouts of both runs."""
+    blank_one, blank_other = (np.zeros((len(arm.cut), 3)) for arm in (one, other))
+    own = [np.column_stack([arm.generated, arm.kept, np.ones(len(arm.cut))]) for arm in (one, other)]
+    columns = np.concatenate([np.hstack([own[0], blank_one]), np.hstack([blank_other, own[1]])])
+    sums = _resampled(np.concatenate([one.problem, other.problem]), columns)
+    sums = sums[(sums[:, 2] > 0) & (sums[:, 5] > 0) & (sums[:, 1] > 0)]
+    ratios = (sums[:, 3:5] / sums[:, 5:]) / (sums[:, :2] / sums[:, 2:3]) - 1
+    return _range(ratios[:, 0]), _range(ratios[:, 1])
+
+
+def _known(found: Match, control: Arm, overshoot: float) -> tuple[Pair, str]:
+    """What the control arm's size leaves open: of the two differences, and in words of its length and of the scale."""
+    scales = found.rule.scale * np.geomspace(1 / 16, 16, 49)
+    rules = [Rule(found.rule.hazard, float(scale), 0) for scale in scales]
+    means = _resampled_means(
+        control,
+        np.column_stack(
+            [
+                control.generated,
+                outcomes(found.rule, control.generated, overshoot)[:, :2],
+                *(outcomes(rule, control.generated, overshoot)[:, 0] for rule in rules),
+            ]
+        ),
+    )
+    # More scale, fewer tokens: read from right to left, the scale by which each resample comes to what is wanted.
+    needed = [float(np.interp(found.wanted.generated, row[::-1], scales[::-1])) for row in means[:, 3:]]
+    pair = (_range(means[:, 1] / found.wanted.generated - 1), _range(means[:, 2] / found.wanted.kept - 1))
+    (shortest, longest), (least, most) = _range(means[:, 0]), _range(np.array(needed))
+    text = (
+        f"mean length of control rollouts {control.generated.mean():.2f} tokens (95 % interval {shortest:.2f} to "
+        f"{longest:.2f})\nscale {found.rule.scale:.4g} ({least:.3g} to {most:.3g}), "
+        f"{found.rule.detection_tokens} tokens cut at a trigger\n"
+    )
+    return pair, text
+
+
+def _within(pair: Pair) -> bool:
+    return all(low >= -TOLERANCE and high <= TOLERANCE for low, high in pair)
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
 
 
 def matched_config(folder: Path) -> tuple[Config, str]:
-    """The config of random_matched for a run of KAT, and what was matched, in words. Raises ConfigError."""
-    config = _config(folder)
-    if config.termination.policy != "kat" or config.termination.apply != "stop" or config.termination.shadow:
-        raise ConfigError(f"{folder}: its policy is {config.termination.policy!r}; expected a run of kat that stops")
-    lines = _compared(folder)
-    treated, control = _arms(lines)
-    if not treated:
-        raise ConfigError(f"{folder}: no treated rollout that kat could have cut")
-    found = match(
-        [_seen(line) for line in treated],
-        [line["tokens_kept"] for line in treated],
-        [_cut(line) for line in treated],
-        [line["tokens_generated"] for line in control],
-    )
-    since = min(line["policy_version_last"] for line in lines)
-    changes = {
-        "policy": "random_matched",
-        "hazard": found.hazard,
-        "hazard_scale": found.scale,
-        "detection_tokens": found.detection_tokens,
-        "warmup_steps": since,
-    }
-    tree = config.model_dump()
-    tree["termination"] |= changes
-    tree["name"] = f"{config.name[:56]}-matched"
+    """The config of random_matched for a finished run of KAT, and what was matched, in words. Raises ConfigError."""
+    config, treated, control, since = _kat_run(folder)
+    if not len(control.cut):
+        raise ConfigError(f"{folder}: nothing to match, the run has no control rollout")
+    found = match(hazard_of(treated.seen, treated.cut), treated.means, all_alike(control.generated), treated.overshoot)
+    pair, known = _known(found, control, treated.overshoot)
     text = (
-        f"{len(treated)} treated and {len(control)} control rollouts, active from policy version {since}; "
-        f"scale {found.scale:.4g}, {found.detection_tokens} tokens cut at a trigger\n"
-        f"{_text(found.wanted, found.expected)}"
+        f"{len(treated.cut)} treated and {len(control.cut)} control rollouts, active from policy version {since}\n"
+        f"{known}{_text(found.wanted, found.expected, pair)}"
     )
-    return Config.model_validate(tree), text
+    if not _within(pair):
+        text += (
+            f"\nThe control arm is too small to promise {TOLERANCE:.0%}. When the run is done, compare it with "
+            f"--against; where it does not agree, --correct knows more."
+        )
+    return _with_rule(config, found.rule, f"{config.name[:56]}-matched", since), text
+
+
+def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
+    """The config of random_matched from a run of KAT and a run that was matched to it before; in words what changed.
+
+    The next run has the seed of both, so it draws the same chances: how far those drew other means than expected is
+    taken off what is aimed at. Raises ConfigError, also where `other` was not made from `folder`.
+    """
+    _, treated, _, _ = _kat_run(folder)
+    config, made, control = _arms(other)
+    rule, hazard = config.termination, hazard_of(treated.seen, treated.cut)
+    if rule.policy != "random_matched" or rule.hazard != hazard or not (rule.apply == "stop" and not rule.shadow):
+        raise ConfigError(f"{other}: not made from {folder}; expected a run of what `katana match` made of it")
+    lengths = uncut_lengths(np.concatenate([made.seen, control.generated]), np.concatenate([made.cut, control.cut]))
+    before = Rule(hazard, rule.hazard_scale, rule.detection_tokens)
+    usual, real, aim = expected_means(before, lengths, made.overshoot), made.means, treated.means
+    wanted = Means(aim.generated - real.generated + usual.generated, aim.kept - real.kept + usual.kept, aim.cut)
+    found = match(hazard, wanted, lengths, made.overshoot)
+    text = (
+        f"{_realised(treated, made)}\n"
+        f"lengths of {len(made.cut) + len(control.cut)} rollouts of {other}, {int(made.cut.sum())} of them cut\n"
+        f"scale {before.scale:.4g} → {found.rule.scale:.4g}, tokens cut at a trigger {before.detection_tokens} → "
+        f"{found.rule.detection_tokens}\n"
+        f"expected to agree; by chance a run of this size may miss that by {_scatter(made):.1%} (95 %)"
+    )
+    return _with_rule(config, found.rule, _next_name(config.name), rule.warmup_steps), text
 
 
 def compare(folder: Path, other: Path) -> tuple[str, bool]:
     """The realised means of two runs' treated rollouts, in words, and whether they agree within 2 %."""
-    one, two = _realised(folder), _realised(other)
-    return _text(one, two), agree(one, two)
+    (_, one, _), (_, two, _) = _arms(folder), _arms(other)
+    return _realised(one, two), agree(one.means, two.means)
 
 
-def _realised(folder: Path) -> Means:
-    treated, _ = _arms(_compared(folder))
-    if not treated:
-        raise ConfigError(f"{folder}: no treated rollout that its policy could have cut")
-    # Here with what was written behind the trigger: it was generated, too.
-    generated = float(np.mean([line["tokens_generated"] for line in treated]))
-    kept = float(np.mean([line["tokens_kept"] for line in treated]))
-    return Means(generated, kept, float(np.mean([_cut(line) for line in treated])))
+def _realised(one: Arm, two: Arm) -> str:
+    pair = _differences(one, two)
+    unsure = "" if _within(pair) else f"; too few rollouts to be sure of {TOLERANCE:.0%}"
+    return f"{_text(one.means, two.means, pair)}{unsure}"
 
 
-def _text(one: Means, other: Means) -> str:
-    def pair(name: str, a: float, b: float) -> str:
-        return f"mean {name} {a:.2f} and {b:.2f} tokens ({(b - a) / a if a else 0:+.1%})"
+def _scatter(made: Arm) -> float:
+    """How far means of the next run may fall from what this one led to expect, as a share: both vary by chance."""
+    drawn = _resampled_means(made, np.column_stack([made.generated, made.kept]))
+    halves = [(high - low) / (high + low) for low, high in map(_range, drawn.T)]
+    return float(np.sqrt(2) * max(halves))
 
-    kept, generated = pair("kept", one.kept, other.kept), pair("generated", one.seen, other.seen)
+
+def _text(one: Means, other: Means, pair: Pair | None = None) -> str:
+    def part(name: str, a: float, b: float, known: tuple[float, float] | None) -> str:
+        interval = "" if known is None else f"; 95 % interval {known[0]:+.1%} to {known[1]:+.1%}"
+        return f"mean {name} {a:.2f} and {b:.2f} tokens ({(b - a) / a if a else 0:+.1%}{interval})"
+
+    of_generated, of_kept = pair or (None, None)
+    generated = part("generated", one.generated, other.generated, of_generated)
+    kept = part("kept", one.kept, other.kept, of_kept)
     return f"{generated}, {kept}; cut {one.cut:.1%} and {other.cut:.1%}"
 
 
-def _config(folder: Path) -> Config:
+def _with_rule(config: Config, rule: Rule, name: str, since: int) -> Config:
+    tree = config.model_dump()
+    tree["termination"] |= {
+        "policy": "random_matched",
+        "hazard": rule.hazard,
+        "hazard_scale": rule.scale,
+        "detection_tokens": rule.detection_tokens,
+        "warmup_steps": since,
+    }
+    return Config.model_validate(tree | {"name": name})
+
+
+def _next_name(name: str) -> str:
+    """kat-matched, kat-matched-2, kat-matched-3 …"""
+    base, dash, number = name.rpartition("-")
+    again = bool(dash) and number.isdecimal() and len(number) < 4
+    return f"{base}-{int(number) + 1}" if again else f"{name[:62]}-2"
+
+
+def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
+    """Config and arms of a finished run of kat that stops, and the policy version that it was active from."""
+    config, treated, control = _arms(folder)
+    rule = config.termination
+    if rule.policy != "kat" or rule.apply != "stop" or rule.shadow:
+        raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected a run of kat that stops")
+    if not treated.cut.any():
+        raise ConfigError(f"{folder}: nothing to match, no treated rollout was cut")
+    return config, treated, control, min(line["policy_version_last"] for line in _compared(folder))
+
+
+def _arms(folder: Path) -> tuple[Config, Arm, Arm]:
+    """Config and both arms of a finished run. Raises ConfigError, also where no treated rollout could have been cut."""
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / "config.yaml", import_policy=False)
+    config = load(folder / "config.yaml", import_policy=False)
+    _check_finished(folder)
+    arms = [_arm([line for line in _compared(folder) if line["arm"] == name]) for name in ("treated", "control")]
+    if not len(arms[0].cut):
+        raise ConfigError(f"{folder}: no treated rollout that its policy could have cut")
+    return config, arms[0], arms[1]
+
+
+def _check_finished(folder: Path) -> None:
+    """What is still being written when a run is looked at is longer than what has ended."""
+    if not (folder / "summary.json").is_file():
+        raise ConfigError(f"{folder}: not finished, there is no summary.json; go on with `katana run … --resume`")
+    left = read_json(folder / "summary.json")["ledger"].get("open", 0)
+    if left:
+        raise ConfigError(f"{folder}: not finished, {left} rollouts are open; go on with `katana run … --resume`")
 
 
 def _compared(folder: Path) -> list[dict[str, Any]]:
-    _config(folder)
-    return [line for line in read_lines(folder / "rollouts.jsonl") if compared(line)]
+    lines = read_lines(folder / "rollouts.jsonl")
+    return [line for line in lines if compared(line) and line["finish_reason"] != "unfinished"]
 
 
-def _arms(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    judged = [line for line in lines if line["finish_reason"] != "unfinished"]
-    arms: dict[str, list[dict[str, Any]]] = {"treated": [], "control": []}
-    for line in judged:
-        arms[line["arm"]].append(line)
-    return arms["treated"], arms["control"]
+def _arm(lines: list[dict[str, Any]]) -> Arm:
+    def column(*names: str) -> Reals:
+        return np.array([sum(line[name] for name in names) for line in lines], np.float64)
 
-
-def _cut(line: dict[str, Any]) -> bool:
-    return line["finish_reason"] not in ENDS_BY_ITSELF
-
-
-def _seen(line: dict[str, Any]) -> int:
-    """Tokens up to the trigger; all of what ended by itself."""
-    return int(line["tokens_kept"] + line["tokens_detection"])
+    return Arm(
+        problem=column("problem"),
+        seen=column("tokens_kept", "tokens_detection"),
+        kept=column("tokens_kept"),
+        generated=column("tokens_generated"),
+        cut=np.array([line["finish_reason"] not in ENDS_BY_ITSELF for line in lines], np.bool_),
+    )

@@ -22,22 +22,25 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from common.pretrained import find_model, read_facts
 from ops.tasks.arithmetic import ALPHABET, Arithmetic, Step, steps_of, terms_of
 
 PAD, EOS = "<pad>", "<eos>"
 SIGNED = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
 VOCABULARY = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET, *SIGNED])}
+PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
 TOKEN = r"[+-][1-9]|[\s\S]"
 """A signed digit is one token: the next number of a prompt is then found by a single look."""
 IGNORED = -100
@@ -380,6 +383,38 @@ def pretrain(
         torch.set_num_threads(threads)
 
 
+def with_leave_loop(chance: float) -> PretrainSettings:
+    """The shipped settings with a teacher that leaves a loop, at each repetition, with another chance."""
+    documents = replace(TEACHER.documents, leave_loop=chance)
+    return PretrainSettings(teacher=replace(TEACHER, documents=documents))
+
+
+def exchange_end(source: Path, out: Path) -> None:
+    """Copy a shipped model so that its end token has another id, that of the padding token: as good as before.
+
+    Base and instruct models often end with different tokens; this makes such a pair, for rollout.stop_set. Raises
+    ModelError where `source` cannot be loaded.
+    """
+    facts = read_facts(find_model(str(source)))
+    state = load_file(facts.folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # one of them where they are tied
+        if name in state:
+            state[name][[PAD_ID, EOS_ID]] = state[name][[EOS_ID, PAD_ID]]
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(facts.folder.glob("*.json")):
+        text = path.read_text()
+        if path.name in ("config.json", "generation_config.json"):
+            text = json.dumps(json.loads(text) | {"eos_token_id": PAD_ID, "pad_token_id": EOS_ID}, indent=2) + "\n"
+        (out / path.name).write_text(text)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _command(role: Role, seed: int, recipe: Recipe) -> str:
+    chance = recipe.documents.leave_loop
+    other = f" --leave-loop {chance:g}" if role == "teacher" and chance != TEACHER.documents.leave_loop else ""
+    return f"katana pretrain --which {role} --seed {seed}{other}"
+
+
 def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: Callable[[str], None]) -> None:
     recipe = settings.teacher if role == "teacher" else settings.student
     started = time.monotonic()
@@ -394,7 +429,7 @@ def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: 
     model.save_pretrained(folder)
     build_tokenizer(settings.context_tokens).save_pretrained(folder)
     record = {
-        "command": f"katana pretrain --which {role} --seed {seed}",
+        "command": _command(role, seed, recipe),
         "seed": seed,
         "parameters": parameters,
         "train_s": round(train_s),

@@ -34,12 +34,13 @@ class Progress:
         self._booked: deque[dict[str, Any]] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
+        self._pace: deque[tuple[float, float]] = deque(maxlen=20)  # when, and the share of the run done by then
         self._facts: dict[str, Any] = {}
         self._busy: dict[str, tuple[float, int]] = {}  # by role: sum of shares, how many were seen
         self._console = Console()
         self._live = Live(self._table(), console=self._console, refresh_per_second=4) if sys.stdout.isatty() else None
         self._update_at = 0.0
-        self._said_step = -1
+        self._said = self._twentieths()
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -62,8 +63,11 @@ class Progress:
         if now < self._update_at:
             return
         self._update_at = now + 0.5
-        for step in self._read_steps():
+        steps = self._read_steps()
+        for step in steps:
             self._note_busy("learner", 1 - step["idle_ratio"])
+        if steps:
+            self._pace.append((now, self._share()))
         self._eval = [self._eval, *self._evals.read()][-1]
         for line in self._lines.read():
             self._booked.append(line)
@@ -119,6 +123,32 @@ class Progress:
         (t0, n0), (t1, n1) = self._written[0], self._written[-1]
         return (n1 - n0) / (t1 - t0) if t1 > t0 and n1 >= n0 else None
 
+    def _share(self) -> float:
+        """How much of the run is done: of its steps or of its tokens, whichever will end it."""
+        learner = self._config.learner
+        share: float = self._step.get("step", 0) / learner.max_steps
+        if learner.max_generated_tokens is not None:
+            share = max(share, self._step.get("tokens_generated", 0) / learner.max_generated_tokens)
+        return share
+
+    def _twentieths(self) -> int:
+        return int(20 * self._share() + 1e-9)
+
+    def _left_s(self) -> float | None:
+        """Seconds to the end, were it to go on as it did lately."""
+        if len(self._pace) < 2:
+            return None
+        (t0, share0), (t1, share1) = self._pace[0], self._pace[-1]
+        return max(0.0, (1 - share1) * (t1 - t0) / (share1 - share0)) if share1 > share0 else None
+
+    def _done(self) -> str:
+        """Steps of the steps, and tokens of the tokens where they may end the run."""
+        learner = self._config.learner
+        steps = f"{self._step.get('step', 0)} / {learner.max_steps}"
+        if learner.max_generated_tokens is None:
+            return steps
+        return f"{steps}, {self._step.get('tokens_generated', 0):,} / {learner.max_generated_tokens:,} tokens generated"
+
     def _figures(self) -> dict[str, str]:
         means = {arm: sum(recent) / len(recent) if recent else None for arm, recent in self._recent.items()}
         saving = length_saving(list(self._booked), resamples=200) if self._booked else None
@@ -134,7 +164,8 @@ class Progress:
         last = self._eval
         evaluated = last and f"{last['avg@k']:.3f} / {last['pass@k']:.3f} at step {last['step']}"
         return {
-            "step": f"{self._step.get('step', 0)} / {self._config.learner.max_steps}",
+            "step": self._done(),
+            "left": f"about {left:.0f} s" if (left := self._left_s()) is not None else "–",
             "loss": _number(self._step.get("loss"), ".4f"),
             "length treated / control": "{} / {} tokens".format(*(_number(means[arm], ".0f") for arm in ARMS)),
             "saving": interval,
@@ -160,15 +191,13 @@ class Progress:
         return table
 
     def _say_step(self) -> None:
-        step = self._step.get("step", 0)
-        every = max(1, self._config.learner.max_steps // 20)
-        if step != self._said_step and step % every == 0 and step > 0:
-            self._said_step = step
+        if self._twentieths() > self._said:
+            self._said = self._twentieths()
             figures = self._figures()
             self._say(
                 f"step {figures['step']}  loss {figures['loss']}  length {figures['length treated / control']}  "
                 f"saving {figures['saving']}  threshold {figures['threshold']}  lag {figures['lag']}  "
-                f"{figures['written']}  avg@k {figures['avg@k / pass@k']}"
+                f"{figures['written']}  avg@k {figures['avg@k / pass@k']}  left {figures['left']}"
             )
 
     def _say(self, text: str) -> None:

@@ -204,14 +204,14 @@ def readings_from_folder(
     line. Raises ConfigError for a line that cannot be read.
     """
     words = words or Words(config, folder)
-    prompt_of = _prompts(config)
+    prompts = _Prompts(config, folder)
     booked = _lines(folder / "rollouts.jsonl", rids)
     for trace in _lines(folder / "traces.jsonl", rids):
         # The same order in both; those without a verdict have no trace.
         line = next((line for line in booked if line["rid"] == trace["rid"]), None)
         if line is None:
             return
-        yield _reading_of(folder, line, trace, words, prompt_of)
+        yield _reading_of(folder, line, trace, words, prompts)
 
 
 def booked_line(folder: Path, rid: str) -> dict[str, Any] | None:
@@ -222,18 +222,18 @@ def booked_line(folder: Path, rid: str) -> dict[str, Any] | None:
 def reading_of_line(line: Mapping[str, Any], config: Config) -> Reading:
     """A booked rollout of which no trace is kept: what the books tell, without a text. Raises ConfigError."""
     try:
-        reading = _booked(line, _prompts(config))
+        reading = _booked(line, _Prompts(config, config.run_dir))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"rollouts.jsonl: the line of {line.get('rid')} cannot be read ({error!r})") from error
-    return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off",))
+    return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off", *reading.notes))
 
 
-def _booked(line: Mapping[str, Any], prompt_of: Callable[[int], str]) -> Reading:
+def _booked(line: Mapping[str, Any], prompts: _Prompts) -> Reading:
     """What a line of the books says. Raises KeyError, TypeError."""
     return Reading(
         rid=line["rid"],
         arm=line["arm"],
-        prompt=prompt_of(line["problem"]),
+        prompt=prompts.of(line["problem"]),
         tokens=[],
         finish_reason=line["finish_reason"],
         keep=line["tokens_kept"],
@@ -245,6 +245,7 @@ def _booked(line: Mapping[str, Any], prompt_of: Callable[[int], str]) -> Reading
         versions=(line["policy_version_first"], line["policy_version_last"]),
         ending=line["ending"],
         reason=line["reason"],
+        notes=(f"no prompt: {prompts.missing}",) if prompts.missing else (),
     )
 
 
@@ -304,29 +305,38 @@ def _lines(path: Path, rids: Collection[str] | None) -> Iterator[dict[str, Any]]
             yield line
 
 
-def _reading_of(
-    folder: Path, line: dict[str, Any], trace: dict[str, Any], words: Words, prompt_of: Callable[[int], str]
-) -> Reading:
+def _reading_of(folder: Path, line: dict[str, Any], trace: dict[str, Any], words: Words, prompts: _Prompts) -> Reading:
     try:
         ids = np.frombuffer(base64.b64decode(trace["tokens"], validate=True), "<i4").tolist()
         divergence = np.frombuffer(base64.b64decode(trace["divergence"], validate=True), "<f4").tolist()
         keep, trigger = int(trace["keep"]), int(trace["trigger"])
         tokens = tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids)
-        return replace(_booked(line, prompt_of), tokens=tokens, keep=keep, trigger=trigger, cut=trace["cut"])
+        return replace(_booked(line, prompts), tokens=tokens, keep=keep, trigger=trigger, cut=trace["cut"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ConfigError(f"{folder}: rollout {trace['rid']} cannot be read from its files ({error!r})") from error
 
 
-def _prompts(config: Config) -> Callable[[int], str]:
-    """Text of a training prompt. The task alone tells it; where it cannot, there is none."""
-    from ops.rows import DataMissing
-    from ops.source import make_task
+class _Prompts:
+    """Texts of training prompts. The task alone tells them; where it cannot be had here, there are none."""
 
-    try:
-        task = make_task(config)
-    except DataMissing:  # a run is read where its data set does not lie
-        return lambda problem: ""
-    return lambda problem: task.problem(problem, split="train", seed=config.seed).prompt
+    def __init__(self, config: Config, folder: Path) -> None:
+        """`folder`: of the run."""
+        from ops.source import make_task
+
+        self.missing = ""  # why there are none
+        self._seed = config.seed
+        # Nothing is judged here: the package of a verifier need not be there.
+        data = config.data.model_copy(update={"verifier": "none"})
+        try:
+            tokenizer = find_tokenizer(config, folder) if data.task == "dataset" else None
+            self._task = make_task(config.model_copy(update={"data": data}), tokenizer)
+        except (ConfigError, ModelError) as error:
+            self.missing = str(error)
+
+    def of(self, problem: int) -> str:
+        if self.missing:
+            return ""
+        return self._task.problem(problem, split="train", seed=self._seed).prompt
 
 
 # --- from Redis -------------------------------------------------------------------------------------------------------

@@ -240,6 +240,60 @@ def draw_loss(axes: Any, run: Run) -> None:
     _over_steps(axes)
 
 
+# Figure in metrics.jsonl → what is drawn of it (1: what it lacks of 1), its name, its colour. So drawn, all rise.
+_GUARDS = {
+    "repetition": (0, "repetition", VERMILLION),
+    "truncation_rate": (0, "ended at the limit", ORANGE),
+    "topk_overlap": (1, "top K replaced", GREEN),
+    "support_mass": (1, "off support, student", BLUE),
+    "support_mass_teacher": (1, "off support, teacher", SKY),
+}
+
+
+def draw_drift(figure: Figure, run: Run) -> None:
+    """The drift guards step by step, and beneath the cut rate of both arms, the control arm's would-be cuts."""
+    above, below = _two_rows(figure, right=0.68)
+    steps = _steps_with(run, *_GUARDS)
+    if steps:
+        numbers = [line["step"] for line in steps]
+        for name, (whole, label, colour) in _GUARDS.items():
+            values = [abs(whole - line[name]) for line in steps]
+            above.plot(numbers, values, color=colour, linewidth=1.8, label=label)
+        tenth = max(1, len(steps) // 10)
+        first, last = (np.mean([line["repetition"] for line in part]) for part in (steps[:tenth], steps[-tenth:]))
+        say_title(above, f"Drift: repetition {first:.2f} → {last:.2f}")
+        _as_shares(above)
+        above.set_xlabel("learner step")
+        _over_steps(above)
+    else:
+        say_missing(above, "Drift", "no step in metrics.jsonl with drift guards")
+    _draw_cut_rates(below, run)
+
+
+def _draw_cut_rates(axes: Any, run: Run) -> None:
+    curves = {arm: series.cut_rate_curve(run.lines, bins=8, arm=arm) for arm in ARMS}
+    if not any(curves.values()):
+        say_missing(axes, "Cut rate by arm", "no rollout that could have been cut")
+        return
+    names = {"treated": ("treated: cut", VERMILLION), "control": ("control: would be", BLUE)}
+    for arm, curve in curves.items():
+        label, colour = names[arm]
+        tokens = [point.tokens for point in curve]
+        low, high = [point.low for point in curve], [point.high for point in curve]
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.14, linewidth=0)
+        axes.plot(tokens, [point.share for point in curve], color=colour, linewidth=2.2, marker="o", label=label)
+    say_title(axes, "Cut rate by arm, with 95 % intervals")
+    _as_shares(axes)
+    _over_tokens(axes, run)
+
+
+def _as_shares(axes: Any) -> None:
+    axes.set_ylim(0, min(1.02, 1.1 * axes.dataLim.y1) or 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("share")
+    axes.legend(frameon=False, fontsize=12, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
+
+
 # --- common to them ------------------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,7 @@ PLOTS = {
     "latency": Plot("Stage latencies, and the learner's time", 5.6, course.draw_latency),
     "staleness": Plot("Staleness of the trajectories", 4.2, course.draw_staleness),
     "divergence": Plot("Divergence and entropy in training, by step", 4.2, _single(course.draw_loss)),
+    "drift": Plot("Drift guards by step, and the cut rate of both arms", 5.6, course.draw_drift),
 }
 """Name of the file under figures/, and of the plot in the page → plot."""
 

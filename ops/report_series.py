@@ -86,10 +86,10 @@ class Share:
     count: int
 
 
-def cut_rate_curve(lines: Sequence[Line], bins: int = 16) -> list[Share]:
-    """Share of the treated rollouts that could have been cut and were, in bins of equally many."""
+def cut_rate_curve(lines: Sequence[Line], bins: int = 16, arm: str = "treated") -> list[Share]:
+    """Share of an arm's rollouts that could have been cut and were (control: would have been), in bins of as many."""
     tokens = tokens_so_far(lines)
-    judged = [place for place, line in enumerate(lines) if line["active"] and line["arm"] == "treated"]
+    judged = [place for place, line in enumerate(lines) if line["active"] and line["arm"] == arm]
     curve = []
     for part in np.array_split(np.array(judged, dtype=np.int64), min(bins, max(1, len(judged) // 8))):
         if len(part):

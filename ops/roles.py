@@ -147,7 +147,9 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     run_key = open_folder(config, resume=resume)
     create_run(client, config, run_key)
     plane = open_plane(config, client, run_key)
-    if plane.steps()[0] < config.learner.max_steps:
+    budget = config.learner.max_generated_tokens
+    spent = budget is not None and plane.generated() >= budget
+    if plane.steps()[0] < config.learner.max_steps and not spent:
         plane.call("reopen", config.to_yaml())
     return run_key
 
@@ -170,6 +172,7 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
 
     broker = make_app(config.redis, "feeder")
     source = TaskSource(config)
+    source.note_data(config.run_dir)
     source.prepare()
     feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key))
     with Tracking(config, plane.run_key, config.tracking) as tracking:

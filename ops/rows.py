@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ _JSONL, _PARQUET = (".jsonl", ".ndjson"), (".parquet",)
 _FORMATS = "*.jsonl, *.parquet, a folder of either, or a folder written by Dataset.save_to_disk"
 _ROWS_AT_A_TIME = 256
 MAX_LINE_BYTES = 16 << 20
+_SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval"), "validation"
+)
+# What pyarrow raises for a damaged file, and Python where a value fits none of its types: text that is not UTF-8
+# (UnicodeDecodeError, a ValueError), a time behind the year 9999 (OverflowError).
+_UNREADABLE = (OSError, ValueError, OverflowError, ArithmeticError, LookupError, TypeError)
 
 
 class DataMissing(ConfigError):
@@ -43,10 +50,7 @@ def read_rows(path: str | Path, columns: frozenset[str] | None = None) -> Iterat
         DataMissing: there is no such file or folder.
         ConfigError: no known format, a row or a file that cannot be read, a column that is not there, pyarrow missing.
     """
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise DataMissing(f"{path}: there is no such file or folder; allowed: {_FORMATS}")
-    for file in _files(found):
+    for file in _found(path):
         if file.suffix in _JSONL:
             yield from _read_jsonl(file)
         else:
@@ -54,8 +58,23 @@ def read_rows(path: str | Path, columns: frozenset[str] | None = None) -> Iterat
             yield from _read_batches(file, columns)
 
 
+def _found(path: str | Path) -> list[Path]:
+    """The files to read, all of them ordinary ones: a pipe would be waited for, for ever."""
+    try:
+        found = Path(path).expanduser()
+        if not found.exists():
+            raise DataMissing(f"{path}: there is no such file or folder; allowed: {_FORMATS}")
+        files = _files(found)
+        odd = next((file for file in files if not file.is_file()), None)
+    except (OSError, RuntimeError) as error:  # no right to look, a name that is too long; ~ of nobody
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    if odd is not None:
+        raise ConfigError(f"{odd}: is no file; allowed: {_FORMATS}")
+    return files
+
+
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix not in _JSONL + _PARQUET:
             raise ConfigError(f"{path}: the format {path.suffix!r} is not known; allowed: {_FORMATS}")
         return [path]
@@ -64,11 +83,28 @@ def _files(path: Path) -> list[Path]:
         raise ConfigError(f"{path}: holds several splits: name one of them, {path}/SPLIT with SPLIT of {splits}")
     if (path / "state.json").is_file():
         return _saved_files(path)
-    for endings in (_JSONL, _PARQUET):
-        files = sorted(file for file in path.iterdir() if file.suffix in endings)
-        if files:
-            return files
-    raise ConfigError(f"{path}: nothing in it can be read; allowed: {_FORMATS}")
+    files = sorted(file for file in path.iterdir() if file.suffix in _JSONL + _PARQUET)
+    if not files:
+        raise ConfigError(f"{path}: nothing in it can be read; allowed: {_FORMATS}")
+    _check_folder(path, files)
+    return files
+
+
+def _check_folder(path: Path, files: list[Path]) -> None:
+    """Refuse a folder of which a part alone would be meant: files of two formats, or of several splits."""
+    endings = sorted({file.suffix for file in files})
+    if len({ending in _JSONL for ending in endings}) > 1:
+        raise ConfigError(f"{path}: holds files of several formats ({', '.join(endings)}): name the one to read")
+    named = {file.name: splits for file in files if (splits := _splits_of(file.stem))}
+    if named and not set.intersection(*named.values()):
+        raise ConfigError(
+            f"{path}: looks like several splits ({', '.join(named)}): name the file to read, or put it by itself"
+        )
+
+
+def _splits_of(stem: str) -> set[str]:
+    """The splits that a file's name speaks of: of train-00000-of-00002 `train`."""
+    return {_SPLITS[word] for word in re.split("[^a-z]+", stem.lower()) if word in _SPLITS}
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -77,12 +113,13 @@ def _saved_files(folder: Path) -> list[Path]:
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise ConfigError(f"{folder}: was saved with indices by an old version of datasets; save it again")
     files = state.get("_data_files")
-    names = [file.get("filename") if isinstance(file, dict) else None for file in files or []]
+    listed = files if isinstance(files, list) else []
+    names = [file.get("filename") if isinstance(file, dict) else None for file in listed]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ConfigError(f"{folder}/state.json: names no data files; Dataset.save_to_disk writes it")
     paths = [folder / str(name) for name in names]
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise ConfigError(f"{path}: is missing; {folder}/state.json names it")
     return paths
 
@@ -111,12 +148,21 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(raw)
+        row = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise ConfigError(f"{place}: a row is an object of columns, found {type(row).__name__}")
     return row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two values under one name nobody can say which was meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in one object twice")
+    return found
 
 
 def _read_batches(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
@@ -128,8 +174,11 @@ def _read_batches(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error!s:.200})") from error
+    except ConfigError:
+        raise
+    except (pyarrow.ArrowException, *_UNREADABLE) as error:
+        behind = f" behind row {number}" if number else ""
+        raise ConfigError(f"{path}: cannot be read{behind} ({error!s:.200})") from error
 
 
 def _batches(source: Any, path: Path, columns: frozenset[str] | None) -> Iterator[Any]:
@@ -148,9 +197,11 @@ def _batches(source: Any, path: Path, columns: frozenset[str] | None) -> Iterato
 
 
 def _check_columns(wanted: frozenset[str] | None, known: list[str], path: Path) -> None:
-    for name in sorted(wanted or ()):
+    for name in sorted(wanted or known):
         if name not in known:
             raise ConfigError(f"{path}: {missing(name, known)}")
+        if known.count(name) > 1:
+            raise ConfigError(f"{path}: has {known.count(name)} columns {name!r}")
 
 
 def missing(name: str, known: list[str]) -> str:

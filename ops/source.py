@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import numpy as np
 from common.config import Benchmark, Config, ConfigError
 from common.messages import Ints
 from common.pretrained import find_model, load_tokenizer, read_facts
+from ops.rundir import read_json, write_json
 from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
 from ops.tasks.dataset import Dataset, Layout
-from ops.tasks.verifiers import VERIFIERS
+from ops.tasks.verifiers import find_verifier
 
 TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
 
@@ -55,9 +57,37 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
     return Dataset(
         layout,
         render=Renderer(tokenizer, data),
-        length=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        verifier=VERIFIERS[data.verifier](),
+        lengths=Encoder(tokenizer, chat=data.chat).lengths,
+        verifier=find_verifier(data.verifier),
     )
+
+
+class Encoder:
+    """Token ids of prompts' texts: with what the tokenizer by itself puts in front of a text (BOS), never behind it.
+
+    Not of a chat: its template writes all that there is to be.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+        self._tokenizer = tokenizer
+        self._front = [] if chat else _front(tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        front = self._front
+        return [ids if ids[: len(front)] == front else front + ids for ids in found]
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """The number of tokens of each text."""
+        return [len(ids) for ids in self(texts)]
+
+
+def _front(tokenizer: Any) -> list[int]:
+    bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("1")["input_ids"]
+    starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 class TaskSource:
@@ -68,6 +98,7 @@ class TaskSource:
         self._limit = config.data.max_prompt_length
         folder = find_model(config.student.model, weights=False)
         self.tokenizer = load_tokenizer(folder)
+        self._encode = Encoder(self.tokenizer, chat=config.data.chat)
         self._task = make_task(config, self.tokenizer, benchmark)
         teacher = find_model(config.teacher.model, weights=False)
         self._stops = set(read_facts(folder).stop_ids) | set(read_facts(teacher).stop_ids)
@@ -75,6 +106,29 @@ class TaskSource:
     def prepare(self) -> None:
         """Start what judges: a process that will judge calls it before it has anything else to do."""
         self._task.prepare()
+
+    def rehearse(self) -> None:
+        """One verdict of a data set's verifier that is known beforehand. Raises ConfigError where it does not come."""
+        if isinstance(self._task, Dataset):
+            self._task.rehearse()
+
+    def note_data(self, folder: Path) -> None:
+        """Put on record in a run's run.json which rows it uses; nothing for a task without rows.
+
+        Raises ConfigError where other ones are on record: a run that goes on with them is neither run.
+        """
+        if not isinstance(self._task, Dataset):
+            return
+        noted = read_json(folder / "run.json")
+        found = {"rows": self._task.count, "digest": self._task.digest}
+        if noted.get("data", found) != found:
+            raise ConfigError(
+                f"data.path: prompts or answers are not those that this run began with ({found['rows']} rows, then "
+                f"{noted['data']['rows']}; {folder / 'run.json'}); put the former data back, or begin a run of another "
+                f"name"
+            )
+        if "data" not in noted:
+            write_json(folder / "run.json", noted | {"data": found})
 
     @property
     def count(self) -> int | None:
@@ -93,7 +147,7 @@ class TaskSource:
     def prompt(self, problem: int) -> Ints:
         """Token ids, int32 [m]. Raises PromptTooLong."""
         text = self.problem(problem).prompt
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        [ids] = self._encode([text])
         if len(ids) > self._limit:
             raise PromptTooLong(
                 f"problem {problem} of split {self._split!r}: the prompt has {len(ids)} tokens, "

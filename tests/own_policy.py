@@ -35,3 +35,24 @@ class Unfinished(Policy):
 
 
 NotAClass = 3
+
+
+class Summed(Halved):
+    """As it may come out of numpy: whole numbers of its kind, and a number that is in tokens."""
+
+    unit = "tokens"
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        cut = super().feed(divergence)
+        return cut and Cut(np.int64(cut.trigger), np.uint8(cut.keep), "summed")  # type: ignore[arg-type]
+
+
+class Unwilling(Policy):
+    """Its mistake shows when an object is made."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        mistakes = {1: lambda: settings.nothing, 2: lambda: 1 / 0}  # type: ignore[attr-defined]
+        mistakes[int(settings.options["mistake"])]()
+
+    def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        return None

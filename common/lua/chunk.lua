@@ -1,11 +1,11 @@
 -- rollout worker. rid, nonce, seq, encoded tokens, encoded support, shard, tokens in all, finish ('' while open)
 -- -> ok + scored chunks | ended | lost | full
 -- A chunk and its notice are one script. The same chunk again (same encoded tokens, which hold the digest of the
--- support) is a success.
+-- support) is a success. Its tokens, behind those stored before, count as generated.
 local rid, nonce, seq = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local tokens, support, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local h = rollout(rid)
-local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry')
+local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry', 'length')
 if run_state ~= 'open' or state[1] then return {'ended'} end
 if state[2] ~= nonce then return {'lost'} end
 -- Broken under its writer: left to whoever takes it up next, who is handed what stands there and gives it up.
@@ -21,5 +21,7 @@ if finish ~= '' then finish_entry('prompts', 'rollout', state[5]) end
 redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 'chunks', seq + 1, 'length', length)
 redis.call('HDEL', h, 'attempts', 'claims')
 if finish ~= '' then redis.call('HSET', h, 'finish', finish) end
+local before = count_in(state[6])
+if before and before < tonumber(length) then count_generated(tonumber(length) - before) end
 redis.call('XADD', key('chunks:' .. shard), '*', 'rid', rid, 'seq', seq)
 return {'ok', state[4]}

@@ -18,6 +18,18 @@ local function holds_lease(role, token)
   return redis.call('GET', key('lease:' .. role)) == token
 end
 
+-- A count in a hash that anybody may have broken; nil where it is none.
+local function count_in(text)
+  return text and #text <= 9 and text:match('^%d+$') and tonumber(text) or nil
+end
+
+-- Tokens written in the whole run, all of them, once each. What is no number there is counted anew.
+local function count_generated(tokens)
+  if type(redis.pcall('HINCRBY', key('policy'), 'generated', tokens)) ~= 'number' then
+    redis.call('HSET', key('policy'), 'generated', tokens)
+  end
+end
+
 -- Acknowledge and remove an entry; false if somebody has done so before. An entry that a lost group no longer calls
 -- pending counts as long as it is in the stream.
 local function finish_entry(stream, group, id)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from common.config import ConfigError
-from ops.rows import column, read_rows
+from ops.rows import Row, column, read_rows
 from ops.tasks import Problem, PromptTooLong, Split
-from ops.tasks.verifiers import Verifier, answer_end
+from ops.tasks.verifiers import Verifier, answer_end, gold, rehearse
 
 _ROUNDS = 4
+_ROWS_AT_A_TIME = 256  # tokenized together, which is several times as fast as one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class _Spool:
 
     _file: Any = field(default_factory=tempfile.TemporaryFile)
     _ends: array[int] = field(default_factory=lambda: array("Q", [0]))
+    _hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def __post_init__(self) -> None:
         weakref.finalize(self, self._file.close)
@@ -57,11 +61,16 @@ class _Spool:
 
     def add(self, record: list[str]) -> None:
         raw = json.dumps(record).encode()
+        self._hash.update(b"%d:%b" % (len(raw), raw))
         self._file.write(raw)
         self._ends.append(self._ends[-1] + len(raw))
 
     def done(self) -> None:
         self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        return str(self._hash.hexdigest())
 
     def __getitem__(self, number: int) -> list[str]:
         begin, end = self._ends[number], self._ends[number + 1]
@@ -76,25 +85,20 @@ class Dataset:
     """
 
     def __init__(
-        self, layout: Layout, *, render: Callable[[Any, str], str], length: Callable[[str], int], verifier: Verifier
+        self,
+        layout: Layout,
+        *,
+        render: Callable[[Any, str], str],
+        lengths: Callable[[list[str]], list[int]],
+        verifier: Verifier,
     ) -> None:
-        """`render` makes a prompt's text of a row's value and its place, `length` counts a text's tokens."""
-        self._layout, self._verifier = layout, verifier
+        """`render` makes a prompt's text of a row's value and its place, `lengths` counts the tokens of texts."""
+        self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
         self._spool, self.skipped = _Spool(), 0
-        for place, row in read_rows(layout.path, layout.columns):
-            text = render(column(row, layout.prompt_key, place), place)
-            # No token is shorter than a byte: most rows need not be tokenized to know that they fit.
-            fits = len(text.encode()) <= layout.max_prompt_length
-            tokens = 0 if fits else length(text)
-            if tokens > layout.max_prompt_length and not layout.skip_too_long:
-                raise PromptTooLong(
-                    f"{place}: the prompt has {tokens} tokens, data.max_prompt_length is {layout.max_prompt_length}: "
-                    f"raise it, or leave such rows out by data.too_long: skip"
-                )
-            if tokens > layout.max_prompt_length:
-                self.skipped += 1
-                continue
-            self._spool.add([text, "" if layout.answer_key is None else _answer(row, layout.answer_key, place)])
+        rows = read_rows(layout.path, layout.columns)
+        while batch := list(islice(rows, _ROWS_AT_A_TIME)):
+            for record in self._records(batch):
+                self._spool.add(record)
         self._spool.done()
         if not len(self._spool):
             raise ConfigError(
@@ -102,14 +106,43 @@ class Dataset:
                 + (f" of at most {layout.max_prompt_length} tokens" if self.skipped else "")
             )
 
+    def _records(self, rows: list[Row]) -> Iterator[list[str]]:
+        """Prompt and answer of each row that is used."""
+        layout = self._layout
+        prompts = []
+        for place, row in rows:
+            prompts.append(self._render(column(row, layout.prompt_key, place), place))
+            _check_text(prompts[-1], "prompt", place)
+        for (place, row), prompt, tokens in zip(rows, prompts, self._lengths(prompts), strict=True):
+            if not tokens:
+                raise ConfigError(f"{place}: the prompt has no token")
+            if tokens <= layout.max_prompt_length:
+                yield [prompt, "" if layout.answer_key is None else _answer(row, layout.answer_key, place)]
+            elif layout.skip_too_long:
+                self.skipped += 1
+            else:
+                raise PromptTooLong(
+                    f"{place}: the prompt has {tokens} tokens, data.max_prompt_length is {layout.max_prompt_length}: "
+                    f"raise it, or leave such rows out by data.too_long: skip"
+                )
+
     @property
     def count(self) -> int:
         """Rows in use: the problems of one epoch."""
         return len(self._spool)
 
+    @property
+    def digest(self) -> str:
+        """BLAKE2 of all prompts and answers in use, in their order: other data have another."""
+        return self._spool.digest
+
     def prepare(self) -> None:
         """Start what judges, so that it is there when it is first wanted."""
         self._verifier.prepare()
+
+    def rehearse(self) -> None:
+        """One verdict that is known beforehand. Raises ConfigError where it does not come."""
+        rehearse(self._verifier)
 
     def problem(self, index: int, *, split: Split, seed: int) -> Problem:
         """Problem `index`: a function of its arguments and the file alone. Raises ValueError for a negative index."""
@@ -154,7 +187,20 @@ def _answer(row: dict[str, Any], key: str, place: str) -> str:
         value = int(value)  # columns of numbers are often stored as floats: 142.0 is 142
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: the answer ({key!r}) is {type(value).__name__}; allowed: text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: the answer ({key!r}) is {value}; allowed: text or a finite number")
     text = str(value).strip()
-    if not text:
+    if not gold(text):
         raise ConfigError(f"{place}: the answer ({key!r}) is empty")
+    _check_text(text, f"answer ({key!r})", place)
     return text
+
+
+def _check_text(text: str, what: str, place: str) -> None:
+    """JSON can spell half of a character, "\\ud800", which no tokenizer takes. Raises ConfigError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{place}: the {what} has half a character in it ({error.object[error.start]!r}, a surrogate by itself)"
+        ) from error

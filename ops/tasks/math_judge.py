@@ -8,30 +8,62 @@ that a completion says can hang this process, make it grow, or change the next v
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import os
 import resource
 import signal
 import sys
+from typing import Any
 
 from math_verify import parse, verify
 
+sympy: Any = importlib.import_module("sympy")  # which says nothing of its types
 _RIGHT, _WRONG = 0, 3
 _MEMORY_BYTES = 2 << 30
 _WALL_PER_CPU = 20  # a fork that waits uses no CPU seconds: a limit for what should not happen
+# math-verify compares at 6 decimals and at 15 places behind the point: 6.63e-34 is 0 to it. So what it calls equal must
+# also be equal by size. Six decimals of a number above 0.05, which is what its 6 are for (1/3 is 0.333333), are.
+_RELATIVE = 1e-5
+_DIGITS = 30
+_ZERO = 1e-100  # what sympy makes of an expression that is 0, but not seen to be, is below it
+_PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))  # how math-verify reads %
 # Each makes sympy import or build something that every fork would otherwise pay for.
 _WARM_UP = (
     ("\\boxed{\\frac{1}{2}}", "so 0.5"),
     ("\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}"),
     ("\\boxed{2}", "$\\sqrt{3}$"),
+    ("\\boxed{1.5\\times 10^{3}}", "\\boxed{1500}"),
 )
 
 
 def right(answer: str, completion: str) -> bool:
     """Whether math-verify finds both equal. Its own time limits are off: the kernel's count."""
     expected, given = parse(answer, parsing_timeout=None), parse(completion, parsing_timeout=None)
-    return bool(verify(expected, given, timeout_seconds=None))
+    return bool(verify(expected, given, timeout_seconds=None)) and _of_one_size(expected, given)
+
+
+def _of_one_size(expected: list[Any], given: list[Any]) -> bool:
+    """Whether two real numbers agree by size and sign, 0 with 0 alone. True for all else: math-verify's word counts."""
+    ours, theirs = _sizes(expected), _sizes(given)
+    if not ours or not theirs:
+        return True
+    return any(abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) for a in ours for b in theirs)
+
+
+def _sizes(parsed: list[Any]) -> list[Any]:
+    """The number that was read, or that an equation like x = 5 ends in; of 10 % both 0.1 and 10; [] for all else."""
+    value = next((one for one in parsed if not isinstance(one, str)), None)
+    while isinstance(value, sympy.Eq):
+        value = value.rhs
+    if not isinstance(value, sympy.Expr) or not value.is_number:
+        return []
+    size = value.doit().evalf(_DIGITS)
+    if not isinstance(size, sympy.Number) or not size.is_finite:
+        return []
+    size = size if abs(size) > _ZERO else sympy.Integer(0)
+    return [size, 100 * size] if value.has(_PERCENT) else [size]
 
 
 def judge(answer: str, completion: str, cpu_s: float) -> bool:

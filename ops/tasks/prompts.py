@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,18 +10,37 @@ from jinja2 import TemplateError
 from common.config import ConfigError, Data
 
 Message = dict[str, str]
+# What a template may raise of its own: of a wrong index, name, sum or type.
+_RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Renderer:
-    """Renders prompts as `data` says. Raises ConfigError where chat is wanted and the tokenizer has no template.
+    """Renders prompts as `data` says.
 
-    Templates come with the model; transformers runs them in Jinja's sandbox.
+    Raises ConfigError where chat is wanted and the tokenizer has no template, or one that knows not all of
+    data.template_options. Templates come with the model; transformers runs them in Jinja's sandbox.
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
-        if data.chat and not tokenizer.chat_template:
-            raise ConfigError("data.chat: the student's tokenizer has no chat template (chat_template.jinja)")
         self._tokenizer, self._data = tokenizer, data
+        if not data.chat:
+            return
+        if not tokenizer.chat_template:
+            raise ConfigError("data.chat: the student's tokenizer has no chat template (chat_template.jinja)")
+        for name in data.template_options:
+            if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+                raise ConfigError(f"data.template_options.{name}: the student's chat template has no such switch")
+        self._special = re.compile("|".join(map(re.escape, sorted(_special_texts(tokenizer)))) or r"(?!)")
+
+    @property
+    def warning(self) -> str:
+        """What may be wrong with the chat template; empty where nothing is."""
+        if not self._data.chat:
+            return ""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        if self._apply(asked, "a trial", True) != self._apply(asked, "a trial", False):
+            return ""
+        return "the chat template takes no notice of add_generation_prompt: does it end where the answer begins?"
 
     def __call__(self, value: Any, place: str) -> str:
         """The text of a prompt. Raises ConfigError, with the row's place."""
@@ -28,7 +48,9 @@ class Renderer:
             text = value + self._data.prompt_suffix
             if not value.strip():
                 raise ConfigError(f"{place}: the prompt is empty")
-            return self._templated([{"role": "user", "content": text}], place) if self._data.chat else text
+            if not self._data.chat:
+                return text
+            return self._templated([{"role": "user", "content": text}], place)
         if not isinstance(value, list):
             raise ConfigError(
                 f"{place}: the prompt ({self._data.prompt_key!r}) is {type(value).__name__}; "
@@ -45,16 +67,36 @@ class Renderer:
         return [*messages[:-1], {**last, "content": last["content"] + self._data.prompt_suffix}]
 
     def _templated(self, messages: list[Message], place: str) -> str:
+        for message in messages:
+            if found := self._special.search(message["content"]):
+                raise ConfigError(
+                    f"{place}: the prompt has {found[0]!r} in it, which the tokenizer takes for a special token, not "
+                    f"for text; leave that row out, or write it otherwise"
+                )
         system = self._data.system_prompt
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
+        text = self._apply(messages, place, True)
+        if not text.strip():
+            raise ConfigError(f"{place}: the chat template makes nothing of the prompt")
+        return text
+
+    def _apply(self, messages: list[Message], place: str, add_generation_prompt: bool) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._data.template_options
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._data.template_options,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except _RAISED as error:
             raise ConfigError(f"{place}: the chat template refuses the prompt ({error!s:.200})") from error
         return text
+
+
+def _special_texts(tokenizer: Any) -> set[str]:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {text for text in added | set(tokenizer.all_special_tokens) if text}
 
 
 def _messages(value: list[Any], place: str) -> list[Message]:

@@ -9,6 +9,7 @@ depend on what else the machine does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import time
 import weakref
 from typing import Protocol
 
+from common.config import ConfigError
 from common.pretrained import PACKAGE_ROOT
 from ops.rows import require
 
@@ -28,8 +30,13 @@ log = logging.getLogger("katana.verify")
 READ_CHARACTERS = 2000
 """Most that math-verify is shown of a completion."""
 CPU_S, START_S, ANSWER_S = 2.0, 120.0, 60.0
-_E_NOTATION = re.compile(r"([+-]?[0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)")
-_BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_LONGEST_NUMBER = 100  # characters; what is longer is not looked at for 4.5e33
+_E_NOTATION = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]([+-]?[0-9]+)")
+_THIN_SPACE = re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")  # 70\,000
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_HASHES = re.compile(r"(?<!#)####[^\S\n#]*+([^\n#]*[^\s#])")
+_THOUGHT = "</think>"
+_COMMAND = ("python", "-m", "ops.tasks.math_judge")
 
 
 class Verifier(Protocol):
@@ -57,14 +64,12 @@ def last_boxed(text: str) -> tuple[int, int] | None:
 
 
 def final_answer(text: str) -> tuple[int, int] | None:
-    r"""Begin and end of the final answer: inside the last \boxed{}, or behind the first #### (as GSM8K writes it)."""
+    r"""Begin and end of the final answer: inside the last \boxed{}, or behind the last #### (as GSM8K writes it)."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    _, hashes, rest = text.partition("####")
-    line = rest.partition("\n")[0]
-    begin = len(text) - len(rest) + len(line) - len(line.lstrip())
-    return (begin, begin + len(line.strip())) if hashes and line.strip() else None
+    hashes = [match.span(1) for match in _HASHES.finditer(text)]
+    return hashes[-1] if hashes else None
 
 
 def answer_end(text: str) -> int | None:
@@ -73,14 +78,18 @@ def answer_end(text: str) -> int | None:
     return None if found is None else found[1] + (text[found[1] : found[1] + 1] == "}")
 
 
-def gold(answer: str) -> str:
-    r"""The answer of a data set by itself: of a worked solution what is boxed or stands behind ####; without $."""
-    found = final_answer(answer)
-    text = answer[slice(*found)] if found else answer
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text.strip("$").strip()
-    return text
+def gold(text: str) -> str:
+    r"""An answer by itself: of a worked solution what is boxed or stands behind ####; without $."""
+    found = final_answer(text)
+    answer = (text[slice(*found)] if found else text).strip()
+    bare = answer.strip("$")
+    return answer if "$" in bare or not (answer[:1] == answer[-1:] == "$") else bare.strip()
+
+
+def behind_thought(completion: str) -> str:
+    r"""What stands behind the last </think>: a thought's \boxed{} is no answer. All of it where nothing does."""
+    rest = completion.rpartition(_THOUGHT)[2]
+    return rest if rest.strip() else completion
 
 
 def excerpt(completion: str) -> str:
@@ -89,9 +98,24 @@ def excerpt(completion: str) -> str:
     Of the box nothing else: left with several boxes, math-verify takes them for one set, and "\boxed{3}, no, \boxed{4}"
     for wrong.
     """
-    boxed = last_boxed(completion)
-    shown = completion if boxed is None else f"\\boxed{{{completion[slice(*boxed)]}}}"
-    return shown[-READ_CHARACTERS:]
+    said = behind_thought(completion)
+    boxed = last_boxed(said)
+    return (said if boxed is None else in_box(said[slice(*boxed)]))[-READ_CHARACTERS:]
+
+
+def in_box(answer: str) -> str:
+    r"""An answer as LaTeX in a box, the one form that math-verify reads whole.
+
+    A comma or full stop behind it goes, 4.5e33 becomes a power of ten and 70\,000 one number: math-verify by itself
+    reads none of them as they are meant.
+    """
+    text = answer.strip()
+    bare = text.rstrip(".,").rstrip()
+    text = text if bare.endswith("\\") else bare  # "\," is a space
+    power = _E_NOTATION.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
+    if power:
+        text = f"{power[1]}\\times 10^{{{int(power[2])}}}"
+    return f"\\boxed{{{_THIN_SPACE.sub('', text)}}}"
 
 
 class Nobody:
@@ -105,14 +129,13 @@ class Nobody:
 
 
 class Exact:
-    """Equal text: the completion's final answer, or all of it where it names none, is the answer."""
+    """Equal text: the completion's final answer, or all of it where it names none, read as the answer is."""
 
     def prepare(self) -> None:
         pass
 
     def verify(self, answer: str, completion: str) -> bool | None:
-        found = final_answer(completion)
-        return (completion[slice(*found)] if found else completion).strip() == gold(answer)
+        return gold(behind_thought(completion)) == gold(answer)
 
 
 class MathVerify:
@@ -128,7 +151,7 @@ class MathVerify:
         """Start the judge, which takes seconds to import what it needs."""
         if self._judge is not None:
             return
-        command = [sys.executable, "-m", "ops.tasks.math_judge", str(self._cpu_s)]
+        command = [sys.executable, *_COMMAND[1:], str(self._cpu_s)]
         # A session of its own: Ctrl-C is the feeder's, and the end of its input is the judge's end.
         self._judge = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PACKAGE_ROOT, start_new_session=True, bufsize=0
@@ -139,21 +162,44 @@ class MathVerify:
     def verify(self, answer: str, completion: str) -> bool | None:
         r"""Whether both are the same mathematics; the last \boxed{} counts, else the last expression or number.
 
-        None, with a warning, where the judge itself does not answer; it is started again for the next.
+        None, with a warning, where the judge itself does not answer; it is started again for the next. Raises
+        ConfigError where it ends by itself before it can judge anything: it would do so every time.
         """
-        self.prepare()
-        assert self._judge is not None
         try:
-            if not self._ready and self._line(START_S) != b"ready":
-                raise OSError("it does not start")
-            self._ready = True
-            self._send(json.dumps([_boxed_gold(answer), excerpt(completion)]).encode() + b"\n")
+            self.prepare()
+            self._await_start()
+            self._send(json.dumps([in_box(gold(answer)), excerpt(completion)]).encode() + b"\n")
             return self._line(self._answer_s) == b"right"
         except OSError as error:
             log.warning("math-verify's judge gave no verdict, which stays open: %s", error)
-            _end(self._judge)
-            self._judge = None
+            self._give_up()
             return None
+
+    def _await_start(self) -> None:
+        """Raises ConfigError, OSError."""
+        if self._ready:
+            return
+        assert self._judge is not None
+        try:
+            self._ready = self._line(START_S) == b"ready"
+        except OSError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._judge.wait(timeout=1.0)
+            code = self._judge.returncode
+            if code is None or code < 0:  # slow, or killed: by a lack of memory, say
+                raise
+            self._give_up()
+            raise ConfigError(
+                f"data.verifier math-verify: its judge ends at its start (exit code {code}), so nothing can be judged; "
+                f"`{' '.join(_COMMAND)} {self._cpu_s:g}` says why"
+            ) from None
+        if not self._ready:
+            raise OSError("it does not start")
+
+    def _give_up(self) -> None:
+        if self._judge is not None:
+            _end(self._judge)
+        self._judge = None
 
     def _send(self, raw: bytes) -> None:
         assert self._judge is not None and self._judge.stdin is not None
@@ -174,15 +220,6 @@ class MathVerify:
         return line.strip()
 
 
-def _boxed_gold(answer: str) -> str:
-    """An answer as LaTeX in a box, the one form that math-verify reads whole; 4.5e33 becomes a power of ten."""
-    text = gold(answer)
-    power = _E_NOTATION.fullmatch(text)
-    if power:
-        text = f"{power[1]}\\times 10^{{{int(power[2])}}}"
-    return f"\\boxed{{{text}}}"
-
-
 def _end(judge: subprocess.Popen[bytes]) -> None:
     """The end of its input ends it; a judge that does not listen is killed."""
     for pipe in (judge.stdin, judge.stdout):
@@ -200,3 +237,19 @@ VERIFIERS: dict[str, type[Nobody] | type[Exact] | type[MathVerify]] = {
     "exact": Exact,
     "math-verify": MathVerify,
 }
+_SHARED: weakref.WeakValueDictionary[str, Verifier] = weakref.WeakValueDictionary()
+
+
+def find_verifier(name: str) -> Verifier:
+    """A verifier, the same for all of this process who want it: one judge takes some 90 MB. Raises ConfigError."""
+    return _SHARED.setdefault(name, VERIFIERS[name]())
+
+
+def rehearse(verifier: Verifier) -> None:
+    """One verdict that is known beforehand. Raises ConfigError where the verifier does not come to it."""
+    if isinstance(verifier, Nobody):
+        return
+    verdict = verifier.verify("1", "\\boxed{1}")
+    if verdict is not True:
+        told = "gives no verdict" if verdict is None else "says that 1 is not 1"
+        raise ConfigError(f"data.verifier: {type(verifier).__name__} {told}; look at its package, or at what it logs")

@@ -19,7 +19,7 @@ from actors.books import read_lines, rid_of
 from actors.feeder import Feeder
 from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
-from common.streams import Lease, LeaseLost
+from common.streams import Lease, LeaseLost, create_run
 from ops.embedded import EmbeddedRedis
 
 
@@ -644,6 +644,39 @@ def test_a_redis_that_went_back_is_told_from_one_that_lost_all(desk: Desk) -> No
     assert {rid: line["reason"] for rid, line in desk.lines().items()} == {gone: "lost"}
     assert desk.feeder._cursor == 6
     assert run.client.scard(run.key("open")) == 5
+
+
+@pytest.mark.parametrize("how", ["lost all", "went back"])
+def test_tokens_generated_are_restored_from_the_books_and_the_records_of_the_living(desk: Desk, how: str) -> None:
+    desk.go_on()
+    run = desk.run
+    whole, cut, booked, writing, *_ = desk.take()
+    for rid in (whole, booked):
+        desk.write(rid)  # 3 tokens
+        desk.judge(rid)
+        desk.settle(rid)
+    desk.write(cut, tokens=5, finish=None)
+    desk.judge(cut, generated=None, cut=True, finish_reason="kl_trap", trigger=3, keep=2, train=2)
+    desk.count(cut, 9)
+    desk.settle(cut)
+    desk.go_on()
+    desk.write(writing, tokens=4, finish=None)
+    assert {rid: line["tokens_generated"] for rid, line in desk.lines().items()} == {whole: 3, booked: 3, cut: 9}
+    assert run.plane.generated() == 3 + 3 + 9 + 4
+    admitted = desk.feeder._cursor
+    desk.feeder._write_ledger()
+    if how == "lost all":
+        for name in list(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")):
+            run.client.delete(name)
+        create_run(run.client, run.config, run.plane.run_key)
+    else:  # by a moment, in which a rollout was booked and the newest was admitted
+        run.client.set(run.key("cursor"), admitted - 1)
+        run.client.sadd(run.key("open"), booked)
+        run.client.hset(run.key(f"rollout:{booked}"), "length", 3)
+        run.client.hset(run.key("policy"), "generated", 1)
+    desk.restart()
+    assert run.plane.generated() == 3 + 3 + 9 + (4 if how == "went back" else 0)
+    assert desk.feeder._cursor == admitted
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("rollout: {dtype: int8}", "rollout.dtype", "'int8'"),
         # Ranges.
         ("learner: {max_steps: 0}", "learner.max_steps", "0"),
+        ("learner: {max_generated_tokens: 0}", "learner.max_generated_tokens", "0"),
         ("learner: {learning_rate: 0}", "learner.learning_rate", "0.0"),
         ("learner: {learning_rate: .nan}", "learner.learning_rate", "nan"),
         ("learner: {learning_rate: .inf}", "learner.learning_rate", "inf"),
@@ -386,6 +387,7 @@ def test_a_resumed_run_may_change_where_and_how_long_it_runs() -> None:
     before = parse(LEAST)
     check_resume(before, before)
     check_resume(before, parse(LEAST, ["learner.max_steps=7", "rollout.workers=3", "redis.url=redis://x"]))
+    check_resume(before, parse(LEAST, ["learner.max_generated_tokens=9000"]))
 
 
 @pytest.mark.parametrize(
@@ -409,6 +411,10 @@ def test_a_resumed_run_may_not_change_what_is_on_record(item: str, words: str) -
     [
         ("learner.weight_sync_steps=2", "learner.weight_sync_steps is 2; with deterministic only 1 is allowed"),
         ("teacher.device=cuda", "teacher.device is 'cuda'; with deterministic only 'cpu' is allowed"),
+        (
+            "learner.max_generated_tokens=9",
+            "learner.max_generated_tokens is 9; with deterministic only null is",
+        ),
     ],
 )
 def test_what_deterministic_does_not_go_with(item: str, words: str) -> None:
@@ -493,3 +499,11 @@ def test_text_that_cannot_be_printed_is_refused() -> None:
         assert "runs_dir: a character in it cannot be printed" in refusal(LEAST + f'runs_dir: "{text}"')
     assert "options: a character in it" in refusal(LEAST + 'data: {options: {"a\\0": 1}}')
     assert parse(LEAST + "runs_dir: /läufe/走").runs_dir == "/läufe/走"
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nseed: 2\n", "termination: {policy: random_matched, hazard: {5: 0.1, 5: 0.2}}\n"]
+)
+def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="a key is there twice"):
+        parse(LEAST + text)

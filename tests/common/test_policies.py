@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from common import policies
 from common.config import ConfigError, Termination, load, parse
 from common.draws import fraction, rollout_seed
-from common.policies import POLICIES, Policy, PolicyError, Progress, Situation, drawn_position, extremes, find
+from common.policies import (
+    POLICIES,
+    Policy,
+    PolicyError,
+    Progress,
+    Situation,
+    drawn_position,
+    extremes,
+    find,
+    unit_of,
+    written,
+)
 from common.termination import Cut, CutAt, Kat, MinimaBuffer
 
 OWN = "own_policy:Halved"
@@ -207,6 +218,34 @@ def test_a_policy_with_a_mistake_in_its_file_is_refused(tmp_path: Path, monkeypa
         find("broken_policy:Any")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"x = 1\ny = 1 / 0\n", r"fails when it is imported \(ZeroDivisionError: division by zero, \w+\.py line 2\)"),
+        (b"raise SystemExit('bye')\n", r"fails when it is imported \(SystemExit: bye"),
+        (b"class P(Nobody): ...\n", "NameError"),
+        (b"x = \x00\n", r"the module is no Python|line 1 of the module is no Python"),
+        (b"x = '\xff'\n", "is no Python"),
+    ],
+    ids=["division", "exit", "name", "zero-byte", "encoding"],
+)
+def test_a_module_that_fails_is_refused_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, text: bytes, said: str
+) -> None:
+    name = f"failing_{request.node.callspec.id.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_bytes(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PolicyError, match=said) as caught:
+        find(f"{name}:Any")
+    assert "None" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mistake", "said"), [(1, "AttributeError"), (2, "ZeroDivisionError: division by zero")])
+def test_a_policy_that_fails_when_it_is_made_is_refused(mistake: int, said: str) -> None:
+    with pytest.raises(PolicyError, match=rf"refuses these settings \({said}.*, own_policy\.py line [0-9]+\)"):
+        policies.check(rule("own_policy:Unwilling", options={"mistake": mistake}), 64)
+
+
 def test_load_imports_the_policy_and_parse_does_not(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(LEAST + "termination: {policy: 'own_policy:Halved', options: {head: 4, share: 0.5}}\n")
@@ -222,7 +261,7 @@ def test_load_imports_the_policy_and_parse_does_not(tmp_path: Path) -> None:
 def test_settings_that_a_policy_refuses_are_an_error_at_load(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
-    with pytest.raises(ConfigError, match=r"refuses these settings \(KeyError: 'head'\)"):
+    with pytest.raises(ConfigError, match=r"refuses these settings \(KeyError: 'head'"):
         load(path)
 
 
@@ -262,3 +301,33 @@ def test_settings_that_make_no_sense_are_refused(text: str, said: str) -> None:
 def test_hazards_come_back_from_yaml_as_they_were() -> None:
     config = parse(LEAST + "termination: {policy: random_matched, hazard: {3: 0.1, 70: 1.0e-3, 9: 1}}\n")
     assert parse(config.to_yaml()).termination.hazard == {3: 0.1, 70: 0.001, 9: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("hazard", "fits"),
+    [({3: 0.0, 9: 0.0}, False), ({65: 0.5}, False), ({3: 0.0, 64: 1e-9}, True), ({64: 0.5, 65: 0.5}, True)],
+)
+def test_hazards_that_would_cut_nothing_are_refused(hazard: dict[int, float], fits: bool) -> None:
+    settings_ = rule("random_matched", hazard=hazard)
+    if fits:
+        policies.check(settings_, 64)
+    else:
+        with pytest.raises(PolicyError, match=r"would cut nothing: no chance .* up to max_completion_length, 64"):
+            policies.check(settings_, 64)
+
+
+def test_a_number_has_the_unit_that_its_policy_says() -> None:
+    find("own_policy:Summed")
+    assert [unit_of(name) for name in ("own_policy:Summed", "own_policy:Halved", "kat", "none")] == [
+        "tokens",
+        "",
+        "nats",
+        "",
+    ]
+    assert (written(12.0, "own_policy:Summed"), written(0.5, "own_policy:Halved")) == ("12 tokens", "0.5")
+
+
+def test_the_unit_of_a_policy_that_is_not_imported_is_not_made_up() -> None:
+    assert unit_of("gone.for_good:Halved") == ""
+    assert written(0.5, "gone.for_good:Halved") == "0.5"
+    assert unit_of("own_policy:NotAClass") == ""

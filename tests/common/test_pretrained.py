@@ -86,6 +86,7 @@ def test_the_stop_set_is_the_union_with_the_students_own_first(tmp_path: Path) -
     pair = check_pair(pair_config(tmp_path))
     assert pair.stop_ids == (3, 1, 5, 2)
     assert pair.vocab_size == 20
+    assert check_pair(pair_config(tmp_path, rollout={"stop_set": "student"})).stop_ids == (3, 1)
 
 
 def test_a_stop_id_outside_the_tokenizer_is_refused(tmp_path: Path) -> None:

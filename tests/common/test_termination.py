@@ -181,6 +181,28 @@ def test_fixed_length_leaves_alone_what_ends_by_itself(sizes: list[int]) -> None
     assert [detector.feed(np.ones(size)) for size in sizes] == [None] * len(sizes)
 
 
+# --- what a cut may be ---
+
+
+def test_whole_numbers_of_any_kind_become_ints() -> None:
+    cut = Cut(np.int64(5), np.uint8(3), "mine")  # type: ignore[arg-type]
+    assert (cut, type(cut.trigger), type(cut.keep)) == (Cut(5, 3, "mine"), int, int)
+    for broken in (5.0, "5", np.float32(5), None):
+        with pytest.raises(TypeError, match="integer"):
+            Cut(broken, 3, "mine")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reason", ["", " ", "a b", "a\n", "eos", "length", "open", "unfinished", "ü", 41 * "x"])
+def test_reasons_that_mean_something_else_or_are_no_word_are_refused(reason: str) -> None:
+    with pytest.raises(ValueError, match=r"Cut\.reason .*: allowed are 1 to 40 ASCII letters"):
+        Cut(5, 3, reason)
+
+
+@pytest.mark.parametrize("reason", ["kl_trap", "x", "2.5-sigma", 40 * "x"])
+def test_any_other_word_is_a_reason(reason: str) -> None:
+    assert Cut(5, 3, reason).reason == reason
+
+
 # --- the buffer ---
 
 

@@ -29,6 +29,7 @@ from learner.loss import (
     reverse_kl_topk_tail,
     sampled_logprobs,
     token_losses,
+    topk_overlap,
 )
 
 VOCAB, WIDTH = 12, 14
@@ -498,15 +499,42 @@ def test_diagnostics_by_hand() -> None:
     assert found.kl_nats == pytest.approx(kl / 2, rel=1e-5)
     assert found.entropy_nats == pytest.approx(entropy, rel=1e-5)
     assert found.support_mass == pytest.approx((0.875 + 0.75) / 2, rel=1e-5)
+    assert found.support_mass_teacher == pytest.approx((0.875 + 0.5) / 2, rel=1e-5)
+    assert found.topk_overlap == 0.5  # besides STOP outcome 1 is the likeliest, in both rows
     assert found.ratio_mean == pytest.approx((0.5 + 5.0) / 2, rel=1e-5)  # 1/4 : 1/2 and 5/8 : 1/8
     assert found.ratio_max == pytest.approx(5.0, rel=1e-5)
     assert all(isinstance(value, float) for value in (found.kl_nats, found.ratio_max))
 
 
+def overlap(logits: Tensor, support: Tensor, stops: list[int], vocab: int) -> list[float]:
+    outcomes = log_outcomes(logits, stops, vocab)
+    return topk_overlap(outcomes, on_support(outcomes, support, stops[0], has_tail=False)[0]).tolist()
+
+
+def test_the_overlap_of_supports_by_hand() -> None:
+    # Besides STOP (3) the likeliest are 4, 1, 0, 2, in this order.
+    logits = torch.tensor([[3.0, 4.0, 1.0, 0.0, 5.0]]).expand(4, 5).clone()
+    support = torch.tensor([[4, 1], [1, 0], [0, 2], [2, 4]])
+    for stop in (-9.0, 4.5, 9.0):  # behind the first two, between them, before them
+        logits[:, 3] = stop
+        assert overlap(logits, support, [3], 5) == [1.0, 0.5, 0.0, 0.5]
+    # STOP and support are all outcomes there are: nothing can leave it.
+    assert overlap(logits[:1], torch.tensor([[0, 1, 2, 4]]), [3], 5) == [1.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_overlap_is_the_share_of_common_ids(seed: int) -> None:
+    now, then = random_case(seed, 1.0)
+    support, likeliest = (top_support(logits, 4, STOPS, VOCAB) for logits in (then, now))
+    common = [len(set(a) & set(b)) / 4 for a, b in zip(support.tolist(), likeliest.tolist(), strict=True)]
+    assert overlap(now, support, STOPS, VOCAB) == common
+    assert overlap(then, support, STOPS, VOCAB) == [1.0] * 6
+
+
 def test_merged_diagnostics_count_tokens_alike() -> None:
-    first = Diagnostics(1, kl_nats=4.0, entropy_nats=1.0, support_mass=0.5, ratio_mean=2.0, ratio_max=2.0)
-    second = Diagnostics(3, kl_nats=0.0, entropy_nats=2.0, support_mass=1.0, ratio_mean=1.0, ratio_max=7.0)
-    assert merged([first, second]) == Diagnostics(4, 1.0, 1.75, 0.875, 1.25, 7.0)
+    first = Diagnostics(1, 4.0, 1.0, 0.5, 0.25, 0.0, ratio_mean=2.0, ratio_max=2.0)
+    second = Diagnostics(3, 0.0, 2.0, 1.0, 0.75, 1.0, ratio_mean=1.0, ratio_max=7.0)
+    assert merged([first, second]) == Diagnostics(4, 1.0, 1.75, 0.875, 0.625, 0.75, 1.25, 7.0)
     assert merged([second]) == replace(second)
     with pytest.raises(ValueError, match="no tokens"):
         merged([])

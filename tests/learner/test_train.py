@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from samples import Run, make_score_support, make_support, make_tokens, make_verdict
 
+from common import metrics
+from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from learner.checkpoint import load_newest
 from learner.train import Learner
@@ -68,9 +70,11 @@ def trajectory(run: Run, number: int, *, version: int = 0, arm: str = "treated")
     run.chunk(rid, finish="eos", tokens=tokens, version=version)
     run.score(rid)
     run.lease("arbiter")
-    body = make_verdict(rid, arm=arm, train=3, keep=3, trigger=3, first_version=version, last_version=version).encode()
+    verdict = make_verdict(
+        rid, arm=arm, train=3, keep=3, trigger=3, cut=arm == "treated", first_version=version, last_version=version
+    )
     entries = run.score_entries()
-    assert run.lease("arbiter").call("verdict", rid, body, 3, 0, "", 4, "inactive", *entries)[0] == b"ok"
+    assert run.lease("arbiter").call("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *entries)[0] == b"ok"
     return rid
 
 
@@ -231,3 +235,168 @@ def test_a_record_broken_after_its_verdict_dies_and_the_rest_is_trained(
     assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
     assert ("r0", "dead") in endings(run)
     assert [entry["stage"] for entry in run.entries("dead")] == ["trajectories"]
+
+
+# --- a budget of generated tokens ---
+
+
+@pytest.fixture
+def budget(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Callable[..., Run]:
+    def begin(tokens: int, **learner: Any) -> Run:
+        steps = {"batch_size": 2, "max_steps": 9, "max_staleness": 8, "learning_rate": 1e-3}
+        return start(
+            embedded_redis,
+            student={"model": MODELS["student"]},
+            teacher={"model": MODELS["teacher"]},
+            learner=steps | {"max_generated_tokens": tokens} | learner,
+            checkpoints={"every_steps": 4, "keep": 2},
+            eval={"every_steps": 5},
+        )
+
+    return begin
+
+
+def lines_of(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_step(run: Run, learner_: Learner, number: int) -> None:
+    """A batch is written, three tokens a rollout, and trained on."""
+    for rollout in (2 * number, 2 * number + 1):
+        trajectory(run, rollout)
+    take_step(learner_)
+
+
+def evaluated(run: Run) -> list[int]:
+    return sorted(json.loads(path.read_text())["step"] for path in (run.config.run_dir / "eval").glob("*.json"))
+
+
+def test_the_run_ends_with_the_step_at_which_its_tokens_are_spent(budget: Callable[..., Run]) -> None:
+    run = budget(18, weight_sync_steps=2, warmup_ratio=0.0)
+    learner_ = make_learner(run)
+    learner_.start()
+    for number in range(3):
+        assert not learner_.done
+        one_step(run, learner_, number)
+    assert learner_.done
+    # As for the last of max_steps: published, kept for evaluation, in a checkpoint, acknowledged.
+    assert run.plane.policy()["step"] == "3"
+    assert evaluated(run) == [0, 3]
+    state = load_newest(run.config.run_dir / "checkpoints")
+    assert state is not None
+    assert (state.step, state.counters["tokens_generated"]) == (3, 18)
+    assert len(endings(run)) == 6
+    assert [line["tokens_generated"] for line in lines_of(run)] == [6, 12, 18]
+    # 1e-3 (1 + cos(pi g / 18)) / 2, g = 0, 6, 12: what was counted when the step before ended
+    assert [line["learning_rate"] for line in lines_of(run)] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_the_loop_ends_with_the_budget_and_again_when_it_is_started_again(budget: Callable[..., Run]) -> None:
+    run = budget(9)
+    for number in range(6):
+        trajectory(run, number)  # 18 tokens
+    for _ in range(2):
+        run.client.delete(run.key("lease:learner"))
+        facts = read_facts(Path(MODELS["student"]))
+        pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
+        learner_ = Learner(run.config, run.plane, pair, threading.Event())
+        learner_.run(until_idle=True)
+        assert (learner_.step_count, run.plane.state()) == (1, "trained")
+        assert (run.config.run_dir / "model" / "model.safetensors").exists()
+        run.client.set(run.key("run"), "open")
+
+
+def test_max_steps_ends_a_run_that_has_tokens_left(budget: Callable[..., Run]) -> None:
+    run = budget(1000, max_steps=2)
+    learner_ = make_learner(run)
+    learner_.start()
+    one_step(run, learner_, 0)
+    assert not learner_.done
+    one_step(run, learner_, 1)
+    assert learner_.done
+    assert evaluated(run) == [0, 2]
+
+
+def test_what_is_written_while_a_learner_is_down_changes_no_step_that_is_done_again(budget: Callable[..., Run]) -> None:
+    """Neither their learning rates nor which one is the last: a killed learner trains the same to the same weights."""
+    run = budget(24, warmup_ratio=0.5)
+    first = make_learner(run)
+    first.start()
+    for number in range(2):
+        one_step(run, first, number)
+    before, weights = lines_of(run), {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+    # 6 of 12, then (6 + 6) of 12: the second step reaches the base.
+    assert [line["learning_rate"] for line in before] == pytest.approx([0.5e-3, 1e-3])
+    for number in range(4, 12):
+        trajectory(run, number)
+    assert run.plane.generated() == 36  # more than the budget
+    second = make_learner(run)
+    second.start()
+    assert (second.step_count, second.done) == (0, False)
+    for _ in range(2):
+        take_step(second)
+    for line, former in zip(lines_of(run), before, strict=True):
+        for name in ("step", "learning_rate", "tokens_generated", "loss"):
+            assert line[name] == former[name]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in second.model.state_dict().items())
+    assert not second.done
+    take_step(second)
+    assert (second.done, second.step_count, second.tokens_generated) == (True, 3, 36)
+
+
+def test_a_spoilt_line_behind_the_checkpoint_is_no_obstacle(budget: Callable[..., Run]) -> None:
+    run = budget(1000)
+    first = make_learner(run)
+    first.start()
+    one_step(run, first, 0)
+    with (run.config.run_dir / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\n")
+    second = make_learner(run)
+    second.start()
+    assert second._counted == {1: 6}
+    assert lines_of(run) == []
+
+
+def test_a_finished_run_goes_on_when_its_budget_is_raised(budget: Callable[..., Run]) -> None:
+    run = budget(6)
+    first = make_learner(run)
+    first.start()
+    one_step(run, first, 0)
+    assert first.done
+    more = run.config.learner.model_copy(update={"max_generated_tokens": 12})
+    run.config = run.config.model_copy(update={"learner": more})
+    second = make_learner(run)
+    second.start()
+    assert (second.step_count, second.done) == (1, False)
+    one_step(run, second, 1)
+    assert second.done
+
+
+# --- drift guards ---
+
+
+def guard(kind: str) -> float | None:
+    return REGISTRY.get_sample_value("katana_learner_drift_ratio", {"kind": kind})
+
+
+def test_a_step_records_its_drift_guards_and_what_it_cannot_tell_leaves_the_gauge_alone(run: Run) -> None:
+    trajectory(run, 0)
+    trajectory(run, 1, arm="control")
+    learner_ = make_learner(run)
+    learner_.start()
+    take_step(learner_)
+    metrics.learner_drift.labels("cut_control").set(0.75)
+    for number in (2, 3):
+        trajectory(run, number)
+    take_step(learner_)
+    first, second = lines_of(run)
+    # Three tokens repeat nothing; a threshold of 0.25; the treated are cut behind all that was scored.
+    assert (first["repetition"], first["truncation_rate"], first["threshold"]) == (0.0, 0.0, 0.25)
+    assert (first["cut_rate_treated"], first["cut_rate_control"]) == (1.0, 0.0)
+    assert (second["cut_rate_treated"], second["cut_rate_control"]) == (1.0, None)
+    assert guard("cut_control") == 0.75
+    assert guard("topk_overlap") == second["topk_overlap"]
+    for name in ("support_mass", "support_mass_teacher", "topk_overlap"):
+        assert 0 <= second[name] <= 1.000001
+    assert REGISTRY.get_sample_value("katana_learner_entropy_nats") == second["entropy"]
+    assert REGISTRY.get_sample_value("katana_learner_threshold_nats") == 0.25

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from ops.rows import DataMissing, read_rows
 from ops.source import TaskSource
 from ops.tasks import PromptTooLong
 from ops.tasks.dataset import shuffled
+from ops.tasks.prompts import Renderer
+
+SHIPPED = {"model": "ops/models/student"}
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +165,10 @@ def test_benchmarks_are_in_the_file_s_order(begin: Callable[..., Config], tmp_pa
         ([{"prompt": "p", "answer": None}], {}, "is NoneType; allowed: text or a number"),
         ([{"prompt": "p", "answer": True}], {}, "is bool; allowed: text or a number"),
         ([{"prompt": "p", "answer": " "}], {}, "is empty"),
+        ([{"prompt": "p", "answer": "\\boxed{}"}], {}, "is empty"),
+        ([{"prompt": "p", "answer": float("nan")}], {}, "is nan; allowed: text or a finite number"),
+        ([{"prompt": "p", "answer": float("-inf")}], {}, "is -inf; allowed: text or a finite number"),
+        ([{"prompt": "<|end|> p", "answer": "1"}], {"chat": True}, "the prompt has '<|end|>' in it"),
         ([{"prompt": " ", "answer": "1"}], {}, "the prompt is empty"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], {"chat": True}, "message 1 is no pair of texts"),
         ([{"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}], {"chat": True}, "the last message"),
@@ -183,6 +192,10 @@ def test_a_wrong_row_is_named(
         ("rows.jsonl", b'{"prompt": "p", "answer": "1"}\n{oops\n', "rows.jsonl, line 2: not valid JSON"),
         ("rows.jsonl", b"[1]\n", "line 1: a row is an object of columns, found list"),
         ("rows.jsonl", b"\xff\xfe\n", "line 1: not valid JSON"),
+        ("rows.jsonl", b'{"prompt": "\\ud800 p", "answer": "1"}\n', "line 1: the prompt has half a character in it"),
+        ("rows.jsonl", b'{"prompt": "p", "answer": "\\udc00"}\n', "line 1: the answer ('answer') has half a character"),
+        ("rows.jsonl", b'{"prompt": "p", "answer": "1", "answer": "2"}\n', "'answer' stands in one object twice"),
+        ("rows.jsonl", b'{"prompt": "p", "answer": 1e999}\n', "is inf; allowed: text or a finite number"),
         ("rows.csv", b"prompt,answer\n", "the format '.csv' is not known; allowed: *.jsonl"),
         ("rows", b"x", "the format '' is not known"),
         ("rows.parquet", b"PAR1 nothing", "rows.parquet: cannot be read"),
@@ -213,15 +226,80 @@ def test_a_folder_that_cannot_be_used(begin: Callable[..., Config], tmp_path: Pa
     assert "splits/SPLIT with SPLIT of ['train', 'test']" in refusal("splits")
     (tmp_path / "saved").mkdir()
     state = tmp_path / "saved" / "state.json"
-    for files, words in [
+    odd: list[tuple[Any, str]] = [
+        (5, "names no data files"),
+        ({"filename": "data.arrow"}, "names no data files"),
         ([{"filename": "../up.arrow"}], "names no data files"),
         ([{"filename": "data.arrow"}], "data.arrow: is missing"),
         ([], "names no data files"),
-    ]:
+    ]
+    for files, words in odd:
         state.write_text(json.dumps({"_data_files": files}))
         assert words in refusal("saved")
     state.write_text('{"_indices_files": [{}]}')
     assert "save it again" in refusal("saved")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["train.jsonl", "test.jsonl"], "looks like several splits (test.jsonl, train.jsonl)"),
+        (["gsm8k_train-00.parquet", "gsm8k_val-00.parquet"], "looks like several splits"),
+        (["a.jsonl", "b.parquet"], "holds files of several formats (.jsonl, .parquet): name the one to read"),
+    ],
+)
+def test_a_folder_of_which_a_part_alone_is_meant(
+    names: list[str], words: str, begin: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in names:
+        (tmp_path / "rows" / name).write_text('{"prompt": "p", "answer": "1"}\n')
+    with pytest.raises(ConfigError) as caught:
+        TaskSource(begin(tmp_path / "rows"))
+    assert words in str(caught.value)
+
+
+def test_shards_of_one_split_are_one_data_set(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "more"):
+        put_rows(tmp_path / "rows" / name, [{"prompt": name}], "jsonl")
+    assert len(list(read_rows(tmp_path / "rows"))) == 3
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_never_waited_for(begin: Callable[..., Config], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").mkdir()
+    for path, words in [
+        ("/dev/null", "the format '' is not known"),
+        (tmp_path / "pipe.jsonl", "pipe.jsonl: is no file"),
+        (tmp_path / "folder", "a.jsonl: is no file"),
+        ("~nobody-of-that-name/rows.jsonl", "cannot be read"),
+        (tmp_path / ("long" * 100), "cannot be read"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            TaskSource(begin(Path(path)))
+        assert words in str(caught.value)
+
+
+def test_a_parquet_file_with_values_that_are_none(begin: Callable[..., Config], tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    broken = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, arrow.py_buffer(b"\0\0\0\0\2\0\0\0"), arrow.py_buffer(b"\xff\xfe")]
+    )
+    prompts, answers = arrow.array(["p"]), arrow.array(["1"])
+    late = arrow.array([2**62], arrow.timestamp("us"))
+    for name, columns, names, words in [
+        ("text", [broken, answers], ["prompt", "answer"], "cannot be read ('utf-8' codec"),
+        ("time", [prompts, late], ["prompt", "answer"], "cannot be read ("),
+        ("twice", [prompts, answers, answers], ["prompt", "answer", "answer"], "has 2 columns 'answer'"),
+    ]:
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(arrow.Table.from_arrays(columns, names=names), path)
+        with pytest.raises(ConfigError) as caught:
+            TaskSource(begin(path))
+        assert words in str(caught.value)
 
 
 def test_data_that_are_not_there_yet_are_told_by_check_and_refused_by_a_run(
@@ -252,8 +330,6 @@ def test_a_prompt_that_is_too_long_is_named_or_left_out(begin: Callable[..., Con
 def test_chat_without_a_template_and_a_template_that_refuses(
     begin: Callable[..., Config], tiny: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     path = put_rows(tmp_path / "rows", AIME, "jsonl")
     config = begin(path, prompt_key="problem", chat=True)
     other = tmp_path / "student"
@@ -265,6 +341,119 @@ def test_chat_without_a_template_and_a_template_that_refuses(
     (other / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="has no chat template"):
         TaskSource(config.model_copy(update=student))
+
+
+def other_student(config: Config, tiny: Path, folder: Path, **changes: Any) -> Config:
+    """The config with a student whose tokenizer differs: `template`, or parts of the tokenizer by their names."""
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(tiny, folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    tokenizer.chat_template = changes.pop("template", tokenizer.chat_template)
+    for name, value in changes.items():
+        setattr(tokenizer.backend_tokenizer, name, value)
+    tokenizer.save_pretrained(str(folder))
+    return config.model_copy(update={"student": config.student.model_copy(update={"model": str(folder)})})
+
+
+def test_tokens_are_counted_and_never_guessed_from_bytes(
+    begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    from tokenizers import normalizers
+
+    path = put_rows(tmp_path / "rows", [{"prompt": "\ufdfa", "answer": "1"}], "jsonl")  # 3 bytes, by NFKC 33
+    config = other_student(begin(path, max_prompt_length=20), tiny, tmp_path / "student", normalizer=normalizers.NFKC())
+    with pytest.raises(PromptTooLong, match=r"the prompt has 33 tokens, data.max_prompt_length is 20"):
+        TaskSource(config)
+
+
+def test_a_text_begins_as_its_tokenizer_begins_texts_and_does_not_end(
+    begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    from tokenizers import processors
+
+    ends = processors.TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=[("<|user|>", 1), ("<|end|>", 0)])
+    rows = [{"prompt": "ab", "answer": "1"}, {"prompt": "<|user|>ab", "answer": "1"}]
+    path = put_rows(tmp_path / "rows", rows, "jsonl")
+    plain = other_student(begin(path, max_prompt_length=3), tiny, tmp_path / "student", post_processor=ends)
+    source = TaskSource(plain)
+    a, b = source.tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert [source.prompt(index).tolist() for index in range(2)] == [[1, a, b]] * 2
+    with pytest.raises(PromptTooLong, match="the prompt has 3 tokens"):
+        TaskSource(plain.model_copy(update={"data": plain.data.model_copy(update={"max_prompt_length": 2})}))
+    chat = plain.data.model_copy(update={"chat": True, "max_prompt_length": 9, "path": str(tmp_path / "one.jsonl")})
+    put_rows(tmp_path / "one", rows[:1], "jsonl")
+    templated = TaskSource(plain.model_copy(update={"data": chat}))
+    assert templated.tokenizer.decode(templated.prompt(0).tolist()) == "<|user|>ab<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 1/0 }}", "line 1: the chat template refuses the prompt (division by zero)"),
+        ("{{ 'x'.encode('no-such') }}", "line 1: the chat template refuses the prompt"),
+        ("{{ messages[0].content[:0] }}", "line 1: the chat template makes nothing of the prompt"),
+    ],
+)
+def test_a_chat_template_that_fails(
+    template: str, words: str, begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    config = begin(path, prompt_key="problem", chat=True)
+    with pytest.raises(ConfigError) as caught:
+        TaskSource(other_student(config, tiny, tmp_path / "student", template=template))
+    assert words in str(caught.value)
+
+
+def test_a_switch_that_the_chat_template_does_not_know(begin: Callable[..., Config], tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    config = begin(path, prompt_key="problem", chat=True, template_options={"enable_thinkng": False})
+    with pytest.raises(ConfigError, match=r"data.template_options.enable_thinkng: the student's chat template has no"):
+        TaskSource(config)
+
+
+def test_check_warns_of_a_template_without_a_generation_prompt(
+    begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    config = begin(path, prompt_key="problem", chat=True)
+    assert not any("add_generation_prompt" in line for line in check(config).lines)
+    template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+    bare = other_student(config, tiny, tmp_path / "student", template=template)
+    assert Renderer(TaskSource(bare).tokenizer, bare.data).warning
+    found = check(bare)
+    assert not found.problems
+    assert sum("takes no notice of add_generation_prompt" in line for line in found.lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_check_finds_a_judge_that_cannot_start(
+    begin: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    (tmp_path / "antlr4").mkdir()
+    (tmp_path / "antlr4" / "__init__.py").write_text("raise ImportError('of another version')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    [problem] = check(begin(path, prompt_key="problem", verifier="math-verify")).problems
+    assert "its judge ends at its start" in problem
+
+
+def test_the_data_of_a_run_are_on_record(begin: Callable[..., Config], tmp_path: Path) -> None:
+    config = begin(put_rows(tmp_path / "rows", AIME, "jsonl"), prompt_key="problem")
+    record = tmp_path / "run.json"
+    record.write_text('{"run_key": "k"}')
+    for _ in range(2):  # at the beginning, and where it goes on
+        TaskSource(config).note_data(tmp_path)
+        noted = json.loads(record.read_text())
+        assert noted["run_key"] == "k"
+        assert noted["data"]["rows"] == 2
+    put_rows(tmp_path / "rows", [AIME[0], {**AIME[1], "answer": 74}], "jsonl")
+    with pytest.raises(ConfigError, match=r"are not those that this run began with \(2 rows, then 2; .*run.json\)"):
+        TaskSource(config).note_data(tmp_path)
+    assert json.loads(record.read_text()) == noted
+    TaskSource(make_config(tmp_path, student=SHIPPED, teacher=SHIPPED)).note_data(tmp_path)  # a task without rows
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_sets import put_rows, put_tiny_qwen3
 from samples import make_config
 
 from common.config import Config, ConfigError
 from common.weights import sha256_of
-from ops.evaluate import Evaluator, Scores, follow
+from ops.evaluate import Evaluator, Scores, _judged, _Sample, _scores, follow
 from ops.report_run import read_run
 
 
@@ -46,6 +47,33 @@ def test_the_line_holds_each_benchmark_and_their_means() -> None:
     line = Scores(40, 8, 0.3, 0.6, 30.0, 0.75, parts).line()
     assert (line["avg@k"], line["n"], line["benchmarks"]["b"]["k"]) == (0.3, 40, 32)
     assert "benchmarks" not in parts["a"].line()
+
+
+def test_what_nobody_could_judge_is_no_wrong_answer() -> None:
+    def sample(problem: int, correct: bool | None) -> _Sample:
+        return _Sample(problem, 10, True, correct)
+
+    samples = [sample(0, True), sample(0, False), sample(1, True), sample(1, None), sample(2, True), sample(2, True)]
+    scores = _scores(samples, 3, 2)
+    assert (scores.n, scores.avg_at_k, scores.pass_at_k, scores.unjudged) == (2, 0.75, 1.0, 1)
+    assert scores.line()["unjudged"] == 1
+    assert "unjudged" not in _scores(samples[:2], 1, 2).line()
+    with pytest.raises(ConfigError, match="gave no verdict on 1 of 2 samples"):
+        _scores([sample(0, None), sample(0, True)], 1, 2)
+
+
+def test_a_verdict_that_stays_open_is_asked_for_once_more() -> None:
+    class Source:
+        def __init__(self, *verdicts: bool | None) -> None:
+            self.verdicts = list(verdicts)
+
+        def judge(self, problem: int, tokens: Any) -> bool | None:
+            return self.verdicts.pop(0)
+
+    for verdicts, correct in [((None, True), True), ((None, False), False), ((None, None), None), ((False,), False)]:
+        source: Any = Source(*verdicts)
+        assert _judged(source, "4:1", np.zeros(3, np.int32), True) == _Sample(4, 3, True, correct)
+        assert source.verdicts == []
 
 
 @pytest.mark.slow

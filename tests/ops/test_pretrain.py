@@ -12,12 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from common.config import Rollout, load
+from common.pretrained import check_pair
+from ops.cli import main
 from ops.pretrain import (
     EOS,
     STUDENT,
     TEACHER,
     VOCABULARY,
     PretrainSettings,
+    _command,
     build_tokenizer,
     chain,
     document,
@@ -25,6 +29,7 @@ from ops.pretrain import (
     ids_of,
     measure,
     pretrain,
+    with_leave_loop,
 )
 from ops.tasks.arithmetic import ALPHABET, Arithmetic, solution_of, split_of
 
@@ -116,6 +121,31 @@ def test_a_shipped_folder_loads_and_has_the_size_it_claims(role: str, fewest: in
 
 def test_the_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 3_000_000
+
+
+def test_an_exchanged_end_token_changes_nothing_but_its_id(tmp_path: Path) -> None:
+    assert main(["pretrain", "--exchange-end", str(SHIPPED / "student"), "--out", str(tmp_path / "other")]) == 0
+    config = load(
+        SHIPPED.parent / "experiments" / "demo.yaml",
+        [f"student.model={tmp_path / 'other'}", "rollout.stop_set=student"],
+    )
+    assert check_pair(config).stop_ids == (0,)
+    assert set(check_pair(config.model_copy(update={"rollout": Rollout()})).stop_ids) == {0, 1}
+    ids = torch.tensor([ids_of("12+7?12+7=19#19")])
+    before, after = (
+        Qwen3ForCausalLM.from_pretrained(folder)(input_ids=ids).logits
+        for folder in (SHIPPED / "student", tmp_path / "other")
+    )
+    order = [1, 0, *range(2, before.shape[-1])]
+    assert torch.equal(after[..., order], before)
+
+
+def test_a_teacher_of_other_loops_says_so_in_its_record() -> None:
+    settings = with_leave_loop(0.02)
+    assert settings.teacher.documents.leave_loop == 0.02
+    assert settings.student == PretrainSettings().student
+    assert _command("teacher", 3, settings.teacher) == "katana pretrain --which teacher --seed 3 --leave-loop 0.02"
+    assert _command("student", 3, settings.student) == "katana pretrain --which student --seed 3"
 
 
 @pytest.mark.slow

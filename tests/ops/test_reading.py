@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import put_rows, put_tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import Run, make_config, make_divergence, make_support, make_tokens, make_verdict
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from actors.books import Booking, Books, line_of, unjudged_line
-from common.config import ConfigError
+from common.config import Config, ConfigError
 from common.messages import Verdict
 from common.pretrained import find_model
 from ops.reading import (
@@ -284,6 +285,41 @@ def test_booked_rollouts_are_read_in_order_and_by_id(tmp_path: Path) -> None:
     assert only.prompt.endswith("?")
     assert audited_chunks(tmp_path, "r3") == (Chunk(0, 0, 3, 1, "n4"),)
     assert list(readings_from_folder(tmp_path, config, {"r9"})) == []
+
+
+def test_a_run_is_read_where_its_verifier_or_its_data_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *of: None if name == "math_verify" else known(name, *of)
+    )
+    model = {"model": str(put_tiny_qwen3(tmp_path / "tiny"))}
+    rows = put_rows(tmp_path / "rows", [{"prompt": "one and one?", "answer": "2"}], "jsonl")
+    data = {"task": "dataset", "path": str(rows), "verifier": "math-verify"}
+    unmeasured = {"every_steps": 0}
+    config = make_config(tmp_path / "runs", student=model, teacher=model, data=data, eval=unmeasured)
+    book(tmp_path, "r1")
+    line = booked_line(tmp_path, "r1")
+    assert line is not None
+    [reading] = readings_from_folder(tmp_path, config)
+    assert (reading.prompt, reading.notes) == ("one and one?", ())
+
+    def prompt_and_note(config: Config = config) -> tuple[str, str]:
+        [reading] = readings_from_folder(tmp_path, config)
+        assert reading.tokens
+        assert reading_of_line(line, config).notes[-1] == reading.notes[0]
+        return reading.prompt, reading.notes[0]
+
+    rows.write_text(json.dumps({"prompt": "p" * 300, "answer": "2"}))
+    prompt, note = prompt_and_note()
+    assert prompt == ""
+    assert note.startswith("no prompt: ") and "the prompt has 300 tokens" in note
+    rows.unlink()
+    assert "there is no such file" in prompt_and_note()[1]
+    assert (
+        "absent" in prompt_and_note(make_config(tmp_path, student={"model": "./absent"}, data=data, eval=unmeasured))[1]
+    )
 
 
 def test_the_ends_of_the_books_are_by_number_and_not_by_their_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from run_folders import CONFIG, evaluation, fill, fill_long, line, trace_line, write_lines
+from run_folders import CONFIG, evaluation, fill, fill_long, line, step_line, trace_line, write_lines
 
 from actors.books import BookLine
 from common.config import ConfigError, parse
@@ -322,6 +322,9 @@ def test_cut_rate_counts_treated_rollouts_that_could_have_been_cut() -> None:
     assert (first.share, second.share, first.count, second.count) == (1.0, 0.5, 8, 8)
     assert second.low < 0.5 < second.high
     assert first.tokens == np.mean([30, 40, 50, 60, 70, 80, 90, 100])
+    # What the policy would have cut of the control arm, at its place among all tokens.
+    [control] = report_series.cut_rate_curve(lines, arm="control")
+    assert (control.share, control.count, control.tokens) == (1.0, 1, 20)
 
 
 def test_wilsons_interval() -> None:
@@ -406,6 +409,18 @@ def test_every_plot_is_a_png_of_its_own(tmp_path: Path) -> None:
     for name, image in written.items():
         assert image.shape[1] >= 800, name
         assert 0.005 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.8, f"{name} is blank or black"
+
+
+def test_the_plot_of_the_drift_guards_says_what_it_has_not(tmp_path: Path) -> None:
+    folder = fill_long(tmp_path, 60)
+
+    figure = report_plots.draw_all(report_run.read_run(folder))["drift"]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Drift: repetition 0.25 → 0.25", "Cut rate by arm, with 95 % intervals"]
+    old = [{name: value for name, value in step_line(1).items() if name != "repetition"}]
+    write_lines(folder / "metrics.jsonl", old)
+    figure = report_plots.draw_all(report_run.read_run(folder))["drift"]
+    assert "no step in metrics.jsonl with drift guards" in {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_an_svg_takes_the_pages_colours_and_names_nothing_outside(tmp_path: Path) -> None:

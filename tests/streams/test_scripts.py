@@ -303,6 +303,100 @@ def test_the_owners_count_reaches_the_books_and_nobody_elses(run: Run) -> None:
     assert run.entries("finished") == [{"kind": "count", "rid": "r1", "generated": "9"}]
 
 
+# --- tokens generated ---
+
+
+def test_the_tokens_of_each_stored_chunk_count_once_in_either_arm(run: Run) -> None:
+    assert run.plane.generated() == 0
+    for rid, arm in (("r1", "treated"), ("r2", "control")):
+        run.admit(rid, arm=arm)
+    run.take()
+    run.chunk("r1", tokens=(4, 5))
+    assert run.plane.generated() == 2
+    run.chunk("r1", seq=1, start=2, tokens=(6, 7, 8))
+    run.chunk("r2", tokens=(4,), finish="eos")
+    assert run.plane.generated() == 6
+    run.chunk("r1", seq=1, start=2, tokens=(6, 7, 8))  # the answer was lost: sent again
+    assert run.plane.generated() == 6
+    assert run.plane.policy() == {"generated": "6"}
+
+
+def test_what_a_former_owner_sends_counts_nothing_and_the_next_one_goes_on_behind_what_is_stored(run: Run) -> None:
+    run.admit("r1")
+    run.take("w1", "n1")
+    run.chunk("r1", "n1")
+    run.take("w2", "n2", idle_ms=idle_for(30))
+    assert run.chunk("r1", "n1", seq=1, start=3) == [b"lost"]
+    assert run.plane.generated() == 3
+    run.chunk("r1", "n2", seq=1, start=3, tokens=(7, 8))
+    assert run.plane.generated() == 5
+
+
+def test_refused_chunks_count_nothing(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> None:
+    run = start(own_redis)
+    run.admit("r1")
+    run.take()
+    assert run.chunk("r1", seq=1, start=3) == [b"lost"]  # ahead of its place
+    assert run.chunk("nobody") == [b"lost"]
+    run.client.config_set("maxmemory", int(run.client.info("memory")["used_memory"] / 0.9))
+    assert run.chunk("r1") == [b"full"]
+    run.client.config_set("maxmemory", 0)
+    run.judged("r2")
+    assert run.chunk("r2", seq=1, start=3) == [b"ended"]
+    run.lease("learner").advance("state", "trained")
+    assert run.chunk("r1") == [b"ended"]
+    assert run.plane.generated() == 3  # of r2
+
+
+def test_what_a_writer_could_no_longer_store_counts_once_with_its_final_count(run: Run) -> None:
+    run.judged("r1")  # three tokens stored
+    assert run.plane.call("count", "r1", "n0", 9) == [b"lost"]
+    assert run.plane.generated() == 3
+    for _ in range(2):  # the second time because the answer was lost
+        assert run.plane.call("count", "r1", "n1", 9) == [b"ok"]
+        assert run.plane.generated() == 9
+    run.judged("r2")
+    assert run.plane.call("count", "r2", "n1", 3) == [b"ok"]  # all of it was stored
+    assert run.plane.generated() == 12
+
+
+@pytest.mark.parametrize("length", [None, "many", "-1", "1" * 40])
+def test_a_record_that_does_not_know_its_length_counts_nothing(run: Run, length: str | None) -> None:
+    run.admit("r1")
+    run.take()
+    name = run.key("rollout:r1")
+    run.client.hset(name, "length", length) if length else run.client.hdel(name, "length")
+    assert run.chunk("r1")[0] == b"ok"
+    run.client.hset(name, "length", "many")
+    assert run.plane.call("count", "r1", "n1", 9) == [b"ok"]
+    assert run.plane.generated() == 0
+
+
+@pytest.mark.parametrize("junk", ["many", "", "1.5", "9" * 30])
+def test_a_junk_count_of_tokens_begins_anew(run: Run, junk: str) -> None:
+    run.client.hset(run.key("policy"), "generated", junk)
+    run.admit("r1")
+    run.take()
+    assert run.chunk("r1")[0] == b"ok"
+    assert run.plane.generated() == 3
+
+
+def test_a_restored_run_has_what_its_books_and_the_records_of_the_living_count(run: Run) -> None:
+    for number in (1, 2, 3):
+        run.admit(f"r{number}")
+    run.take()
+    run.chunk("r1", tokens=(4, 5))
+    run.chunk("r2")
+    run.plane.call("count", "r2", "n1", 9)
+    run.client.hset(run.key("policy"), "generated", 1)
+    restore = ("restore", 9, 100, 4, "r1", "r2", "r3", "nobody", "admitted", 9, "trained", 5)
+    for _ in range(2):
+        assert run.lease("feeder").call(*restore) == [b"ok"]
+        assert run.plane.generated() == 111  # 100 + 2 + 9
+        run.client.set(run.key("cursor"), 4)
+    assert run.ledger() == {"admitted": 9, "trained": 5}
+
+
 # --- score ---
 
 
@@ -773,7 +867,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
     calls = {
         "admit": ("t", "r1", b"h", 1),
         "take": ("w", "n", 1, 0, "0-0"),
-        "restore": ("t", 1),
+        "restore": ("t", 1, 0, 0),
         "beat": ("w", "0-0", 0, "r1", "1-1", "n"),
         "release": ("w", "r1", "1-1", "n"),
         "chunk": ("r1", "n", 0, b"", b"", 0, 1, ""),
@@ -820,8 +914,8 @@ def test_an_admission_behind_which_others_are_missing_is_refused(run: Run) -> No
 def test_a_late_restore_changes_nothing(run: Run) -> None:
     for number in range(1, 4):
         run.admit(f"r{number}")
-    run.lease("feeder").call("restore", 2, "admitted", 2)
-    assert run.ledger() == {"admitted": 3}
+    run.lease("feeder").call("restore", 2, 50, 0, "admitted", 2)
+    assert (run.ledger(), run.plane.generated()) == ({"admitted": 3}, 0)
     assert run.client.get(run.key("cursor")) == b"3"
 
 

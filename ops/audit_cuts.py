@@ -1,0 +1,168 @@
+"""The cuts of a run as an audit sees them: which are looked at, of what class they are, and what each is compared with.
+
+From a run's folder alone, no torch. Lengths and places are in tokens of the completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.books import read_lines
+from common.config import ConfigError
+from common.draws import draw
+from common.messages import Ints
+from ops.report_data import read_trace
+
+BEFORE, AFTER, LOOP = "before the answer", "after the answer", "in a loop"
+CLASSES = (BEFORE, AFTER, LOOP)
+COPIES, LEAST_TOKENS = 3, 12
+"""A loop is so many copies in a row, and so many tokens of them in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A rollout that has a verdict. `trigger`: tokens seen when the policy fired; all of them where it did not.
+
+    `written`: tokens on record. `fired`: whether there was a cut, applied or not. `active`: whether the policy could
+    have cut it. `version`: that wrote its first token. `whole`: whether its text was right in the end; None where it
+    was stopped before its end, or nobody could tell.
+    """
+
+    rid: str
+    arm: str
+    problem: int
+    version: int
+    keep: int
+    trigger: int
+    written: int
+    fired: bool
+    active: bool
+    whole: bool | None
+
+
+def read_records(traces: Path, books: Iterable[dict[str, Any]]) -> list[Record]:
+    """All booked rollouts of traces.jsonl, in the order they were booked. Raises ConfigError for a damaged line."""
+    booked = {line["rid"]: line for line in books}
+    with _named(traces):
+        return [_record(line, booked[line["rid"]]) for line in read_lines(traces) if line["rid"] in booked]
+
+
+def read_tokens(traces: Path, rids: Collection[str]) -> dict[str, Ints]:
+    """Tokens on record, int32 [written], of these rollouts: the file may be far larger than memory. Raises ConfigError
+    for a damaged line."""
+    with _named(traces):
+        return {line["rid"]: read_trace(line).tokens for line in read_lines(traces) if line["rid"] in rids}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raises ConfigError, with the path, for what damaged lines raise."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _record(line: dict[str, Any], booked: dict[str, Any]) -> Record:
+    trace = read_trace(line)
+    written = len(trace.tokens)
+    return Record(
+        rid=trace.rid,
+        arm=trace.arm,
+        problem=int(line["problem"]),
+        version=int(line["version"]),
+        keep=trace.keep,
+        trigger=trace.trigger,
+        written=written,
+        fired=bool(line["cut"]) or trace.keep < written,
+        active=booked["active"],
+        whole=None if line["cut"] else booked["correct"],
+    )
+
+
+def chosen(cuts: Sequence[Record], most: int, seed: int) -> list[Record]:
+    """At most `most` of the cuts, spread over the run: one drawn from each of `most` equal stretches of it."""
+    if len(cuts) <= most:
+        return list(cuts)
+    ends = [len(cuts) * place // most for place in range(most + 1)]
+    return [cuts[begin + draw(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
+
+
+def matched(cuts: Sequence[Record], records: Sequence[Record], seed: int) -> list[Record | None]:
+    """For each cut a rollout that was still going, and not cut, when the policy fired in this one; None without any.
+
+    Among those that the policy could have cut the nearest is taken: of the same prompt if there is one, then of the
+    nearest policy version, then of the same arm, then by draw. Each is taken once; cuts choose in their order.
+    """
+    luck = {one.rid: draw(seed, f"audit:reference:{one.rid}") for one in records if one.active}
+    free = {one.rid: one for one in records if one.active}
+    found: list[Record | None] = []
+    for cut in cuts:
+        best = _nearest(cut, free.values(), luck)
+        found.append(best)
+        if best is not None:
+            del free[best.rid]
+    return found
+
+
+def _nearest(cut: Record, records: Iterable[Record], luck: Mapping[str, int]) -> Record | None:
+    # `trigger` is where a rollout was cut, or its end: before that it was going and not cut, whatever came later.
+    going = (one for one in records if one.trigger > cut.trigger)
+    return min(going, key=lambda one: _distance(one, cut, luck), default=None)
+
+
+def _distance(one: Record, cut: Record, luck: Mapping[str, int]) -> tuple[bool, int, bool, int]:
+    return one.problem != cut.problem, abs(one.version - cut.version), one.arm != cut.arm, luck[one.rid]
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def class_of(tokens: Ints, keep: int, trigger: int, answer: int | None) -> str:
+    """After the answer: the kept tokens hold it whole (`answer`, as `answer_tokens` tells it). In a loop: not so, and
+    what was written up to the trigger ends in one. Before the answer: neither."""
+    if answer is not None and answer <= keep:
+        return AFTER
+    return LOOP if ends_in_loop(tokens[:trigger]) else BEFORE
+
+
+def answer_tokens(tokens: Ints, text: Callable[[Ints], str], end: Callable[[str], int | None]) -> int | None:
+    """The number of tokens that hold the first complete answer; None without one.
+
+    `text` decodes tokens; `end` is the task's `answer_end`: from a text to the offset behind its answer. Once a text
+    holds an answer so does every longer one: the place is found by bisection.
+    """
+    if end(text(tokens)) is None:
+        return None
+    low, high = 0, len(tokens)  # tokens without an answer, and with one
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if end(text(tokens[:middle])) is None else (low, middle)
+    while high < len(tokens) and _grows(text(tokens[:high]), text(tokens[: high + 1]), end):
+        high += 1
+    return high
+
+
+def _grows(shorter: str, longer: str, end: Callable[[str], int | None]) -> bool:
+    """Whether the next token belongs to the answer: 1 is an answer, and of 16 the beginning."""
+    before, after = end(shorter), end(longer)
+    return before == len(shorter) and after is not None and after > len(shorter)
+
+
+def ends_in_loop(tokens: Ints) -> bool:
+    """Whether the last tokens are at least three copies in a row of the same p tokens, for any p, 12 tokens or more.
+
+    The last copy may be begun anywhere: tokens[i] = tokens[i - p] for all but the first p of the last max(3p, 12).
+    """
+    for period in range(1, len(tokens) // COPIES + 1):
+        tail = tokens[-max(COPIES * period, LEAST_TOKENS) :]
+        if len(tail) >= LEAST_TOKENS and np.array_equal(tail[period:], tail[:-period]):
+            return True
+    return False

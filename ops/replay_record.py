@@ -1,0 +1,215 @@
+"""A run as a replay needs it: its verdicts in the order in which they were given, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.books import compared, number_of
+from common.config import Config, ConfigError, load
+from common.draws import draw, rollout_seed
+from common.messages import Floats, Ints
+from ops import report_data as data
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A rollout that had its verdict.
+
+    threshold, trigger, keep, cut: as recorded. known: verdicts given before it was admitted. version, step: how far the
+    run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
+    divergence (float32 [n], nats) is whole. counts: the figures are about it.
+    """
+
+    rid: str
+    arm: str
+    problem: int
+    seed: int
+    lot: float
+    threshold: float | None
+    trigger: int
+    keep: int
+    cut: bool
+    correct: bool | None
+    known: int
+    version: int
+    step: int
+    free: bool
+    counts: bool
+    tokens: Ints
+    divergence: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A run's rollouts in the order of their verdicts; `unusable`: those without a trace or a time on record."""
+
+    config: Config
+    rollouts: list[Rollout]
+    unusable: int
+
+    @property
+    def counted(self) -> list[int]:
+        """Places of the rollouts that the figures are about."""
+        return [place for place, rollout in enumerate(self.rollouts) if rollout.counts]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of the run could have been stopped."""
+        return all(rollout.free for rollout in self.rollouts)
+
+
+def read_record(folder: Path, arm: str | None = None) -> Record:
+    """Read a run's folder.
+
+    `arm`: whose rollouts count, `control` or `all`; None: all where nothing could have been stopped, else control. A
+    rollout that could have been stopped never counts: one that was stopped has no end on record, and those that were
+    not are a selection.
+
+    Raises:
+        ConfigError: no run's folder, a damaged file, or nothing in it that counts.
+    """
+    config = _config(folder)
+    lines = _judged_lines(folder / "rollouts.jsonl")
+    traced = list(_traces(folder / "traces.jsonl", lines))
+    if not traced:
+        raise ConfigError(f"{folder}: nothing to replay: no rollout has a trace (feeder.record_traces) and a verdict")
+    # Verdicts of one millisecond were given in the order of their names.
+    traced.sort(key=lambda one: (one.line["verdict_unix_s"], one.line["rid"]))
+    rollouts = _rollouts(config, traced, _step_of_version(folder / "metrics.jsonl"), arm)
+    record = Record(config, rollouts, len(lines) - len(rollouts))
+    if not record.counted:
+        wanted = "control rollout" if arm == "control" or not record.whole else "rollout"
+        raise ConfigError(
+            f"{folder}: nothing to replay: no {wanted} that ended unstopped; record the run with termination.shadow: "
+            f"true, or with a control arm (termination.control_fraction)"
+        )
+    return record
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """A line of the books with its trace, and whether its writing was stopped."""
+
+    line: dict[str, Any]
+    trace: data.Trace
+    cut: bool
+
+
+def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[Rollout]:
+    """`traced` in the order of the verdicts."""
+    stoppable = [config.termination.stops(one.line["arm"]) and bool(one.line["active"]) for one in traced]
+    wanted = arm or ("control" if any(stoppable) else "all")
+    verdicts, admissions = ([one.line[name] for one in traced] for name in ("verdict_unix_s", "admitted_unix_s"))
+    known = np.searchsorted(verdicts, admissions, side="right").tolist()
+    rollouts, version = [], 0
+    for place, (one, stopped) in enumerate(zip(traced, stoppable, strict=True)):
+        line, trace, number = one.line, one.trace, number_of(one.line["rid"])
+        # The arbiter's version at a verdict is not on record; one that has written is out. Deterministic: its own.
+        written = line["policy_version_first" if config.deterministic else "policy_version_last"]
+        version = written if config.deterministic else max(version, written)
+        step = steps.get(version, version)
+        rollouts.append(
+            Rollout(
+                rid=line["rid"],
+                arm=line["arm"],
+                problem=line["problem"],
+                seed=rollout_seed(config.seed, number),
+                lot=draw(config.seed, "arm", number) / 2**64,
+                threshold=trace.threshold,
+                trigger=trace.trigger,
+                keep=trace.keep,
+                cut=one.cut,
+                correct=line["correct"],
+                known=min(known[place], place),  # a record of two clocks may say more
+                version=step if config.deterministic else version,
+                step=step,
+                free=not stopped,
+                counts=not stopped and wanted in ("all", line["arm"]) and compared(line | {"active": True}),
+                tokens=trace.tokens,
+                divergence=trace.divergence,
+            )
+        )
+    return rollouts
+
+
+def _config(folder: Path) -> Config:
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
+    return load(folder / "config.yaml")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines with their numbers. Raises ConfigError."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(raw)
+                if not isinstance(line, dict):
+                    raise ValueError("no object")
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}:{number}: cannot be read ({str(error)[:200]})") from error
+            yield number, line
+
+
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "rid": str,
+    "arm": str,
+    "problem": int,
+    "ending": str,
+    "reason": str,
+    "active": bool,
+    "correct": (bool, type(None)),
+    "policy_version_first": int,
+    "policy_version_last": int,
+}
+
+
+def _judged_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Lines of the books whose rollout had a verdict, by rollout. Raises ConfigError."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in _lines(path):
+        for name, kind in _NEEDED.items():
+            if not isinstance(line.get(name), kind):
+                raise ConfigError(f"{path}:{number}: {name} is {line.get(name)!r:.60}")
+        if line.get("finish_reason") != "unfinished":
+            found[line["rid"]] = line
+    return found
+
+
+def _traces(path: Path, lines: dict[str, dict[str, Any]]) -> Iterator[_Traced]:
+    """Each rollout that has a line, a trace and both its times. Raises ConfigError."""
+    seen: set[str] = set()
+    for number, raw in _lines(path):
+        try:
+            trace, cut = data.read_trace(raw), bool(raw["cut"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
+        line = lines.get(trace.rid)
+        timed = line is not None and isinstance(line.get("verdict_unix_s"), float | int)
+        if line is None or not timed or not isinstance(line.get("admitted_unix_s"), float | int) or trace.rid in seen:
+            continue
+        if not np.isfinite(trace.divergence).all():
+            raise ConfigError(f"{path}:{number}: rollout {trace.rid}: a divergence is not finite")
+        seen.add(trace.rid)
+        yield _Traced(line, trace, cut)
+
+
+def _step_of_version(path: Path) -> dict[int, int]:
+    """The optimizer step that first had a policy version; nothing where the run has no metrics.jsonl."""
+    steps: dict[int, int] = {0: 0}
+    for number, line in _lines(path) if path.is_file() else ():
+        try:
+            steps.setdefault(int(line["policy_version"]), int(line["step"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}:{number}: damaged ({type(error).__name__}: {error})") from error
+    return steps

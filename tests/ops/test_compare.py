@@ -1,0 +1,298 @@
+"""`katana compare` with runs played at the process boundary: order, going on, refusals, failures, and the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import evaluation, line, write_lines
+
+from common.config import Config, load
+from ops import compare
+from ops.cli import main
+from ops.compare_grid import Cell
+from ops.compare_runs import next_ready
+from ops.summary import write_summary
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
+BATCH, STEPS = 10, 20
+ACCURACY = {"none": 0.5, "kat": 0.6, "random_matched": 0.55, "fixed": 0.5}
+
+
+def fill(config: Config) -> None:
+    """The folder of a finished run: 200 rollouts; of the treated half are cut at 24 of 40 tokens, but by `none`."""
+    folder, policy, seed = config.run_dir, config.termination.policy, config.seed
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for number in range(BATCH * STEPS):
+        arm = "control" if number % 4 == 0 else "treated"
+        fields: dict[str, Any] = {"rid": f"r{number}", "arm": arm, "problem": number, "active": policy != "none"}
+        fields |= {"tokens_generated": 40, "tokens_kept": 40, "tokens_trained": 40}
+        if arm == "treated" and number % 2 and policy != "none":
+            fields |= {"finish_reason": "cut", "tokens_generated": 26, "tokens_kept": 20, "tokens_trained": 20}
+            fields |= {"tokens_detection": 4, "tokens_overshoot": 2}
+        lines.append(line(**fields))
+    write_lines(folder / "rollouts.jsonl", lines)
+    accuracy = ACCURACY[policy] + 0.01 * seed + (0.001 * seed if policy == "kat" else 0)
+    write_lines(folder / "eval.jsonl", [evaluation(0, 0.25), evaluation(STEPS, accuracy)])
+    write_lines(folder / "metrics.jsonl", [{"step": STEPS, "policy_version": STEPS}])
+    (folder / "wall.json").write_text(json.dumps({"wall_s": 60.0 + seed}))
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (folder / "run.json").write_text("{}")
+    write_summary(folder)
+
+
+class Played:
+    """A run as a process: after `looks` polls its folder is as `write` leaves it."""
+
+    def __init__(self, write: Callable[[], int], looks: int) -> None:
+        self._write, self._left, self._code = write, looks, -1
+        self.signals: list[int] = []
+
+    def poll(self) -> int | None:
+        if self._left > 0:
+            self._left -= 1
+            if self._left == 0:
+                self._code = 130 if self.signals else self._write()
+        return None if self._left else self._code
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+        self._left = min(self._left, 2)
+
+    def kill(self) -> None:
+        raise AssertionError("a run that stops in order is not killed")
+
+
+class Runner:
+    """Takes the place of `start_run`: notes what is started, and how many at a time."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.resumed: list[str] = []
+        self.fail: dict[str, str] = {}
+        self.interrupt_in = ""
+        self.looks = 2
+        self.most = 0
+        self._running: list[str] = []
+
+    def __call__(self, arguments: Sequence[str], log: Path) -> Played:
+        config = load(Path(arguments[0]))
+        assert Path(arguments[0]).parent.name == (config.name if "--resume" in arguments else "configs")
+        (self.resumed if "--resume" in arguments else self.started).append(config.name)
+        self._running.append(config.name)
+        self.most = max(self.most, len(self._running))
+        log.write_text("starting\n")
+        if config.name == self.interrupt_in:
+            config.run_dir.mkdir()
+            (config.run_dir / "config.yaml").write_text(config.to_yaml())
+            os.kill(os.getpid(), signal.SIGINT)
+        return Played(lambda: self._end(config, log), self.looks)
+
+    def _end(self, config: Config, log: Path) -> int:
+        self._running.remove(config.name)
+        if config.name in self.fail:
+            log.write_text(f"starting\nerror: {self.fail[config.name]}\nbye\n")
+            return 1
+        fill(config)
+        return 0
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    runner = Runner()
+    monkeypatch.setattr(compare, "start_run", runner)
+    monkeypatch.setattr("ops.compare_runs._LOOK_S", 0.01)
+    return runner
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Callable[..., int]:
+    def call(*arguments: str, policies: str = "none,kat", seeds: str = "0-1", name: str = "grid") -> int:
+        fixed = ("--set", f"runs_dir={tmp_path}", "--set", f"learner.batch_size={BATCH}")
+        chosen = ("--policies", policies, "--seeds", seeds, "--name", name)
+        return main(["compare", DEMO, *fixed, *chosen, *arguments])
+
+    return call
+
+
+def test_a_cell_waits_for_the_one_it_needs() -> None:
+    kat, matched, other = Cell("kat", 0), Cell("random_matched", 0), Cell("none", 1)
+    assert next_ready([matched, other], [kat]) == other
+    assert next_ready([matched], [kat]) is None
+    assert next_ready([matched, kat], []) == kat
+    assert next_ready([matched], []) == matched  # kat is done or has failed
+
+
+def test_the_grid_is_run_seed_by_seed_and_reported(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(policies="none,random_matched", seeds="0-2") == 0
+    order = [f"{label}-s{seed}" for seed in range(3) for label in ("none", "kat", "random_matched")]
+    assert (runner.started, runner.resumed, runner.most) == (order, [], 1)
+    out = capsys.readouterr().out
+    assert "random_matched is made from kat of the same seed: row kat added" in out
+    assert "kat-s1: begins" in out
+    assert "kat-s1: done, avg@4 0.611, 6,600 tokens generated" in out
+    assert "; 0 of 9 left" in out
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert "Results: 9 runs, budget steps" in text
+    assert out.count("within 2 %") >= 3
+    matched = load(tmp_path / "grid" / "random_matched-s2" / "config.yaml")
+    assert (matched.seed, matched.termination.policy, set(matched.termination.hazard)) == (2, "random_matched", {24})
+
+
+def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.interrupt_in, runner.looks = "kat-s0", 6
+    assert call() == 130
+    assert runner.started == ["none-s0", "kat-s0"]
+    captured = capsys.readouterr()
+    assert "Go on with the same command" in captured.err
+    assert not (tmp_path / "grid" / "compare.md").exists()
+    runner.interrupt_in = ""
+    assert call() == 0
+    assert runner.resumed == ["kat-s0"]
+    assert runner.started == ["none-s0", "kat-s0", "none-s1", "kat-s1"]
+    assert "1 done already, 3 to do" in capsys.readouterr().out
+    assert call(policies="fixed,kat", seeds="0-2") == 0  # larger: what is there stays in the report
+    assert runner.started[4:] == ["fixed-s0", "fixed-s1", "fixed-s2", "kat-s2"]
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert "NOT DONE, and left out everywhere: none-s2 (new)." in text
+
+
+def test_jobs_run_at_a_time(runner: Runner, call: Callable[..., int]) -> None:
+    runner.looks = 4
+    assert call("--jobs", "3", policies="random_matched,kat", seeds="0-1") == 0
+    assert runner.most == 2  # the matched ones wait for both runs of kat
+    assert runner.started[:2] == ["kat-s0", "kat-s1"]
+
+
+def test_a_failed_cell_stops_no_other_and_is_named(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.fail = {"kat-s0": "the disk is full"}
+    assert call(policies="none,kat,random_matched") == 1
+    captured = capsys.readouterr()
+    assert "failed: kat-s0: exit code 1: error: the disk is full (log: " in captured.err
+    assert "failed: random_matched-s0: random_matched-s0 is made from kat-s0, which is not done" in captured.err
+    assert runner.started == ["none-s0", "kat-s0", "none-s1", "kat-s1", "random_matched-s1"]
+    assert "kat-s0 (new), random_matched-s0 (new)" in captured.out
+    runner.fail = {}
+    assert call(policies="none,kat,random_matched") == 0
+    assert "NOT DONE" not in (tmp_path / "grid" / "compare.md").read_text()
+
+
+def test_a_run_that_leaves_no_summary_has_failed(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_end", lambda config, log: 0)
+    assert call(policies="none", seeds="0") == 1
+    assert (tmp_path / "grid" / "compare.csv").read_text().splitlines()[1].startswith("none,0,new,,")
+
+
+def test_another_config_is_refused_before_anything_runs(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call() == 0
+    runner.started.clear()
+    assert call("--set", "termination.eta=0.25", seeds="0-3") == 2
+    assert "termination.eta is 0.6 there and 0.25 now" in capsys.readouterr().err
+    assert call("--budget", "tokens:5000") == 2
+    assert "its budget is steps" in capsys.readouterr().err
+    assert runner.started == []
+    assert not (tmp_path / "grid" / "kat-s2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ((), {"policies": "none,katt"}, "the nearest is 'kat'"),
+        ((), {"seeds": "4-0"}, "'4-0' is no range of seeds"),
+        (("--budget", "tokens:many"), {}, "expected `steps`, or `tokens:N`"),
+        (("--budget", "tokens:900", "--set", "learner.max_steps=3"), {}, "it is the tokens that end a run"),
+        (("--set", "learner.max_step=3"), {}, "the nearest known one is 'learner.max_steps'"),
+        (("--variant", "early:termination.etta=0.1"), {}, "the nearest known one is 'termination.eta'"),
+        (("--set", "teacher.model=/no/such"), {}, "row 'none': /no/such: there is no such folder"),
+        (("--set", "termination.shadow=true"), {"policies": "random_matched"}, "needs policy kat, apply stop"),
+        (("--set", "name=x/y"), {"name": ""}, "name"),
+        ((), {"name": "taken"}, "is no comparison"),
+        (("--report-only",), {"name": "absent"}, "no comparison, there is no compare.json"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    arguments: tuple[str, ...],
+    options: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    runner: Runner,
+    call: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    assert call(*arguments, **options) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err
+    assert runner.started == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "notes.txt"]
+
+
+def test_the_report_is_made_from_the_folders_alone_and_twice_the_same(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(policies="none,kat,random_matched", seeds="0-2") == 0
+    folder = tmp_path / "grid"
+    names = ("compare.csv", "compare.md", "compare.png", "compare.html")
+    first = {name: (folder / name).read_bytes() for name in names}
+    for name in names:
+        (folder / name).unlink()
+    moved = folder.rename(tmp_path / "other").rename(folder)
+    capsys.readouterr()
+    assert main(["compare", str(moved), "--report-only"]) == 0
+    assert {name: (folder / name).read_bytes() for name in names} == first
+    assert first["compare.md"].decode().split("\n![")[0].strip() in capsys.readouterr().out
+    assert call("--report-only") == 0  # the same, named by config and name
+    assert len(runner.started) == 9
+    check_csv(first["compare.csv"].decode())
+    page = first["compare.html"].decode()
+    assert page.count("<table>") == 5 and "<svg" in page and "http:" not in page
+    assert first["compare.png"].startswith(b"\x89PNG")
+
+
+def check_csv(text: str) -> None:
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [(row["row"], row["seed"], row["state"]) for row in rows[3:6]] == [("kat", str(n), "done") for n in range(3)]
+    kat = rows[5]
+    assert float(kat["avg_at_k"]) == pytest.approx(0.622)
+    # 50 control rollouts and 50 treated ones of 40 tokens, and 100 that were cut.
+    assert {name: kat[f"tokens_{name}"] for name in ("generated", "trained", "detection", "overshoot")} == {
+        "generated": "6600",
+        "trained": "6000",
+        "detection": "400",
+        "overshoot": "200",
+    }
+    assert float(kat["length_saving"]) == pytest.approx(1 - (50 * 40 + 100 * 26) / 150 / 40)
+    assert rows[0]["length_treated"] == ""
+
+
+def test_the_tables_by_hand(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
+    assert call(policies="none,kat", seeds="0-2") == 0
+    lines = (tmp_path / "grid" / "compare.md").read_text().splitlines()
+    table = {line.split("|")[1].strip(): line for line in reversed(lines) if line.startswith("| ")}
+    # none: 0.50, 0.51, 0.52; kat: 0.600, 0.611, 0.622; s = 0.01 and 0.011, half = 4.3027 s / √3.
+    assert "| 0.510 ± 0.025 |" in table["none"]
+    assert "| 0.611 ± 0.027 |" in table["kat"]
+    assert "|  61 ± 2 |" in table["kat"]
+    pair = next(line for line in lines if line.startswith("| avg@4"))
+    # 0.100, 0.101, 0.102; half = 4.3027 · 0.001 / √3.
+    expected = ["avg@4", "kat", "3", "+0.101", "+0.099 to +0.103", "+0.100 to +0.102", "3 0 0", "higher"]
+    assert [part.strip() for part in pair.strip("| ").split("|")] == expected
