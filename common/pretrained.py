@@ -111,8 +111,8 @@ class Pair:
     """Student and teacher, checked against each other.
 
     `stop_ids` is U, the union of both models' stop ids, the student's own first: generation ends on any of U, and all
-    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is how many outcomes'
-    logits are used; wider heads are padding.
+    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is how many
+    outcomes' logits are used; wider heads are padding.
     """
 
     student: ModelFacts
