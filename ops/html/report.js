@@ -284,6 +284,11 @@
   form.addEventListener("change", select);
   search.addEventListener("input", select);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(select));
+  // Not the form's own reset event: that comes before the fields are empty.
+  form.querySelector("button").addEventListener("click", (event) => {
+    event.preventDefault();
+    form.reset();
+    select();
+  });
   select();
 })();
