@@ -6,7 +6,6 @@ rollouts it holds; so nothing is skipped and nothing is trained twice, wherever 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from common.pretrained import ModelError, Pair, load_tokenizer
 from common.streams import Lease, Plane
 from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
+from learner.budget import GeneratedTokens
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
@@ -67,8 +67,8 @@ class Learner:
         )
         self.step_count = 0
         self.version = -1
-        self.tokens_generated = 0  # in the whole run, as counted at the last step
-        self._counted: dict[int, int] = {}  # by step: what was counted at steps that are done again
+        limited = config.learner.max_generated_tokens is not None
+        self._generated = GeneratedTokens(plane, config.run_dir / "counted.json" if limited else None)
         self._since_checkpoint: list[tuple[Received, int]] = []  # with the staleness it was trained at
         self._tokens_trained = 0
         self._idle_s = 0.0
@@ -106,6 +106,11 @@ class Learner:
         spent = settings.max_generated_tokens is not None and self.tokens_generated >= settings.max_generated_tokens
         return spent or self.step_count >= settings.max_steps
 
+    @property
+    def tokens_generated(self) -> int:
+        """In the whole run, as counted at the last step."""
+        return self._generated.total
+
     def close(self) -> None:
         """Let go of the files; nothing is written any more."""
         for file in self._lines.values():
@@ -117,6 +122,7 @@ class Learner:
         """Go on from the newest good checkpoint, or begin; then announce the weights."""
         folder = self._config.run_dir
         consumed: tuple[str, ...] = ()
+        generated = 0
         with self._lease.exclusively(self._lock):  # a former learner has written its last
             state = load_newest(folder / "checkpoints")
             if state is not None:
@@ -124,9 +130,9 @@ class Learner:
                 self.step_count, consumed = state.step, state.consumed
                 self.version = state.policy_version
                 self._tokens_trained = state.counters.get("tokens_trained", 0)
-                self.tokens_generated = state.counters.get("tokens_generated", 0)
+                generated = state.counters.get("tokens_generated", 0)
                 log.info("going on from step %d", self.step_count)
-            self._counted = _counted_behind(folder / "metrics.jsonl", self.step_count)
+            self._generated.go_on(self.step_count, generated)
             for name in ("metrics.jsonl", "trained.jsonl"):
                 self._lines[name] = _go_on(folder / name, self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
@@ -180,7 +186,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self._tokens_trained += seen.tokens
-        self.tokens_generated = self._count_generated()
+        self._generated.count(self.step_count)
         self._since_checkpoint += list(zip(batch, staleness, strict=True))
         for lag in staleness:
             metrics.policy_lag.labels("learner").observe(lag)
@@ -223,12 +229,6 @@ class Learner:
         settings = self._config.learner
         dtype = getattr(torch, settings.dtype)
         return torch.autocast(torch.device(settings.device).type, dtype=dtype, enabled=dtype != torch.float32)
-
-    def _count_generated(self) -> int:
-        """Asked once a step, and of a step that is done again not at all: a restart changes neither its learning rate
-        nor whether it is the last."""
-        again = self._counted.pop(self.step_count, None)
-        return self._plane.generated() if again is None else again
 
     def _learning_rate(self, batch: list[Received]) -> float:
         settings = self._config.learner
@@ -377,6 +377,7 @@ class Learner:
             [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
         )
         self._since_checkpoint = []
+        self._generated.covered(self.step_count)
 
 
 def _load(folder: Path, config: Config) -> Any:
@@ -424,16 +425,6 @@ def _trained_line(step: int, version: int, batch: list[Received]) -> dict[str, A
         "tokens": [len(one.tokens) for one in trajectories],
         "digests": [row_digest(one.tokens) for one in trajectories],
     }
-
-
-def _counted_behind(path: Path, step: int) -> dict[int, int]:
-    """What the lines behind `step` counted as generated, by their steps, which will be done again."""
-    counted = {}
-    with contextlib.suppress(ValueError):  # what no checkpoint covers, a power cut may have spoilt
-        for _, line in _whole_lines(path):
-            if line["step"] > step and "tokens_generated" in line:
-                counted[line["step"]] = line["tokens_generated"]
-    return counted
 
 
 def _go_on(path: Path, step: int) -> IO[str]:

@@ -344,17 +344,50 @@ def test_what_is_written_while_a_learner_is_down_changes_no_step_that_is_done_ag
     assert (second.done, second.step_count, second.tokens_generated) == (True, 3, 36)
 
 
-def test_a_spoilt_line_behind_the_checkpoint_is_no_obstacle(budget: Callable[..., Run]) -> None:
+def test_two_kills_within_one_checkpoint_change_no_step_either(budget: Callable[..., Run]) -> None:
+    run = budget(24)
+    first = make_learner(run)
+    first.start()
+    for number in range(2):
+        one_step(run, first, number)
+    for number in range(4, 12):
+        trajectory(run, number)
+    make_learner(run).start()  # killed before its first step
+    third = make_learner(run)
+    third.start()
+    for tokens in (6, 12, 36):
+        assert not third.done
+        take_step(third)
+        assert third.tokens_generated == tokens
+    assert third.done
+
+
+def test_a_count_that_redis_lost_takes_nothing_back(budget: Callable[..., Run]) -> None:
+    run = budget(18, warmup_ratio=0.0)
+    learner_ = make_learner(run)
+    learner_.start()
+    for number in range(2):
+        one_step(run, learner_, number)
+    run.client.hset(run.key("policy"), "generated", "no number")
+    one_step(run, learner_, 2)
+    assert learner_.tokens_generated == 12 and not learner_.done
+    # As many tokens again, not the whole budget again.
+    one_step(run, learner_, 3)
+    assert [line["tokens_generated"] for line in lines_of(run)] == [6, 12, 12, 18]
+    rates = [line["learning_rate"] for line in lines_of(run)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_spoilt_counts_are_no_obstacle(budget: Callable[..., Run]) -> None:
     run = budget(1000)
     first = make_learner(run)
     first.start()
     one_step(run, first, 0)
-    with (run.config.run_dir / "metrics.jsonl").open("a") as file:
-        file.write("\0\0\n")
+    (run.config.run_dir / "counted.json").write_text("[1]")
     second = make_learner(run)
     second.start()
-    assert second._counted == {1: 6}
-    assert lines_of(run) == []
+    take_step(second)
+    assert second.tokens_generated == 6
 
 
 def test_a_finished_run_goes_on_when_its_budget_is_raised(budget: Callable[..., Run]) -> None:
