@@ -183,7 +183,7 @@ class Books:
         self.endings: Counter[str] = Counter()  # by ledger field
         for line in read_lines(folder / "rollouts.jsonl"):
             self._count(line)
-        self._lines = _open_whole_lines(folder / "rollouts.jsonl")
+        self._lines = open_whole_lines(folder / "rollouts.jsonl")
         self._traces = self._open_beside(folder / "traces.jsonl") if record_traces else None
         self._audit = self._open_beside(folder / "audit.jsonl") if record_audit else None
 
@@ -192,15 +192,15 @@ class Books:
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
-        _append(self._traces, [trace_of(one.verdict) for one in fresh if one.verdict is not None])
-        _append(self._audit, [one.audit for one in fresh if one.audit is not None])
-        _append(self._lines, [asdict(one.line) for one in fresh])
+        append_lines(self._traces, [trace_of(one.verdict) for one in fresh if one.verdict is not None])
+        append_lines(self._audit, [one.audit for one in fresh if one.audit is not None])
+        append_lines(self._lines, [asdict(one.line) for one in fresh])
         for one in fresh:
             self._count(asdict(one.line))
 
     def _open_beside(self, path: Path) -> FileIO:
         """Open for appending, behind the last line whose rollout is booked: a crash came before the others were."""
-        file = _open_whole_lines(path)
+        file = open_whole_lines(path)
         end = place = 0
         with path.open("rb") as reader:
             for raw in reader:
@@ -320,7 +320,7 @@ def count(line: dict[str, Any]) -> None:
         metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
 
 
-def _append(file: FileIO | None, values: Sequence[dict[str, Any]]) -> None:
+def append_lines(file: FileIO | None, values: Sequence[dict[str, Any]]) -> None:
     if file is not None and values:
         data = b"".join(_json_line(value) for value in values)
         while data:  # a raw file may take a part
@@ -332,7 +332,7 @@ def _json_line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _open_whole_lines(path: Path) -> FileIO:
+def open_whole_lines(path: Path) -> FileIO:
     """Open for appending behind the last whole line: what a crash tore off was never acknowledged."""
     file = FileIO(path, "a+")
     size = file.seek(0, os.SEEK_END)

@@ -30,20 +30,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.config import ConfigError
 from common.messages import Ints
 from common.pretrained import Pair, check_pair
 from ops.audit_chances import SOURCES, Audited, rows_of
-from ops.audit_cuts import Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
+from ops.audit_cuts import Reader, Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
 from ops.audit_plot import DOTS_PER_INCH, draw
 from ops.audit_sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
 from ops.audit_table import Audit, csv_of, markdown_of, text_of, tree_of
 from ops.report_plots import named, save_png
 from ops.report_run import Run, read_run
 from ops.rundir import write_text
-from ops.source import TaskSource, make_task
+from ops.source import TaskSource
 
 _BY_TEACHER = "keep_teacher"
 _Key = tuple[str, str]  # source, and the rollout that was cut
@@ -97,7 +98,6 @@ class _Auditor:
         self._config, self._source, self._pair = run.config, source, pair
         self._traces = run.folder / "traces.jsonl"
         self._samples, self._seed = samples, seed
-        self._task = make_task(run.config, source.tokenizer)
 
     def look(self, cuts: Sequence[Record], uncut: Sequence[Record | None], student: Weights) -> list[Audited]:
         """Every cut with its class, what it is compared with, and its chances."""
@@ -107,8 +107,9 @@ class _Auditor:
         return [self._audited(cut, other, tokens[cut.rid], right) for cut, other in zip(cuts, uncut, strict=True)]
 
     def _audited(self, cut: Record, uncut: Record | None, tokens: Ints, right: Mapping[_Key, float | None]) -> Audited:
-        asked = self._source.problem(cut.problem)
-        answer = answer_tokens(tokens, self._source.text, lambda text: self._task.answer_end(asked, text))
+        source = self._source
+        reader = Reader(source.text, partial(source.judge, cut.problem), partial(source.answer_end, cut.problem))
+        answer = answer_tokens(tokens, cut.keep, reader)
         kind = class_of(tokens, cut.keep, cut.trigger, answer)
         shares = {source: right.get((source, cut.rid)) for source in SOURCES}
         shares["whole"] = None if cut.whole is None else float(cut.whole)

@@ -24,6 +24,7 @@ SOURCES = {
 """What P(correct) is measured from: name in files and tables → meaning."""
 ALL = "all cuts"
 _RESAMPLES = 2000
+_AT_ONCE = 1_000_000  # prompts drawn, in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,7 @@ def chance(
     """The mean of values between `floor` and 1, each of the prompt beside it; None of no value.
 
     The interval is a bootstrap by prompt, percentiles. Where the drawn means are all the same (every prompt alike, or
-    one prompt) it would have no width; then a share u = 1 - 0.025^(1/m) of all prompts, m of them seen, may still be
-    otherwise at the worst: for values of 0 or 1 this is the limit of Clopper and Pearson (Biometrika, 1934).
+    one prompt) it would have no width; then `unseen_share` of all prompts may be otherwise.
     """
     if not values:
         return None
@@ -64,14 +64,26 @@ def chance(
     table = np.zeros((len(places), 2))  # sums of values, and rollouts
     for value, prompt in zip(values, prompts, strict=True):
         table[places[prompt]] += (value, 1)
-    drawn = np.random.default_rng(seed).integers(len(places), size=(resamples, len(places)))
-    sums = table[drawn].sum(axis=1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    rng, block = np.random.default_rng(seed), max(1, _AT_ONCE // len(places))
+    means: list[float] = []
+    while len(means) < resamples:
+        drawn = rng.integers(len(places), size=(min(block, resamples - len(means)), len(places)))
+        sums = table[drawn].sum(axis=1)
+        means += (sums[:, 0] / sums[:, 1]).tolist()
+    low, high = np.quantile(means, [0.025, 0.975])
     mean = float(table[:, 0].sum() / table[:, 1].sum())
     if high - low < 1e-12:
-        unseen = 1 - 0.025 ** (1 / len(places))
+        unseen = unseen_share(len(places))
         low, high = mean - (mean - floor) * unseen, mean + (1 - mean) * unseen
     return Chance(mean, float(low), float(high), len(values), len(places))
+
+
+def unseen_share(prompts: int) -> float:
+    """The greatest share of all prompts that may be unlike the `prompts` seen, which were all alike, at 95 %.
+
+    1 - 0.025^(1/prompts): for values of 0 or 1 the limit of Clopper and Pearson (Biometrika, 1934).
+    """
+    return float(1 - 0.025 ** (1 / prompts))
 
 
 @dataclass(frozen=True, slots=True)

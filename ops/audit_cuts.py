@@ -19,6 +19,7 @@ from common.config import ConfigError
 from common.draws import draw
 from common.messages import Ints
 from ops.report_data import read_trace
+from ops.tasks.verifiers import behind_thought
 
 BEFORE, AFTER, LOOP = "before the answer", "after the answer", "in a loop"
 CLASSES = (BEFORE, AFTER, LOOP)
@@ -133,20 +134,47 @@ def class_of(tokens: Ints, keep: int, trigger: int, answer: int | None) -> str:
     return LOOP if ends_in_loop(tokens[:trigger]) else BEFORE
 
 
-def answer_tokens(tokens: Ints, text: Callable[[Ints], str], end: Callable[[str], int | None]) -> int | None:
-    """The number of tokens that hold the first complete answer; None without one.
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How a rollout's tokens are read: `text` decodes them, `right` is the verifier's word on them, `end` tells the
+    offset behind the answer in a text, None without one."""
 
-    `text` decodes tokens; `end` is the task's `answer_end`: from a text to the offset behind its answer. Once a text
-    holds an answer so does every longer one: the place is found by bisection.
+    text: Callable[[Ints], str]
+    right: Callable[[Ints], bool | None]
+    end: Callable[[str], int | None]
+
+
+def answer_tokens(tokens: Ints, keep: int, reader: Reader) -> int | None:
+    """The number of tokens that hold the answer; None without one.
+
+    Where the kept tokens are right by themselves, or else all are, it is a number of tokens that is right while one
+    less is not: at most `keep` in the first case, above it in the second. So an answer that is repeated counts from the
+    first time, and `katana replay` asks the same of what is kept. A text that is right nowhere has its first complete
+    answer, whatever it is, behind its thought.
     """
-    if end(text(tokens)) is None:
+    for low, high in ((0, keep), (keep, len(tokens))):
+        if reader.right(tokens[:high]):
+            return _bisected(low, high, lambda count: reader.right(tokens[:count]))
+    whole = reader.text(tokens)
+    thought = len(whole) - len(behind_thought(whole))
+    return _first_answer(tokens, lambda count: reader.text(tokens[:count])[thought:], reader.end)
+
+
+def _first_answer(tokens: Ints, text: Callable[[int], str], end: Callable[[str], int | None]) -> int | None:
+    # Once a text holds an answer so does every longer one.
+    if end(text(len(tokens))) is None:
         return None
-    low, high = 0, len(tokens)  # tokens without an answer, and with one
+    high = _bisected(0, len(tokens), lambda count: end(text(count)) is not None)
+    while high < len(tokens) and _grows(text(high), text(high + 1), end):
+        high += 1
+    return high
+
+
+def _bisected(low: int, high: int, holds: Callable[[int], bool | None]) -> int:
+    """A number above `low` for which it holds, and not for one less: it holds for `high`."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if end(text(tokens[:middle])) is None else (low, middle)
-    while high < len(tokens) and _grows(text(tokens[:high]), text(tokens[: high + 1]), end):
-        high += 1
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from common.config import Config, ConfigError
 from ops import compare_grid as grids
@@ -48,16 +49,16 @@ def compare(base: Config, name: str | None, request: Request) -> int:
     tokens = grids.read_budget(request.budget)
     if tokens is not None and any(item.partition("=")[0].strip() == "learner.max_steps" for item in request.overrides):
         raise ConfigError("--set learner.max_steps: with --budget tokens:N it is the tokens that end a run")
+    grids.check_base(base, tokens)
     rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants))
     asked = Grid(rows, grids.read_seeds(request.seeds), request.budget)
-    grid = grids.joined(folder, asked)
-    work = Work(folder, {row.label: grids.row_config(base, row, tokens) for row in rows})
-    todo = work.todo(asked)
+    _, work, todo = _planned(folder, base, asked, tokens)
     work.check_rows(todo)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
+    held = _hold(folder)
     try:
+        # Once more: what was there before the folder was held may have grown meanwhile.
+        grid, work, todo = _planned(folder, base, asked, tokens)
         grids.write_grid(folder, grid)
         if added:
             print(f"{MATCHED} is made from {MATCHED_TO} of the same seed: row {MATCHED_TO} added")
@@ -71,6 +72,28 @@ def compare(base: Config, name: str | None, request: Request) -> int:
     for cell, why in failed.items():
         print(f"failed: {cell.name}: {why}", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_OK
+
+
+def _planned(folder: Path, base: Config, asked: Grid, tokens: int | None) -> tuple[Grid, Work, list[Cell]]:
+    """The whole grid, its cells' configs, and which of those asked for are to do. Raises ConfigError, nothing written:
+    what is there already is not the same experiment."""
+    grid = grids.joined(folder, asked)
+    labels = {row.label for row in asked.rows}
+    configs = {row.label: grids.row_config(base, row, tokens, import_policy=row.label in labels) for row in grid.rows}
+    work = Work(folder, configs)
+    work.check_there(grid)
+    return grid, work, work.todo(asked)
+
+
+def _hold(folder: Path) -> IO[str]:
+    """Make the folder and hold it. Raises ConfigError where it cannot be made, or another comparison holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made or written to ({error.strerror}); look at runs_dir") from error
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: another `katana compare` is at work in this folder") from error
 
 
 def report(folder: Path) -> int:
@@ -92,16 +115,15 @@ class Work:
         self._total = 0
         self._failed: dict[Cell, str] = {}
 
+    def check_there(self, grid: Grid) -> None:
+        """Raises ConfigError where a cell that is there, asked for now or not, was begun with another config."""
+        for cell in grid.cells():
+            if grids.state_of(self._folder / cell.name) != "new":
+                grids.check_cell(self._rows[cell.label], cell, self._folder)
+
     def todo(self, asked: Grid) -> list[Cell]:
-        """Cells that are not done, in order. Raises ConfigError where one that is there is not what is asked for."""
-        open_cells = []
-        for cell in asked.cells():
-            state = grids.state_of(self._folder / cell.name)
-            if state != "new":
-                grids.check_same(self._folder / cell.name, self._config(cell))
-            if state != "done":
-                open_cells.append(cell)
-        return open_cells
+        """Cells that are not done, in order."""
+        return [cell for cell in asked.cells() if grids.state_of(self._folder / cell.name) != "done"]
 
     def check_rows(self, todo: Sequence[Cell]) -> None:
         """Models, data and memory of every row that has work to do. Raises ConfigError."""
@@ -136,6 +158,7 @@ class Work:
             grids.check_same(run, config)
             arguments = [str(run / "config.yaml"), "--resume"]
         else:
+            grids.clear(run)
             path = self._folder / "configs" / f"{cell.name}.yaml"
             write_text(path, config.to_yaml())
             arguments = [str(path)]
@@ -159,6 +182,9 @@ class Work:
 
     def _told(self, cell: Cell) -> str:
         """Raises ConfigError where the run left no whole folder."""
+        lacking = grids.missing(self._folder / cell.name)
+        if lacking:
+            raise ConfigError(f"the run ended, but it is not complete: {lacking} (log: {self._log(cell)})")
         result = read_result(self._folder, cell)
         accuracy, tokens = (_written(result, name) for name in ("avg_at_k", "tokens_generated"))
         seconds = time.monotonic() - self._began[cell]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.books import compared, read_lines
-from common.config import ConfigError, load
+from common.config import Config, ConfigError, load
 from ops import matching
 from ops import report_data as data
-from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid, State, read_grid, state_of
+from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
 from ops.rundir import read_json
 from ops.summary import ARMS
 
@@ -57,12 +57,16 @@ class Result:
     """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens."""
 
     cell: Cell
-    policy: str
+    config: Config
     figures: dict[str, float | None]
     curve: list[data.Accuracy]
     k: int | None
     problems: int | None
     evaluated_step: int | None
+
+    @property
+    def policy(self) -> str:
+        return self.config.termination.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +99,13 @@ class Comparison:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Everything that is reported. Raises ConfigError: no comparison's folder, or a file in it is damaged."""
+    """Everything that is reported. Raises ConfigError: no comparison's folder, a file in it is damaged, or its cells
+    are not of one experiment."""
     grid = read_grid(folder)
     order = [Cell(row.label, seed) for row in grid.rows for seed in grid.seeds]
     states = {cell: state_of(folder / cell.name) for cell in order}
     results = {cell: read_result(folder, cell) for cell in order if states[cell] == "done"}
+    check_one_experiment(grid, {cell: result.config for cell, result in results.items()})
     matches = []
     for seed in grid.seeds:
         source, made = Cell(MATCHED_TO, seed), Cell(MATCHED, seed)
@@ -127,7 +133,7 @@ def read_result(folder: Path, cell: Cell) -> Result:
         last = evaluations[-1] if evaluations else {}
         return Result(
             cell,
-            config.termination.policy,
+            config,
             _figures(summary, last, lines),
             curve,
             last.get("k"),

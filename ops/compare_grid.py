@@ -12,11 +12,12 @@ that is asked for now.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.books import read_lines
 from common import policies
 from common.config import Config, ConfigError, load, parse
 from ops.matching import matched_config
@@ -27,6 +28,9 @@ MATCHED, MATCHED_TO = "random_matched", "kat"
 """The row that is made from another one of the same seed, and that other one."""
 _MOST_SEEDS = 1000
 _OWN_KEYS = ("seed", "name", "runs_dir")  # the grid's, not a row's
+_MATCHED_KEYS = tuple(f"termination.{key}" for key in ("hazard", "hazard_scale", "detection_tokens", "warmup_steps"))
+_BUDGET_KEYS = ("learner.max_steps", "learner.max_generated_tokens")
+_LEFT_OVER = ("run.json", "run.json.tmp", "config.yaml.tmp")  # of a run that was killed before its config was there
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 State = Literal["new", "begun", "done"]
@@ -131,6 +135,8 @@ def _variant_row(text: str) -> Row:
             raise ConfigError(f"{where}: {key} is the grid's own and cannot differ by row")
     if label == MATCHED:
         raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
+    if label in policies.POLICIES:
+        raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
     return Row(_label(label, where), changes)
 
 
@@ -181,7 +187,7 @@ def joined(folder: Path, asked: Grid) -> Grid:
 
     Raises ConfigError: the folder is something else, or has another budget or another row of the same label.
     """
-    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return asked
     if not (folder / FILE).is_file():
         raise ConfigError(f"{folder} is there already and is no comparison (no {FILE} in it): choose another --name")
@@ -197,33 +203,97 @@ def joined(folder: Path, asked: Grid) -> Grid:
 
 
 def state_of(folder: Path) -> State:
-    """Of a cell's folder: `done` once the run has written its summary. Raises ConfigError where it is no run."""
-    if not folder.exists() or not any(folder.iterdir()):
+    """Of a cell's folder: `done` when nothing is missing. Raises ConfigError where it is no run, or is damaged."""
+    if not folder.exists() or _only_left_over(folder):
         return "new"
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is there already and is no run (no config.yaml in it): remove it")
-    return "done" if (folder / "summary.json").is_file() else "begun"
+    return "begun" if missing(folder) else "done"
+
+
+def missing(folder: Path) -> str:
+    """What a run's folder lacks to be done, in words; "" of one that is. Raises ConfigError where it is damaged.
+
+    The summary is written when the books are closed, and the evaluator may be at work on the last weights then.
+    """
+    if not (folder / "summary.json").is_file():
+        return "no summary.json"
+    evaluates = load(folder / "config.yaml", import_policy=False).eval.every_steps > 0
+    summary = read_json(folder / "summary.json")
+    try:
+        steps = [int(line["step"]) for line in read_lines(folder / "eval.jsonl")]
+        if summary["wall_s"] is None:
+            return "no wall-clock time in summary.json"
+        if evaluates and max(steps, default=None) != summary["steps"]:
+            return (
+                f"its last step, {summary['steps']}, is not evaluated (last in eval.jsonl: {max(steps, default='–')})"
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: damaged ({error!r:.200}); expected summary.json and eval.jsonl of a run"
+        ) from error
+    return ""
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run that was killed while it began has left: `katana run` begins in an empty folder only."""
+    if folder.is_dir() and _only_left_over(folder):
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def _only_left_over(folder: Path) -> bool:
+    return folder.is_dir() and all(
+        path.is_file() and (path.name in _LEFT_OVER or path.name.startswith(".")) for path in folder.iterdir()
+    )
 
 
 # --- configs -------------------------------------------------------------------------------------------------------
 
 
-def row_config(base: Config, row: Row, tokens: int | None) -> Config:
-    """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError."""
+def check_base(base: Config, tokens: int | None) -> None:
+    """Raises ConfigError where the config that all rows begin with gives nothing to compare, or another budget."""
+    if base.eval.every_steps == 0:
+        raise ConfigError("eval.every_steps is 0: without evaluations there is nothing to compare; allowed: 1 or more")
+    if tokens is None and base.learner.max_generated_tokens is not None:
+        raise ConfigError(
+            f"learner.max_generated_tokens is {base.learner.max_generated_tokens}, and with --budget steps it is the "
+            f"steps that end a run: ask for --budget tokens:{base.learner.max_generated_tokens}, or set it to null"
+        )
+
+
+def row_config(base: Config, row: Row, tokens: int | None, *, import_policy: bool = True) -> Config:
+    """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError.
+
+    `import_policy` False: of a row that is not run now, a policy of the user's own is not imported.
+    """
     matched = row.label == MATCHED
     source = f"row {row.label!r}"
     changes = (f"termination.policy={MATCHED_TO}",) if matched else row.changes
     config = parse(base.to_yaml(), changes, source=source)
+    _check_comparable(base, config, source)
     if tokens is not None:
         # Every trajectory has a token at least: this many steps cannot end a run before the tokens do.
         steps = -(-tokens // config.learner.batch_size)
         budget = (f"learner.max_generated_tokens={tokens}", f"learner.max_steps={steps}")
         config = parse(config.to_yaml(), budget, source=source)
-    try:
-        policies.check(config.termination, config.rollout.max_completion_length)
-    except policies.PolicyError as error:
-        raise ConfigError(f"{source}: termination.policy: {error}") from error
+    if import_policy:
+        try:
+            policies.check(config.termination, config.rollout.max_completion_length)
+        except policies.PolicyError as error:
+            raise ConfigError(f"{source}: termination.policy: {error}") from error
     return config
+
+
+def _check_comparable(base: Config, config: Config, source: str) -> None:
+    """Raises ConfigError where a row has another budget, other problems, or another measure."""
+    for key, _, own in _differences(base, config):
+        if key in _BUDGET_KEYS:
+            raise ConfigError(
+                f"{source}: {key} = {own}: the budget is the same in all rows; set it by --set or --budget"
+            )
+        if key.partition(".")[0] in ("eval", "data"):
+            raise ConfigError(f"{source}: {key} = {own!r:.60}: data and evaluation are the same in all rows; use --set")
 
 
 def cell_config(config: Config, cell: Cell, folder: Path) -> Config:
@@ -238,13 +308,25 @@ def cell_config(config: Config, cell: Cell, folder: Path) -> Config:
     return Config.model_validate(config.model_dump() | changes)
 
 
-def check_same(folder: Path, wanted: Config) -> None:
+def check_cell(row: Config, cell: Cell, folder: Path) -> None:
+    """Raises ConfigError, with the keys, where a cell that is there was not begun with its row's config."""
+    if cell.needs is not None and state_of(folder / cell.needs.name) == "begun":
+        # What it was matched to is being completed: how it was matched cannot be worked out again yet.
+        check_same(
+            folder / cell.name, row.model_copy(update={"seed": cell.seed}), ("termination.policy", *_MATCHED_KEYS)
+        )
+    else:
+        check_same(folder / cell.name, cell_config(row, cell, folder))
+
+
+def check_same(folder: Path, wanted: Config, ignored: Sequence[str] = ()) -> None:
     """Raises ConfigError, with the keys, where a cell's folder has another config than the one wanted."""
     there = load(folder / "config.yaml", import_policy=False)
+    skipped = {"name", "runs_dir", *ignored}  # a grid may be moved
     differing = [
         f"{key} is {was!r:.60} there and {now!r:.60} now"
-        for key, was, now in _differences(there.model_dump(), wanted.model_dump())
-        if key not in ("name", "runs_dir")  # a grid may be moved
+        for key, was, now in _differences(there, wanted)
+        if key not in skipped
     ]
     if differing:
         raise ConfigError(
@@ -252,10 +334,51 @@ def check_same(folder: Path, wanted: Config) -> None:
         )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    for name in old:
-        if isinstance(old[name], dict):
-            pairs = ((f"{name}.{key}", old[name].get(key), new[name].get(key)) for key in old[name])
-            yield from (pair for pair in pairs if pair[1] != pair[2])
-        elif old[name] != new[name]:
-            yield name, old[name], new[name]
+def check_one_experiment(grid: Grid, configs: Mapping[Cell, Config]) -> None:
+    """Raises ConfigError where the configs of cells differ by more than their seeds and what their rows change.
+
+    Within a row all is the same; between rows a key is the same in all those that do not change it.
+    """
+    changed = {row.label: _changed_by(row, grid.budget) for row in grid.rows}
+    flat = {cell: dict(_flat(config)) for cell, config in configs.items()}
+    for cell, values in flat.items():
+        if values["seed"] != cell.seed:
+            raise ConfigError(f"{cell.name}: its config has seed {values['seed']}; it is another cell's")
+    for key in dict.fromkeys(key for values in flat.values() for key in values):
+        if key in _OWN_KEYS:
+            continue
+        first: dict[str, Cell] = {}  # by the row, or "" for all rows that leave the key as it is
+        for cell, values in flat.items():
+            if cell.label == MATCHED and key in _MATCHED_KEYS:
+                continue  # another one for every seed
+            other = first.setdefault(cell.label if _names(changed[cell.label], key) else "", cell)
+            if flat[other][key] != values[key]:
+                raise ConfigError(
+                    f"no one experiment: {key} is {flat[other][key]!r:.60} in {other.name} and {values[key]!r:.60} in "
+                    f"{cell.name}; remove the folders of one of the two, and run the comparison again"
+                )
+
+
+def _changed_by(row: Row, budget: str) -> tuple[str, ...]:
+    keys = tuple(change.partition("=")[0].strip() for change in row.changes)
+    # Under a budget of tokens the most steps follow from the row's batch size.
+    return keys if budget == "steps" else (*keys, "learner.max_steps")
+
+
+def _names(changed: Sequence[str], key: str) -> bool:
+    """Whether a key, one of its parts, or the section that it is in is changed."""
+    return any(one == key or one.startswith(f"{key}.") or key.startswith(f"{one}.") for one in changed)
+
+
+def _differences(old: Config, new: Config) -> Iterable[tuple[str, Any, Any]]:
+    now = dict(_flat(new))
+    return ((key, was, now[key]) for key, was in _flat(old) if was != now[key])
+
+
+def _flat(config: Config) -> Iterator[tuple[str, Any]]:
+    """`section.key` and its value, for every key."""
+    for name, value in config.model_dump().items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", one) for key, one in value.items())
+        else:
+            yield name, value

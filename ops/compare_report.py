@@ -16,7 +16,7 @@ from ops import report_plots as plots
 from ops.compare_data import FIGURES, Comparison, Figure, read_comparison, to_csv
 from ops.compare_grid import MATCHED, MATCHED_TO
 from ops.compare_plots import draw
-from ops.compare_stats import Interval, Paired, mean_interval, paired
+from ops.compare_stats import FEWEST_SEEDS, VERDICTS, Interval, Paired, mean_interval, paired
 from ops.html_report import FILES
 
 NAMES = ("compare.md", "compare.html", "compare.png", "compare.csv")
@@ -82,7 +82,8 @@ def _results(comparison: Comparison) -> Table:
         "Mean over seeds ± half of the 95 % t interval; without ± there is one seed. Accuracy is that of the last "
         "evaluation. Cells of one seed share their training and evaluation problems; seeds of task `dataset` share "
         "their benchmarks too, and then the intervals do not tell how other problems would do.",
-        "Wall-clock seconds compare only where cells ran one at a time (--jobs 1) on a machine that did nothing else.",
+        "Wall-clock seconds compare only where cells ran one at a time (--jobs 1) on a machine that did nothing else; "
+        "they include the wait for the evaluator at the end of a run.",
     ]
     if comparison.undone:
         names = ", ".join(f"{cell.name} ({comparison.states[cell]})" for cell in comparison.undone)
@@ -133,19 +134,32 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
             found = paired(comparison.values(label, name), theirs) if label != reference else None
             if found is not None:
                 rows.append([_head(comparison, name), label, *_pair(found, FIGURES[name])])
-    stated = sum(row[-1] not in ("one seed: nothing to say", "equal in all seeds") for row in rows)
+    stated = sum(row[-1] in VERDICTS for row in rows)
     notes = [
         f"Row minus `{reference}`, seed by seed. The words go by the t interval: `no difference seen` where it holds "
-        f"0, which does not say that there is none. The bootstrap resamples seeds alone, as evaluations do not record "
-        f"their problems one by one; with few seeds it is too narrow (with 5 it covers about 83 % and not 95 %).",
+        f"0, which does not say that there is none; below {FEWEST_SEEDS} seeds nothing is called. The bootstrap "
+        f"resamples seeds alone, as evaluations do not record their problems one by one; with few seeds it is too "
+        f"narrow (with 5 it covers about 83 % and not 95 %).",
     ]
     if stated:
         notes.append(
-            f"Each line stands for itself: of {stated} comparisons without any difference about {0.05 * stated:.1f} "
+            f"Each line stands for itself: of {stated} comparisons without any difference about {0.05 * stated:.2g} "
             f"would be called one by chance."
         )
+    if reference == MATCHED:
+        notes += _unmatched(comparison)
     heads = ["figure", "row", "seeds", "difference", "95 % t interval", "bootstrap", "seeds + = −", "in words"]
     return Table(f"Against {reference}, paired by seed", heads, rows, notes, frozenset({0, 1, 7}))
+
+
+def _unmatched(comparison: Comparison) -> list[str]:
+    """A note on the seeds whose random_matched is no matched control."""
+    agree = {seed: agreed for seed, _, agreed in comparison.matches}
+    apart = [str(seed) for seed in comparison.grid.seeds if agree.get(seed) is False]
+    unknown = [str(result.cell.seed) for result in comparison.of(MATCHED) if agree.get(result.cell.seed) is None]
+    said = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
+    said += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
+    return [f"{'; '.join(said)}. There `{MATCHED}` is no matched control, and these seeds count above."] if said else []
 
 
 def _pair(found: Paired, figure: Figure) -> list[str]:

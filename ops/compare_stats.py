@@ -19,6 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95
+FEWEST_SEEDS = 3
+"""Below, an interval has one degree of freedom: of evaluations as coarse as k samples give, it calls too much."""
+VERDICTS = ("higher", "lower", "no difference seen")
+_ROUNDING = 1e-9  # of differences that are the same but for the rounding of floats, as a share
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,16 @@ class Paired:
 
     @property
     def words(self) -> str:
-        """No more than the t interval allows to say."""
-        low, high = self.interval.low, self.interval.high
+        """No more than the t interval allows to say: one of VERDICTS, or why there is none."""
+        n, low, high = self.interval.n, self.interval.low, self.interval.high
         if low is None or high is None:
             return "one seed: nothing to say"
         if low == high == 0:
             return "equal in all seeds"
+        if n < FEWEST_SEEDS:
+            return f"{n} seeds: too few to say"
+        if high - low <= _ROUNDING * abs(self.interval.mean):
+            return "same in all seeds: no spread to go by"
         if low <= 0 <= high:
             return "no difference seen"
         return "higher" if low > 0 else "lower"

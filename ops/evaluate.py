@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from actors.books import read_lines
+from actors.books import append_lines, open_whole_lines, read_lines
 from actors.engine import Decoder
 from actors.models import load_model
 from common import metrics
@@ -284,7 +284,7 @@ def _evaluate_one(
     line = {"policy_version": note["version"], "step": note["step"], "tokens_trained": note["tokens_trained"]}
     line |= scores.line() | {"wall_s": time.monotonic() - began}
     _show(line)
-    with results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open_whole_lines(results) as file:  # an evaluator that was killed may have left a part of a line
+        append_lines(file, [line])
     log.info("version %d: avg@%d %.3f", note["version"], scores.k, scores.avg_at_k)
     return True

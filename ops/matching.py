@@ -237,7 +237,7 @@ def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
         raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected a run of kat that stops")
     if not treated.cut.any():
         raise ConfigError(f"{folder}: nothing to match, no treated rollout was cut")
-    return config, treated, control, min(line["policy_version_last"] for line in _compared(folder))
+    return config, treated, control, _active_since(folder)
 
 
 def _arms(folder: Path) -> tuple[Config, Arm, Arm]:
@@ -245,8 +245,13 @@ def _arms(folder: Path) -> tuple[Config, Arm, Arm]:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
     config = load(folder / "config.yaml", import_policy=False)
-    _check_finished(folder)
-    arms = [_arm([line for line in _compared(folder) if line["arm"] == name]) for name in ("treated", "control")]
+    try:
+        _check_finished(folder)
+        arms = [_arm([line for line in _compared(folder) if line["arm"] == name]) for name in ("treated", "control")]
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{folder}: damaged ({error!r:.200}); expected the folder of a finished run") from error
     if not len(arms[0].cut):
         raise ConfigError(f"{folder}: no treated rollout that its policy could have cut")
     return config, arms[0], arms[1]
@@ -264,6 +269,14 @@ def _check_finished(folder: Path) -> None:
 def _compared(folder: Path) -> list[dict[str, Any]]:
     lines = read_lines(folder / "rollouts.jsonl")
     return [line for line in lines if compared(line) and line["finish_reason"] != "unfinished"]
+
+
+def _active_since(folder: Path) -> int:
+    """The policy version that the first compared rollout ended under."""
+    try:
+        return int(min(line["policy_version_last"] for line in _compared(folder)))
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: rollouts.jsonl is damaged ({error!r:.200})") from error
 
 
 def _arm(lines: list[dict[str, Any]]) -> Arm:

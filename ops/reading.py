@@ -109,7 +109,7 @@ def find_tokenizer(config: Config, folder: Path) -> Any:
 
 
 class Words:
-    """The run's tokenizer and both models' stop ids; where it is not to be had here, token ids in ⟨⟩.
+    """The run's tokenizer and its stop ids; where the tokenizer is not to be had here, token ids in ⟨⟩.
 
     `folder`: of the run, if it is not where the config says.
     """
@@ -122,7 +122,10 @@ class Words:
         except ModelError as error:
             self.missing = str(error)
         stops: list[int] = []
-        for model in (config.student.model, config.teacher.model):
+        models = [config.student.model]
+        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+            models.append(config.teacher.model)
+        for model in models:
             with contextlib.suppress(ModelError, OSError):  # without it its stop is a token like any other
                 stops += read_facts(find_model(model, weights=False)).stop_ids
         self.stop_ids = frozenset(stops)

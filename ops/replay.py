@@ -10,15 +10,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from common import policies
 from common.config import ConfigError, Termination, load
 from common.policies import Calibrated
-from ops.replay_answers import answer_ends
+from ops.replay_answers import judged
 from ops.replay_plot import Point, draw
 from ops.replay_record import Record, read_record
 from ops.replay_results import Outcome, outcomes
-from ops.replay_tables import Setting, about, aligned, as_csv, markdown, table
+from ops.replay_tables import Setting, about, aligned, as_csv, markdown, table, unequal
 from ops.replay_verdicts import Replay, Shape, Verdict
 from ops.report_plots import named, save_png
 from ops.rundir import write_text
@@ -48,13 +49,13 @@ def replay(folder: Path, sets: Sequence[str] = (), sweeps: Sequence[str] = (), a
     record = read_record(folder, arm)
     settings = [*_own(record), *_chosen(folder, record, pairs, swept)]
     verdicts = _verdicts(Replay(record), settings)
-    ends, missing = answer_ends(record, folder)
-    found = outcomes(record, verdicts, ends)
+    answers, missing = judged(record, verdicts, folder)
+    found = outcomes(record, verdicts, answers)
     computed = settings[1:] and settings[1].name == _COMPUTED
     head = about(record, verdicts[0], verdicts[1] if computed else [], missing)
     if pairs and swept:
         head += f"\nset       {', '.join(f'{key} {value}' for key, value in pairs)} (swept rows)"
-    text = f"{head}\n\n{aligned(table(settings, found))}"
+    text = "\n\n".join([head, aligned(table(settings, found)), *(fill(note, 118) for note in unequal(found))])
     return f"{text}\n\n{_write(folder, head, settings, found)}" if swept else text
 
 
@@ -68,7 +69,7 @@ def _write(folder: Path, head: str, settings: Sequence[Setting], found: Sequence
     save_png(draw(*_points(settings, found), title, key), target / "replay.png", 100)
     with named(target):
         write_text(target / "replay.csv", as_csv(settings, found))
-        write_text(target / "replay.md", markdown(head, table(settings, found), "replay.png"))
+        write_text(target / "replay.md", markdown(head, table(settings, found), unequal(found), "replay.png"))
     return f"wrote {target}/replay.csv, replay.md, replay.png"
 
 

@@ -1,53 +1,109 @@
-"""Where the answers of right rollouts end, in tokens."""
+"""Which right rollouts would still have been right, cut where a setting cuts them: asked of the run's own verifier.
+
+The text says it, not a place in it: an answer may be repeated, and what was right once may be taken back. `katana
+audit` asks the same of what a cut kept.
+"""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import ConfigError
+from common.config import Config, ConfigError
 from common.pretrained import ModelError
-from ops.reading import Decode, Words, find_tokenizer
-from ops.replay_record import Record
-from ops.source import make_task
+from ops.replay_record import Record, Rollout
+from ops.replay_verdicts import Verdict
+from ops.source import TaskSource
 
-_REPLACEMENT = "\ufffd"  # what a decoder puts where bytes are no character yet
+_TOLD_EVERY_S = 30.0
 
 
-def answer_ends(record: Record, folder: Path) -> tuple[dict[int, int] | None, str]:
-    """By place in the record, of right rollouts that count: the tokens that hold all up to the end of the answer.
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """`right`: by place in the record and number of first tokens, whether the verifier calls these tokens right.
 
-    A rollout in whose text the task finds no answer is left out. None: nothing can be said, since no answer was
-    verified, or tokenizer or data cannot be had here. The second says what is missing; empty where nothing is.
+    `unsure`: places of right rollouts that it does not call right as they stand, or cannot judge; nothing is said of
+    them.
     """
-    right = [place for place in record.counted if record.rollouts[place].correct]
+
+    right: Mapping[tuple[int, int], bool]
+    unsure: frozenset[int]
+
+
+def judged(record: Record, settings: Sequence[Sequence[Verdict]], folder: Path) -> tuple[Judged | None, str]:
+    """Verdicts on what each setting keeps of each right rollout that it cuts, and else on what was written by then.
+
+    None: nothing can be said, since no answer was verified, or task or tokenizer cannot be had here. The second says
+    what is missing; empty where nothing is. `folder`: of the run.
+    """
     if all(record.rollouts[place].correct is None for place in record.counted):
         return None, "none was verified in this run"
-    words = Words(record.config, folder)
-    if words.missing:
-        return None, f"not placed, for there is no tokenizer to read them with ({words.missing})"
+    wanted = _wanted(record, settings)
     try:
-        task = make_task(record.config, find_tokenizer(record.config, folder))
+        source = _source(record.config, folder)
+        if wanted:
+            source.rehearse()
     except (ConfigError, ModelError) as error:
-        return None, f"not placed, for the task's problems cannot be had ({error})"
-    ends = {}
-    for place in right:
-        rollout = record.rollouts[place]
-        ids = rollout.tokens.tolist()
-        # As the verifier was given it: up to the first stop token.
-        written = next((count for count, token in enumerate(ids) if token in words.stop_ids), len(ids))
-        problem = task.problem(rollout.problem, split="train", seed=record.config.seed)
-        end = task.answer_end(problem, words.decode(ids[:written]))
-        if end is not None:
-            ends[place] = tokens_of(ids[:written], end, words.decode)
-    unplaced = len(right) - len(ends)
-    return ends, f"in {unplaced:,} right rollouts the task finds no place of the answer" if unplaced else ""
+        return None, f"not judged, for the task or the tokenizer cannot be had here ({error})"
+    right: dict[tuple[int, int], bool] = {}
+    unsure, told = set(), time.monotonic()
+    for count, (place, ends) in enumerate(wanted.items()):
+        found = _judge(source, record.rollouts[place], ends)
+        if found is None:
+            unsure.add(place)
+        else:
+            right |= {(place, end): verdict for end, verdict in found.items()}
+        if time.monotonic() - told >= _TOLD_EVERY_S:
+            told = time.monotonic()
+            print(f"{count + 1:,} of {len(wanted):,} right rollouts judged where they are cut", file=sys.stderr)
+    missing = f"{len(unsure):,} right rollouts are left out: the verifier does not call them right now"
+    return Judged(right, frozenset(unsure)), missing if unsure else ""
 
 
-def tokens_of(ids: Sequence[int], characters: int, decode: Decode) -> int:
-    """The fewest first tokens whose text has so many characters, none of them unfinished; all where none has."""
-    # The text of more tokens is never shorter: a bisection decodes a rollout of 500 tokens ten times, not 500 times.
-    counts = range(len(ids) + 1)
-    found = bisect.bisect_left(counts, characters, key=lambda count: len(decode(ids[:count]).rstrip(_REPLACEMENT)))
-    return min(found, len(ids))
+def _source(config: Config, folder: Path) -> TaskSource:
+    """The run's task, read with the student's tokenizer or with that of the model the run left. Raises ConfigError,
+    ModelError."""
+    try:
+        return TaskSource(config)
+    except ModelError:
+        if not (folder / "model" / "config.json").is_file():
+            raise
+    left = config.student.model_copy(update={"model": str((folder / "model").resolve())})
+    return TaskSource(config.model_copy(update={"student": left}))
+
+
+def _wanted(record: Record, settings: Sequence[Sequence[Verdict]]) -> dict[int, set[tuple[int, int]]]:
+    """By place, of right rollouts that count: keep and trigger of each cut that any setting makes."""
+    found: dict[int, set[tuple[int, int]]] = {}
+    for place in record.counted:
+        if record.rollouts[place].correct:
+            verdicts = (verdicts[place] for verdicts in settings)
+            ends = {(one.cut.keep, one.cut.trigger) for one in verdicts if one.active and one.cut is not None}
+            if ends:
+                found[place] = ends
+    return found
+
+
+def _judge(source: TaskSource, rollout: Rollout, ends: set[tuple[int, int]]) -> dict[int, bool] | None:
+    """By number of first tokens; None where the verifier does not call the whole right, or once gives no verdict.
+
+    A verdict of math-verify takes a hundredth of a second: each number is asked once, a trigger only where its keep is
+    not right.
+    """
+    found: dict[int, bool | None] = {}
+
+    def right(end: int) -> bool | None:
+        if end not in found:
+            found[end] = source.judge(rollout.problem, rollout.tokens[:end])
+        return found[end]
+
+    if not right(len(rollout.tokens)):
+        return None
+    for keep, trigger in sorted(ends):
+        if not right(keep):
+            right(trigger)
+    known = {end: verdict for end, verdict in found.items() if verdict is not None}
+    return known if len(known) == len(found) else None

@@ -113,7 +113,7 @@ def _finish(axes: Any, drawn: Sequence[Point], title: str, key: str) -> None:
         va="bottom",
     )
     axes.set_xlabel("tokens saved up to the trigger, % of those written without cutting")
-    axes.set_ylabel("right rollouts cut before the end of their answer, %" if known else "rollouts cut, %")
+    axes.set_ylabel("false stops: right rollouts whose kept text is not right, %" if known else "rollouts cut, %")
     plain(axes)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.margins(x=0.06)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ops.audit_chances import unseen_share
+from ops.replay_answers import Judged
 from ops.replay_record import Record
 from ops.replay_verdicts import Verdict
 from ops.report_series import wilson
@@ -15,22 +17,20 @@ from ops.report_series import wilson
 RESAMPLES = 2000
 _AT_ONCE = 4_000_000
 _Floats = npt.NDArray[np.float64]
+_Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """`hits` of `count`, with Wilson's 95 % interval."""
+    """`hits` of `count`, with a 95 % interval; None of nothing."""
 
     hits: int
     count: int
+    interval: tuple[float, float] | None
 
     @property
     def value(self) -> float | None:
         return self.hits / self.count if self.count else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return wilson(self.hits, self.count) if self.count else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Outcome:
     saving: 1 - generated / whole with its 95 % interval. number: median of the numbers judged by. All None where the
     policy was never active.
 
-    early: right rollouts cut before the end of their answer (false stops): a part of it is not kept. unwritten: of
-    these, it would not even have been written. late: right ones cut behind their answer. None: not to be known here.
-    wrong: wrong rollouts that were cut.
+    early: right rollouts of which what is kept is not right (false stops). unwritten: of these, what was written up to
+    the trigger is not, either. late: right ones that were cut and are right as they were kept. None: not to be known
+    here. wrong: wrong rollouts that were cut.
     """
 
     rollouts: int
@@ -61,17 +61,27 @@ class Outcome:
     wrong: Share
 
 
-def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], ends: Mapping[int, int] | None) -> list[Outcome]:
-    """The outcome of each setting. `ends`: where answers end, in tokens, by place in the record; None: not known."""
+def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Judged | None) -> list[Outcome]:
+    """The outcome of each setting. `answers`: what is right of what they keep; None: not known."""
     counted = record.counted
+    problems = [record.rollouts[place].problem for place in counted]
     whole = np.array([len(record.rollouts[place].divergence) for place in counted], dtype=np.float64)
     active = np.array([[verdicts[place].active for place in counted] for verdicts in settings])
     seen = np.array(
         [[_seen(verdicts[place], total) for place, total in zip(counted, whole, strict=True)] for verdicts in settings]
     )
-    intervals = saving_intervals(seen, whole, active, [record.rollouts[place].problem for place in counted])
+    intervals = saving_intervals(seen, whole, active, problems)
+    parts = [_parts(record, verdicts, answers) for verdicts in settings]
+    shares = {name: _shares([one[name] for one in parts], problems) for name in parts[0]}
     return [
-        _outcome(record, verdicts, ends, seen[row][active[row]], whole[active[row]], intervals[row])
+        _outcome(
+            record,
+            verdicts,
+            {name: found[row] for name, found in shares.items()},
+            seen[row][active[row]],
+            whole[active[row]],
+            intervals[row],
+        )
         for row, verdicts in enumerate(settings)
     ]
 
@@ -83,7 +93,7 @@ def _seen(verdict: Verdict, total: float) -> float:
 def _outcome(
     record: Record,
     verdicts: Sequence[Verdict],
-    ends: Mapping[int, int] | None,
+    shares: Mapping[str, Share],
     seen: _Floats,
     whole: _Floats,
     interval: tuple[float, float] | None,
@@ -91,55 +101,108 @@ def _outcome(
     """`seen`, `whole`: tokens of the active rollouts that count."""
     counted = record.counted
     active = [place for place in counted if verdicts[place].active]
-    cuts = {place: cut for place in active if (cut := verdicts[place].cut) is not None}
-    kept = [cuts[place].keep if place in cuts else len(record.rollouts[place].divergence) for place in active]
+    kept = [cut.keep if (cut := verdicts[place].cut) else len(record.rollouts[place].divergence) for place in active]
     numbers = [number for place in active if (number := verdicts[place].number) is not None]
-    placed = None if ends is None else [place for place in active if place in ends]
-    early = late = unwritten = None
-    if placed is not None and ends is not None:
-        early = _share(place in cuts and cuts[place].keep < ends[place] for place in placed)
-        unwritten = _share(place in cuts and cuts[place].trigger < ends[place] for place in placed)
-        late = _share(place in cuts and cuts[place].keep >= ends[place] for place in placed)
     return Outcome(
         rollouts=len(counted),
         active=len(active),
-        cut=_share(place in cuts for place in active),
+        cut=shares["cut"],
         generated=float(seen.mean()) if active else None,
         whole=float(whole.mean()) if active else None,
         kept=float(np.mean(kept)) if active else None,
         saving=float(1 - seen.sum() / whole.sum()) if active else None,
         saving_interval=interval,
         number=float(np.median(numbers)) if numbers else None,
-        early=early,
-        unwritten=unwritten,
-        late=late,
-        wrong=_share(place in cuts for place in active if record.rollouts[place].correct is False),
+        early=shares.get("early"),
+        unwritten=shares.get("unwritten"),
+        late=shares.get("late"),
+        wrong=shares["wrong"],
     )
 
 
-def _share(hits: Iterable[bool]) -> Share:
-    found = list(hits)
-    return Share(sum(found), len(found))
+# --- shares and their intervals ---------------------------------------------------------------------------------------
+
+
+def _parts(record: Record, verdicts: Sequence[Verdict], answers: Judged | None) -> dict[str, tuple[_Bools, _Bools]]:
+    """Of each share, over the rollouts that count: which are hits, and which it is a share of."""
+    counted = record.counted
+    active = np.array([verdicts[place].active for place in counted])
+    cut = active & np.array([verdicts[place].cut is not None for place in counted])
+    wrong = active & np.array([record.rollouts[place].correct is False for place in counted])
+    parts = {"cut": (cut, active), "wrong": (cut & wrong, wrong)}
+    if answers is None:
+        return parts
+    right = active & np.array([record.rollouts[p].correct is True and p not in answers.unsure for p in counted])
+    kept, written = cut & right, cut & right
+    for row, place in enumerate(counted):
+        found = verdicts[place].cut
+        if kept[row] and found is not None:
+            kept[row] = answers.right[place, found.keep]
+            written[row] = kept[row] or answers.right[place, found.trigger]
+    early = cut & right & ~kept
+    return parts | {"early": (early, right), "unwritten": (early & ~written, right), "late": (kept, right)}
+
+
+def _shares(parts: Sequence[tuple[_Bools, _Bools]], problems: Sequence[int]) -> list[Share]:
+    """One a setting. Wilson's intervals need rollouts that know nothing of each other: where two are of one prompt, the
+    interval comes from a bootstrap by prompt."""
+    hits, of = (np.array(one, dtype=np.float64) for one in zip(*parts, strict=True))
+    if len(set(problems)) < len(problems):
+        intervals = ratio_intervals(hits, of, problems)
+    else:
+        intervals = [
+            wilson(int(hit.sum()), int(count.sum())) if count.any() else None
+            for hit, count in zip(hits, of, strict=True)
+        ]
+    return [
+        Share(int(hit.sum()), int(count.sum()), interval)
+        for hit, count, interval in zip(hits, of, intervals, strict=True)
+    ]
 
 
 def saving_intervals(
-    seen: _Floats, whole: _Floats, active: npt.NDArray[np.bool_], problems: Sequence[int], *, seed: int = 0
+    seen: _Floats, whole: _Floats, active: _Bools, problems: Sequence[int]
 ) -> list[tuple[float, float] | None]:
     """95 % intervals of 1 - Σ seen / Σ whole over active rollouts, one a setting; None where none is active.
 
     As `ops.summary.length_saving`: a bootstrap of the ratio in which prompts are drawn with replacement, each with all
-    its rollouts. All settings share the draws, since they share the rollouts.
+    its rollouts.
 
     Args:
         seen: tokens up to the trigger, or all, float [settings, rollouts]; `active` likewise, bool.
         whole: tokens without cutting, float [rollouts]; `problems` likewise, the prompt of each.
     """
+    found = _drawn_ratios(seen * active, whole * active, problems)
+    return [None if one is None else (1 - one[1], 1 - one[0]) for one in found]
+
+
+def ratio_intervals(hits: _Floats, of: _Floats, problems: Sequence[int]) -> list[tuple[float, float] | None]:
+    """95 % intervals of shares Σ hits / Σ of, one a setting, by a bootstrap by prompt; None of nothing.
+
+    Where all prompts are alike, draws have no width; then `unseen_share` of all prompts may be otherwise.
+
+    Args:
+        hits: 0 or 1, float [settings, rollouts], 0 wherever `of`, of the same shape, is 0.
+        problems: the prompt of each rollout.
+    """
+    found = _drawn_ratios(hits, of, problems)
+    for row, (one, hit, count) in enumerate(zip(found, hits, of, strict=True)):
+        if one is not None and one[1] - one[0] < 1e-12:
+            share = float(hit.sum() / count.sum())
+            unseen = unseen_share(len(np.unique(np.asarray(problems)[count > 0])))
+            found[row] = share * (1 - unseen), share + (1 - share) * unseen
+    return found
+
+
+def _drawn_ratios(over: _Floats, under: _Floats, problems: Sequence[int]) -> list[tuple[float, float] | None]:
+    """Of each row the 2.5 % and 97.5 % points of Σ over / Σ under, prompts drawn with replacement; None where `under`
+    is 0. All rows share the draws, since they share the rollouts."""
     prompts, place = np.unique(np.asarray(problems), return_inverse=True)
-    table = np.zeros((len(prompts), 2 * len(seen)))
-    for row, (tokens, counts) in enumerate(zip(seen, active, strict=True)):
-        table[:, 2 * row] = np.bincount(place, weights=tokens * counts, minlength=len(prompts))
-        table[:, 2 * row + 1] = np.bincount(place, weights=whole * counts, minlength=len(prompts))
-    rng, count = np.random.default_rng(seed), len(prompts)
+    table = np.zeros((len(prompts), 2 * len(over)))
+    for row, (above, below) in enumerate(zip(over, under, strict=True)):
+        table[:, 2 * row] = np.bincount(place, weights=above, minlength=len(prompts))
+        table[:, 2 * row + 1] = np.bincount(place, weights=below, minlength=len(prompts))
+    rng, count = np.random.default_rng(0), len(prompts)
     sums = []
     block = max(1, _AT_ONCE // count)
     for begin in range(0, RESAMPLES, block):
@@ -147,12 +210,12 @@ def saving_intervals(
             np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(min(block, RESAMPLES - begin))
         ]
         sums.append(np.array(drawn, dtype=np.float64) @ table)
-    return [_interval(one[:, 0], one[:, 1]) for one in np.split(np.concatenate(sums), len(seen), axis=1)]
+    return [_interval(one[:, 0], one[:, 1]) for one in np.split(np.concatenate(sums), len(over), axis=1)]
 
 
-def _interval(seen: _Floats, whole: _Floats) -> tuple[float, float] | None:
-    drawn = whole > 0
+def _interval(over: _Floats, under: _Floats) -> tuple[float, float] | None:
+    drawn = under > 0
     if not drawn.any():
         return None
-    low, high = np.quantile(1 - seen[drawn] / whole[drawn], [0.025, 0.975])
+    low, high = np.quantile(over[drawn] / under[drawn], [0.025, 0.975])
     return float(low), float(high)

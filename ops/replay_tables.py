@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Termination
+from ops.audit_table import FEW_PROMPTS
 from ops.replay_record import Record
 from ops.replay_results import Outcome, Share
 from ops.replay_verdicts import Verdict, reproduced
@@ -57,6 +58,7 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
         parts.append(("left out", f"{record.unusable:,} without a trace or a time on record"))
     met = reproduced(record, recorded)
     other = "" if met == len(rollouts) else ": the record was not made by this code and config"
+    parts.append(("intervals", _intervals(record)))
     parts.append(
         (
             "check",
@@ -75,6 +77,16 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
     if missing:
         parts.append(("answers", missing))
     return "\n".join(f"{name:9} {text}" for name, text in parts)
+
+
+def _intervals(record: Record) -> str:
+    """How they are made."""
+    count, prompts = len(record.counted), len({record.rollouts[place].problem for place in record.counted})
+    text = "95 %; of what is saved by a bootstrap by prompt, of shares Wilson's: each rollout is of another prompt"
+    if prompts < count:
+        text = f"95 %, by a bootstrap by prompt ({count:,} rollouts of {prompts:,} prompts)"
+    few = f"; of {prompts} prompts they are too narrow: conclude nothing from them"
+    return text + (few if prompts < FEW_PROMPTS else "")
 
 
 def _counted(record: Record) -> str:
@@ -105,7 +117,7 @@ def drift_of(record: Record, verdicts: Sequence[Verdict]) -> float | None:
 def table(settings: Sequence[Setting], found: Sequence[Outcome]) -> list[list[str]]:
     """A heading, then a row for each setting."""
     names = ["setting", "active", "cut", "tokens", "saved", "kept"]
-    names += ["right", "cut before end", "cut behind", "wrong", "wrong: cut"]
+    names += ["right", "cut early", "cut behind", "wrong", "wrong: cut"]
     return [names, *(_row(one, outcome) for one, outcome in zip(settings, found, strict=True))]
 
 
@@ -151,17 +163,30 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def unequal(found: Sequence[Outcome]) -> list[str]:
+    """A sentence where rows count different rollouts; nothing where all count the same number."""
+    counts = sorted({outcome.active for outcome in found})
+    if len(counts) == 1:
+        return []
+    counted = f"{counts[0]:,} to {counts[-1]:,} of {found[0].rollouts:,}"
+    return [
+        f"Rows count different rollouts, {counted} (active): each counts those that its setting could have cut. A "
+        f"policy with a warm-up or a calibration cuts nothing before these are over, `fixed` from the first rollout "
+        f"on, and a run's rollouts change as it learns. Compare rows of the same number."
+    ]
+
+
 READING = (
     "active: rollouts that the setting could have cut; all figures are of these. tokens: mean up to the trigger (what "
     "is written until the stop arrives comes on top). saved: against not cutting, bootstrap clustered by prompt. kept: "
-    "mean tokens to train on. right: rollouts with a right answer whose place is known; cut before end: those of which "
-    "not all up to the end of the answer is kept (false stops); cut behind: those cut behind it. In brackets 95 % "
-    "intervals. A replay does not know what a student that was trained otherwise would have written."
+    "mean tokens to train on. right: rollouts with a right answer; cut early: those of which the task's verifier does "
+    "not call right what is kept (false stops); cut behind: those that were cut and are right as they are kept. In "
+    "brackets 95 % intervals. A replay does not know what a student that was trained otherwise would have written."
 )
 
 
-def markdown(head: str, rows: Sequence[Sequence[str]], picture: str) -> str:
-    """The whole result as Markdown."""
+def markdown(head: str, rows: Sequence[Sequence[str]], notes: Sequence[str], picture: str) -> str:
+    """The whole result as Markdown; `notes` stand below the table."""
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     rule = "| --- |" + " ---: |" * (len(rows[0]) - 1)
     return "\n".join(
@@ -175,6 +200,7 @@ def markdown(head: str, rows: Sequence[Sequence[str]], picture: str) -> str:
             lines[0],
             rule,
             *lines[1:],
+            *(f"\n{note}" for note in notes),
             "",
             READING,
             "",

@@ -100,8 +100,9 @@ class TaskSource:
         self.tokenizer = load_tokenizer(folder)
         self._encode = Encoder(self.tokenizer, chat=config.data.chat)
         self._task = make_task(config, self.tokenizer, benchmark)
-        teacher = find_model(config.teacher.model, weights=False)
-        self._stops = set(read_facts(folder).stop_ids) | set(read_facts(teacher).stop_ids)
+        self._stops = set(read_facts(folder).stop_ids)
+        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+            self._stops |= set(read_facts(find_model(config.teacher.model, weights=False)).stop_ids)
 
     def prepare(self) -> None:
         """Start what judges: a process that will judge calls it before it has anything else to do."""
@@ -167,3 +168,7 @@ class TaskSource:
     def judge(self, problem: int, tokens: Ints) -> bool | None:
         """Whether a completion is right; None where nothing can tell."""
         return self._task.verify(self.problem(problem), self.text(tokens))
+
+    def answer_end(self, problem: int, completion: str) -> int | None:
+        """The offset just behind the answer in a completion's text; None where there is none."""
+        return self._task.answer_end(self.problem(problem), completion)

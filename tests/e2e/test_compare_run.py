@@ -99,6 +99,17 @@ def test_an_interrupted_comparison_goes_on_and_reports(tmp_path: Path) -> None:
     assert (code, "2 done already, 0 to do" in output) == (0, True), output
     assert (grid / "compare.html").read_bytes() == written
 
+    # Killed between the summary and the last evaluation: the run goes on, and evaluates what it ended with.
+    evaluations = grid / "kat-s3" / "eval.jsonl"
+    before = evaluations.read_text().splitlines(keepends=True)
+    evaluations.write_text("".join(before[:-1]) + before[-1][:40])  # a torn line behind
+    code, output = finish(start(tmp_path))
+    assert (code, "kat-s3: goes on" in output) == (0, True), output
+    assert "NOT DONE" not in output
+    after = [json.loads(line) for line in evaluations.read_text().splitlines()]
+    assert [line["step"] for line in after] == [json.loads(line)["step"] for line in before]
+    check_report(grid, output)
+
 
 def check_report(grid: Path, output: str) -> None:
     with (grid / "compare.csv").open() as file:

@@ -20,6 +20,8 @@ from ops.audit import audit
 from ops.audit_cuts import AFTER, BEFORE, LOOP
 from ops.audit_sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
 from ops.cli import main
+from ops.pretrain import exchange_end
+from ops.reading import Words
 from ops.source import TaskSource
 from ops.tasks.arithmetic import solution_of
 
@@ -174,6 +176,29 @@ def test_what_has_ended_is_judged_as_it_is_and_needs_no_model(run: Path, capsys:
     assert decoder.steps == 0
     progress.tell()
     assert "4 of 4 continuations, 0 tokens written" in capsys.readouterr().err
+
+
+# --- how they are read ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stop_set", "text"), [("student", "1=1<pad>2"), ("union", "1=1")])
+def test_a_text_ends_where_its_writer_ended_it(tmp_path: Path, stop_set: str, text: str) -> None:
+    exchange_end(find_model("ops/models/teacher"), tmp_path / "teacher")
+    (tmp_path / "config.yaml").write_text(
+        CONFIG.replace("ops/models/teacher", str(tmp_path / "teacher")).replace("rollout: {", "rollout: {stop_set: x, ")
+    )
+    config = load(tmp_path / "config.yaml", [f"rollout.stop_set={stop_set}"])
+    pair, source = check_pair(config), TaskSource(config)
+    assert Words(config).stop_ids == set(pair.stop_ids)
+    ids = source.tokenizer("1=1", add_special_tokens=False)["input_ids"]
+    two = source.tokenizer("2", add_special_tokens=False)["input_ids"]
+    assert source.text(np.array([*ids, 0, *two, 1], np.int32)) == text
+
+
+def test_a_source_tells_where_an_answer_ends(run: Path) -> None:
+    source = TaskSource(load(run / "config.yaml"))
+    assert source.answer_end(0, "1=1#16;") == 6
+    assert source.answer_end(0, "1=1#") is None
 
 
 # --- which student ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ops.audit_cuts import (
     AFTER,
     BEFORE,
     LOOP,
+    Reader,
     Record,
     answer_tokens,
     chosen,
@@ -26,7 +27,7 @@ from ops.audit_cuts import (
 )
 from ops.tasks import Problem
 from ops.tasks.arithmetic import Arithmetic
-from ops.tasks.verifiers import answer_end
+from ops.tasks.verifiers import Exact, answer_end
 
 
 def ids(text: str) -> Ints:
@@ -38,8 +39,13 @@ def text_of(tokens: Ints) -> str:
     return "".join(chr(token) for token in tokens.tolist())
 
 
-def arithmetic_end(text: str) -> int | None:
-    return Arithmetic().answer_end(Problem("", ""), text)
+def arithmetic(answer: str) -> Reader:
+    task, problem = Arithmetic(), Problem("", answer)
+    return Reader(text_of, lambda tokens: task.verify(problem, text_of(tokens)), lambda t: task.answer_end(problem, t))
+
+
+def mathematics(answer: str) -> Reader:
+    return Reader(text_of, lambda tokens: Exact().verify(answer, text_of(tokens)), answer_end)
 
 
 def record(number: int, **changes: Any) -> Record:
@@ -145,18 +151,20 @@ def test_each_uncut_rollout_serves_once() -> None:
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("answer", ["16", "17"])  # right, and wrong
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
         ("12+7=19;19-3=16#16", 18),  # the 1 alone would be an answer, too
         ("12+7=19;19-3=16#16\n3+4?", 18),
-        ("1=1#-4;#9", 6),  # the first counts
+        ("1=1#16;#9", 6),  # the first counts
         ("12+7=19;19-3=16#", None),
         ("", None),
     ],
 )
-def test_where_the_arithmetic_answer_ends(text: str, tokens: int | None) -> None:
-    assert answer_tokens(ids(text), text_of, arithmetic_end) == tokens
+def test_where_the_arithmetic_answer_ends(text: str, tokens: int | None, answer: str) -> None:
+    for keep in (0, len(text) // 2, len(text)):
+        assert answer_tokens(ids(text), keep, arithmetic(answer)) == tokens
 
 
 @pytest.mark.parametrize(
@@ -166,17 +174,53 @@ def test_where_the_arithmetic_answer_ends(text: str, tokens: int | None) -> None
         (r"so \boxed{\frac{1}{2}}", 22),
         ("so\n#### 1,234\nand 5", 13),
         (r"so \boxed{3", None),
+        (r"<think>\boxed{3}</think> hm, \boxed{4}", 38),  # a thought's is none
+        (r"<think>\boxed{3}</think> hm, #### 4", 35),
+        (r"<think>\boxed{3}</think> hm", None),
     ],
 )
-def test_where_an_answer_of_mathematics_ends(text: str, tokens: int | None) -> None:
-    assert answer_tokens(ids(text), text_of, answer_end) == tokens
+def test_where_a_wrong_answer_of_mathematics_ends(text: str, tokens: int | None) -> None:
+    assert answer_tokens(ids(text), len(text) // 2, mathematics("7")) == tokens
+
+
+def test_a_box_in_a_thought_is_not_the_right_answer() -> None:
+    text = r"<think>\boxed{3}</think> hm, \boxed{4}"
+    for keep in (0, 20, len(text)):
+        assert answer_tokens(ids(text), keep, mathematics("4")) == 38 == len(text)
+
+
+def test_an_answer_that_is_repeated_counts_from_the_first_time() -> None:
+    text = r"2+2 is 4, so \boxed{4}." + r" So the answer is \boxed{4}." * 12
+    first = text.index("}") + 1
+    for keep, kind in ((first - 1, BEFORE), (first, AFTER), (60, AFTER)):
+        answer = answer_tokens(ids(text), keep, mathematics("4"))
+        assert class_of(ids(text), keep, keep, answer) == kind
+    assert answer_tokens(ids(text), first, mathematics("4")) == first
+
+
+def test_what_is_taken_back_is_kept_wrong() -> None:
+    text = r"\boxed{4}, no: \boxed{5}, no, \boxed{4}"
+    kept = [answer_tokens(ids(text), keep, mathematics("4")) for keep in (9, 24, len(text))]
+    # What is kept of the second is wrong, so its answer is still to come.
+    assert kept[0] == 9 and kept[1] == len(text)
+    assert class_of(ids(text), 9, 9, kept[0]) == AFTER and class_of(ids(text), 24, 24, kept[1]) == BEFORE
 
 
 def test_tokens_may_be_longer_than_characters() -> None:
     pieces = ["12", "=1", "2#", "1", "2", "\n#5"]
     tokens = np.arange(len(pieces), dtype=np.int32)
-    found = answer_tokens(tokens, lambda some: "".join(pieces[one] for one in some.tolist()), arithmetic_end)
-    assert found == 5
+
+    def text(some: Ints) -> str:
+        return "".join(pieces[one] for one in some.tolist())
+
+    for answer in ("12", "3"):
+        task, problem = Arithmetic(), Problem("", answer)
+        judge = Reader(
+            text,
+            lambda some, task=task, problem=problem: task.verify(problem, text(some)),
+            lambda said, task=task, problem=problem: task.answer_end(problem, said),
+        )
+        assert answer_tokens(tokens, 4, judge) == 5
 
 
 @pytest.mark.parametrize(

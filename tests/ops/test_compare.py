@@ -6,18 +6,20 @@ import csv
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from run_folders import evaluation, line, write_lines
 
 from common.config import Config, load
-from ops import compare
+from ops import compare, evaluate
 from ops.cli import main
 from ops.compare_grid import Cell
 from ops.compare_runs import next_ready
+from ops.rundir import lock
 from ops.summary import write_summary
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,178 @@ def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
     assert "NOT DONE, and left out everywhere: none-s2 (new)." in text
 
 
+def test_cells_of_another_base_are_not_joined(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(policies="none,random_matched", seeds="0-1") == 0
+    before = sorted(path.name for path in (tmp_path / "grid").iterdir())
+    runner.started.clear()
+    other = ("--set", "learner.learning_rate=0.25")
+    assert call(*other, policies="none", seeds="2-3") == 2  # other seeds of the same row
+    assert call(*other, policies="fixed", seeds="0-1") == 2  # another row of the same seeds
+    err = capsys.readouterr().err
+    assert err.count("learner.learning_rate is 0.0005 there and 0.25 now") == 2
+    assert runner.started == []
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == before
+    assert call(policies="none", seeds="2") == 0
+
+
+def test_cells_of_two_bases_are_not_reported(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call() == 0
+    path = tmp_path / "grid" / "kat-s1" / "config.yaml"
+    path.write_text(load(path, ["learner.learning_rate=0.25"]).to_yaml())
+    capsys.readouterr()
+    assert call("--report-only") == 2
+    assert "learner.learning_rate is 0.0005 in none-s0 and 0.25 in kat-s1" in capsys.readouterr().err
+
+
+def drop_last_evaluation(run: Path) -> None:
+    write_lines(run / "eval.jsonl", [evaluation(0, 0.25)])
+    write_summary(run)
+
+
+def test_a_run_whose_last_evaluation_is_missing_is_resumed(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(policies="none,random_matched") == 0
+    drop_last_evaluation(tmp_path / "grid" / "kat-s0")
+    assert call("--report-only") == 0
+    assert "NOT DONE, and left out everywhere: kat-s0 (begun)." in capsys.readouterr().out
+    runner.started.clear()
+    assert call(policies="none,random_matched") == 0
+    assert (runner.started, runner.resumed) == ([], ["kat-s0"])
+    assert "NOT DONE" not in (tmp_path / "grid" / "compare.md").read_text()
+
+
+def test_a_run_that_ends_without_its_last_evaluation_has_failed(
+    tmp_path: Path,
+    runner: Runner,
+    call: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(config: Config, log: Path) -> int:
+        fill(config)
+        drop_last_evaluation(config.run_dir)
+        return 0
+
+    monkeypatch.setattr(runner, "_end", end)
+    assert call(policies="none", seeds="0") == 1
+    captured = capsys.readouterr()
+    assert f"failed: none-s0: the run ended, but it is not complete: its last step, {STEPS}, is not" in captured.err
+    assert "NOT DONE, and left out everywhere: none-s0 (begun)." in captured.out
+    assert (tmp_path / "grid" / "compare.csv").read_text().splitlines()[1].startswith("none,0,begun,,")
+
+
+def test_a_run_that_was_killed_while_it_began_is_begun_again(
+    tmp_path: Path, runner: Runner, call: Callable[..., int]
+) -> None:
+    (tmp_path / "grid" / "none-s0").mkdir(parents=True)
+    (tmp_path / "grid" / "none-s0" / "run.json").write_text("{}")
+    (tmp_path / "grid" / "compare.json").write_text(
+        '{"budget": "steps", "rows": {"none": ["termination.policy=none"]}, "seeds": [0]}'
+    )
+    seen: list[list[Path]] = []
+    begun = runner.__call__
+
+    def look(arguments: Sequence[str], log: Path) -> Played:
+        seen.append(list((tmp_path / "grid" / "none-s0").iterdir()))
+        return begun(arguments, log)
+
+    compare.start_run = look  # type: ignore[assignment]  # the fixture puts the real one back
+    assert call(policies="none", seeds="0") == 0
+    assert (runner.started, seen) == (["none-s0"], [[]])
+
+
+def test_another_comparison_at_work_is_named(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid").mkdir()
+    with lock(tmp_path / "grid"):
+        assert call() == 2
+    assert "another `katana compare` is at work in this folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "grid").iterdir()] == [".lock"]
+
+
+def test_what_was_added_before_the_folder_was_held_is_kept(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_first(folder: Path) -> IO[str]:
+        monkeypatch.setattr(compare, "lock", lock)
+        assert call(policies="fixed", seeds="0") == 0
+        return lock(folder)
+
+    monkeypatch.setattr(compare, "lock", other_first)
+    assert call(policies="kat", seeds="1") == 0
+    rows = json.loads((tmp_path / "grid" / "compare.json").read_text())
+    assert (list(rows["rows"]), rows["seeds"]) == (["kat", "fixed"], [0, 1])
+
+
+def test_folders_that_cannot_be_are_refused(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid").write_text("a file")
+    assert call() == 2
+    assert "is no comparison" in capsys.readouterr().err
+    assert call("--set", f"runs_dir={tmp_path}/grid/below") == 2
+    assert "cannot be made or written to (Not a directory); look at runs_dir" in capsys.readouterr().err
+    assert (tmp_path / "grid").read_text() == "a file"
+
+
+def test_seeds_that_are_not_matched_are_named(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
+    assert call(policies="none,kat,random_matched", seeds="0-2") == 0
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert "Wall-clock" in text and "wait for the evaluator" in text
+    assert "NOT matched within 2 %" not in text
+    books = tmp_path / "grid" / "random_matched-s1" / "rollouts.jsonl"
+    lines = [json.loads(one) for one in books.read_text().splitlines()]
+    write_lines(books, [one | {"tokens_kept": one["tokens_kept"] // 2} for one in lines])
+    assert call("--report-only") == 0
+    against = (tmp_path / "grid" / "compare.md").read_text().partition("## Against random_matched")[2]
+    assert "NOT matched within 2 %: seed 1. There" in against.partition("##")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rollouts.jsonl", "{]\n"),
+        ("rollouts.jsonl", "[]\n"),
+        ("rollouts.jsonl", '{"ending": "trained", "active": true, "finish_reason": "eos", "arm": "treated"}\n'),
+        ("summary.json", "[]"),
+    ],
+)
+def test_a_damaged_run_of_kat_is_refused_by_name(
+    name: str, text: str, tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(policies="kat", seeds="0") == 0
+    run = tmp_path / "grid" / "kat-s0"
+    (run / name).write_text(text)
+    assert main(["match", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {run}: damaged (") and "expected the folder of a finished run" in err
+
+
+def test_an_evaluation_behind_a_torn_line_stands_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an evaluator left that was killed while it wrote."""
+
+    class Measured:
+        def swap(self, path: Path) -> None: ...
+
+        def measure(self, stop: threading.Event) -> evaluate.Scores:
+            return evaluate.Scores(8, 4, 0.5, 0.6, 9.0, 1.0)
+
+    results = tmp_path / "eval.jsonl"
+    write_lines(results, [evaluation(0, 0.25)])
+    with results.open("a") as file:
+        file.write('{"policy_version":1,"st')
+    monkeypatch.setattr(evaluate, "verified", lambda folder, ref: folder / ref.file)
+    note = {"version": 2, "step": 2, "tokens_trained": 5, "sha256": "0"}
+    assert evaluate._evaluate_one(Measured(), note, tmp_path, results, threading.Event())  # type: ignore[arg-type]
+    assert [json.loads(one)["step"] for one in results.read_text().splitlines()] == [0, 2]
+
+
 def test_jobs_run_at_a_time(runner: Runner, call: Callable[..., int]) -> None:
     runner.looks = 4
     assert call("--jobs", "3", policies="random_matched,kat", seeds="0-1") == 0
@@ -219,6 +393,9 @@ def test_another_config_is_refused_before_anything_runs(
         ((), {"seeds": "4-0"}, "'4-0' is no range of seeds"),
         (("--budget", "tokens:many"), {}, "expected `steps`, or `tokens:N`"),
         (("--budget", "tokens:900", "--set", "learner.max_steps=3"), {}, "it is the tokens that end a run"),
+        (("--variant", "short:learner.max_steps=3"), {}, "the budget is the same in all rows"),
+        (("--set", "learner.max_generated_tokens=900"), {}, "ask for --budget tokens:900"),
+        (("--set", "eval.every_steps=0"), {}, "there is nothing to compare"),
         (("--set", "learner.max_step=3"), {}, "the nearest known one is 'learner.max_steps'"),
         (("--variant", "early:termination.etta=0.1"), {}, "the nearest known one is 'termination.eta'"),
         (("--set", "teacher.model=/no/such"), {}, "row 'none': /no/such: there is no such folder"),
@@ -296,3 +473,13 @@ def test_the_tables_by_hand(tmp_path: Path, runner: Runner, call: Callable[..., 
     # 0.100, 0.101, 0.102; half = 4.3027 · 0.001 / √3.
     expected = ["avg@4", "kat", "3", "+0.101", "+0.099 to +0.103", "+0.100 to +0.102", "3 0 0", "higher"]
     assert [part.strip() for part in pair.strip("| ").split("|")] == expected
+
+
+def test_the_share_called_by_chance_has_two_digits(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
+    assert call(policies="none,kat", seeds="0-2") == 0
+    assert "of 2 comparisons without any difference about 0.1 would" in (tmp_path / "grid" / "compare.md").read_text()
+    for path in tmp_path.glob("grid/*/eval.jsonl"):
+        lines = [json.loads(one) | {"pass@k": 0.9} for one in path.read_text().splitlines()]
+        write_lines(path, lines)
+    assert call("--report-only", policies="none,kat", seeds="0-2") == 0
+    assert "of 1 comparisons without any difference about 0.05 would" in (tmp_path / "grid" / "compare.md").read_text()

@@ -81,7 +81,9 @@ def test_pairs_are_of_the_seeds_that_both_have() -> None:
         ([0.1, 0.2, 0.0], "no difference seen"),  # s = 0.1, half = 0.248
         ([0.3], "one seed: nothing to say"),
         ([0.0, 0.0], "equal in all seeds"),
-        ([2.0, 2.0], "higher"),
+        ([2.0, 2.1], "2 seeds: too few to say"),  # s = 0.07, half = 0.635: the interval alone would say higher
+        ([2.0, 2.0, 2.0], "same in all seeds: no spread to go by"),
+        ([0.9 - 0.8, 0.8 - 0.7, 0.7 - 0.6], "same in all seeds: no spread to go by"),  # but for rounding
     ],
 )
 def test_words_say_no_more_than_the_interval(differences: list[float], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,33 +20,40 @@ from common.pretrained import find_model, load_tokenizer
 from common.termination import Cut
 from ops.cli import main
 from ops.replay import replay
-from ops.replay_answers import answer_ends, tokens_of
+from ops.replay_answers import Judged, judged
 from ops.replay_record import read_record
-from ops.replay_results import Outcome, outcomes, saving_intervals
+from ops.replay_results import Outcome, Share, outcomes, ratio_intervals, saving_intervals
 from ops.replay_verdicts import Replay, Verdict
+from ops.report_series import wilson
+from ops.source import TaskSource
 from ops.summary import length_saving
+from ops.tasks.arithmetic import Arithmetic
 
 SHIPPED = CONFIG.replace("./absent-", "ops/models/")
 UNCUT = SHIPPED.replace("termination: {", "termination: {policy: none, ")
-TEXT = "1+1=2#12;;;;;;;;;"  # 16 tokens; the answer ends behind 8 characters, which are 7 of them: "+1" is one
+TEXT = "1+1=2#{};;;;;;;;;"  # 16 tokens; the answer ends behind 8 characters, which are 7 of them: "+1" is one
+ANSWERS = [Arithmetic().problem(place, split="train", seed=0).answer for place in range(200)]
+PROBLEMS = [place for place, answer in enumerate(ANSWERS) if len(answer) == 2]
 
 
 def fill(folder: Path, rollouts: Sequence[dict[str, Any]], config: str = UNCUT) -> Path:
     """A run's folder with these rollouts, one after the other; each says what is not as usual.
 
-    `text`: what was written; `values`: its divergences, 0.5 nats where not said; the other names are of a booked line.
+    `text`: what was written, {} is the right answer, of two digits; `values`: its divergences, 0.5 nats where not said;
+    the other names are of a booked line.
     """
     folder.mkdir(exist_ok=True)
     tokenizer = load_tokenizer(find_model("ops/models/student", weights=False))
     lines, traces = [], []
     for place, changes in enumerate(rollouts):
         changes = dict(changes)
-        ids = tokenizer(changes.pop("text", TEXT), add_special_tokens=False)["input_ids"]
+        text = changes.pop("text", TEXT).format(ANSWERS[PROBLEMS[place]])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         values = changes.pop("values", [0.5] * len(ids))
         keep, trigger = changes.pop("cut_at", (len(ids), len(ids)))
         booked = line(
             rid=rid_of(place),
-            problem=place,
+            problem=PROBLEMS[place],
             active="policy: none" not in config,
             tokens_generated=len(ids),
             tokens_kept=keep,
@@ -67,7 +75,8 @@ def figures(folder: Path, *overrides: str) -> Outcome:
     """The outcome of one setting, computed anew."""
     record = read_record(folder)
     settings = load(folder / "config.yaml", [f"termination.{one}" for one in overrides]).termination
-    return outcomes(record, [Replay(record).recomputed(settings)], answer_ends(record, folder)[0])[0]
+    verdicts = [Replay(record).recomputed(settings)]
+    return outcomes(record, verdicts, judged(record, verdicts, folder)[0])[0]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -83,11 +92,11 @@ def test_false_stops_by_hand(tmp_path: Path) -> None:
         tmp_path / "run",
         [
             {"text": TEXT},  # right: the answer ends at 7
-            {"text": "1+1=2;1+1=2#2;;;;;"},  # right: 16 tokens, at 11
-            {"text": "2#2"},  # right, and over before it could be cut
+            {"text": "1+1=2;1+1=2#{};;;;"},  # right: 16 tokens, at 12
+            {"text": "2#{}"},  # right, and over before it could be cut
             {"text": TEXT, "correct": False},
             {"text": TEXT, "correct": None},
-            {"text": ";" * 11, "correct": True},  # right, it is said; there is no answer in it
+            {"text": ";" * 11, "correct": True},  # right, it is said; to the verifier it is not, so it is left out
         ],
     )
     found = figures(folder, "policy=fixed", "fixed_tokens=8")
@@ -96,9 +105,9 @@ def test_false_stops_by_hand(tmp_path: Path) -> None:
     assert (found.unwritten.hits, found.late.hits) == (1, 1)
     assert (found.wrong.hits, found.wrong.count) == (1, 1)
     assert (found.cut.hits, found.cut.count, found.active) == (5, 6, 6)
-    assert found.generated == found.kept == pytest.approx((5 * 8 + 3) / 6)
-    assert found.whole == pytest.approx((4 * 16 + 3 + 11) / 6)
-    assert found.saving == pytest.approx(1 - 43 / 78)
+    assert found.generated == found.kept == pytest.approx((5 * 8 + 4) / 6)
+    assert found.whole == pytest.approx((4 * 16 + 4 + 11) / 6)
+    assert found.saving == pytest.approx(1 - 44 / 79)
     later = figures(folder, "policy=fixed", "fixed_tokens=6").early
     assert later is not None and later.hits == 2
 
@@ -117,10 +126,98 @@ def test_an_answer_that_is_written_and_not_kept_is_a_false_stop(tmp_path: Path) 
     assert (found.early.hits, found.unwritten.hits) == (1, 0)
 
 
-@pytest.mark.parametrize(("characters", "tokens"), [(0, 0), (1, 1), (2, 4), (3, 5), (9, 5)])
-def test_a_character_of_three_tokens_ends_with_its_last(characters: int, tokens: int) -> None:
-    ids = list("a€b".encode())
-    assert tokens_of(ids, characters, lambda some: bytes(some).decode(errors="replace")) == tokens
+BOXED = "data: {task: dataset, path: %s, prompt_key: q, answer_key: a, verifier: exact}"
+REPEATED = "1=1\n" + "####2\n" * 5
+
+
+def test_an_answer_that_is_repeated_is_kept_with_its_first(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"q": "1+1?", "a": "2"}) + "\n")
+    config = UNCUT + (BOXED % (tmp_path / "rows.jsonl")) + "\neval: {every_steps: 0}\n"
+    folder = fill(tmp_path / "run", [{"text": REPEATED}, {"text": REPEATED}], config)
+    ids = read_record(folder).rollouts[0].tokens.tolist()
+    decode = load_tokenizer(find_model("ops/models/student", weights=False)).decode
+    first = next(count for count in range(len(ids)) if "####2" in decode(ids[:count]))
+    kept = figures(folder, "policy=fixed", f"fixed_tokens={first}")
+    assert kept.early is not None and kept.late is not None
+    assert (kept.early.hits, kept.late.hits, kept.early.count) == (0, 2, 2)
+    lost = figures(folder, "policy=fixed", f"fixed_tokens={first - 1}")
+    assert lost.early is not None and lost.unwritten is not None
+    assert (lost.early.hits, lost.unwritten.hits) == (2, 2)
+
+
+def test_a_text_is_judged_once_at_each_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fill(tmp_path / "run", [{}, {}])
+    asked: list[tuple[int, int]] = []
+    judge = TaskSource.judge
+
+    def counted(source: TaskSource, problem: int, tokens: Any) -> bool | None:
+        asked.append((problem, len(tokens)))
+        return judge(source, problem, tokens)
+
+    monkeypatch.setattr(TaskSource, "judge", counted)
+    replay(folder, ["termination.policy=fixed"], ["termination.fixed_tokens=4,8", "termination.warmup_steps=0,1"])
+    assert sorted(asked) == [(problem, length) for problem in PROBLEMS[:2] for length in (4, 8, 16)]
+
+
+def test_answers_are_judged_with_the_model_that_the_run_left(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "run", [{}], UNCUT.replace("ops/models/student", "./absent"))
+    shutil.copytree(find_model("ops/models/student"), folder / "model")
+    found = figures(folder, "policy=fixed", "fixed_tokens=8")
+    assert found.late is not None and found.late.hits == 1
+
+
+def test_shares_of_rollouts_of_one_prompt_are_no_narrower_than_their_prompts(tmp_path: Path) -> None:
+    texts = [TEXT, ";;;;;1+1=2#{};;;;"] * 10  # cut at 8: every other one is a false stop
+    alone = fill(tmp_path / "alone", [{"text": text} for text in texts])
+    four = fill(
+        tmp_path / "four", [{"text": text, "problem": place} for place, text in enumerate(texts) for _ in range(4)]
+    )
+    one = outcome_of(alone)
+    each = outcome_of(four)
+    assert one.interval == wilson(one.hits, one.count)
+    assert (one.hits, one.count) == (10, 20) and (each.hits, each.count) == (40, 80)
+    assert one.interval is not None and each.interval is not None
+    width = each.interval[1] - each.interval[0]
+    assert width == pytest.approx(one.interval[1] - one.interval[0], rel=0.3)
+    low, high = wilson(40, 80)
+    assert width > 1.7 * (high - low)
+    assert "each rollout is of another prompt" in replay(alone)
+    assert "by a bootstrap by prompt (80 rollouts of 20 prompts)" in replay(four)
+    assert "too narrow" not in replay(four)
+    assert "of 2 prompts they are too narrow" in replay(fill(tmp_path / "few", [{}, {}]))
+
+
+def outcome_of(folder: Path) -> Share:
+    """The false stops at 8 tokens, every right rollout taken for one whose texts hold what their names say."""
+    record = read_record(folder)
+    settings = load(folder / "config.yaml", ["termination.policy=fixed", "termination.fixed_tokens=8"]).termination
+    verdicts = [Replay(record).recomputed(settings)]
+    starts = record.rollouts[0].tokens[0]
+    right = {
+        (place, end): end == 16 or one.tokens[0] == starts
+        for place, one in enumerate(record.rollouts)
+        for end in (8, 16)
+    }
+    found = outcomes(record, verdicts, Judged(right, frozenset()))[0].early
+    assert found is not None
+    return found
+
+
+def test_where_all_prompts_are_alike_the_interval_keeps_its_width() -> None:
+    of = np.ones((2, 40))
+    of[1, 20:] = 0
+    none, half = ratio_intervals(np.zeros((2, 40)), of, np.repeat(np.arange(10), 4).tolist())
+    # The tables' upper limits for 0 of 10 and 0 of 5.
+    assert none == (0.0, pytest.approx(0.3085, abs=5e-5))
+    assert half == (0.0, pytest.approx(0.5218, abs=5e-5))
+
+
+def test_rows_that_count_different_rollouts_say_so(tmp_path: Path) -> None:
+    assert "Rows count different rollouts" not in replay(fill(tmp_path / "equal", [{}] * 3))
+    folder = stop_run(tmp_path / "run")
+    text = replay(folder, ["termination.fixed_tokens=8"], ["termination.policy=fixed,kat"])
+    assert "Rows count different rollouts, " in text and "Compare rows of the same" in text
+    assert "Rows count different rollouts, " in (folder / "replay" / "replay.md").read_text()
 
 
 def test_the_saving_has_the_interval_of_the_summary() -> None:
@@ -143,7 +240,7 @@ def test_only_active_rollouts_count(tmp_path: Path) -> None:
     cut = Cut(4, 4, "fixed")
     verdicts = [Verdict(None, False, cut), Verdict(0.5, True, cut), Verdict(0.7, True, None)]
     never = [Verdict(None, False, None)] * 3
-    found, idle = outcomes(record, [verdicts, never], {0: 8, 1: 8, 2: 8})
+    found, idle = outcomes(record, [verdicts, never], Judged({(0, 4): False, (1, 4): True}, frozenset()))
     assert (found.active, found.cut.hits, found.cut.count, found.generated) == (2, 1, 2, 10)
     assert found.number == pytest.approx(0.6)
     assert (idle.active, idle.saving, idle.saving_interval, idle.number) == (0, None, None, None)
@@ -204,7 +301,7 @@ def test_a_run_that_stopped_rollouts_cannot_tell_everything(tmp_path: Path, key:
 
 def test_answers_that_cannot_be_placed_leave_their_columns_out(tmp_path: Path) -> None:
     folder = fill(tmp_path / "run", [{}, {}], UNCUT.replace("ops/models/student", "./absent"))
-    assert "answers   not placed, for there is no tokenizer" in replay(folder)
+    assert "answers   not judged, for the task or the tokenizer cannot be had here" in replay(folder)
     assert figures(folder, "policy=fixed", "fixed_tokens=8").early is None
     none = fill(tmp_path / "none", [{"correct": None}] * 2)
     assert "answers   none was verified" in replay(none)
