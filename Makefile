@@ -31,7 +31,7 @@ test-only: setup-dev
 
 # What needs no processes and no training, in under two minutes.
 test-fast: setup-dev
-	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network'
+	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network' -n 3 --dist worksteal
 
 # The cluster of docker-compose.yml in real containers, as root: see docs/operating.md. About ten minutes.
 test-cluster: setup-dev

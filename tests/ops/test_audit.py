@@ -25,6 +25,8 @@ from ops.reading import Words
 from ops.source import TaskSource
 from ops.tasks.arithmetic import solution_of
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 name: small
 student: {model: ops/models/student}

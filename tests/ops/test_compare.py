@@ -22,6 +22,8 @@ from ops.compare_runs import next_ready
 from ops.rundir import lock
 from ops.summary import write_summary
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
 BATCH, STEPS = 10, 20

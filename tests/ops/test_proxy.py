@@ -399,6 +399,8 @@ CHECKER = """
 import random, sys, time
 import redis
 from common.streams import connect
+
+pytestmark = pytest.mark.slow
 client, rng = connect(sys.argv[1]), random.Random(int(sys.argv[3]))
 script = client.register_script("return {ARGV[1], {ARGV[2]}}")
 asked = broken = 0

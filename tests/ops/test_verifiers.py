@@ -24,6 +24,8 @@ from ops.tasks.verifiers import (
     rehearse,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[MathVerify]:
