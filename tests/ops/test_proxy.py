@@ -22,6 +22,8 @@ from common.streams import connect
 from ops.chaos.proxy import Frames, RedisProxy, arguments, request, unblocked
 from ops.embedded import EmbeddedRedis
 
+pytestmark = pytest.mark.slow
+
 ME = os.getpid()
 ADD = "redis.call('RPUSH', KEYS[1], ARGV[1]); return {ARGV[1], redis.call('LLEN', KEYS[1])}"
 
@@ -399,8 +401,6 @@ CHECKER = """
 import random, sys, time
 import redis
 from common.streams import connect
-
-pytestmark = pytest.mark.slow
 client, rng = connect(sys.argv[1]), random.Random(int(sys.argv[3]))
 script = client.register_script("return {ARGV[1], {ARGV[2]}}")
 asked = broken = 0

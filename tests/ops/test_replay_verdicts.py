@@ -26,6 +26,8 @@ from ops.embedded import EmbeddedRedis
 from ops.replay_record import read_record
 from ops.replay_verdicts import Replay, Shape, Windows, reproduced
 
+pytestmark = pytest.mark.slow
+
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "kat_rule.json").read_text())["cases"]
 COUNT, CHUNK = 32, 7
 MINE = "own_policy:Halved"

@@ -18,6 +18,8 @@ from ops import report, report_data, report_panels, report_plots, report_run, re
 from ops.cli import main
 from ops.summary import Saving, length_saving
 
+pytestmark = pytest.mark.slow
+
 
 def test_lines_here_have_the_fields_of_the_books() -> None:
     assert set(line()) == set(BookLine.__dataclass_fields__)
