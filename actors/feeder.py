@@ -32,7 +32,7 @@ from common.config import Config
 from common.draws import draw, rollout_seed
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
 from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
-from common.weights import write_atomically
+from common.weights import write_text
 
 log = logging.getLogger("katana.feeder")
 _COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's own count of a stopped rollout
@@ -211,7 +211,7 @@ class Feeder:
         path, ledger = self._config.run_dir / "ledger.json", self.ledger()
         with locked(self._lock):
             if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(ledger):
-                write_atomically(path, lambda draft: _write_text(draft, json.dumps(ledger)))
+                write_text(path, json.dumps(ledger))
 
     def ledger(self) -> dict[str, Any]:
         """admitted = trained + dropped + dead + open."""
@@ -567,7 +567,3 @@ def _moment(entry: bytes | None) -> float | None:
 def _reached(ledger: dict[str, Any]) -> tuple[int, int]:
     """How far a ledger is: both numbers never fall."""
     return ledger["admitted"], ledger["admitted"] - ledger["open"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -516,11 +516,16 @@ def load(path: Path, overrides: Sequence[str] = (), *, import_policy: bool = Tru
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     config = parse(raw, overrides, source=str(path))
     if import_policy:
-        try:
-            policies.check(config.termination, config.rollout.max_completion_length)
-        except policies.PolicyError as error:
-            raise ConfigError(f"{path}: termination.policy: {error}") from error
+        check_policy(config, source=str(path))
     return config
+
+
+def check_policy(config: Config, *, source: str) -> None:
+    """Import the policy, one of the user's own too, and make one object of it. Raises ConfigError."""
+    try:
+        policies.check(config.termination, config.rollout.max_completion_length)
+    except policies.PolicyError as error:
+        raise ConfigError(f"{source}: termination.policy: {error}") from error
 
 
 def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:

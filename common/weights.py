@@ -67,6 +67,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` of a text, UTF-8."""
+
+    def write(draft: Path) -> None:
+        draft.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def _umask() -> int:
     current = os.umask(0o022)
     os.umask(current)

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from common.streams import Plane
-from common.weights import write_atomically
+from common.weights import write_text
 
 log = logging.getLogger("katana.learner")
 
@@ -43,8 +43,7 @@ class GeneratedTokens:
         if step not in self._counted:
             self._counted[step] = self._ask()
             if self._path is not None:
-                text = json.dumps(self._counted) + "\n"
-                write_atomically(self._path, lambda path: _write(path, text))
+                write_text(self._path, json.dumps(self._counted) + "\n")
         self.total = self._counted[step]
 
     def covered(self, step: int) -> None:
@@ -56,7 +55,3 @@ class GeneratedTokens:
         if count < self.total:
             self._forgotten += self.total - count
         return max(count, self.total)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -36,6 +36,7 @@ from pathlib import Path
 from common.config import ConfigError
 from common.messages import Ints
 from common.pretrained import Pair, check_pair
+from common.weights import write_text
 from ops.audit_chances import SOURCES, Audited, rows_of
 from ops.audit_cuts import Reader, Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
 from ops.audit_plot import DOTS_PER_INCH, draw
@@ -43,7 +44,6 @@ from ops.audit_sampling import Prefix, Progress, Weights, continue_all, find_stu
 from ops.audit_table import Audit, csv_of, markdown_of, text_of, tree_of
 from ops.report_plots import named, save_png
 from ops.report_run import Run, read_run
-from ops.rundir import write_text
 from ops.source import TaskSource
 
 _BY_TEACHER = "keep_teacher"

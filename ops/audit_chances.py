@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.audit_cuts import CLASSES, Record
+from ops.bootstrap import RESAMPLES, interval, resampled_sums
 
 SOURCES = {
     "keep": "the student, from what was kept",
@@ -23,8 +24,6 @@ SOURCES = {
 }
 """What P(correct) is measured from: name in files and tables → meaning."""
 ALL = "all cuts"
-_RESAMPLES = 2000
-_AT_ONCE = 1_000_000  # prompts drawn, in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Chance:
 
 
 def chance(
-    values: Sequence[float], prompts: Sequence[int], *, floor: float = 0.0, seed: int = 0, resamples: int = _RESAMPLES
+    values: Sequence[float], prompts: Sequence[int], *, floor: float = 0.0, seed: int = 0, resamples: int = RESAMPLES
 ) -> Chance | None:
     """The mean of values between `floor` and 1, each of the prompt beside it; None of no value.
 
@@ -60,22 +59,13 @@ def chance(
     """
     if not values:
         return None
-    places = {prompt: place for place, prompt in enumerate(sorted(set(prompts)))}
-    table = np.zeros((len(places), 2))  # sums of values, and rollouts
-    for value, prompt in zip(values, prompts, strict=True):
-        table[places[prompt]] += (value, 1)
-    rng, block = np.random.default_rng(seed), max(1, _AT_ONCE // len(places))
-    means: list[float] = []
-    while len(means) < resamples:
-        drawn = rng.integers(len(places), size=(min(block, resamples - len(means)), len(places)))
-        sums = table[drawn].sum(axis=1)
-        means += (sums[:, 0] / sums[:, 1]).tolist()
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean = float(table[:, 0].sum() / table[:, 1].sum())
+    sums = resampled_sums(prompts, np.column_stack([values, np.ones(len(values))]), resamples=resamples, seed=seed)
+    low, high = interval(sums[:, 0] / sums[:, 1])
+    mean, count = float(np.mean(values)), len(set(prompts))
     if high - low < 1e-12:
-        unseen = unseen_share(len(places))
+        unseen = unseen_share(count)
         low, high = mean - (mean - floor) * unseen, mean + (1 - mean) * unseen
-    return Chance(mean, float(low), float(high), len(values), len(places))
+    return Chance(mean, low, high, len(values), count)
 
 
 def unseen_share(prompts: int) -> float:

@@ -86,18 +86,20 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
     pretrain.add_argument("--which", choices=("teacher", "student", "both"), default="both")
     pretrain.add_argument("--seed", type=int, default=0)
-    other = pretrain.add_mutually_exclusive_group()
-    other.add_argument(
+    pretrain.add_argument(
         "--exchange-end",
         type=Path,
         metavar="MODEL",
         help="make nothing; copy MODEL into --out with another id for its end token, as base and instruct models have",
     )
-    other.add_argument(
+    pretrain.add_argument(
         "--leave-loop",
         type=_chance,
         metavar="P",
         help="chance that a loop in the teacher's documents ends, at each repetition (default 0.15); low: a trap",
+    )
+    pretrain.add_argument(
+        "--loop", type=_chance, metavar="P", help="chance of a loop in a document of the student's (default 0.12)"
     )
 
     bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
@@ -372,12 +374,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from ops.pretrain import exchange_end, pretrain, with_leave_loop
+    from ops.pretrain import exchange_end, pretrain, with_loops
 
     if arguments.exchange_end is not None:
+        if arguments.loop is not None or arguments.leave_loop is not None:
+            raise ConfigError("--exchange-end makes no model: it goes with neither --loop nor --leave-loop")
         exchange_end(arguments.exchange_end, arguments.out)
         return 0
-    settings = None if arguments.leave_loop is None else with_leave_loop(arguments.leave_loop)
+    settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
     pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0
 

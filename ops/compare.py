@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from common.config import Config, ConfigError
+from common.weights import write_text
 from ops import compare_grid as grids
 from ops.compare_data import FIGURES, Result, read_result
 from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid
 from ops.compare_runs import Interrupts, Process, last_words, run_cells, start_run
 from ops.local import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
-from ops.rundir import lock, write_text
+from ops.rundir import lock
 
 
 @dataclass(frozen=True, slots=True)

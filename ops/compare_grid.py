@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from actors.books import read_lines
 from common import policies
-from common.config import Config, ConfigError, load, parse
+from common.config import Config, ConfigError, check_policy, load, parse
 from ops.matching import matched_config
 from ops.rundir import read_json, write_json
 
@@ -278,10 +278,7 @@ def row_config(base: Config, row: Row, tokens: int | None, *, import_policy: boo
         budget = (f"learner.max_generated_tokens={tokens}", f"learner.max_steps={steps}")
         config = parse(config.to_yaml(), budget, source=source)
     if import_policy:
-        try:
-            policies.check(config.termination, config.rollout.max_completion_length)
-        except policies.PolicyError as error:
-            raise ConfigError(f"{source}: termination.policy: {error}") from error
+        check_policy(config, source=source)
     return config
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from common.weights import write_atomically
+from common.weights import write_text
 from ops import report_plots as plots
 from ops.compare_data import FIGURES, Comparison, Figure, read_comparison, to_csv
 from ops.compare_grid import MATCHED, MATCHED_TO
@@ -57,11 +57,8 @@ def write_report(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    def write(target: Path) -> None:
-        target.write_text(text, encoding="utf-8")
-
     with plots.named(path):
-        write_atomically(path, write)
+        write_text(path, text)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

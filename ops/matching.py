@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from actors.books import ENDS_BY_ITSELF, compared, read_lines
 from common.config import Config, ConfigError, load
+from ops.bootstrap import interval, resampled_sums
 from ops.matching_means import (
     TOLERANCE,
     Match,
@@ -39,8 +40,6 @@ from ops.matching_means import (
     uncut_lengths,
 )
 from ops.rundir import read_json
-
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +66,10 @@ class Arm:
 # --- how sure that is ----------------------------------------------------------------------------------------------
 
 
-def _resampled(problem: Reals, columns: Reals) -> Reals:
-    """Sums of columns [n, k] over prompts drawn with replacement, each with all its rollouts: [resamples, k]."""
-    _, place = np.unique(problem, return_inverse=True)
-    table = np.zeros((int(place.max()) + 1, columns.shape[1]))
-    np.add.at(table, place, columns)
-    rng, shares = np.random.default_rng(0), np.full(len(table), 1 / len(table))
-    return np.stack([rng.multinomial(len(table), shares) @ table for _ in range(_RESAMPLES)])
-
-
 def _resampled_means(arm: Arm, columns: Reals) -> Reals:
-    sums = _resampled(arm.problem, np.column_stack([columns, np.ones(len(columns))]))
+    sums = resampled_sums(arm.problem, np.column_stack([columns, np.ones(len(columns))]))
     means: Reals = sums[:, :-1] / sums[:, -1:]
     return means
-
-
-def _range(values: Reals) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 Pair = tuple[tuple[float, float], tuple[float, float]]
@@ -96,10 +81,10 @@ def _differences(one: Arm, other: Arm) -> Pair:
     blank_one, blank_other = (np.zeros((len(arm.cut), 3)) for arm in (one, other))
     own = [np.column_stack([arm.generated, arm.kept, np.ones(len(arm.cut))]) for arm in (one, other)]
     columns = np.concatenate([np.hstack([own[0], blank_one]), np.hstack([blank_other, own[1]])])
-    sums = _resampled(np.concatenate([one.problem, other.problem]), columns)
+    sums = resampled_sums(np.concatenate([one.problem, other.problem]), columns)
     sums = sums[(sums[:, 2] > 0) & (sums[:, 5] > 0) & (sums[:, 1] > 0)]
     ratios = (sums[:, 3:5] / sums[:, 5:]) / (sums[:, :2] / sums[:, 2:3]) - 1
-    return _range(ratios[:, 0]), _range(ratios[:, 1])
+    return interval(ratios[:, 0]), interval(ratios[:, 1])
 
 
 def _known(found: Match, control: Arm, overshoot: float) -> tuple[Pair, str]:
@@ -118,8 +103,8 @@ def _known(found: Match, control: Arm, overshoot: float) -> tuple[Pair, str]:
     )
     # More scale, fewer tokens: read from right to left, the scale by which each resample comes to what is wanted.
     needed = [float(np.interp(found.wanted.generated, row[::-1], scales[::-1])) for row in means[:, 3:]]
-    pair = (_range(means[:, 1] / found.wanted.generated - 1), _range(means[:, 2] / found.wanted.kept - 1))
-    (shortest, longest), (least, most) = _range(means[:, 0]), _range(np.array(needed))
+    pair = (interval(means[:, 1] / found.wanted.generated - 1), interval(means[:, 2] / found.wanted.kept - 1))
+    (shortest, longest), (least, most) = interval(means[:, 0]), interval(np.array(needed))
     text = (
         f"mean length of control rollouts {control.generated.mean():.2f} tokens (95 % interval {shortest:.2f} to "
         f"{longest:.2f})\nscale {found.rule.scale:.4g} ({least:.3g} to {most:.3g}), "
@@ -195,7 +180,7 @@ def _realised(one: Arm, two: Arm) -> str:
 def _scatter(made: Arm) -> float:
     """How far means of the next run may fall from what this one led to expect, as a share: both vary by chance."""
     drawn = _resampled_means(made, np.column_stack([made.generated, made.kept]))
-    halves = [(high - low) / (high + low) for low, high in map(_range, drawn.T)]
+    halves = [(high - low) / (high + low) for low, high in map(interval, drawn.T)]
     return float(np.sqrt(2) * max(halves))
 
 

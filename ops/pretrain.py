@@ -383,10 +383,15 @@ def pretrain(
         torch.set_num_threads(threads)
 
 
-def with_leave_loop(chance: float) -> PretrainSettings:
-    """The shipped settings with a teacher that leaves a loop, at each repetition, with another chance."""
-    documents = replace(TEACHER.documents, leave_loop=chance)
-    return PretrainSettings(teacher=replace(TEACHER, documents=documents))
+def with_loops(*, student_loop: float | None = None, teacher_leaves: float | None = None) -> PretrainSettings:
+    """The shipped settings with a student that loops in another share of its documents, and with a teacher that leaves
+    a loop, at each repetition, with another chance; None: as shipped."""
+    student, teacher = STUDENT.documents, TEACHER.documents
+    if student_loop is not None:
+        student = replace(student, loop=student_loop)
+    if teacher_leaves is not None:
+        teacher = replace(teacher, leave_loop=teacher_leaves)
+    return PretrainSettings(teacher=replace(TEACHER, documents=teacher), student=replace(STUDENT, documents=student))
 
 
 def exchange_end(source: Path, out: Path) -> None:
@@ -410,8 +415,11 @@ def exchange_end(source: Path, out: Path) -> None:
 
 
 def _command(role: Role, seed: int, recipe: Recipe) -> str:
-    chance = recipe.documents.leave_loop
-    other = f" --leave-loop {chance:g}" if role == "teacher" and chance != TEACHER.documents.leave_loop else ""
+    mix, other = recipe.documents, ""
+    if role == "teacher" and mix.leave_loop != TEACHER.documents.leave_loop:
+        other = f" --leave-loop {mix.leave_loop:g}"
+    if role == "student" and mix.loop != STUDENT.documents.loop:
+        other = f" --loop {mix.loop:g}"
     return f"katana pretrain --which {role} --seed {seed}{other}"
 
 

@@ -15,6 +15,7 @@ from textwrap import fill
 from common import policies
 from common.config import ConfigError, Termination, load
 from common.policies import Calibrated
+from common.weights import write_text
 from ops.replay_answers import judged
 from ops.replay_plot import Point, draw
 from ops.replay_record import Record, read_record
@@ -22,7 +23,6 @@ from ops.replay_results import Outcome, outcomes
 from ops.replay_tables import Setting, about, aligned, as_csv, markdown, table, unequal
 from ops.replay_verdicts import Replay, Shape, Verdict
 from ops.report_plots import named, save_png
-from ops.rundir import write_text
 
 MOST_SETTINGS = 400
 _COMPUTED = "same, computed"

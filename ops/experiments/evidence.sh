@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every run behind EVIDENCE.md: `make evidence`. About two and a half hours on two cores; what is done already is not
-# done again, so it may be interrupted. Tables and plots are copied to docs/evidence/.
+# The experiments on whether cutting helps. What is done already is not done again, so it may be interrupted. Tables and
+# plots are copied to docs/evidence/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

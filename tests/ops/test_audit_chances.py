@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from test_audit_cuts import record, uncut
 
-from ops import audit_chances as module
 from ops.audit_chances import ALL, SOURCES, Audited, chance, rows_of
 from ops.audit_cuts import AFTER, BEFORE, LOOP
 from ops.audit_plot import draw
@@ -81,13 +80,6 @@ def test_rollouts_of_one_prompt_make_the_interval_no_narrower() -> None:
     assert alone is not None and four_each is not None and spread is not None
     assert (four_each.low, four_each.high) == (alone.low, alone.high)
     assert spread.high - spread.low < 0.6 * (alone.high - alone.low)
-
-
-def test_prompts_are_drawn_in_blocks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, prompts = [(number % 7) / 7 for number in range(300)], list(range(300))
-    whole = chance(values, prompts)
-    monkeypatch.setattr(module, "_AT_ONCE", 10_000)
-    assert chance(values, prompts) == whole
 
 
 def test_many_prompts_take_little_memory() -> None:

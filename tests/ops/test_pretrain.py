@@ -29,7 +29,7 @@ from ops.pretrain import (
     ids_of,
     measure,
     pretrain,
-    with_leave_loop,
+    with_loops,
 )
 from ops.tasks.arithmetic import ALPHABET, Arithmetic, solution_of, split_of
 
@@ -140,12 +140,14 @@ def test_an_exchanged_end_token_changes_nothing_but_its_id(tmp_path: Path) -> No
     assert torch.equal(after[..., order], before)
 
 
-def test_a_teacher_of_other_loops_says_so_in_its_record() -> None:
-    settings = with_leave_loop(0.02)
+def test_models_of_other_loops_say_so_in_their_records() -> None:
+    settings = with_loops(student_loop=0.6, teacher_leaves=0.02)
     assert settings.teacher.documents.leave_loop == 0.02
-    assert settings.student == PretrainSettings().student
+    assert settings.student.documents.loop == 0.6
     assert _command("teacher", 3, settings.teacher) == "katana pretrain --which teacher --seed 3 --leave-loop 0.02"
-    assert _command("student", 3, settings.student) == "katana pretrain --which student --seed 3"
+    assert _command("student", 3, settings.student) == "katana pretrain --which student --seed 3 --loop 0.6"
+    assert with_loops() == PretrainSettings()
+    assert _command("student", 3, STUDENT) == "katana pretrain --which student --seed 3"
 
 
 @pytest.mark.slow
