@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
-	dashboards bench chaos soak fuzz pretrain clean
+	dashboards bench chaos soak fuzz pretrain evidence clean
 
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev
@@ -79,6 +79,10 @@ fuzz: setup
 # Makes the shipped models again: minutes on one core.
 pretrain: setup
 	$(RUN_ENV) $(BIN)/katana pretrain --out ops/models
+
+# Every run behind EVIDENCE.md. May be interrupted and begun again.
+evidence: setup
+	ops/experiments/evidence.sh
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
