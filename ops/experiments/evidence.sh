@@ -33,11 +33,10 @@ compare() { # name, options
     keep "$name/compare" "$name"
 }
 
-# 1. All policies: the same steps; then the same generated tokens, with two other settings of KAT.
+# 1. All policies: the same steps; then the same generated tokens, with the paper's η as well.
 compare steps --policies $all --seeds $seeds --set learner.max_steps=50
-compare tokens --policies $all --seeds $seeds --budget tokens:120000 \
-    --variant kat_eta_0.3:termination.policy=kat,termination.eta=0.3 \
-    --variant kat_window_8:termination.policy=kat,termination.window=8
+compare tokens --policies $all --seeds $seeds --budget tokens:100000 \
+    --variant kat_eta_0.3:termination.policy=kat,termination.eta=0.3
 
 # 2. Traps: a student that loops in most rollouts, a teacher that in a loop agrees, and a low learning rate, so that the
 #    loops last.
@@ -77,6 +76,6 @@ compare stop-set --policies none --seeds 0-2 --set learner.max_steps=50 --set st
     --variant by_token:termination.policy=none,rollout.stop_set=student
 
 # 5. Does the threshold ratchet? Longer runs, three calibrations.
-compare calibration --policies kat --seeds 0-2 --set learner.max_steps=100 \
+compare calibration --policies kat --seeds 0-2 --set learner.max_steps=80 \
     --variant completed:termination.policy=kat,termination.calibrate_on=completed \
     --variant everything:termination.policy=kat,termination.calibrate_on=all
