@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.books import compared, read_lines
 from common.config import Config, ConfigError, load
+from ops import compare_drift as drift
 from ops import matching
 from ops import report_data as data
 from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
@@ -48,18 +49,21 @@ FIGURES = {
         Figure("length_treated", "treated", ",.1f"),
         Figure("length_control", "control", ",.1f"),
         Figure("length_saving", "saving", ".1f", " %", 100.0),
+        *(Figure(f"{guard}_{when}", guard, ".3f") for guard in drift.GUARDS for when in ("early", "late")),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens."""
+    """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens; `steps`:
+    its metrics.jsonl."""
 
     cell: Cell
     config: Config
     figures: dict[str, float | None]
     curve: list[data.Accuracy]
+    steps: list[data.Line]
     k: int | None
     problems: int | None
     evaluated_step: int | None
@@ -131,11 +135,13 @@ def read_result(folder: Path, cell: Cell) -> Result:
         evaluations = sorted(read_lines(run / "eval.jsonl"), key=lambda line: int(line["step"]))
         curve = data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size))
         last = evaluations[-1] if evaluations else {}
+        steps = sorted(read_lines(run / "metrics.jsonl"), key=lambda line: int(line["step"]))
         return Result(
             cell,
             config,
-            _figures(summary, last, lines),
+            _figures(summary, last, lines) | drift.early_and_late(steps),
             curve,
+            steps,
             last.get("k"),
             last.get("n"),
             last.get("step"),

@@ -8,10 +8,11 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ops import report_panels as panels
 from ops.compare_data import Comparison
+from ops.compare_drift import course
 from ops.compare_stats import mean_interval
 from ops.report_data import Accuracy
 
@@ -27,24 +28,30 @@ _COLOURS = (
 )
 _MARKERS = "osD^vP"  # go with the lines' styles: from the ninth row on colours come again
 _STYLES = ("-", "--", ":")
+_IN_NATS = {"kat", "kat_absolute", "kat_inverse"}
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Two panels side by side, as high as the rows need, and as wide as their labels."""
+    """Two panels side by side, as high as the rows need, and as wide as their labels; two more where a policy cut."""
     shown = [label for label in comparison.labels if comparison.of(label)]
-    height = max(5.0, 1.9 + 0.5 * len(shown))
+    upper = max(5.0, 1.9 + 0.5 * len(shown))
+    lower = 4.0 if any(any(comparison.values(label, "cut_rate_treated_late").values()) for label in shown) else 0.0
+    height = upper + lower
     side = max(2.0, 0.5 + 0.1 * max((len(label) for label in shown), default=0))  # inches, on both sides
     width = 2 * side + 11.0
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(width, height), facecolor="white")
         FigureCanvasAgg(figure)
-        bottom, top = 0.75 / height, 1 - 0.7 / height
+        bottom, top = (0.75 + lower) / height, 1 - 0.7 / height
+        left, right, wide = side / width, (side + 6.0) / width, 4.6 / width
         tried = {result.k for result in comparison.results.values()} - {None}
         name = f"avg@{tried.pop()}" if len(tried) == 1 else "avg@k"
-        _draw_final(figure.add_axes((side / width, bottom, 4.9 / width, top - bottom)), comparison, shown, name)
-        _draw_curves(
-            figure.add_axes(((side + 6.0) / width, bottom, 4.6 / width, top - bottom)), comparison, shown, name
-        )
+        _draw_final(figure.add_axes((left, bottom, 4.9 / width, top - bottom)), comparison, shown, name)
+        _draw_curves(figure.add_axes((right, bottom, wide, top - bottom)), comparison, shown, name)
+        if lower:
+            below, high = 0.75 / height, (lower - 1.35) / height
+            _draw_cut_rates(figure.add_axes((left, below, 4.9 / width, high)), comparison, shown)
+            _draw_thresholds(figure.add_axes((right, below, wide, high)), comparison, shown)
     return figure
 
 
@@ -104,6 +111,45 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
         borderaxespad=0,
         labelcolor=panels.INK,
     )
+    panels.plain(axes)
+
+
+def _draw_cut_rates(axes: Any, comparison: Comparison, shown: Sequence[str]) -> None:
+    panels.say_title(axes, "Cut rate by step: treated (line), control (dots)")
+    for place, label in enumerate(shown):
+        cells = [result.steps for result in comparison.of(label)]
+        if not any(comparison.values(label, "cut_rate_treated_late").values()):
+            continue
+        colour, _, style = style_of(place)
+        for guard, look in (
+            ("cut_rate_treated", {"linewidth": 2.0, "linestyle": style}),
+            ("cut_rate_control", {"marker": ".", "linestyle": "", "markersize": 7}),
+        ):
+            points = course(cells, guard)
+            axes.plot([point.step for point in points], [point.value for point in points], color=colour, **look)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("learner step")
+    panels.plain(axes)
+
+
+def _draw_thresholds(axes: Any, comparison: Comparison, shown: Sequence[str]) -> None:
+    title = "Threshold by step, in nats"
+    courses = {
+        place: course([result.steps for result in comparison.of(label)], "threshold")
+        for place, label in enumerate(shown)
+        if {result.policy for result in comparison.of(label)} <= _IN_NATS
+    }
+    if not any(courses.values()):
+        panels.say_missing(axes, title, "no policy with a threshold in nats")
+        return
+    panels.say_title(axes, title)
+    for place, points in courses.items():
+        colour, _, style = style_of(place)
+        values = [point.value for point in points]
+        axes.plot([point.step for point in points], values, color=colour, linewidth=2.0, linestyle=style)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("learner step")
     panels.plain(axes)
 
 

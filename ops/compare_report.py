@@ -6,7 +6,7 @@ Tables are made once, as text; Markdown, the terminal and the page write the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from common.weights import write_text
 from ops import report_plots as plots
 from ops.compare_data import FIGURES, Comparison, Figure, read_comparison, to_csv
+from ops.compare_drift import GUARDS
 from ops.compare_grid import MATCHED, MATCHED_TO
 from ops.compare_plots import draw
 from ops.compare_stats import FEWEST_SEEDS, VERDICTS, Interval, Paired, mean_interval, paired
@@ -27,7 +28,8 @@ _CUTTING = ("tokens_detection", "tokens_overshoot", "length", "length_treated", 
 _PAIRED = ("avg_at_k", "pass_at_k", "tokens_generated")
 _PLOT_CAPTION = (
     "Left: the last evaluation of every seed (dots), mean and 95 % t interval. Right: avg@k of all evaluations over "
-    "tokens generated; thin lines are seeds, thick ones their mean."
+    "tokens generated; thin lines are seeds, thick ones their mean. Below, where a policy cut: the share of trained "
+    "rollouts that it cut (line) or in the control arm would have cut (dots), and its threshold, means over seeds."
 )
 
 
@@ -66,7 +68,7 @@ def _write(path: Path, text: str) -> None:
 
 def all_tables(comparison: Comparison) -> list[Table]:
     """What is said of a comparison, in order."""
-    tables = [_results(comparison), _cutting(comparison)]
+    tables = [_results(comparison), _cutting(comparison), _drift(comparison)]
     tables += [_pairs(comparison, one) for one in REFERENCES if comparison.of(one) and len(comparison.labels) > 1]
     if comparison.matches:
         tables.append(_matches(comparison))
@@ -95,6 +97,34 @@ def _cutting(comparison: Comparison) -> Table:
         "all finished ones; treated and control of those that could have been cut; saving = 1 - treated / control."
     ]
     return _by_row(comparison, "What was cut", _CUTTING, notes)
+
+
+def _drift(comparison: Comparison) -> Table:
+    rows = []
+    for label in comparison.labels:
+        cells = []
+        for guard in GUARDS:
+            early, late = (comparison.values(label, f"{guard}_{when}") for when in ("early", "late"))
+            cells.append(_change(early, late, FIGURES[f"{guard}_late"]))
+        rows.append([label, *cells])
+    notes = [
+        "First third → last third of the learner's steps, means over seeds, and the change ± half of its 95 % t "
+        "interval; of a policy with a threshold only steps in which it was active. Threshold: the number it "
+        "judged by, in its unit (of `random_matched` the scale). Cut rate: share of the trained rollouts that the "
+        "policy cut, or in the control arm would have cut. Repetition: share of a text that deflate saves; truncation: "
+        "share that ended at the length limit; entropy in nats."
+    ]
+    return Table("Drift", ["row", *(guard.replace("_", " ") for guard in GUARDS)], rows, notes)
+
+
+def _change(early: Mapping[int, float], late: Mapping[int, float], figure: Figure) -> str:
+    found = paired(late, early)
+    if found is None:
+        return "–"
+    both = early.keys() & late.keys()
+    first, last = (sum(values[seed] for seed in both) / len(both) for values in (early, late))
+    half = "" if found.interval.half is None else f" ± {figure.write(found.interval.half)}"
+    return f"{figure.write(first)} → {figure.write(last)} ({figure.write(found.interval.mean, '+')}{half})"
 
 
 def _by_row(comparison: Comparison, title: str, figures: Sequence[str], notes: Sequence[str]) -> Table:

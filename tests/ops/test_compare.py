@@ -46,11 +46,19 @@ def fill(config: Config) -> None:
     write_lines(folder / "rollouts.jsonl", lines)
     accuracy = ACCURACY[policy] + 0.01 * seed + (0.001 * seed if policy == "kat" else 0)
     write_lines(folder / "eval.jsonl", [evaluation(0, 0.25), evaluation(STEPS, accuracy)])
-    write_lines(folder / "metrics.jsonl", [{"step": STEPS, "policy_version": STEPS}])
+    write_lines(folder / "metrics.jsonl", [guards(step, policy, seed) for step in range(1, STEPS + 1)])
     (folder / "wall.json").write_text(json.dumps({"wall_s": 60.0 + seed}))
     (folder / "config.yaml").write_text(config.to_yaml())
     (folder / "run.json").write_text("{}")
     write_summary(folder)
+
+
+def guards(step: int, policy: str, seed: int) -> dict[str, Any]:
+    """A line of metrics.jsonl; kat is active from step 3 on, and cuts more and more: 0.5 + seed / 100 a step / 20."""
+    rate = 0.0 if policy == "none" or step < 3 else (0.5 + seed / 100) * step / STEPS
+    threshold = None if policy == "none" or step < 3 else 0.04
+    line = {"step": step, "policy_version": step, "threshold": threshold, "repetition": 0.2}
+    return line | {"cut_rate_treated": rate, "cut_rate_control": None if step % 2 else rate}
 
 
 class Played:
@@ -443,7 +451,7 @@ def test_the_report_is_made_from_the_folders_alone_and_twice_the_same(
     assert len(runner.started) == 9
     check_csv(first["compare.csv"].decode())
     page = first["compare.html"].decode()
-    assert page.count("<table>") == 5 and "<svg" in page and "http:" not in page
+    assert page.count("<table>") == 6 and "<svg" in page and "http:" not in page
     assert first["compare.png"].startswith(b"\x89PNG")
 
 
@@ -471,6 +479,10 @@ def test_the_tables_by_hand(tmp_path: Path, runner: Runner, call: Callable[..., 
     assert "| 0.510 ± 0.025 |" in table["none"]
     assert "| 0.611 ± 0.027 |" in table["kat"]
     assert "|  61 ± 2 |" in table["kat"]
+    # 18 steps were judged; of seed 0 the means of steps 3 to 8 and 15 to 20 are 0.5 · 5.5 / 20 and 0.5 · 17.5 / 20.
+    drift = next(line for line in lines[lines.index("## Drift") :] if line.startswith("| kat"))
+    expected = ["kat", "0.040 → 0.040 (+0.000 ± 0.000)", "0.140 → 0.446 (+0.306 ± 0.015)"]
+    assert [part.strip() for part in drift.strip("| ").split("|")][:3] == expected
     pair = next(line for line in lines if line.startswith("| avg@4"))
     # 0.100, 0.101, 0.102; half = 4.3027 · 0.001 / √3.
     expected = ["avg@4", "kat", "3", "+0.101", "+0.099 to +0.103", "+0.100 to +0.102", "3 0 0", "higher"]
