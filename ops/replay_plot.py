@@ -35,7 +35,12 @@ def draw(points: Sequence[Point], recorded: Sequence[Point], title: str, key: st
 
     `recorded`: the run's own settings, by the numbers on record and by computed ones, marked apart.
     """
-    figure = Figure(figsize=(11.0, 7.0), facecolor="white")
+    groups = {point.group for point in points}
+    names = [*groups, *(point.name for point in recorded)]
+    # The legend stands beside the axes where there are groups, and is as wide as its longest name.
+    aside = 0.9 + 0.09 * max(len(name) for name in names) if len(groups) > 1 else 0.55  # inches
+    width = 1.0 + 7.7 + aside
+    figure = Figure(figsize=(width, 7.0), facecolor="white")
     FigureCanvasAgg(figure)
     # Names may hold anything, dollars as well.
     with matplotlib.rc_context({"text.parse_math": False}):
@@ -46,7 +51,8 @@ def draw(points: Sequence[Point], recorded: Sequence[Point], title: str, key: st
 def _draw(figure: Figure, points: Sequence[Point], recorded: Sequence[Point], title: str, key: str) -> None:
     groups = list(dict.fromkeys(point.group for point in points))
     named = len(groups) > 1
-    axes = figure.add_axes((0.09, 0.11, 0.7 if named else 0.86, 0.76))
+    width = figure.get_figwidth()
+    axes = figure.add_axes((1.0 / width, 0.11, 7.7 / width, 0.76))
     drawn = [point for point in (*points, *recorded) if point.outcome.saving is not None and _risk(point) is not None]
     if not drawn:
         say_missing(axes, title, "no setting became active: lower min_calibration or warmup_steps")
