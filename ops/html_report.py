@@ -159,11 +159,19 @@ def _figure(name: str, drawn: str) -> str:
 # --- head figures --------------------------------------------------------------------------------------------------
 
 
+def _done_text(run: Run) -> str:
+    """Steps of the steps; where tokens end the run, these of theirs."""
+    learner, done = run.config.learner, run.steps[-1]["step"] if run.steps else 0
+    if learner.max_generated_tokens is None:
+        return f"{done} of {learner.max_steps} steps of {learner.batch_size} rollouts"
+    tokens = f"{run.generated:,} of {learner.max_generated_tokens:,} tokens generated"
+    return f"{tokens}, in {done} steps of {learner.batch_size} rollouts"
+
+
 def _facts(run: Run) -> str:
     config = run.config
-    done = run.steps[-1]["step"] if run.steps else 0
     rows = [
-        ("run", f"{config.name}: {done} of {config.learner.max_steps} steps of {config.learner.batch_size} rollouts"),
+        ("run", f"{config.name}: {_done_text(run)}"),
         ("wall time", _wall_text(run)),
         ("models", f"{config.student.model} learns from {config.teacher.model}"),
         ("task", f"{config.data.task}, at most {config.rollout.max_completion_length} tokens"),

@@ -71,6 +71,16 @@ def unpacked(reading: dict[str, Any], pieces: list[list[Any]], kind: str = "<u2"
     return "".join(pieces[place][1] for place in np.frombuffer(base64.b64decode(reading["pieces"]), kind))
 
 
+def test_the_page_says_what_ends_the_run(tmp_path: Path) -> None:
+    steps, tokens = (tmp_path / name for name in ("steps", "tokens"))
+    for folder in (steps, tokens):
+        folder.mkdir()
+    fill(steps)
+    fill(tokens, config=CONFIG.replace("max_steps: 2", "max_steps: 2, max_generated_tokens: 1000"))
+    assert "2 of 2 steps of 2 rollouts" in write_html(steps).read_text()
+    assert "40 of 1,000 tokens generated, in 2 steps of 2 rollouts" in write_html(tokens).read_text()
+
+
 def hostile_model(folder: Path) -> Path:
     """A model's folder without weights whose tokens are HOSTILE, ids from 0."""
     folder.mkdir()
