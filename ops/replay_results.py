@@ -40,6 +40,9 @@ class Outcome:
     saving: 1 - generated / whole with its 95 % interval. number: median of the numbers judged by. All None where the
     policy was never active.
 
+    signal: share of the divergence, summed over tokens, that stands behind the cuts, with its 95 % interval: what is
+    not learned from. A cut into a dead signal has a share far below that of the tokens behind it, 1 - kept / whole.
+
     early: right rollouts of which what is kept is not right (false stops). unwritten: of these, what was written up to
     the trigger is not, either. late: right ones that were cut and are right as they were kept. None: not to be known
     here. wrong: wrong rollouts that were cut.
@@ -53,6 +56,8 @@ class Outcome:
     kept: float | None
     saving: float | None
     saving_interval: tuple[float, float] | None
+    signal: float | None
+    signal_interval: tuple[float, float] | None
     number: float | None
     early: Share | None
     unwritten: Share | None
@@ -69,7 +74,10 @@ def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Jud
     seen = np.array(
         [[_seen(verdicts[place], total) for place, total in zip(counted, whole, strict=True)] for verdicts in settings]
     )
-    intervals = saving_intervals(seen, whole, active, problems)
+    savings = saving_intervals(seen, whole, active, problems)
+    behind = np.array([_behind(record, verdicts) for verdicts in settings]) * active
+    signals = np.array([record.rollouts[place].divergence.sum(dtype=np.float64) for place in counted]) * active
+    lost = _drawn_ratios(behind, signals, problems)
     parts = [_parts(record, verdicts, answers) for verdicts in settings]
     shares = {name: _shares([one[name] for one in parts], problems) for name in parts[0]}
     return [
@@ -79,10 +87,22 @@ def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Jud
             {name: found[row] for name, found in shares.items()},
             seen[row][active[row]],
             whole[active[row]],
-            intervals[row],
+            savings[row],
+            _ratio(behind[row], signals[row]),
+            lost[row],
         )
         for row, verdicts in enumerate(settings)
     ]
+
+
+def _behind(record: Record, verdicts: Sequence[Verdict]) -> _Floats:
+    """Divergence behind the cut, summed over its tokens, of each rollout that counts; 0 of one that is not cut."""
+    cuts = [(record.rollouts[place].divergence, verdicts[place].cut) for place in record.counted]
+    return np.array([0.0 if cut is None else values[cut.keep :].sum(dtype=np.float64) for values, cut in cuts])
+
+
+def _ratio(over: _Floats, under: _Floats) -> float | None:
+    return float(over.sum() / under.sum()) if under.sum() > 0 else None
 
 
 def _seen(verdict: Verdict, total: float) -> float:
@@ -96,6 +116,8 @@ def _outcome(
     seen: _Floats,
     whole: _Floats,
     interval: tuple[float, float] | None,
+    signal: float | None,
+    signal_interval: tuple[float, float] | None,
 ) -> Outcome:
     """`seen`, `whole`: tokens of the active rollouts that count."""
     counted = record.counted
@@ -111,6 +133,8 @@ def _outcome(
         kept=float(np.mean(kept)) if active else None,
         saving=float(1 - seen.sum() / whole.sum()) if active else None,
         saving_interval=interval,
+        signal=signal,
+        signal_interval=signal_interval,
         number=float(np.median(numbers)) if numbers else None,
         early=shares.get("early"),
         unwritten=shares.get("unwritten"),

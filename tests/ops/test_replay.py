@@ -122,8 +122,21 @@ def test_an_answer_that_is_written_and_not_kept_is_a_false_stop(tmp_path: Path) 
     folder = fill(tmp_path / "run", [{"values": [0.5] * 16}, {"values": values}])
     found = figures(folder, "policy=kat_absolute", "floor_nats=0.1", "warmup_steps=0")
     assert (found.generated, found.kept, found.saving) == (10, 5, pytest.approx(6 / 16))
+    # 11 of 16 tokens are cut off, and of the divergence next to nothing: a dead signal.
+    assert found.signal == pytest.approx(11 * 0.01 / (5 * 0.5 + 11 * 0.01))
     assert found.early is not None and found.unwritten is not None
     assert (found.early.hits, found.unwritten.hits) == (1, 0)
+
+
+def test_the_signal_that_is_cut_off_by_hand(tmp_path: Path) -> None:
+    alive, dead = [0.1] * 16, [0.4] * 8 + [0.0] * 8
+    folder = fill(tmp_path / "run", [{"values": alive}, {"values": dead}, {"text": TEXT[:6], "values": alive[:5], "correct": None}])
+    found = figures(folder, "policy=fixed", "fixed_tokens=8")
+    assert found.signal == pytest.approx((8 * 0.1 + 0) / (16 * 0.1 + 8 * 0.4 + 5 * 0.1))
+    # Draws may hold the first rollout alone, or leave it out.
+    assert found.signal_interval == (0.0, pytest.approx(0.5))
+    nothing = figures(folder, "policy=fixed", "fixed_tokens=16")
+    assert (nothing.signal, nothing.signal_interval) == (0.0, (0.0, 0.0))
 
 
 BOXED = "data: {task: dataset, path: %s, prompt_key: q, answer_key: a, verifier: exact}"
