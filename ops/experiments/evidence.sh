@@ -33,10 +33,11 @@ compare() { # name, options
     keep "$name/compare" "$name"
 }
 
-# 1. All policies: the same steps; then the same generated tokens, with the paper's η as well.
+# 1. All policies: the same steps; then the same generated tokens, with two other settings of KAT.
 compare steps --policies $all --seeds $seeds --set learner.max_steps=50
 compare tokens --policies $all --seeds $seeds --budget tokens:100000 \
-    --variant kat_eta_0.3:termination.policy=kat,termination.eta=0.3
+    --variant kat_eta_0.3:termination.policy=kat,termination.eta=0.3 \
+    --variant kat_window_8:termination.policy=kat,termination.window=8
 
 # 2. Traps: a student that loops in most rollouts, a teacher that in a loop agrees, and a low learning rate, so that the
 #    loops last.
