@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,13 @@ FIGURES = {
         Figure("length", "length", ",.1f"),
         Figure("length_treated", "treated", ",.1f"),
         Figure("length_control", "control", ",.1f"),
+        Figure("kept_treated", "kept", ",.1f"),
         Figure("length_saving", "saving", ".1f", " %", 100.0),
-        *(Figure(f"{guard}_{when}", guard, ".3f") for guard in drift.GUARDS for when in ("early", "late")),
+        *(
+            Figure(f"{guard}_{when}", guard, ".3g" if guard == "threshold" else ".3f")
+            for guard in drift.GUARDS
+            for when in ("early", "late")
+        ),
     )
 }
 
@@ -57,7 +62,7 @@ FIGURES = {
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens; `steps`:
-    its metrics.jsonl."""
+    the drift guards of the steps in which its policy could have cut."""
 
     cell: Cell
     config: Config
@@ -135,7 +140,7 @@ def read_result(folder: Path, cell: Cell) -> Result:
         evaluations = sorted(read_lines(run / "eval.jsonl"), key=lambda line: int(line["step"]))
         curve = data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size))
         last = evaluations[-1] if evaluations else {}
-        steps = sorted(read_lines(run / "metrics.jsonl"), key=lambda line: int(line["step"]))
+        steps = drift.judged(list(read_lines(run / "metrics.jsonl")), config.termination.policy)
         return Result(
             cell,
             config,
@@ -162,13 +167,17 @@ def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[data.Lin
         "wall_s": summary["wall_s"],
         "length": _mean_length(data.finished(lines)),
         **{f"length_{arm}": _mean_length(line for line in counted if line["arm"] == arm) for arm in ARMS},
+        "kept_treated": _mean([line["tokens_kept"] for line in counted if line["arm"] == "treated"]),
         "length_saving": summary["length_saving"]["ratio"],
     }
 
 
 def _mean_length(lines: Iterable[data.Line]) -> float | None:
-    lengths = [line["tokens_generated"] for line in lines]
-    return sum(lengths) / len(lengths) if lengths else None
+    return _mean([line["tokens_generated"] for line in lines])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def to_csv(comparison: Comparison) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.policies import POLICIES
+
 Line = dict[str, Any]
 
 GUARDS = ("threshold", "cut_rate_treated", "cut_rate_control", "repetition", "truncation_rate", "entropy")
@@ -15,30 +17,43 @@ _LEAST = 3  # steps: of fewer there is no early and late
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A guard at a step, as the mean of the seeds that have it there."""
+    """A guard in the middle of a stretch of steps."""
 
-    step: int
+    step: float
     value: float
 
 
-def judged(lines: Sequence[Line]) -> list[Line]:
-    """Steps in which a rollout with a threshold was trained; of a policy without thresholds all steps.
+def judged(lines: Sequence[Line], policy: str) -> list[Line]:
+    """The steps in which the policy could have cut, by step: those in which a rollout with a number was trained.
 
-    Before, a policy that calibrates cuts nothing, which would look like a cut rate that rises.
+    Before that a policy that calibrates cuts nothing, which would look like a cut rate that rises. In its first steps
+    some rollouts still began without a number. Of a policy that needs no number, all steps; of one of the user's own,
+    all where none has one.
+
+    lines: of metrics.jsonl; of each, the step and GUARDS are kept.
     """
-    return [line for line in lines if line.get("threshold") is not None] or list(lines)
+    known = POLICIES.get(policy)
+    waits = known is not None and policy != "none" and not known.active(None)
+    numbered = [line for line in lines if line.get("threshold") is not None]
+    steps = numbered if numbered or waits else lines
+    kept = [{"step": int(line["step"]), **{guard: line.get(guard) for guard in GUARDS}} for line in steps]
+    return sorted(kept, key=lambda line: line["step"])
 
 
-def early_and_late(lines: Sequence[Line]) -> dict[str, float | None]:
-    """`{guard}_early` and `{guard}_late`: its means over the first and the last third of the steps that were judged.
+def cut_something(cells: Iterable[Sequence[Line]]) -> bool:
+    """Whether a treated rollout was cut in any step of these cells."""
+    return any(line["cut_rate_treated"] for steps in cells for line in steps)
 
-    lines: metrics.jsonl, by step. None where a third has no such figure, or there are fewer than three steps.
+
+def early_and_late(steps: Sequence[Line]) -> dict[str, float | None]:
+    """`{guard}_early` and `{guard}_late`: its means over the first and the last third of the judged steps.
+
+    None where a third has no such figure, or there are fewer than three steps.
     """
-    steps = judged(lines)
     third = len(steps) // 3
     parts = {"early": steps[:third], "late": steps[len(steps) - third :]} if len(steps) >= _LEAST else {}
     return {
-        f"{guard}_{when}": _mean(line.get(guard) for line in parts.get(when, []))
+        f"{guard}_{when}": _mean(line[guard] for line in parts.get(when, []))
         for guard in GUARDS
         for when in ("early", "late")
     }
@@ -50,14 +65,16 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def course(cells: Sequence[Sequence[Line]], guard: str, bins: int = 12) -> list[Point]:
-    """A guard over a row's cells: mean over seeds and over the steps of each of at most `bins` stretches of steps."""
-    found = [(line["step"], line[guard]) for lines in cells for line in judged(lines) if line.get(guard) is not None]
-    if not found:
-        return []
-    width = max(1, -(-max(step for step, _ in found) // bins))
-    places = sorted({(step - 1) // width for step, _ in found})
-    groups = [[(step, value) for step, value in found if (step - 1) // width == place] for place in places]
-    return [
-        Point(round(sum(step for step, _ in group) / len(group)), sum(value for _, value in group) / len(group))
-        for group in groups
-    ]
+    """A guard along a row's cells: at most `bins` points, each the mean over the cells of their means over a stretch of
+    steps. Stretches that not all cells have are left out, or the line would move where a cell begins or ends; empty
+    where there is none."""
+    last = max((line["step"] for steps in cells for line in steps), default=0)
+    width = max(1, -(-last // bins))
+    points = []
+    for begin in range(1, last + 1, width):
+        stretches = [[line for line in steps if begin <= line["step"] < begin + width] for steps in cells]
+        means = [_mean(line[guard] for line in stretch) for stretch in stretches]
+        known = [mean for mean in means if mean is not None]
+        if known and len(known) == len(means):
+            points.append(Point(begin + (width - 1) / 2, sum(known) / len(known)))
+    return points

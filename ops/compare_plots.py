@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ops import report_panels as panels
 from ops.compare_data import Comparison
-from ops.compare_drift import course
+from ops.compare_drift import Line, Point, course, cut_something
 from ops.compare_stats import mean_interval
 from ops.report_data import Accuracy
 
@@ -28,14 +28,15 @@ _COLOURS = (
 )
 _MARKERS = "osD^vP"  # go with the lines' styles: from the ninth row on colours come again
 _STYLES = ("-", "--", ":")
-_IN_NATS = {"kat", "kat_absolute", "kat_inverse"}
 
 
 def draw(comparison: Comparison) -> Figure:
     """Two panels side by side, as high as the rows need, and as wide as their labels; two more where a policy cut."""
     shown = [label for label in comparison.labels if comparison.of(label)]
     upper = max(5.0, 1.9 + 0.5 * len(shown))
-    lower = 4.0 if any(any(comparison.values(label, "cut_rate_treated_late").values()) for label in shown) else 0.0
+    courses = {label: [result.steps for result in comparison.of(label)] for label in shown}
+    courses = {label: cells for label, cells in courses.items() if cut_something(cells)}
+    lower = 4.0 if courses else 0.0
     height = upper + lower
     side = max(2.0, 0.5 + 0.1 * max((len(label) for label in shown), default=0))  # inches, on both sides
     width = 2 * side + 11.0
@@ -50,8 +51,8 @@ def draw(comparison: Comparison) -> Figure:
         _draw_curves(figure.add_axes((right, bottom, wide, top - bottom)), comparison, shown, name)
         if lower:
             below, high = 0.75 / height, (lower - 1.35) / height
-            _draw_cut_rates(figure.add_axes((left, below, 4.9 / width, high)), comparison, shown)
-            _draw_thresholds(figure.add_axes((right, below, wide, high)), comparison, shown)
+            _draw_cut_rates(figure.add_axes((left, below, 4.9 / width, high)), courses, shown)
+            _draw_thresholds(figure.add_axes((right, below, wide, high)), courses, shown)
     return figure
 
 
@@ -114,43 +115,42 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
     panels.plain(axes)
 
 
-def _draw_cut_rates(axes: Any, comparison: Comparison, shown: Sequence[str]) -> None:
+_Courses = Mapping[str, Sequence[Sequence[Line]]]
+
+
+def _draw_cut_rates(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:
     panels.say_title(axes, "Cut rate by step: treated (line), control (dots)")
-    for place, label in enumerate(shown):
-        cells = [result.steps for result in comparison.of(label)]
-        if not any(comparison.values(label, "cut_rate_treated_late").values()):
-            continue
-        colour, _, style = style_of(place)
-        for guard, look in (
-            ("cut_rate_treated", {"linewidth": 2.0, "linestyle": style}),
-            ("cut_rate_control", {"marker": ".", "linestyle": "", "markersize": 7}),
-        ):
-            points = course(cells, guard)
-            axes.plot([point.step for point in points], [point.value for point in points], color=colour, **look)
+    for label, cells in courses.items():
+        colour, _, style = style_of(shown.index(label))
+        treated, control = course(cells, "cut_rate_treated"), course(cells, "cut_rate_control")
+        _points(axes, treated, color=colour, linewidth=2.0, linestyle=style)
+        _points(axes, control, color=colour, marker=".", linestyle="", markersize=7)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("learner step")
     panels.plain(axes)
 
 
-def _draw_thresholds(axes: Any, comparison: Comparison, shown: Sequence[str]) -> None:
-    title = "Threshold by step, in nats"
-    courses = {
-        place: course([result.steps for result in comparison.of(label)], "threshold")
-        for place, label in enumerate(shown)
-        if {result.policy for result in comparison.of(label)} <= _IN_NATS
-    }
-    if not any(courses.values()):
-        panels.say_missing(axes, title, "no policy with a threshold in nats")
+def _draw_thresholds(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:
+    """Against the first one: they differ by orders of magnitude, and in their units."""
+    title = "Threshold by step, first = 1"
+    found = {label: course(cells, "threshold") for label, cells in courses.items()}
+    found = {label: points for label, points in found.items() if points and points[0].value}
+    if not found:
+        panels.say_missing(axes, title, "no policy with a threshold")
         return
     panels.say_title(axes, title)
-    for place, points in courses.items():
-        colour, _, style = style_of(place)
-        values = [point.value for point in points]
-        axes.plot([point.step for point in points], values, color=colour, linewidth=2.0, linestyle=style)
+    for label, points in found.items():
+        colour, _, style = style_of(shown.index(label))
+        relative = [Point(point.step, point.value / points[0].value) for point in points]
+        _points(axes, relative, color=colour, linewidth=2.0, linestyle=style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("learner step")
     panels.plain(axes)
+
+
+def _points(axes: Any, points: Sequence[Point], **look: Any) -> None:
+    axes.plot([point.step for point in points], [point.value for point in points], **look)
 
 
 def _line(axes: Any, curve: Sequence[Accuracy], **look: Any) -> None:

@@ -19,17 +19,28 @@ from ops.compare_grid import MATCHED, MATCHED_TO
 from ops.compare_plots import draw
 from ops.compare_stats import FEWEST_SEEDS, VERDICTS, Interval, Paired, mean_interval, paired
 from ops.html_report import FILES
+from ops.matching_means import TOLERANCE
 
 NAMES = ("compare.md", "compare.html", "compare.png", "compare.csv")
 REFERENCES = ("none", MATCHED)
 _DOTS_PER_INCH = 100
 _RESULT = ("avg_at_k", "pass_at_k", "tokens_generated", "tokens_trained", "steps", "wall_s")
-_CUTTING = ("tokens_detection", "tokens_overshoot", "length", "length_treated", "length_control", "length_saving")
+_CUTTING = (
+    "tokens_detection",
+    "tokens_overshoot",
+    "length",
+    "length_treated",
+    "length_control",
+    "kept_treated",
+    "length_saving",
+)
 _PAIRED = ("avg_at_k", "pass_at_k", "tokens_generated")
+_MATCHED_FIGURES = {"generated": "length_treated", "kept": "kept_treated"}
 _PLOT_CAPTION = (
     "Left: the last evaluation of every seed (dots), mean and 95 % t interval. Right: avg@k of all evaluations over "
     "tokens generated; thin lines are seeds, thick ones their mean. Below, where a policy cut: the share of trained "
-    "rollouts that it cut (line) or in the control arm would have cut (dots), and its threshold, means over seeds."
+    "rollouts that it cut (line) or in the control arm would have cut (dots), and its threshold against its first one, "
+    "means over seeds."
 )
 
 
@@ -94,7 +105,8 @@ def _results(comparison: Comparison) -> Table:
 def _cutting(comparison: Comparison) -> Table:
     notes = [
         "Tokens of a run: detection from the cut to the trigger, overshoot behind it. Mean tokens a rollout: length of "
-        "all finished ones; treated and control of those that could have been cut; saving = 1 - treated / control."
+        "all finished ones; treated and control of those that could have been cut; kept of these treated ones; "
+        "saving = 1 - treated / control."
     ]
     return _by_row(comparison, "What was cut", _CUTTING, notes)
 
@@ -105,26 +117,27 @@ def _drift(comparison: Comparison) -> Table:
         cells = []
         for guard in GUARDS:
             early, late = (comparison.values(label, f"{guard}_{when}") for when in ("early", "late"))
-            cells.append(_change(early, late, FIGURES[f"{guard}_late"]))
+            cells.append(_change(early, late, FIGURES[f"{guard}_late"], len(comparison.of(label))))
         rows.append([label, *cells])
     notes = [
         "First third → last third of the learner's steps, means over seeds, and the change ± half of its 95 % t "
-        "interval; of a policy with a threshold only steps in which it was active. Threshold: the number it "
-        "judged by, in its unit (of `random_matched` the scale). Cut rate: share of the trained rollouts that the "
-        "policy cut, or in the control arm would have cut. Repetition: share of a text that deflate saves; truncation: "
-        "share that ended at the length limit; entropy in nats."
+        "interval; of a policy with a threshold only steps in which it was active (in the first of them not yet for "
+        "all rollouts). Threshold: the number it judged by, in its unit (of `random_matched` the scale). Cut rate: "
+        "share of the trained rollouts that the policy cut, or in the control arm would have cut. Repetition: share "
+        "of a text that deflate saves; truncation: share that ended at the length limit; entropy in nats."
     ]
     return Table("Drift", ["row", *(guard.replace("_", " ") for guard in GUARDS)], rows, notes)
 
 
-def _change(early: Mapping[int, float], late: Mapping[int, float], figure: Figure) -> str:
+def _change(early: Mapping[int, float], late: Mapping[int, float], figure: Figure, seeds: int) -> str:
     found = paired(late, early)
     if found is None:
         return "–"
     both = early.keys() & late.keys()
     first, last = (sum(values[seed] for seed in both) / len(both) for values in (early, late))
     half = "" if found.interval.half is None else f" ± {figure.write(found.interval.half)}"
-    return f"{figure.write(first)} → {figure.write(last)} ({figure.write(found.interval.mean, '+')}{half})"
+    fewer = "" if len(both) == seeds else f" ({len(both)} seeds)"
+    return f"{figure.write(first)} → {figure.write(last)} ({figure.write(found.interval.mean, '+')}{half}){fewer}"
 
 
 def _by_row(comparison: Comparison, title: str, figures: Sequence[str], notes: Sequence[str]) -> Table:
@@ -210,9 +223,24 @@ def _matches(comparison: Comparison) -> Table:
     rows = [[str(seed), said[agree], text] for seed, text, agree in comparison.matches]
     notes = [
         f"Realised means of treated rollouts that could have been cut: `{MATCHED_TO}`, then `{MATCHED}` of the same "
-        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is no matched control of that seed."
+        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is no matched control of that seed. What is "
+        f"compared above are means over seeds; the last line says how well these agree.",
     ]
+    apart = {name: _apart(comparison, figure) for name, figure in _MATCHED_FIGURES.items()}
+    known = {name: one for name, one in apart.items() if one is not None}
+    if len(comparison.matches) > 1 and len(known) == len(apart):
+        agree = all(abs(one.mean) <= TOLERANCE for one in known.values())
+        texts = [f"mean {name} {one.mean:+.1%} ± {one.half or 0:.1%}" for name, one in known.items()]
+        rows.append(["all", said[agree], ", ".join(texts)])
     return Table(f"Was {MATCHED} matched?", ["seed", "agree", "realised means"], rows, notes, frozenset({0, 1, 2}))
+
+
+def _apart(comparison: Comparison, figure: str) -> Interval | None:
+    """By how much `random_matched` differs from what it is matched to, as a share: mean over seeds, 95 % t interval."""
+    wanted, made = (comparison.values(label, figure) for label in (MATCHED_TO, MATCHED))
+    return mean_interval(
+        [made[seed] / wanted[seed] - 1 for seed in sorted(wanted.keys() & made.keys()) if wanted[seed]]
+    )
 
 
 # --- as text -------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def draw(points: Sequence[Point], recorded: Sequence[Point], title: str, key: st
     names = [*groups, *(point.name for point in recorded)]
     # The legend stands beside the axes where there are groups, and is as wide as its longest name.
     aside = 0.9 + 0.09 * max(len(name) for name in names) if len(groups) > 1 else 0.55  # inches
-    width = 1.0 + 7.7 + aside
+    # Titles are 17 points high, bold: 0.16 inches a letter.
+    width = max(1.0 + 7.7 + aside, 1.2 + 0.16 * len(title), 11.0)
     figure = Figure(figsize=(width, 7.0), facecolor="white")
     FigureCanvasAgg(figure)
     # Names may hold anything, dollars as well.
@@ -71,7 +72,7 @@ def _draw(figure: Figure, points: Sequence[Point], recorded: Sequence[Point], ti
             }
             axes.plot(*_at(point), marker=marker, label=point.name, zorder=4, **look)
     _finish(axes, drawn, title, key)
-    if named or recorded:
+    if axes.get_legend_handles_labels()[1]:
         # Beside the plot where there are groups: no place within it is sure to be free.
         where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if named else {"loc": "best"}
         axes.legend(frameon=False, fontsize=11, labelcolor=INK, handlelength=1.4, **where)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from common.messages import Floats
 from ops.audit_chances import unseen_share
 from ops.bootstrap import interval, resampled_sums
 from ops.replay_answers import Judged
@@ -15,6 +16,7 @@ from ops.replay_record import Record
 from ops.replay_verdicts import Verdict
 from ops.report_series import wilson
 
+_ALIKE = 250  # rollouts of neighbouring policy versions that are compared with each other
 _Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
 
@@ -40,8 +42,10 @@ class Outcome:
     saving: 1 - generated / whole with its 95 % interval. number: median of the numbers judged by. All None where the
     policy was never active.
 
-    signal: share of the divergence, summed over tokens, that stands behind the cuts, with its 95 % interval: what is
-    not learned from. A cut into a dead signal has a share far below that of the tokens behind it, 1 - kept / whole.
+    signal: divergence behind the triggers, summed over its tokens, as a multiple of that of as many tokens at the same
+    places of rollouts of about the same policy version that were uncut there, with its 95 % interval (which takes the
+    latter as known). Near 0: the signal is dead; 1: it is as alive as anywhere. None where nothing is cut, or nothing
+    uncut goes on behind a trigger (`fixed`).
 
     early: right rollouts of which what is kept is not right (false stops). unwritten: of these, what was written up to
     the trigger is not, either. late: right ones that were cut and are right as they were kept. None: not to be known
@@ -75,9 +79,9 @@ def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Jud
         [[_seen(verdicts[place], total) for place, total in zip(counted, whole, strict=True)] for verdicts in settings]
     )
     savings = saving_intervals(seen, whole, active, problems)
-    behind = np.array([_behind(record, verdicts) for verdicts in settings]) * active
-    signals = np.array([record.rollouts[place].divergence.sum(dtype=np.float64) for place in counted]) * active
-    lost = _drawn_ratios(behind, signals, problems)
+    ahead = [_to_come(record.rollouts[place].divergence) for place in counted]
+    behind, expected = np.array([_signals(record, verdicts, ahead) for verdicts in settings]).transpose(1, 0, 2)
+    signals = _drawn_ratios(behind, expected, problems)
     parts = [_parts(record, verdicts, answers) for verdicts in settings]
     shares = {name: _shares([one[name] for one in parts], problems) for name in parts[0]}
     return [
@@ -88,17 +92,52 @@ def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Jud
             seen[row][active[row]],
             whole[active[row]],
             savings[row],
-            _ratio(behind[row], signals[row]),
-            lost[row],
+            _ratio(behind[row], expected[row]),
+            signals[row],
         )
         for row, verdicts in enumerate(settings)
     ]
 
 
-def _behind(record: Record, verdicts: Sequence[Verdict]) -> _Floats:
-    """Divergence behind the cut, summed over its tokens, of each rollout that counts; 0 of one that is not cut."""
-    cuts = [(record.rollouts[place].divergence, verdicts[place].cut) for place in record.counted]
-    return np.array([0.0 if cut is None else values[cut.keep :].sum(dtype=np.float64) for values, cut in cuts])
+def _to_come(divergence: Floats) -> _Floats:
+    """The divergence from each token on, summed: float64 [n]."""
+    return np.cumsum(divergence[::-1], dtype=np.float64)[::-1]
+
+
+def _signals(record: Record, verdicts: Sequence[Verdict], ahead: Sequence[_Floats]) -> _Floats:
+    """Of each rollout that counts, the divergence behind its trigger, and what is to be expected of so many tokens at
+    that place: float64 [2, rollouts], 0 of one that is not cut, or has nothing to be compared with.
+
+    Expected is the mean per token, from the trigger on, of the active rollouts of about the same policy version that
+    were still going there and uncut: divergence falls along a text, and as the student learns. What stands from `keep`
+    to the trigger is left out: these windows were chosen for being low.
+    """
+    found = np.zeros((2, len(ahead)))
+    active = [row for row, place in enumerate(record.counted) if verdicts[place].active]
+    active.sort(key=lambda row: record.rollouts[record.counted[row]].version)
+    for rows in np.array_split(np.array(active, dtype=int), max(1, len(active) // _ALIKE)):
+        triggers = [_trigger(verdicts[record.counted[row]]) for row in rows]
+        found[:, rows] = _against_uncut(triggers, [ahead[row] for row in rows])
+    return found
+
+
+def _trigger(verdict: Verdict) -> int | None:
+    return None if verdict.cut is None else verdict.cut.trigger
+
+
+def _against_uncut(triggers: Sequence[int | None], ahead: Sequence[_Floats]) -> _Floats:
+    """`_signals` of rollouts that are alike."""
+    longest = max((len(sums) for sums in ahead), default=0)
+    sums, tokens = np.zeros(longest), np.zeros(longest)  # from each place on, of those that are uncut there
+    for trigger, own in zip(triggers, ahead, strict=True):
+        end = len(own) if trigger is None else min(trigger, len(own))
+        sums[:end] += own[:end]
+        tokens[:end] += np.arange(len(own), len(own) - end, -1)
+    found = np.zeros((2, len(ahead)))
+    for row, (trigger, own) in enumerate(zip(triggers, ahead, strict=True)):
+        if trigger is not None and trigger < len(own) and tokens[trigger]:
+            found[:, row] = own[trigger], (len(own) - trigger) * sums[trigger] / tokens[trigger]
+    return found
 
 
 def _ratio(over: _Floats, under: _Floats) -> float | None:

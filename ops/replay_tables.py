@@ -116,7 +116,7 @@ def drift_of(record: Record, verdicts: Sequence[Verdict]) -> float | None:
 
 def table(settings: Sequence[Setting], found: Sequence[Outcome]) -> list[list[str]]:
     """A heading, then a row for each setting."""
-    names = ["setting", "active", "cut", "tokens", "saved", "kept", "signal cut"]
+    names = ["setting", "active", "cut", "tokens", "saved", "kept", "signal"]
     names += ["right", "cut early", "cut behind", "wrong", "wrong: cut"]
     return [names, *(_row(one, outcome) for one, outcome in zip(settings, found, strict=True))]
 
@@ -130,20 +130,13 @@ def _row(setting: Setting, outcome: Outcome) -> list[str]:
         _tokens(outcome.generated),
         _NONE if outcome.saving is None else _percent(outcome.saving, outcome.saving_interval),
         _tokens(outcome.kept),
-        _signal(outcome),
+        _NONE if outcome.signal is None else _percent(outcome.signal, outcome.signal_interval),
         _NONE if outcome.early is None else f"{outcome.early.count:,}",
         _share(outcome.early),
         _share(outcome.late),
         f"{outcome.wrong.count:,}",
         _share(outcome.wrong),
     ]
-
-
-def _signal(outcome: Outcome) -> str:
-    """Divergence behind the cuts, beside the tokens there."""
-    if outcome.signal is None or not outcome.whole or outcome.kept is None:
-        return _NONE
-    return f"{_percent(outcome.signal, outcome.signal_interval)} in {100 * (1 - outcome.kept / outcome.whole):.0f} %"
 
 
 def _tokens(mean: float | None) -> str:
@@ -187,11 +180,11 @@ def unequal(found: Sequence[Outcome]) -> list[str]:
 READING = (
     "active: rollouts that the setting could have cut; all figures are of these. tokens: mean up to the trigger (what "
     "is written until the stop arrives comes on top). saved: against not cutting, bootstrap clustered by prompt. kept: "
-    "mean tokens to train on. signal cut: share of the summed divergence that stands behind the cuts, in which share "
-    "of the tokens; where the signal is dead the first is far below the second. right: rollouts with a right answer; "
-    "cut early: those of which the task's verifier does not call right what is kept (false stops); cut behind: those "
-    "that were cut and are right as they are kept. In brackets 95 % intervals. A replay does not know what a student "
-    "that was trained otherwise would have written."
+    "mean tokens to train on. signal: mean divergence behind the triggers, against that of rollouts of about the same "
+    "version that were uncut there, from the same token on; 100 %: as alive as theirs, near 0: dead. right: rollouts "
+    "with a right answer; cut early: those of which the task's verifier does not call right what is kept (false "
+    "stops); cut behind: those that were cut and are right as they are kept. In brackets 95 % intervals. A replay does "
+    "not know what a student that was trained otherwise would have written."
 )
 
 
@@ -258,9 +251,9 @@ def _figures(setting: Setting, outcome: Outcome) -> dict[str, object]:
         "saving_low": low,
         "saving_high": high,
         "kept_mean": outcome.kept,
-        "signal_cut": outcome.signal,
-        "signal_cut_low": signal_low,
-        "signal_cut_high": signal_high,
+        "signal": outcome.signal,
+        "signal_low": signal_low,
+        "signal_high": signal_high,
         **_columns("right_cut_before_answer", outcome.early),
         **_columns("right_stopped_before_answer", outcome.unwritten),
         **_columns("right_cut_behind_answer", outcome.late),
