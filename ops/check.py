@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, ConfigError
+from common import policies
+from common.config import Config, ConfigError, Loss
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
 from ops.roles import reach
 from ops.rows import DataMissing
@@ -192,9 +193,10 @@ def _say_what_runs(config: Config, found: Findings) -> None:
     windows = f"W {rule.window}, C {rule.patience}, grace {rule.grace_tokens}, stride {rule.stride}"
     since = f"active from policy version {rule.warmup_steps}"
     arm = f"control arm {rule.control_fraction:.0%}"
+    on = f"calibrated on {rule.calibrate_on}; {arm}"
     calibrated = (
         f"W {rule.window}, C {rule.patience}, η {rule.eta:g}, K {rule.teacher_top_k}, "
-        f"grace {rule.grace_tokens}, stride {rule.stride}; {since} and {rule.min_calibration} minima; {arm}"
+        f"grace {rule.grace_tokens}, stride {rule.stride}; {since} and {rule.min_calibration} minima; {on}"
     )
     text = {
         "none": "no rollout is cut",
@@ -207,17 +209,18 @@ def _say_what_runs(config: Config, found: Findings) -> None:
         "kat": calibrated,
         "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
         "kat_inverse": f"cut where divergence stays high; {calibrated}",
-    }.get(rule.policy, f"your own; {arm}")
-    if rule.shadow:
+    }.get(rule.policy, f"your own; {on if _is_calibrated(rule.policy) else arm}")
+    cuts = rule.policy != "none"  # without cuts neither of these changes anything
+    if cuts and rule.shadow:
         text += "; shadow: verdicts are recorded, none is applied"
-    elif rule.apply == "mask":
+    elif cuts and rule.apply == "mask":
         text += "; mask: nothing is stopped, what is cut is left out of the loss"
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {_told_end(config)} of {learner.batch_size} trajectories, {config.loss.mode}, AdamW "
-        f"{learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up to "
-        f"{learner.max_staleness}",
+        f"training   {_told_end(config)} of {learner.batch_size} trajectories, {_told_loss(config.loss)}, "
+        f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
+        f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
@@ -226,6 +229,32 @@ def _say_what_runs(config: Config, found: Findings) -> None:
             "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens come from the "
             "truncated distribution, their weights from the full one"
         )
+    if config.loss.weighting == "random_drop" and config.loss.retention == 1:
+        found.lines.append(
+            "warning    loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
+            "loss.retention to the share of kept tokens that is to count"
+        )
+
+
+def _is_calibrated(policy: str) -> bool:
+    """Whether a policy, maybe one of the user's own, looks at minima. One that cannot be imported was refused before,
+    when the config was read."""
+    try:
+        return issubclass(policies.find(policy), policies.Calibrated)
+    except policies.PolicyError:
+        return False
+
+
+def _told_loss(loss: Loss) -> str:
+    """Its mode, and what differs from the default."""
+    parts: list[str] = [loss.mode]
+    if loss.denominator != "kept":
+        parts.append(f"denominator {loss.denominator}")
+    if loss.weighting == "random_drop":
+        parts.append(f"weighting random_drop (retention {loss.retention:g})")
+    elif loss.weighting == "position":
+        parts.append(f"weighting position (half-life {loss.position_half_life:g} tokens)")
+    return ", ".join(parts)
 
 
 def _told_end(config: Config) -> str:

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from common.config import Config, ConfigError, keys, load
 from common.pretrained import ModelError
@@ -30,6 +32,21 @@ exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
 _OF_A_RUN = ("check", "dead", "health", "top", "watch")
 # What judges rollouts, or starts what does: only there is a policy of one's own imported.
 _JUDGES = ("arbiter", "chaos", "check", "compare", "feeder", "run", "soak")
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one: by itself argparse keeps the last and says nothing."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        # Whether it was given shows in no value, which may be that of the default.
+        given = f"_given_{self.dest}"
+        if hasattr(namespace, given):
+            former = getattr(namespace, self.dest)
+            raise argparse.ArgumentError(self, f"given twice ({former!r:.40}, then {values!r:.40}); expected once")
+        setattr(namespace, given, True)
+        setattr(namespace, self.dest, values)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,7 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="several policies and seeds, run one by one, with tables and plots")
     _config_arguments(compare)
     compare.add_argument(
-        "--policies", default="none,kat", help="names with commas between them (default none,kat): a row each"
+        "--policies",
+        action=_Once,
+        default="none,kat",
+        help="names with commas between them (default none,kat): a row each",
     )
     compare.add_argument(
         "--variant",
@@ -199,9 +219,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABEL:A.B=C,D.E=F",
         help="one more row: the config with these keys changed; may be given again",
     )
-    compare.add_argument("--seeds", default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
+    compare.add_argument("--seeds", action=_Once, default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
     compare.add_argument(
-        "--budget", default="steps", help="steps: learner.max_steps; tokens:N: each run ends when N are generated"
+        "--budget",
+        action=_Once,
+        default="steps",
+        help="steps: learner.max_steps; tokens:N: each run ends when N are generated; tokens: N is the config's "
+        "learner.max_generated_tokens (default steps)",
     )
     compare.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default 1)")
     compare.add_argument(
@@ -269,7 +293,8 @@ def _chance(text: str) -> float:
     return value
 
 
-def _load(arguments: argparse.Namespace) -> Config:
+def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
+    """The config that is asked for, with `more` overrides on top. Raises ConfigError."""
     path: Path = arguments.config
     if arguments.command in _OF_A_RUN and path.is_dir():
         path = arguments.config = path / "config.yaml"  # a run's folder stands for the config in it
@@ -284,7 +309,7 @@ def _load(arguments: argparse.Namespace) -> Config:
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
-    return load(path, [*arguments.overrides, *where], import_policy=arguments.command in _JUDGES)
+    return load(path, [*arguments.overrides, *more, *where], import_policy=arguments.command in _JUDGES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -381,6 +406,12 @@ def _pretrain(arguments: argparse.Namespace) -> int:
             raise ConfigError("--exchange-end makes no model: it goes with neither --loop nor --leave-loop")
         exchange_end(arguments.exchange_end, arguments.out)
         return 0
+    for option, value, other, role in (
+        ("--loop", arguments.loop, "teacher", "student"),
+        ("--leave-loop", arguments.leave_loop, "student", "teacher"),
+    ):
+        if value is not None and arguments.which == other:
+            raise ConfigError(f"{option} is for the {role}'s documents: it goes with --which {role} or both")
     settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
     pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0
@@ -479,16 +510,36 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ops import compare
+    from ops.compare_grid import resolved_budget
 
     if arguments.report_only and arguments.config.is_dir():
         return compare.report(arguments.config)
-    config, name = _load(arguments), arguments.name
+    config, name = _load_base(arguments), arguments.name
     if arguments.report_only:
         return compare.report(compare.grid_folder(config, name))
+    budget = resolved_budget(arguments.budget, config)
     request = compare.Request(
-        arguments.policies, arguments.variant, arguments.seeds, arguments.budget, arguments.overrides, arguments.jobs
+        arguments.policies, arguments.variant, arguments.seeds, budget, arguments.overrides, arguments.jobs
     )
     return compare.compare(config, name, request)
+
+
+def _load_base(arguments: argparse.Namespace) -> Config:
+    """The config that all rows of a comparison begin with. Raises ConfigError.
+
+    Where every row names its policy, it need not be valid with its own one, which is in no row: rows are checked each
+    with theirs.
+    """
+    from ops.compare_grid import name_policies, read_rows
+
+    try:
+        return _load(arguments)
+    except ConfigError:
+        if not name_policies(read_rows(arguments.policies, arguments.variant)):
+            raise
+        with suppress(ConfigError):  # also wrong without a policy: the first error says it best
+            return _load(arguments, ["termination.policy=none"])
+        raise
 
 
 def _dead(arguments: argparse.Namespace) -> int:

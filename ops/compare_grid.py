@@ -101,6 +101,17 @@ def read_budget(text: str) -> int | None:
     return int(found[1])
 
 
+def resolved_budget(text: str, base: Config) -> str:
+    """The budget with its number: to `tokens` comes that of the config that all rows begin with. Raises ConfigError."""
+    if text != "tokens":
+        return text
+    if base.learner.max_generated_tokens is None:
+        raise ConfigError(
+            "--budget 'tokens': how many? Expected `tokens:N`, or N in the config as learner.max_generated_tokens"
+        )
+    return f"tokens:{base.learner.max_generated_tokens}"
+
+
 def read_rows(names: str, variants: Sequence[str]) -> tuple[Row, ...]:
     """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError."""
     rows = [_policy_row(name.strip()) for name in names.split(",") if name.strip()]
@@ -146,6 +157,11 @@ def _label(text: str, where: str) -> str:
             f"{where}: {text!r:.80} is no name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
         )
     return text
+
+
+def name_policies(rows: Iterable[Row]) -> bool:
+    """Whether every row names its policy, so that the one of the config that all rows begin with is nobody's."""
+    return all(any(change.partition("=")[0].strip() == "termination.policy" for change in row.changes) for row in rows)
 
 
 def with_source_of_match(rows: tuple[Row, ...]) -> tuple[tuple[Row, ...], bool]:

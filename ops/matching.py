@@ -146,10 +146,11 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
     taken off what is aimed at. Raises ConfigError, also where `other` was not made from `folder`.
     """
     _, treated, _, _ = _kat_run(folder)
-    config, made, control = _arms(other)
+    config = _config(other)
     rule, hazard = config.termination, hazard_of(treated.seen, treated.cut)
     if rule.policy != "random_matched" or rule.hazard != hazard or not (rule.apply == "stop" and not rule.shadow):
         raise ConfigError(f"{other}: not made from {folder}; expected a run of what `katana match` made of it")
+    made, control = _arms(other)
     lengths = uncut_lengths(np.concatenate([made.seen, control.generated]), np.concatenate([made.cut, control.cut]))
     before = Rule(hazard, rule.hazard_scale, rule.detection_tokens)
     usual, real, aim = expected_means(before, lengths, made.overshoot), made.means, treated.means
@@ -167,7 +168,9 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
 
 def compare(folder: Path, other: Path) -> tuple[str, bool]:
     """The realised means of two runs' treated rollouts, in words, and whether they agree within 2 %."""
-    (_, one, _), (_, two, _) = _arms(folder), _arms(other)
+    for run in (folder, other):
+        _config(run)  # a folder that is no run's is named as such
+    (one, _), (two, _) = _arms(folder), _arms(other)
     return _realised(one, two), agree(one.means, two.means)
 
 
@@ -215,21 +218,30 @@ def _next_name(name: str) -> str:
 
 
 def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
-    """Config and arms of a finished run of kat that stops, and the policy version that it was active from."""
-    config, treated, control = _arms(folder)
+    """Config and arms of a finished run of kat that stops, and the policy version that it was active from. Raises
+    ConfigError, first of all where it is a run of something else: what such a run lacks follows from that."""
+    config = _config(folder)
     rule = config.termination
-    if rule.policy != "kat" or rule.apply != "stop" or rule.shadow:
+    if rule.policy != "kat":
         raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected a run of kat that stops")
+    if rule.shadow or rule.apply != "stop":
+        setting = "termination.shadow: true" if rule.shadow else f"termination.apply: {rule.apply}"
+        raise ConfigError(f"{folder}: made with {setting}, which stops nothing; expected a run of kat that stops")
+    treated, control = _arms(folder)
     if not treated.cut.any():
         raise ConfigError(f"{folder}: nothing to match, no treated rollout was cut")
     return config, treated, control, _active_since(folder)
 
 
-def _arms(folder: Path) -> tuple[Config, Arm, Arm]:
-    """Config and both arms of a finished run. Raises ConfigError, also where no treated rollout could have been cut."""
+def _config(folder: Path) -> Config:
+    """The config of a run. Raises ConfigError, also where the folder is no run's."""
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    config = load(folder / "config.yaml", import_policy=False)
+    return load(folder / "config.yaml", import_policy=False)
+
+
+def _arms(folder: Path) -> tuple[Arm, Arm]:
+    """Both arms of a finished run. Raises ConfigError, also where no treated rollout could have been cut."""
     try:
         _check_finished(folder)
         arms = [_arm([line for line in _compared(folder) if line["arm"] == name]) for name in ("treated", "control")]
@@ -239,7 +251,7 @@ def _arms(folder: Path) -> tuple[Config, Arm, Arm]:
         raise ConfigError(f"{folder}: damaged ({error!r:.200}); expected the folder of a finished run") from error
     if not len(arms[0].cut):
         raise ConfigError(f"{folder}: no treated rollout that its policy could have cut")
-    return config, arms[0], arms[1]
+    return arms[0], arms[1]
 
 
 def _check_finished(folder: Path) -> None:

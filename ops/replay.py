@@ -93,8 +93,12 @@ def _pair(option: str, item: str) -> tuple[str, str]:
     key, equals, value = item.partition("=")
     key, value = key.strip(), value.strip()
     section, _, name = key.partition(".")
-    if not equals or not value or not name:
+    if not equals or not value or not key:
         raise ConfigError(f"{option} {item!r}: expected key=value, for example termination.eta=0.1")
+    if not name and key in Termination.model_fields:
+        raise ConfigError(f"{option} {item!r}: expected termination.KEY=value, here termination.{key}={value}")
+    if not name:
+        raise ConfigError(f"{option} {item!r}: expected key=value with a key of termination: {', '.join(ALLOWED)}")
     if section != "termination":
         raise ConfigError(f"{option} {item!r}: a replay knows only verdicts; allowed: {', '.join(ALLOWED)}")
     if name in _FIXED:
@@ -138,7 +142,9 @@ def _chosen(
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
         if why := _unknowable(record, settings):
-            raise ConfigError(f"{name}: {why}")
+            # The reason begins with the key that it is about: a single change of that key needs no naming before it.
+            told = len(changes) == 1 and why.startswith(changes[0][0])
+            raise ConfigError(why if told else f"{name}: {why}")
         chosen.append(Setting(name, changes, settings))
     return chosen
 

@@ -12,7 +12,7 @@ out=docs/evidence
 seeds=0-4
 all=none,fixed,scheduled,random,random_matched,kat,kat_absolute,kat_inverse
 
-# Evaluated at the end alone, on 192 problems: half of the noise of the demo's own evaluation.
+# Evaluated at the beginning and at the end, on 192 problems: half of the noise of the demo's own evaluation.
 common=(
     --set runs_dir=$runs --set eval.every_steps=1000 --set eval.problems=192
     --set termination.fixed_tokens=64 --set termination.scheduled_tokens=128 --set termination.scheduled_steps=50
@@ -21,9 +21,9 @@ common=(
 
 keep() { # grid or file in runs/evidence, name in docs/evidence
     mkdir -p $out
-    for kind in csv md png; do
-        [ ! -f "$runs/$1.$kind" ] || cp "$runs/$1.$kind" "$out/$2.$kind"
-    done
+    cp "$runs/$1.csv" "$out/$2.csv"
+    cp "$runs/$1.png" "$out/$2.png"
+    sed "s#](${1##*/}\.png)#]($2.png)#" "$runs/$1.md" >"$out/$2.md"
 }
 
 compare() { # name, options
@@ -41,8 +41,8 @@ compare tokens --policies $all --seeds $seeds --budget tokens:100000 \
 
 # 2. Traps: a student that loops in most rollouts, a teacher that in a loop agrees, and a low learning rate, so that the
 #    loops last.
-[ -f $runs/models/student/config.json ] || $katana pretrain --which student --loop 0.6 --out $runs/models
-[ -f $runs/models/teacher/config.json ] || $katana pretrain --which teacher --leave-loop 0.02 --out $runs/models
+[ -f $runs/models/student/pretrain.json ] || $katana pretrain --which student --loop 0.6 --out $runs/models
+[ -f $runs/models/teacher/pretrain.json ] || $katana pretrain --which teacher --leave-loop 0.02 --out $runs/models
 traps=(
     --set student.model=$runs/models/student --set teacher.model=$runs/models/teacher
     --set learner.learning_rate=5e-5 --set termination.eta=0.3
@@ -55,7 +55,10 @@ shadow() { # name, options
     shift
     [ -f $runs/"$name"/summary.json ] || $katana run $demo --name "$name" "${common[@]}" "$@" --fresh \
         --set learner.max_steps=50 --set termination.shadow=true
-    $katana replay $runs/"$name" --sweep termination.eta=0.3,0.6,0.8,0.9 --sweep termination.window=8,16,32
+    $katana replay $runs/"$name" --sweep termination.policy=fixed,scheduled,random,kat,kat_absolute,kat_inverse
+    keep "$name/replay/replay" "replay-$name-policies"
+    $katana replay $runs/"$name" --sweep termination.eta=0.3,0.6,0.8 --sweep termination.window=8,16,32 \
+        --sweep termination.buffer_size=128,512
     keep "$name/replay/replay" "replay-$name"
 }
 shadow shadow
@@ -64,7 +67,7 @@ audit() { # student, runs
     local run student=$1
     shift
     for run in "$@"; do
-        [ -f $runs/"$run"/audit/audit.csv ] || $katana audit $runs/"$run" --student "$student"
+        [ -f $runs/"$run"/audit/audit.png ] || $katana audit $runs/"$run" --student "$student"
         keep "$run/audit/audit" "audit-${run//\//-}"
     done
 }
@@ -72,7 +75,7 @@ audit ops/models/student steps/{kat,random_matched,kat_inverse,random}-s0
 audit $runs/models/student traps/{kat,random_matched}-s0
 
 # 4. A student that ends with another token than its teacher: STOP as one event, and token by token.
-[ -f $runs/models/exchanged/config.json ] || $katana pretrain --exchange-end ops/models/student --out $runs/models/exchanged
+[ -f $runs/models/exchanged/model.safetensors ] || $katana pretrain --exchange-end ops/models/student --out $runs/models/exchanged
 compare stop-set --policies none --seeds 0-2 --set learner.max_steps=50 --set student.model=$runs/models/exchanged \
     --variant by_token:termination.policy=none,rollout.stop_set=student
 

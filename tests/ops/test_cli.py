@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data_sets import put_rows, put_tiny_qwen3
 
+from common.config import Config, ConfigError
 from common.streams import connect
 from ops.cli import main
+from ops.compare import Request
+from ops.compare_grid import read_rows, row_config
 from ops.embedded import EmbeddedRedis
 from ops.rundir import lock
 
@@ -66,6 +71,49 @@ def test_check_tells_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for words in ("stop set", "tokenizer  shared", "memory", "redis      at most", "policy     kat", "ok"):
         assert words in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told", "untold"),
+    [
+        ([], "128 minima; calibrated on control; control arm 20%", "denominator"),
+        (["termination.calibrate_on=completed"], "calibrated on completed; control arm", ""),
+        (["termination.policy=kat_inverse", "termination.calibrate_on=all"], "calibrated on all; control arm", ""),
+        (["termination.policy=kat_absolute"], "policy     kat_absolute", "calibrated on"),
+        (["loss.denominator=sequence"], "reverse_kl_topk_tail, denominator sequence, AdamW", "weighting"),
+        (["loss.weighting=random_drop", "loss.retention=0.5"], "weighting random_drop (retention 0.5)", "warning"),
+        (["loss.weighting=position"], "weighting position (half-life 64 tokens), AdamW", "retention"),
+        (["loss.weighting=random_drop"], "warning    loss.weighting random_drop drops nothing with loss.retention", ""),
+        (["loss.retention=0.5"], "reverse_kl_topk_tail, AdamW", "retention"),
+        (["termination.apply=mask"], "; mask: nothing is stopped, what is cut is left out of the loss", ""),
+        (["termination.policy=none", "termination.apply=mask"], "policy     none: no rollout is cut\n", "mask"),
+        (["termination.policy=none", "termination.shadow=true"], "policy     none: no rollout is cut\n", "shadow"),
+    ],
+)
+def test_check_shows_what_switches_change(
+    settings: list[str], told: str, untold: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", DEMO, *(part for one in settings for part in ("--set", one))]) == 0
+    said = capsys.readouterr().out
+    assert told in said
+    assert not untold or untold not in said
+
+
+def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_calibrated.py").write_text(
+        "from common.policies import Calibrated, NeverCut\n\n\n"
+        "class Mine(NeverCut, Calibrated):\n    def __init__(self, settings, situation):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, told in (
+        ("own_calibrated:Mine", "your own; calibrated on control; "),
+        ("own_policy:Halved", "your own; "),
+    ):
+        own = ("--set", f"termination.policy={name}", "--set", "termination.options={head: 4}")
+        assert main(["check", DEMO, *own]) == 0
+        assert f"{name}: {told}control arm 20%" in capsys.readouterr().out
 
 
 def test_check_says_what_it_could_not_check_without_the_hub(
@@ -176,6 +224,97 @@ def test_a_number_that_is_none_is_said_with_what_is_allowed(
         main(arguments)
     assert exit_.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_pretrain_refuses_a_loop_of_documents_that_are_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", str(tmp_path / "out"))
+    told = refused(capsys, "pretrain", "--which", "teacher", "--loop", "0.6", *out)
+    assert "--loop is for the student's documents: it goes with --which student or both" in told
+    told = refused(capsys, "pretrain", "--which", "student", "--leave-loop", "0.02", *out)
+    assert "--leave-loop is for the teacher's documents: it goes with --which teacher or both" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "values"), [("--policies", ("none", "none,kat")), ("--seeds", ("0", "1")), ("--budget", ("steps",) * 2)]
+)
+def test_compare_refuses_what_is_given_twice(
+    option: str, values: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", DEMO, option, values[0], f"{option}={values[1]}"])
+    assert exit_.value.code == 2
+    said = f"argument {option}: given twice ({values[0]!r}, then {values[1]!r}); expected once"
+    assert said in capsys.readouterr().err
+
+
+def test_the_examples_with_data_of_ones_own_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As README.md and docs/data.md show them, but for the models: nothing wrong, and nothing left unchecked."""
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    student, teacher = put_tiny_qwen3(tmp_path / "student", seed=1), put_tiny_qwen3(tmp_path / "teacher", seed=2)
+    models = ["--set", f"student.model={student}", "--set", f"teacher.model={teacher}"]
+    rows = [{"problem": f"What is {number} + 7?", "answer": str(number + 7)} for number in range(8)]
+    put_rows(tmp_path / "train", rows, "jsonl")
+    put_rows(tmp_path / "data" / "train", rows, "jsonl")
+    (tmp_path / "my.yaml").write_text((ROOT / "docs" / "data.md").read_text().split("```yaml\n")[1].split("```")[0])
+    shown = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    [command] = [shlex.split(one) for one in shown if "--set data.path=train.jsonl" in one]
+    assert command[:2] == ["katana", "run"]
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["my.yaml"], command[2:]):
+        assert main(["check", *arguments, *models]) == 0
+        told = capsys.readouterr().out
+        assert "prompts    8 rows of" in told
+        assert "unchecked" not in told and "warning" not in told
+
+
+Asked = list[tuple[Config, Request]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What `katana compare` hands on; nothing is run."""
+    found: Asked = []
+
+    def compare(base: Config, name: str | None, request: Request) -> int:
+        found.append((base, request))
+        return 0
+
+    monkeypatch.setattr("ops.compare.compare", compare)
+    return found
+
+
+def test_a_budget_of_tokens_without_a_number_is_that_of_the_config(
+    asked: Asked, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", DEMO, "--budget", "tokens", "--set", "learner.max_generated_tokens=900"]) == 0
+    [(_, request)] = asked
+    assert request.budget == "tokens:900"
+    assert "learner.max_generated_tokens" in refused(capsys, "compare", DEMO, "--budget", "tokens")
+
+
+def test_a_base_need_not_be_valid_with_a_policy_that_no_row_has(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = ("--set", "termination.control_fraction=0")
+    assert main(["compare", DEMO, "--policies", "none,fixed", *bare]) == 0
+    [(base, request)] = asked
+    assert base.termination.control_fraction == 0
+    assert request.overrides == ["termination.control_fraction=0"]
+    fixed = row_config(base, read_rows("fixed", [])[0], None).termination
+    assert (fixed.policy, fixed.control_fraction) == ("fixed", 0)
+    with pytest.raises(ConfigError, match=r"row 'kat': .*calibrate_on: control needs a control arm"):
+        row_config(base, read_rows("kat", [])[0], None)
+    # A row that leaves the policy to the config has that of the config.
+    told = refused(capsys, "compare", DEMO, "--policies", "none", "--variant", "short:loss.retention=0.5", *bare)
+    assert "demo.yaml: " in told and "calibrate_on: control needs a control arm" in told
+    # What is wrong with any policy is said as it is.
+    told = refused(capsys, "compare", DEMO, "--policies", "none", *bare, "--set", "learner.max_step=3")
+    assert "learner.max_steps" in told
 
 
 def test_a_runs_folder_stands_for_the_config_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

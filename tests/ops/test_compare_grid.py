@@ -37,6 +37,21 @@ def test_budgets() -> None:
             grids.read_budget(text)
 
 
+def test_a_budget_without_a_number_takes_that_of_the_config(tmp_path: Path) -> None:
+    counted = make_config(tmp_path, learner={"max_generated_tokens": 900})
+    assert grids.resolved_budget("tokens", counted) == "tokens:900"
+    for text in ("steps", "tokens:7", "tokens:x"):
+        assert grids.resolved_budget(text, counted) == text
+    with pytest.raises(ConfigError, match=r"Expected `tokens:N`, or N in the config as learner\.max_generated_tokens"):
+        grids.resolved_budget("tokens", make_config(tmp_path))
+
+
+def test_whether_rows_leave_the_policy_to_the_config() -> None:
+    assert grids.name_policies(grids.read_rows("none,kat", ["own:loss.mode=x,termination.policy=fixed"]))
+    assert not grids.name_policies(grids.read_rows("none,kat", ["own:termination.eta=0.1"]))
+    assert not grids.name_policies(grids.read_rows("", ["own:termination.options={termination.policy: 1}"]))
+
+
 def test_rows_of_policies_and_variants() -> None:
     rows = grids.read_rows(
         "none, kat,own_policy:Halved", ["soft:termination.eta=0.1,termination.options={a: 1, b: 2},loss.mode=x"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from common.config import load
 from ops.cli import _parser
 from ops.compare_grid import read_budget, read_rows, row_config
 
-EXPERIMENTS = Path(__file__).parents[2] / "ops" / "experiments"
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = ROOT / "ops" / "experiments"
 
 
 def test_none_is_the_demo_without_termination() -> None:
@@ -41,23 +41,69 @@ def test_every_setting_of_the_demo_is_explained_or_plain() -> None:
     assert sum("#" in line for line in lines) >= 0.9 * len(lines)
 
 
-def test_every_command_of_make_evidence_is_one_that_katana_takes(tmp_path: Path) -> None:
-    """The script itself, with a katana that only notes what it is asked; asked again, it goes through once more."""
+PLAYED = """\
+import json, sys
+from pathlib import Path
+
+call = sys.argv[1:]
+with open("calls", "a") as file:
+    file.write(json.dumps(call) + "\\n")
+
+def given(option):
+    return call[call.index(option) + 1]
+
+def report(folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.csv").write_text(call[0])
+    (folder / f"{name}.png").write_text(call[0])
+    (folder / f"{name}.md").write_text(f"![a]({name}.png)")
+
+runs = Path("runs/evidence")
+if call[0] == "compare":
+    report(runs / given("--name"), "compare")
+    for policy in given("--policies").split(","):
+        for seed in range(int(given("--seeds")[-1]) + 1):
+            (runs / given("--name") / f"{policy}-s{seed}").mkdir(exist_ok=True)
+elif call[0] == "run":
+    (runs / given("--name")).mkdir(parents=True)
+    (runs / given("--name") / "summary.json").touch()
+elif call[0] == "pretrain":
+    folder = Path(given("--out"), *([given("--which")] if "--which" in call else []))
+    folder.mkdir(parents=True)
+    (folder / "pretrain.json").touch()
+    (folder / "model.safetensors").touch()
+else:
+    assert Path(call[1]).is_dir(), f"no run {call[1]}"
+    report(Path(call[1]) / call[0], call[0])
+"""
+
+
+def test_make_evidence_asks_for_what_katana_takes_and_keeps_what_it_gets(tmp_path: Path) -> None:
+    """The script itself, with a katana that plays its part; asked again, it does no run twice."""
     script = tmp_path / "ops" / "experiments" / "evidence.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(EXPERIMENTS / "evidence.sh", script)
     katana = tmp_path / ".venv" / "bin" / "katana"
     katana.parent.mkdir(parents=True)
-    katana.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    katana.write_text(f"#!{sys.executable}\n{PLAYED}")
     katana.chmod(0o755)
+    calls = []
     for _ in range(2):
-        done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=60)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path / "docs" / "evidence") == []
-    calls = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {call[0] for call in calls} == {"compare", "run", "replay", "audit", "pretrain"}
-    for call in calls:
+        calls.append([json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()])
+    assert {call[0] for call in calls[0]} == {"compare", "run", "replay", "audit", "pretrain"}
+    assert {call[0] for call in calls[1]} == {"compare", "replay"}  # which know themselves what is done
+    for call in calls[0]:
         _check(call)
+    kept = sorted(path.name for path in (tmp_path / "docs" / "evidence").iterdir())
+    made = [call for call in calls[0] if call[0] in ("compare", "replay", "audit")]
+    assert len(kept) == 3 * len(made)
+    for name in kept:
+        if name.endswith(".md"):
+            text = (tmp_path / "docs" / "evidence" / name).read_text()
+            assert text == f"![a]({name[:-3]}.png)"
 
 
 def _check(call: list[str]) -> None:
@@ -74,3 +120,8 @@ def _check(call: list[str]) -> None:
             row_config(base, row, tokens)
     elif call[0] == "run":
         assert load(EXPERIMENTS / "demo.yaml", sets).termination.shadow
+    elif call[0] == "replay":
+        for sweep in given("--sweep"):
+            key, _, values = sweep.partition("=")
+            for value in values.split(","):
+                load(EXPERIMENTS / "demo.yaml", [f"{key}={value}"])

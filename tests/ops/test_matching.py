@@ -291,11 +291,23 @@ def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
 def test_folders_that_are_no_run_of_kat_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["match", str(tmp_path)]) == 2
     assert "no run's folder" in capsys.readouterr().err
-    shadow = play(kat_config(tmp_path, shadow=True), run=0, count=320)
-    assert main(["match", str(shadow)]) == 2
-    assert "expected a run of kat that stops" in capsys.readouterr().err
+    for setting, told in (({"shadow": True}, "termination.shadow: true"), ({"apply": "mask"}, "apply: mask")):
+        whole = play(kat_config(tmp_path, **setting), run=0, count=320)
+        assert main(["match", str(whole)]) == 2
+        said = capsys.readouterr().err
+        assert told in said and "which stops nothing; expected a run of kat that stops" in said
     assert main(["match", str(put_run(kat_config(tmp_path, "empty"), []))]) == 2
     assert "no treated rollout" in capsys.readouterr().err
+
+
+def test_a_run_of_another_policy_is_refused_for_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not for what it lacks: of a run of `none` nothing could have been cut."""
+    none = str(put_run(kat_config(tmp_path, "whole", policy="none"), []))
+    assert main(["match", none]) == 2
+    assert "its policy is 'none'; expected a run of kat that stops" in capsys.readouterr().err
+    kat = str(flat_run(tmp_path, [40] * 100))
+    assert main(["match", kat, "--against", none, "--correct"]) == 2
+    assert f"{none}: not made from {kat}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("open_rollouts", [None, 7])
