@@ -24,6 +24,7 @@ from ops.matching_means import TOLERANCE
 NAMES = ("compare.md", "compare.html", "compare.png", "compare.csv")
 REFERENCES = ("none", MATCHED)
 _DOTS_PER_INCH = 100
+_ROUNDING = 1e-9  # of means that are the same but for the rounding of floats, as a share
 _RESULT = ("avg_at_k", "pass_at_k", "tokens_generated", "tokens_trained", "steps", "wall_s")
 _CUTTING = (
     "tokens_detection",
@@ -135,9 +136,12 @@ def _change(early: Mapping[int, float], late: Mapping[int, float], figure: Figur
         return "–"
     both = early.keys() & late.keys()
     first, last = (sum(values[seed] for seed in both) / len(both) for values in (early, late))
-    half = "" if found.interval.half is None else f" ± {figure.write(found.interval.half)}"
+    change, spread = found.interval.mean, found.interval.half
+    if abs(change) + (spread or 0.0) < _ROUNDING * abs(last):
+        change, spread = 0.0, None if spread is None else 0.0
+    half = "" if spread is None else f" ± {figure.write(spread)}"
     fewer = "" if len(both) == seeds else f" ({len(both)} seeds)"
-    return f"{figure.write(first)} → {figure.write(last)} ({figure.write(found.interval.mean, '+')}{half}){fewer}"
+    return f"{figure.write(first)} → {figure.write(last)} ({figure.write(change, '+')}{half}){fewer}"
 
 
 def _by_row(comparison: Comparison, title: str, figures: Sequence[str], notes: Sequence[str]) -> Table:

@@ -48,6 +48,9 @@ traps=(
     --set learner.learning_rate=5e-5 --set termination.eta=0.3
 )
 compare traps --policies none,fixed,random,random_matched,kat --seeds $seeds --budget tokens:100000 "${traps[@]}"
+# The same with an η by which, as the replay says, traps are cut and little else.
+compare traps-eta-0.6 --policies random_matched,kat --seeds $seeds --budget tokens:100000 "${traps[@]}" \
+    --set termination.eta=0.6
 
 # 3. Whether what was cut could still have been right; and other settings, from runs that cut nothing.
 shadow() { # name, options

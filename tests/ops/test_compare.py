@@ -56,7 +56,8 @@ def fill(config: Config) -> None:
 def guards(step: int, policy: str, seed: int) -> dict[str, Any]:
     """A line of metrics.jsonl; kat is active from step 3 on, and cuts more and more: 0.5 + seed / 100 a step / 20."""
     rate = 0.0 if policy == "none" or step < 3 else (0.5 + seed / 100) * step / STEPS
-    threshold = None if policy == "none" or step < 3 else 0.04
+    # The same number, but for what floats make of it.
+    threshold = None if policy == "none" or step < 3 else 0.04 + 1e-16 * (step * seed % 3)
     line = {"step": step, "policy_version": step, "threshold": threshold, "repetition": 0.2}
     return line | {"cut_rate_treated": rate, "cut_rate_control": None if step % 2 else rate}
 
