@@ -80,7 +80,7 @@ fuzz: setup
 pretrain: setup
 	$(RUN_ENV) $(BIN)/katana pretrain --out ops/models
 
-# Every run behind EVIDENCE.md. May be interrupted and begun again.
+# Every run behind EVIDENCE.md: two and a half hours on two cores. May be interrupted and begun again.
 evidence: setup
 	ops/experiments/evidence.sh
 

@@ -125,3 +125,11 @@ def _check(call: list[str]) -> None:
             key, _, values = sweep.partition("=")
             for value in values.split(","):
                 load(EXPERIMENTS / "demo.yaml", [f"{key}={value}"])
+
+
+def test_every_table_of_evidence_is_on_record() -> None:
+    """No figure in a table of EVIDENCE.md that a command did not write."""
+    written = {line for path in (ROOT / "docs" / "evidence").glob("*.md") for line in path.read_text().splitlines()}
+    rows = [line for line in (ROOT / "EVIDENCE.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    assert [row for row in rows if row not in written] == []
