@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops.audit_cuts import CLASSES, Record
-from ops.bootstrap import RESAMPLES, interval, resampled_sums
+from ops.bootstrap import RESAMPLES, interval, resampled_sums, unseen_share
 
 SOURCES = {
     "keep": "the student, from what was kept",
@@ -66,14 +66,6 @@ def chance(
         unseen = unseen_share(count)
         low, high = mean - (mean - floor) * unseen, mean + (1 - mean) * unseen
     return Chance(mean, low, high, len(values), count)
-
-
-def unseen_share(prompts: int) -> float:
-    """The greatest share of all prompts that may be unlike the `prompts` seen, which were all alike, at 95 %.
-
-    1 - 0.025^(1/prompts): for values of 0 or 1 the limit of Clopper and Pearson (Biometrika, 1934).
-    """
-    return float(1 - 0.025 ** (1 / prompts))
 
 
 @dataclass(frozen=True, slots=True)

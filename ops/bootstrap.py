@@ -40,3 +40,11 @@ def interval(values: Reals) -> tuple[float, float]:
     """The 2.5 % and 97.5 % points of what was drawn."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def unseen_share(prompts: int) -> float:
+    """The greatest share of all prompts that may be unlike the `prompts` seen, which were all alike, at 95 %.
+
+    1 - 0.025^(1/prompts): for values of 0 or 1 the limit of Clopper and Pearson (Biometrika, 1934).
+    """
+    return float(1 - 0.025 ** (1 / prompts))

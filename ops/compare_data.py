@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,26 +158,22 @@ def read_result(folder: Path, cell: Cell) -> Result:
 def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[data.Line]) -> dict[str, float | None]:
     arms = [summary["arms"][arm] for arm in ARMS]
     names = ("tokens_generated", "tokens_trained", "tokens_detection", "tokens_overshoot")
-    counted = [line for line in lines if compared(line)]
+    by_arm = {arm: [line for line in lines if compared(line) and line["arm"] == arm] for arm in ARMS}
     return {
         "avg_at_k": last.get("avg@k"),
         "pass_at_k": last.get("pass@k"),
         **{name: sum(arm[name] for arm in arms) for name in names},
         "steps": summary["steps"],
         "wall_s": summary["wall_s"],
-        "length": _mean_length(data.finished(lines)),
-        **{f"length_{arm}": _mean_length(line for line in counted if line["arm"] == arm) for arm in ARMS},
-        "kept_treated": _mean([line["tokens_kept"] for line in counted if line["arm"] == "treated"]),
+        "length": _mean(data.finished(lines), "tokens_generated"),
+        **{f"length_{arm}": _mean(of_arm, "tokens_generated") for arm, of_arm in by_arm.items()},
+        "kept_treated": _mean(by_arm["treated"], "tokens_kept"),
         "length_saving": summary["length_saving"]["ratio"],
     }
 
 
-def _mean_length(lines: Iterable[data.Line]) -> float | None:
-    return _mean([line["tokens_generated"] for line in lines])
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(lines: Iterable[data.Line], name: str) -> float | None:
+    return drift.mean_known(line[name] for line in lines)
 
 
 def to_csv(comparison: Comparison) -> str:

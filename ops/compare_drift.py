@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from common.policies import POLICIES
-
-Line = dict[str, Any]
+from ops.report_data import Line
 
 GUARDS = ("threshold", "cut_rate_treated", "cut_rate_control", "repetition", "truncation_rate", "entropy")
 """Figures of metrics.jsonl that move when training runs off with itself."""
@@ -53,13 +51,14 @@ def early_and_late(steps: Sequence[Line]) -> dict[str, float | None]:
     third = len(steps) // 3
     parts = {"early": steps[:third], "late": steps[len(steps) - third :]} if len(steps) >= _LEAST else {}
     return {
-        f"{guard}_{when}": _mean(line[guard] for line in parts.get(when, []))
+        f"{guard}_{when}": mean_known(line[guard] for line in parts.get(when, []))
         for guard in GUARDS
         for when in ("early", "late")
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_known(values: Iterable[float | None]) -> float | None:
+    """Of those that are no None; None of nothing."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -73,7 +72,7 @@ def course(cells: Sequence[Sequence[Line]], guard: str, bins: int = 12) -> list[
     points = []
     for begin in range(1, last + 1, width):
         stretches = [[line for line in steps if begin <= line["step"] < begin + width] for steps in cells]
-        means = [_mean(line[guard] for line in stretch) for stretch in stretches]
+        means = [mean_known(line[guard] for line in stretch) for stretch in stretches]
         known = [mean for mean in means if mean is not None]
         if known and len(known) == len(means):
             points.append(Point(begin + (width - 1) / 2, sum(known) / len(known)))

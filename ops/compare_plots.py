@@ -12,9 +12,9 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from ops import report_panels as panels
 from ops.compare_data import Comparison
-from ops.compare_drift import Line, Point, course, cut_something
+from ops.compare_drift import Point, course, cut_something
 from ops.compare_stats import mean_interval
-from ops.report_data import Accuracy
+from ops.report_data import Accuracy, Line
 
 _COLOURS = (
     panels.GREY,

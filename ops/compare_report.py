@@ -17,14 +17,13 @@ from ops.compare_data import FIGURES, Comparison, Figure, read_comparison, to_cs
 from ops.compare_drift import GUARDS
 from ops.compare_grid import MATCHED, MATCHED_TO
 from ops.compare_plots import draw
-from ops.compare_stats import FEWEST_SEEDS, VERDICTS, Interval, Paired, mean_interval, paired
+from ops.compare_stats import FEWEST_SEEDS, ROUNDING, VERDICTS, Interval, Paired, mean_interval, paired
 from ops.html_report import FILES
 from ops.matching_means import TOLERANCE
 
 NAMES = ("compare.md", "compare.html", "compare.png", "compare.csv")
 REFERENCES = ("none", MATCHED)
 _DOTS_PER_INCH = 100
-_ROUNDING = 1e-9  # of means that are the same but for the rounding of floats, as a share
 _RESULT = ("avg_at_k", "pass_at_k", "tokens_generated", "tokens_trained", "steps", "wall_s")
 _CUTTING = (
     "tokens_detection",
@@ -137,7 +136,7 @@ def _change(early: Mapping[int, float], late: Mapping[int, float], figure: Figur
     both = early.keys() & late.keys()
     first, last = (sum(values[seed] for seed in both) / len(both) for values in (early, late))
     change, spread = found.interval.mean, found.interval.half
-    if abs(change) + (spread or 0.0) < _ROUNDING * abs(last):
+    if abs(change) + (spread or 0.0) < ROUNDING * abs(last):
         change, spread = 0.0, None if spread is None else 0.0
     half = "" if spread is None else f" ± {figure.write(spread)}"
     fewer = "" if len(both) == seeds else f" ({len(both)} seeds)"

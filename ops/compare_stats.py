@@ -22,7 +22,8 @@ LEVEL = 0.95
 FEWEST_SEEDS = 3
 """Below, an interval has one degree of freedom: of evaluations as coarse as k samples give, it calls too much."""
 VERDICTS = ("higher", "lower", "no difference seen")
-_ROUNDING = 1e-9  # of differences that are the same but for the rounding of floats, as a share
+ROUNDING = 1e-9
+"""As a share: numbers that differ by no more are the same but for the rounding of floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Paired:
             return "equal in all seeds"
         if n < FEWEST_SEEDS:
             return f"{n} seeds: too few to say"
-        if high - low <= _ROUNDING * abs(self.interval.mean):
+        if high - low <= ROUNDING * abs(self.interval.mean):
             return "same in all seeds: no spread to go by"
         if low <= 0 <= high:
             return "no difference seen"

@@ -9,15 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from common.messages import Floats
-from ops.audit_chances import unseen_share
-from ops.bootstrap import interval, resampled_sums
+from ops.bootstrap import Reals, interval, resampled_sums, unseen_share
 from ops.replay_answers import Judged
 from ops.replay_record import Record
 from ops.replay_verdicts import Verdict
 from ops.report_series import wilson
 
 _ALIKE = 250  # rollouts of neighbouring policy versions that are compared with each other
-_Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
 
 
@@ -99,12 +97,12 @@ def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Jud
     ]
 
 
-def _to_come(divergence: Floats) -> _Floats:
+def _to_come(divergence: Floats) -> Reals:
     """The divergence from each token on, summed: float64 [n]."""
     return np.cumsum(divergence[::-1], dtype=np.float64)[::-1]
 
 
-def _signals(record: Record, verdicts: Sequence[Verdict], ahead: Sequence[_Floats]) -> _Floats:
+def _signals(record: Record, verdicts: Sequence[Verdict], ahead: Sequence[Reals]) -> Reals:
     """Of each rollout that counts, the divergence behind its trigger, and what is to be expected of so many tokens at
     that place: float64 [2, rollouts], 0 of one that is not cut, or has nothing to be compared with.
 
@@ -125,7 +123,7 @@ def _trigger(verdict: Verdict) -> int | None:
     return None if verdict.cut is None else verdict.cut.trigger
 
 
-def _against_uncut(triggers: Sequence[int | None], ahead: Sequence[_Floats]) -> _Floats:
+def _against_uncut(triggers: Sequence[int | None], ahead: Sequence[Reals]) -> Reals:
     """`_signals` of rollouts that are alike."""
     longest = max((len(sums) for sums in ahead), default=0)
     sums, tokens = np.zeros(longest), np.zeros(longest)  # from each place on, of those that are uncut there
@@ -140,7 +138,7 @@ def _against_uncut(triggers: Sequence[int | None], ahead: Sequence[_Floats]) -> 
     return found
 
 
-def _ratio(over: _Floats, under: _Floats) -> float | None:
+def _ratio(over: Reals, under: Reals) -> float | None:
     return float(over.sum() / under.sum()) if under.sum() > 0 else None
 
 
@@ -152,8 +150,8 @@ def _outcome(
     record: Record,
     verdicts: Sequence[Verdict],
     shares: Mapping[str, Share],
-    seen: _Floats,
-    whole: _Floats,
+    seen: Reals,
+    whole: Reals,
     interval: tuple[float, float] | None,
     signal: float | None,
     signal_interval: tuple[float, float] | None,
@@ -223,7 +221,7 @@ def _shares(parts: Sequence[tuple[_Bools, _Bools]], problems: Sequence[int]) -> 
 
 
 def saving_intervals(
-    seen: _Floats, whole: _Floats, active: _Bools, problems: Sequence[int]
+    seen: Reals, whole: Reals, active: _Bools, problems: Sequence[int]
 ) -> list[tuple[float, float] | None]:
     """95 % intervals of 1 - Σ seen / Σ whole over active rollouts, one a setting; None where none is active.
 
@@ -238,7 +236,7 @@ def saving_intervals(
     return [None if one is None else (1 - one[1], 1 - one[0]) for one in found]
 
 
-def ratio_intervals(hits: _Floats, of: _Floats, problems: Sequence[int]) -> list[tuple[float, float] | None]:
+def ratio_intervals(hits: Reals, of: Reals, problems: Sequence[int]) -> list[tuple[float, float] | None]:
     """95 % intervals of shares Σ hits / Σ of, one a setting, by a bootstrap by prompt; None of nothing.
 
     Where all prompts are alike, draws have no width; then `unseen_share` of all prompts may be otherwise.
@@ -256,7 +254,7 @@ def ratio_intervals(hits: _Floats, of: _Floats, problems: Sequence[int]) -> list
     return found
 
 
-def _drawn_ratios(over: _Floats, under: _Floats, problems: Sequence[int]) -> list[tuple[float, float] | None]:
+def _drawn_ratios(over: Reals, under: Reals, problems: Sequence[int]) -> list[tuple[float, float] | None]:
     """Of each row the 2.5 % and 97.5 % points of Σ over / Σ under, prompts drawn with replacement; None where `under`
     is 0. All rows share the draws, since they share the rollouts."""
     columns = np.stack([over, under], axis=1).reshape(-1, over.shape[1]).T
@@ -264,7 +262,7 @@ def _drawn_ratios(over: _Floats, under: _Floats, problems: Sequence[int]) -> lis
     return [_interval(one[:, 0], one[:, 1]) for one in np.split(sums, len(over), axis=1)]
 
 
-def _interval(over: _Floats, under: _Floats) -> tuple[float, float] | None:
+def _interval(over: Reals, under: Reals) -> tuple[float, float] | None:
     drawn = under > 0
     if not drawn.any():
         return None
