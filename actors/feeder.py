@@ -30,11 +30,14 @@ from actors.books import (
 from common import metrics, policies
 from common.config import Config
 from common.draws import draw, rollout_seed
+from common.episode import Episode
+from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
 from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_text
 
 log = logging.getLogger("katana.feeder")
+_ROOM_S = 0.25  # between two looks at a Redis that was short of memory
 _COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's own count of a stopped rollout
 
 
@@ -97,6 +100,8 @@ class Feeder:
         self._cursor = 0
         self._slots = config.rollout.slots * config.rollout.workers
         self._housekeeping_at = 0.0
+        self._short = Episode(log)
+        self._room_at = 0.0  # when to look again for room in Redis
 
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until told to stop or the run is over and booked.
@@ -380,10 +385,10 @@ class Feeder:
     # --- admission ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> int:
-        """Admit what there is room for: writers' slots on the one hand, staleness on the other."""
+        """Admit what there is room for: writers' slots on the one hand, staleness on the other, memory on the third."""
         if self._config.deterministic:
             return self._admit_batch()
-        return self._admit_next(min(self._concurrency() - len(self._running), self._allowance()))
+        return self._admit_next(self._fitting(min(self._concurrency() - len(self._running), self._allowance())))
 
     def _admit_batch(self) -> int:
         """Deterministic: admit what the batch of this step lacks, at a moment when every verdict has been given.
@@ -393,7 +398,7 @@ class Feeder:
         """
         step, covered = self._plane.steps()
         count = self._lacking(step, covered)
-        if count <= 0:
+        if count <= 0 or self._fitting(count) < count:  # whole, or its parts would be judged by other thresholds
             return 0
         threshold = self._plane.patiently(lambda: self._plane.client.get(self._plane.key("threshold")), "threshold")
         return self._admit_next(count, step, threshold or b"inactive")
@@ -462,6 +467,38 @@ class Feeder:
         usable = min(learner.max_staleness + 1, learner.max_steps - step) * learner.batch_size
         ended = sum(value for name, value in self._ledger.items() if name != "admitted")
         return usable - (self._ledger.get("admitted", 0) - ended - unbooked)
+
+    def _fitting(self, count: int) -> int:
+        """How many of `count` more Redis has room for, so that they and all that are being written can be finished.
+
+        Where nothing is being written one may always come: what waits can then be no more than too few for a batch,
+        and whatever else fills Redis is none of ours.
+        """
+        if count <= 0 or time.monotonic() < self._room_at:
+            return 0
+        memory = self._plane.memory()
+        each, free, fitting = rollout_bytes(self._config), free_bytes(memory), count
+        if free < (len(self._running) + count) * each:
+            names = ((rid, ["length"]) for rid in sorted(self._running))
+            lengths = [_stored(length) for (length,) in self._plane.fields(names)]
+            free -= sum(growth_bytes(self._config, length) for length in lengths)
+            fitting = max(0 if self._running else 1, min(count, int(free // each)))
+        if fitting < count:
+            self._room_at = time.monotonic() + _ROOM_S
+            self._short.seen(self._told_short(memory))
+        else:
+            self._short.not_seen("Redis has room again for all that may be admitted")
+        return fitting
+
+    def _told_short(self, memory: dict[str, Any]) -> str:
+        used, limit = (memory[name] / (1 << 20) for name in ("used_memory", "maxmemory"))
+        dead = self._ledger.get("dead", 0)
+        kept = f"; {dead} dead rollouts are kept for you (katana dead)" if dead else ""
+        return (
+            f"Redis is short of memory ({used:.1f} of {limit:.1f} MB used, and what is being written will need more): "
+            f"fewer rollouts are admitted, and the run is slower; with a maxmemory of "
+            f"{maxmemory_mb(most_bytes(self._config))} MB it would not wait{kept}"
+        )
 
     def _concurrency(self) -> int:
         return self._config.feeder.concurrency or int(1.25 * self._slots)
@@ -554,6 +591,14 @@ def _admitted_on_disk(folder: Path, books: Books) -> int:
     lines = read_lines(folder / "trained.jsonl")
     trained = max((number_of(rid) + 1 for line in lines for rid in line["rids"]), default=0)
     return max(books.booked.next_number, admitted, trained)
+
+
+def _stored(length: bytes | None) -> int:
+    """Tokens that are stored of a rollout; 0 where its record does not say: it may yet grow to all of its length."""
+    try:
+        return read_number(length or b"0", "rollout.length")
+    except MessageError:
+        return 0
 
 
 def _moment(entry: bytes | None) -> float | None:

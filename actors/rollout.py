@@ -23,6 +23,7 @@ from actors.busy import BusyShare
 from actors.engine import ClosedChunk, Decoder
 from common import metrics
 from common.config import Config
+from common.episode import Episode
 from common.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -76,6 +77,7 @@ class RolloutWorker:
         self._version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
+        self._full = Episode(log)
         self._due: dict[str, float] = {}
         metrics.slots_total.labels("rollout").set(config.rollout.slots)
 
@@ -332,13 +334,15 @@ class RolloutWorker:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # behind one that was not taken
         if word == b"full":
-            log.warning("Redis is full: a chunk of %s waits", writing.rid)
+            metrics.chunks_refused.inc()
+            self._full.seen("Redis is full: chunks wait until what is trained or ended is taken off")
             writing.refused = True
             self._hold_or_release(writing)
             return
         del writing.closed[0]
         if word == b"ok":
             metrics.chunks_sent.inc()
+            self._full.not_seen("Redis takes chunks again")
             writing.sent += 1
             if chunk.finish:
                 del self._writing[writing.rid]

@@ -70,6 +70,7 @@ config_value = _gauge("config_value", "What the run was configured with, for ale
 chunks_sent = _counter("chunks_sent_total", "Chunks stored by rollout workers")
 chunks_scored = _counter("chunks_scored_total", "Chunks scored by teacher workers")
 chunks_fenced = _counter("chunks_fenced_total", "Chunks refused: no longer the owner, or the rollout has ended")
+chunks_refused = _counter("chunks_refused_total", "Times that a full Redis refused a chunk, which then waits")
 chunks_duplicate = _counter("chunks_duplicate_total", "Chunks scored a second time, without effect")
 chunk_score_seconds = _histogram("chunk_score_seconds", "Time to score one batch of chunks", _SECONDS)
 slots_busy = _gauge("slots_busy", "Slots of the engine in use", "role")

@@ -53,13 +53,13 @@ from redis.retry import Retry
 
 from common import metrics
 from common.config import Config, ConfigError
+from common.footprint import RECORDS_AT_A_TIME
 
 log = logging.getLogger("katana.streams")
 RUNS = "katana:runs"
 _ANSWER_S = 5.0  # how long a connection waits for an answer
 _LONGEST_BLOCK_S = 2.0
 _ADOPT_AT_A_TIME = 500
-_RECORDS_AT_A_TIME = 16  # whole rollouts, megabytes each in a large run
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
 # A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
 _MAY_PASS = (
@@ -415,8 +415,8 @@ class Plane:
 
     def rollouts(self, rids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
         """Whole records, in the order of the ids; a few in each round trip, for they are large."""
-        for first in range(0, len(rids), _RECORDS_AT_A_TIME):
-            yield from self._records(rids[first : first + _RECORDS_AT_A_TIME])
+        for first in range(0, len(rids), RECORDS_AT_A_TIME):
+            yield from self._records(rids[first : first + RECORDS_AT_A_TIME])
 
     def _records(self, rids: Sequence[str]) -> list[dict[bytes, bytes]]:
         def once() -> list[dict[bytes, bytes]]:
@@ -442,6 +442,10 @@ class Plane:
         report = secrets.token_hex(8)
         reply = self.call("fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry, report)
         return bool(reply[0] == b"dead")
+
+    def memory(self) -> dict[str, Any]:
+        """What Redis says of its memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more."""
+        return dict(self.patiently(lambda: self.client.info("memory"), "memory"))
 
     # --- policy, workers ---------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from common import metrics
 from common.config import Config
+from common.footprint import free_bytes, rollout_bytes
 from common.messages import row_digest
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
@@ -41,6 +42,7 @@ from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
 
 log = logging.getLogger("katana.learner")
+_STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
 
 
 class Learner:
@@ -73,6 +75,7 @@ class Learner:
         self._tokens_trained = 0
         self._idle_s = 0.0
         self._working_since = time.monotonic()
+        self._starved_at = time.monotonic() + _STARVED_S  # when the wait for a batch becomes too long
         self._lock = config.run_dir / ".learner.lock"
         self._lines: dict[str, IO[str]] = {}
 
@@ -171,7 +174,23 @@ class Learner:
         waited = time.monotonic()
         batch = self._intake.batch(self._config.learner.batch_size, self.version, block_s)
         self._idle_s += time.monotonic() - waited
+        if batch is None and time.monotonic() >= self._starved_at:
+            self._make_room()
         return batch
+
+    def _make_room(self) -> None:
+        """Where Redis has no room for another batch, let go of what was trained: a checkpoint must cover it first.
+
+        Else each would wait for the other: the checkpoint for the steps that are left until it is due, they for
+        rollouts, and those for the memory that trained ones hold until the checkpoint.
+        """
+        self._starved_at = time.monotonic() + _STARVED_S
+        if not self._since_checkpoint:
+            return
+        memory = self._plane.memory()
+        if free_bytes(memory) < self._config.learner.batch_size * rollout_bytes(self._config):
+            log.info("no batch comes and Redis is short of memory: checkpoint at step %d", self.step_count)
+            self.checkpoint()
 
     def step(self, batch: list[Received]) -> None:
         """One optimizer step on a batch, its line in metrics.jsonl, weights and checkpoint where they are due."""
@@ -197,6 +216,7 @@ class Learner:
         self._write_line(batch, staleness, loss, norm, rate, seen, time.monotonic() - began)
         if self.step_count % self._config.checkpoints.every_steps == 0 or self.done:
             self.checkpoint()
+        self._starved_at = time.monotonic() + _STARVED_S
 
     def _backward(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """Gradients of the batch's mean loss, clipped: (loss in nats, gradient norm before, diagnostics)."""

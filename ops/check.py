@@ -10,7 +10,7 @@ from typing import Any
 from common import policies
 from common.config import Config, ConfigError, Loss
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
-from ops.roles import reach
+from ops.check_redis import check_redis
 from ops.rows import DataMissing
 from ops.source import TaskSource
 from ops.tasks.prompts import Renderer
@@ -37,7 +37,7 @@ def check(config: Config) -> Findings:
     if pair is not None:
         _check_prompts(config, found)
         _estimate_models(config, pair, found)
-    _check_redis(config, found)
+    check_redis(config, found)
     found.problems += missing(config.tracking)
     _say_what_runs(config, found)
     return found
@@ -145,47 +145,6 @@ def _shape(folder: Path) -> _Shape:
         tied = 1 if text.get("tie_word_embeddings") else 2
         parameters = layers * a_layer + tied * width * int(text.get("vocab_size", 0))
     return _Shape(parameters=parameters, layers=layers, kv_width=kv_width)
-
-
-def bytes_in_flight(config: Config) -> int:
-    """Most bytes that rollouts hold in Redis: all of full length, trained but not checkpointed ones included.
-
-    Per token and with support of K outcomes and STOP: ids 4 K, student's and teacher's log-probabilities 2 · 4 (K + 1),
-    and eight numbers of 4 bytes besides; a third more for Redis's own overhead and the books.
-    """
-    per_token = 12 * config.termination.teacher_top_k + 40
-    per_rollout = per_token * config.rollout.max_completion_length + 4 * config.data.max_prompt_length + 1024
-    learner = config.learner
-    steps = learner.max_staleness + 1 + config.checkpoints.every_steps
-    rollouts = min(steps, learner.max_steps) * learner.batch_size
-    return rollouts * per_rollout * 4 // 3
-
-
-def _check_redis(config: Config, found: Findings) -> None:
-    need = bytes_in_flight(config)
-    found.lines.append(f"redis      at most {need / _MB:,.0f} MB in flight")
-    limit, where = config.redis.maxmemory_mb * _MB, "redis.maxmemory_mb"
-    if config.redis.url is not None:
-        try:
-            memory = reach(config).info("memory")
-        except ConfigError as error:
-            found.unchecked.append(str(error))
-            return
-        limit, where = int(memory["maxmemory"]), f"maxmemory of {config.redis.url}"
-        if memory["maxmemory_policy"] != "noeviction":
-            found.problems.append(
-                f"{config.redis.url}: maxmemory-policy is {memory['maxmemory_policy']}, and a full Redis would throw "
-                f"work away; allowed: noeviction"
-            )
-        if limit == 0:
-            found.lines.append(f"warning    {config.redis.url} has no maxmemory: when the machine is full it is killed")
-            return
-    if need > 0.75 * limit:
-        found.problems.append(
-            f"{where}: up to {need / _MB:,.0f} MB can be in flight, which is above 75 % of {limit / _MB:,.0f} MB; "
-            f"raise it to {int(need / 0.75 / _MB) + 1} MB, or lower learner.batch_size, learner.max_staleness or "
-            f"checkpoints.every_steps"
-        )
 
 
 def _say_what_runs(config: Config, found: Findings) -> None:

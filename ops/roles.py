@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -28,14 +29,20 @@ from common.streams import (
     open_plane,
 )
 from ops.rundir import open_folder
+from ops.server import facts_of, memory_warning, no_database, too_small, unusable
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
+_ON_BROKER = ("feeder", "rollout", "teacher")
 _OTHERWISE = {
     "redis": "; or is it one with TLS, rediss://?",
     "rediss": "; or is it one without TLS, redis://?",
     "unix": "",
 }
+
+
+class Unreachable(ConfigError):
+    """A Redis that does not answer: it may be there a moment later."""
 
 
 def run_role(role: str, config: Config) -> int:
@@ -47,6 +54,8 @@ def run_role(role: str, config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     client = reach(config, role)
+    if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has looked
+        _look_at_memory(config, client)
     try:
         config, plane = _join(role, config, client, stop)
         # Not the feeder: one that died while it booked the last rollouts must go on with that.
@@ -66,6 +75,17 @@ def run_role(role: str, config: Config) -> int:
     return 130 if stop.is_set() else 0
 
 
+def _look_at_memory(config: Config, client: redis.Redis) -> None:
+    """Before a run is opened. Raises ConfigError for a Redis that is too small for it."""
+    limit, where = facts_of(client).get("maxmemory"), f"maxmemory of {config.redis.url}"
+    if limit is None:
+        return
+    if problem := too_small(config, limit, where):
+        raise ConfigError(problem)
+    if warning := memory_warning(config, limit, where):
+        log.warning("%s", warning)
+
+
 def _serve_metrics(config: Config) -> None:
     host = config.metrics.host
     try:
@@ -76,21 +96,42 @@ def _serve_metrics(config: Config) -> None:
 
 
 def reach(config: Config, role: str = "operator") -> redis.Redis:
-    """A client of the config's Redis, as a role. Raises ConfigError when there is none, or when it does not answer."""
+    """A client of the config's Redis, as a role. Raises ConfigError when there is none or no run can work on it, also
+    on the broker where the role needs that; Unreachable, which is one too, when it does not answer."""
     if config.redis.url is None:
         raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
-    client = connect(config.redis.url, **config.redis.access(role))
-    deadline = time.monotonic() + min(10.0, config.liveness.redis_wait_s)
+    client = answering("redis.url", config.redis.url, config, role)
+    if role in _ON_BROKER:
+        with contextlib.suppress(Unreachable):  # whoever needs it goes on asking, and says so
+            answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
+    return client
+
+
+def answering(name: str, url: str, config: Config, role: str, wait_s: float = 10.0) -> redis.Redis:
+    """A client of a server that answers and that a run can work on. Raises ConfigError, Unreachable; `name` stands in
+    their messages."""
+    client = connect(url, **config.redis.access(role))
+    deadline = time.monotonic() + min(wait_s, config.liveness.redis_wait_s)
     while True:
         try:
             client.ping()
-            return client
+            wrong = unusable(facts_of(client))
+            break
         except (redis.exceptions.RedisError, OSError) as error:
-            refused = _refusal(error, role)
-            if refused or time.monotonic() >= deadline:
-                why = refused or f"Redis does not answer ({error}){_OTHERWISE[config.redis.url.partition(':')[0]]}"
-                raise ConfigError(f"redis.url {config.redis.url!r}: {why}") from error
+            if refused := _refusal(error, role):
+                raise ConfigError(f"{name} {url!r}: {refused}") from error
+            if time.monotonic() >= deadline:
+                otherwise = _OTHERWISE[url.partition(":")[0]]
+                raise Unreachable(f"{name} {url!r}: Redis does not answer ({error}){otherwise}") from error
             time.sleep(0.2)
+    if wrong:
+        raise ConfigError(f"{name} {url!r}: {wrong}")
+    return client
+
+
+def broker_name(config: Config) -> str:
+    """What the broker's URL is called in messages."""
+    return "redis.broker_url" if config.redis.broker_url else "redis.broker_url (not set: database 1 of redis.url)"
 
 
 def _refusal(error: Exception, role: str) -> str | None:
@@ -99,7 +140,7 @@ def _refusal(error: Exception, role: str) -> str | None:
         return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
     if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
         return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
-    return None
+    return no_database(error)
 
 
 def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:

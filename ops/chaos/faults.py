@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from actors.books import rid_of
+from common.footprint import least_bytes, maxmemory_mb
 from common.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
@@ -32,6 +33,7 @@ from ops.chaos.recovery import go_on, held_by
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
 _TRY_S = 30.0  # how long a fault looks for something to strike
+_GO_ON_S = 120.0  # how long a run with little memory may take for a few steps, other faults under way
 _REFUSE_S = 8.0  # within which a worker that goes on looks at new weights
 
 
@@ -195,10 +197,25 @@ def _redis_full(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
                 exceeded |= memory["used_memory"] > memory["maxmemory"] > 0
                 time.sleep(0.1)
         finally:
-            client.config_set("maxmemory", cluster.config.redis.maxmemory_mb << 20)
+            client.config_set("maxmemory", cluster.redis.maxmemory_mb << 20)
     if not exceeded:
         raise Missed("its memory was never above the limit")
     return f"{used >> 10} kB in use, 97 % of it allowed for {seconds:.1f} s"
+
+
+def _redis_small(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
+    """From now on no more memory than a run needs at least; the kinds that start Redis anew or fill it leave it at that."""
+    small = maxmemory_mb(least_bytes(cluster.config))
+    with cluster.busy_redis:
+        cluster.redis.maxmemory_mb = small
+        cluster.plane.client.config_set("maxmemory", small << 20)
+    before, deadline = cluster.steps(), time.monotonic() + _GO_ON_S
+    while cluster.steps() < before + 2 * cluster.config.checkpoints.every_steps:
+        cluster.check_open()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{cluster.steps() - before} steps within {_GO_ON_S:.0f} s with {small} MB")
+        time.sleep(0.2)
+    return f"{small} MB from now on: {cluster.steps() - before} steps in {time.monotonic() - deadline + _GO_ON_S:.1f} s"
 
 
 def _network(cluster: Cluster, rng: random.Random, _: Scene, __: int, what: str) -> str:
@@ -411,6 +428,7 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("redis-lose", _redis_lose)
     yield Kind("redis-pause", _redis_pause)
     yield Kind("redis-full", _redis_full)
+    yield Kind("redis-small", _redis_small)
     for what in ("delay", "duplicate", "swap", "cut"):
         yield Kind(f"net-{what}", partial(_network, what=what))
     for stream in _JUNK:
