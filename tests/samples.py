@@ -262,6 +262,37 @@ class Run:
         return self.trajectories().get(rid, b"")
 
 
+def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n1") -> bytes:
+    """Write and score a rollout that was taken, in full chunks with supports of their full size, from where it stands
+    up to `until` tokens (None: its full length). Returns the first reply that is not ok, or b"ok"."""
+    rollout, k = run.config.rollout, run.config.termination.teacher_top_k
+    length = rollout.max_completion_length
+    at, seq = (int(run.field(rid, name) or 0) for name in ("length", "chunks"))
+    while at < (length if until is None else until):
+        n = min(rollout.chunk_tokens, length - at)
+        finish = "length" if at + n == length else None
+        tokens = make_tokens(range(n), seq=seq, start=at, finish=finish, writer="0" * 16).encode()
+        shard = run.plane.shard_of(rid)
+        wide = make_wide_support(n, k)
+        reply = run.plane.call("chunk", rid, nonce, seq, tokens, wide.encode(), shard, at + n, finish or "")
+        if reply[0] != b"ok":
+            return bytes(reply[0])
+        scored = ScoreSupport(wide.support_logprobs, wide.tail_logprobs, wide.sampled_logprobs).encode()
+        divergence = make_divergence([0.5] * n, seq).encode()
+        assert run.plane.call("score", shard, run.notice(rid, seq), rid, seq, divergence, scored)[0] == b"ok"
+        at, seq = at + n, seq + 1
+    return b"ok"
+
+
+def make_wide_support(n: int, k: int) -> ChunkSupport:
+    """Of any size; what its numbers are does not matter."""
+
+    def some(*shape: int) -> Any:
+        return np.full(shape, -1.0, np.float32)
+
+    return ChunkSupport(np.zeros((n, k), np.int32), some(n, k + 1), some(n), some(n), some(n))
+
+
 def start_run(client: redis.Redis, config: Config) -> Run:
     """A run of a fresh key on a Redis that others may be using too."""
     run_key = new_run_key(config.name)

@@ -204,7 +204,7 @@ def _redis_full(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
 
 
 def _redis_small(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
-    """From now on no more memory than a run needs at least; the kinds that start Redis anew or fill it leave it at that."""
+    """No more memory from now on than a run needs at least; kinds that start Redis anew, or fill it, leave it so."""
     small = maxmemory_mb(least_bytes(cluster.config))
     with cluster.busy_redis:
         cluster.redis.maxmemory_mb = small

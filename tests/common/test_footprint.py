@@ -1,0 +1,96 @@
+"""The formula of what a rollout takes up, held against what it does take up on each supported Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from samples import Run, make_config, make_verdict, write_whole
+
+from common.config import Config
+from common.footprint import (
+    ALLOWED_SHARE,
+    free_bytes,
+    growth_bytes,
+    least_bytes,
+    maxmemory_mb,
+    most_bytes,
+    rollout_bytes,
+)
+from ops.embedded import EmbeddedRedis
+
+_FIRST = 3  # rollouts that make streams, groups and scripts grow to their size
+
+
+def used(run: Run) -> int:
+    return int(run.plane.memory()["used_memory"])
+
+
+def to_the_verdict(run: Run, rid: str) -> None:
+    """The rest of a rollout that was begun: written to its end, scored, judged, and waiting to be trained."""
+    length = run.config.rollout.max_completion_length
+    assert write_whole(run, rid) == b"ok"
+    tokens, divergence = np.arange(length, dtype=np.int32), np.zeros(length, np.float32)
+    verdict = make_verdict(
+        rid, tokens=tokens, divergence=divergence, trigger=length, keep=length, train=length, generated=length
+    )
+    args = (rid, verdict.encode(), length, 0, "0.5", 16, "0.5", *run.score_entries())
+    assert run.lease("arbiter").call("verdict", *args)[0] == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "chunk", "length", "count"),
+    [(8, 12, 192, 24), (2, 8, 64, 40), (1, 16, 128, 40), (16, 16, 256, 12), (64, 64, 1024, 6), (128, 32, 256, 8)],
+)
+def test_a_rollout_takes_up_no_more_than_the_formula_says_and_not_much_less(
+    any_redis: EmbeddedRedis, start: Callable[..., Run], outcomes: int, chunk: int, length: int, count: int
+) -> None:
+    rollout = {"max_completion_length": length, "chunk_tokens": chunk}
+    run = start(any_redis, rollout=rollout, termination={"teacher_top_k": outcomes}, data={"max_prompt_length": 24})
+    half = length // 2 // chunk * chunk
+    for number in range(_FIRST):
+        run.admit(f"first{number}", prompt=np.arange(24, dtype=np.int32))
+        run.take()
+        to_the_verdict(run, f"first{number}")
+    before = used(run)
+    for number in range(count):
+        run.admit(f"r{number}", prompt=np.arange(24, dtype=np.int32))
+        run.take()
+        write_whole(run, f"r{number}", until=half)
+    halfway = used(run)
+    for number in range(count):
+        to_the_verdict(run, f"r{number}")
+    each, left = (used(run) - before) / count, (used(run) - halfway) / count
+    assert 0.6 * rollout_bytes(run.config) <= each <= rollout_bytes(run.config)
+    assert left <= growth_bytes(run.config, half)
+
+
+def test_what_is_written_may_grow_by_less(tmp_path: Any) -> None:
+    config = make_config(tmp_path, rollout={"max_completion_length": 640, "chunk_tokens": 16})
+    lengths = [growth_bytes(config, length) for length in range(0, 641, 16)]
+    assert lengths[0] == rollout_bytes(config)
+    assert lengths == sorted(lengths, reverse=True)
+    assert growth_bytes(config, 640) > 0  # scores and verdict are still to come
+    assert growth_bytes(config, 10**9) < lengths[0] / 2  # a record that was broken
+
+
+def test_the_least_holds_a_batch_and_the_most_all_that_may_be_in_flight(tmp_path: Any) -> None:
+    def config(**learner: int) -> Config:
+        return make_config(
+            tmp_path,
+            learner={"batch_size": 8, "max_staleness": 2, "max_steps": 50, **learner},
+            checkpoints={"every_steps": 5},
+        )
+
+    each = rollout_bytes(config())
+    assert least_bytes(config()) - least_bytes(config(batch_size=7)) == each
+    assert most_bytes(config()) - least_bytes(config()) == (2 + 1 + 5 - 1) * 8 * each
+    assert most_bytes(config(max_steps=1)) == least_bytes(config(max_steps=1))
+    assert ALLOWED_SHARE * (maxmemory_mb(least_bytes(config())) << 20) >= least_bytes(config())
+
+
+def test_no_limit_is_room_without_end() -> None:
+    assert free_bytes({"used_memory": 10**9, "maxmemory": 0}) == float("inf")
+    assert free_bytes({"used_memory": 80, "maxmemory": 100}) == -5
