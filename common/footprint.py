@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import Config
 
-ALLOWED_SHARE = 0.75  # of maxmemory: from there on scripts that add work refuse (`crowded` in lua/prelude.lua)
+ALLOWED_SHARE = 0.75  # of maxmemory: from there on nothing is admitted (lua/admit.lua), a tenth later no chunk is taken
 RECORDS_AT_A_TIME = 16  # whole rollouts that are read in one round trip: Redis holds them a second time for that long
 _SERVER_BYTES = 2 << 20  # a server with nothing in it, its clients' buffers, the run's groups and scripts
 _CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, what else its four records say

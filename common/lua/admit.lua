@@ -11,7 +11,7 @@ local admitted = tonumber(redis.call('GET', key('cursor')) or '0')
 if admitted >= tonumber(cursor) then return {'ok'} end
 if admitted < tonumber(cursor) - 1 then return {'behind'} end
 if request and #redis.call('XRANGE', key('again'), request, request) == 0 then return {'taken'} end
-if crowded() then return {'full'} end
+if crowded(0.75) then return {'full'} end
 redis.call('HSET', rollout(rid), 'head', head, 'chunks', 0, 'scored', 0, 'length', 0)
 local entry = redis.call('XADD', key('prompts'), '*', 'rid', rid)
 redis.call('HSET', rollout(rid), 'entry', entry)

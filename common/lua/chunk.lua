@@ -16,7 +16,7 @@ if seq < stored then
   return {'lost'}
 end
 if seq > stored then return {'lost'} end
-if crowded() then return {'full'} end
+if crowded(0.85) then return {'full'} end
 if finish ~= '' then finish_entry('prompts', 'rollout', state[5]) end
 redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 'chunks', seq + 1, 'length', length)
 redis.call('HDEL', h, 'attempts', 'claims')

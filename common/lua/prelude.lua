@@ -6,12 +6,14 @@ local function rollout(rid) return ARGV[1] .. 'rollout:' .. rid end
 local run_state = redis.call('GET', key('run'))
 if not run_state then return {'gone'} end
 
--- Three quarters full: scripts that add work refuse, so that those that finish work always find room.
-local function crowded()
+-- Whether Redis is fuller than a share of its maxmemory: scripts that add work refuse, so that those that finish work
+-- always find room. Admission stops at three quarters; a tenth more is for what was admitted, which must be finished:
+-- it has been reckoned to fit into the three quarters, and buffers, dead letters and other tenants were not.
+local function crowded(share)
   local info = redis.call('INFO', 'memory')
   local used = tonumber(info:match('used_memory:(%d+)'))
   local max = tonumber(info:match('maxmemory:(%d+)'))
-  return max > 0 and used > 0.75 * max
+  return max > 0 and used > share * max
 end
 
 local function holds_lease(role, token)

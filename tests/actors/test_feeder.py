@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from samples import Run, make_verdict
+from samples import Run, make_verdict, write_whole
 
 import actors.feeder
 from actors.books import read_lines, rid_of
 from actors.feeder import Feeder
+from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
 from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
 from common.streams import Lease, LeaseLost, create_run
@@ -236,6 +237,106 @@ def test_a_full_redis_stops_admission_until_it_has_room(desk: Desk, monkeypatch:
     monkeypatch.setattr(desk.feeder._lease, "call_each", each)
     desk.go_on()
     assert desk.take() == [f"r{number:09d}" for number in range(6)]
+
+
+# --- admission by bytes ---
+
+
+class SmallDesk(Desk):
+    """A desk on a Redis of its own, with memory for so many rollouts of full length, and its clients."""
+
+    def leave_room_for(self, rollouts: float) -> None:
+        room = rollouts * rollout_bytes(self.run.config) + 4096
+        memory = self.run.client.info("memory")["used_memory"] + room
+        self.run.client.config_set("maxmemory", int(memory / ALLOWED_SHARE))
+        self.feeder._room_at = 0.0
+
+    def look_again(self) -> int:
+        self.feeder._room_at = 0.0
+        self.go_on()
+        return self.run.ledger().get("admitted", 0)
+
+
+@pytest.fixture
+def small(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Callable[..., SmallDesk]]:
+    desks: list[SmallDesk] = []
+
+    def new(rollouts: float, **overrides: Any) -> SmallDesk:
+        defaults: dict[str, Any] = {
+            "learner": {"batch_size": 12, "max_staleness": 1},
+            "feeder": {"concurrency": 100},
+            "rollout": {"max_completion_length": 256, "chunk_tokens": 16},
+            "data": {"max_prompt_length": 8},
+        }
+        desks.append(SmallDesk(start(own_redis, **(defaults | overrides))))
+        for script in desks[-1].run.plane._scripts.values():  # part of what a server holds, and not of what is admitted
+            desks[-1].run.client.script_load(script.script)
+        desks[-1].leave_room_for(rollouts)
+        return desks[-1]
+
+    yield new
+    for desk in desks:
+        desk.feeder._books.close()
+
+
+def test_whatever_was_admitted_can_be_finished(small: Callable[..., SmallDesk]) -> None:
+    """24 places by count, memory for nine: as many are admitted as can all be written to their end, and no chunk of
+    theirs is refused; those that wait for the learner make no room, those that are booked do."""
+    desk = small(9.5)
+    assert 8 <= desk.look_again() <= 9
+    rids = desk.take()
+    for until in (64, 128, None):  # in turns, as workers do
+        for rid in rids:
+            assert write_whole(desk.run, rid, until=until) == b"ok", "a chunk of what was admitted was refused"
+        # What is written in full is no longer reserved: a little more may come, and that too fits.
+        desk.look_again()
+    for rid in desk.take():
+        assert write_whole(desk.run, rid) == b"ok"
+    before = desk.look_again()
+    assert before < 24
+    for rid in rids:
+        desk.judge(rid, generated=256)
+        desk.settle(rid)
+    assert desk.look_again() >= before + 6
+
+
+def test_one_is_admitted_where_nothing_is_being_written(
+    small: Callable[..., SmallDesk], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever fills Redis, the run does not wait for ever for room that nobody makes; and it says so once."""
+    desk = small(0.9, rollout={"max_completion_length": 2048, "chunk_tokens": 16})
+    assert desk.look_again() == desk.look_again() == 1
+    desk.judge(desk.take()[0])
+    assert desk.look_again() == 2
+    told = [text for text in caplog.messages if "short of memory" in text]
+    assert len(told) == 1
+    assert f"with a maxmemory of {maxmemory_mb(most_bytes(desk.run.config))} MB it would not wait" in told[0]
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_where_there_is_room_for_all_nothing_is_said(
+    small: Callable[..., SmallDesk], caplog: pytest.LogCaptureFixture, limited: bool
+) -> None:
+    desk = small(24.5)
+    if not limited:
+        desk.run.client.config_set("maxmemory", 0)
+    assert desk.look_again() == 24
+    assert not [text for text in caplog.messages if "memory" in text]
+
+
+def test_of_a_broken_record_the_whole_length_is_still_to_come(small: Callable[..., SmallDesk]) -> None:
+    desk = small(4.5)
+    assert desk.look_again() == 4
+    desk.run.client.hset(desk.run.key(f"rollout:{desk.take()[0]}"), "length", b"\xffmany")
+    assert desk.look_again() == 4
+
+
+def test_deterministic_a_batch_is_admitted_whole_or_not_at_all(small: Callable[..., SmallDesk]) -> None:
+    desk = small(11.5, deterministic=True)
+    desk.feeder._running.add("r999")
+    assert desk.look_again() == 0
+    desk.leave_room_for(13.5)
+    assert desk.look_again() == 12
 
 
 def test_heads_are_a_function_of_seed_and_place(begin: Callable[..., Desk]) -> None:

@@ -20,6 +20,7 @@ import actors.rollout
 from actors.decode import NO_TOKENS, ClosedChunk
 from actors.rollout import RolloutWorker
 from common.messages import Ints
+from common.metrics import REGISTRY
 from common.streams import Call
 from common.weights import publish
 from ops.embedded import EmbeddedRedis
@@ -293,12 +294,17 @@ def full(own_redis: EmbeddedRedis, begin: Begin) -> Iterator[Turns]:
     turns.run.client.config_set("maxmemory", 0)
 
 
-def test_a_worker_whose_chunks_a_full_redis_refused_takes_no_more(full: Turns) -> None:
+def test_a_worker_whose_chunks_a_full_redis_refused_takes_no_more(
+    full: Turns, caplog: pytest.LogCaptureFixture
+) -> None:
     """The trip that is refused for the first time may have filled the slots again; no later one does."""
     full.until(lambda: any(one.refused for one in full.worker._writing.values()), turns=20)
     taken = full.owned()
     assert SLOTS <= len(taken) <= 2 * SLOTS
+    refused = REGISTRY.get_sample_value("katana_chunks_refused_total") or 0.0
     full.go(60)  # past several tries to send what was refused
+    assert (REGISTRY.get_sample_value("katana_chunks_refused_total") or 0.0) > refused
+    assert len([text for text in caplog.messages if "Redis is full" in text]) == 1, "said once, not at every try"
     assert full.owned() == set(full.worker._writing) == taken
     assert [full.run.field(rid, "chunks") for rid in ROLLOUTS] == [b"0"] * len(ROLLOUTS)
     full.run.client.config_set("maxmemory", 0)

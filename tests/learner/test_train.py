@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from samples import Run, make_score_support, make_support, make_tokens, make_verdict
 
+import learner.train
 from common import metrics
 from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
@@ -106,6 +107,42 @@ def test_a_trajectory_is_acknowledged_with_the_checkpoint_that_holds_it_and_not_
     state = load_newest(run.config.run_dir / "checkpoints")
     assert state is not None
     assert (state.step, state.consumed) == (2, ("r0", "r1", "r2", "r3"))
+
+
+def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the steps that are left until the checkpoint wait for rollouts, and those for what it would take off."""
+    monkeypatch.setattr(learner.train, "_STARVED_S", 0.0)
+    for number in range(3):
+        trajectory(run, number)
+    learner_ = make_learner(run)
+    learner_.start()
+    memory = {"used_memory": 750, "maxmemory": 1000}
+    monkeypatch.setattr(run.plane, "memory", lambda: memory)
+    assert learner_._next_batch(block_s=0.01) is not None  # what is there is not starved of
+    learner_._intake.recover(())
+    learner_ = make_learner(run)
+    learner_.start()
+    take_step(learner_)
+    memory["maxmemory"] = 1 << 40
+    assert learner_._next_batch(block_s=0.01) is None
+    assert endings(run) == [], "there is room for a batch: the checkpoint is not due"
+    memory["maxmemory"] = 0
+    assert learner_._next_batch(block_s=0.01) is None
+    assert endings(run) == [], "Redis has no limit"
+    memory["maxmemory"] = 1000
+    assert learner_._next_batch(block_s=0.01) is None
+    assert endings(run) == [("r0", "trained"), ("r1", "trained")]
+    state = load_newest(run.config.run_dir / "checkpoints")
+    assert state is not None
+    assert (state.step, state.consumed) == (1, ("r0", "r1"))
+    written = (run.config.run_dir / "checkpoints" / "step-00000001").stat().st_mtime_ns
+    assert learner_._next_batch(block_s=0.01) is None
+    assert (run.config.run_dir / "checkpoints" / "step-00000001").stat().st_mtime_ns == written, "nothing new to cover"
+    trajectory(run, 3)
+    take_step(learner_)
+    assert endings(run)[2:] == [("r2", "trained"), ("r3", "trained")]  # the one that is due, as ever
 
 
 def test_killed_before_the_checkpoint_it_trains_the_same_again_to_the_same_weights(run: Run) -> None:

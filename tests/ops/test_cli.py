@@ -56,7 +56,7 @@ def test_run_and_check_refuse_bad_settings(
     setting: str, told: str | None, runs: tuple[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     extra = ("--set", "learner.batch_size=4096") if told is None else ()
-    told = told or "above 75 %"
+    told = told or "redis.maxmemory_mb: 20 MB, and a run of this config needs at least"
     assert told in refused(capsys, "run", DEMO, *runs, "--set", setting, *extra)
     assert told in refused(capsys, "check", DEMO, *runs, "--set", setting, *extra)
     assert not list(tmp_path.iterdir()), "something was written before the config was refused"
@@ -342,7 +342,8 @@ def test_eval_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_asks_a_redis_of_the_configs_own_what_it_can_hold(
     embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The worst case in flight, trained but not checkpointed included, must leave a quarter of its memory free."""
+    """A batch must fit into three quarters of its memory, or no run can go on; or the worst case in flight, trained but
+    not checkpointed included, for one that never waits."""
     client = connect(embedded_redis.url)
     limit = client.config_get("maxmemory")["maxmemory"]
     url = ("--set", f"redis.url={embedded_redis.url}")
@@ -351,10 +352,14 @@ def test_check_asks_a_redis_of_the_configs_own_what_it_can_hold(
         capsys.readouterr()
         client.config_set("maxmemory", 20 << 20)
         told = refused(capsys, "check", DEMO, *url, "--set", "learner.batch_size=512")
-        assert f"maxmemory of {embedded_redis.url}: up to" in told and "above 75 % of 20 MB; raise it to" in told
+        assert f"maxmemory of {embedded_redis.url}: 20 MB, and a run of this config needs at least 36 MB" in told
+        assert main(["check", DEMO, *url]) == 0
+        told = capsys.readouterr().out
+        assert f"warning    maxmemory of {embedded_redis.url}: up to" in told
+        assert "above 75 % of 20 MB: the run will wait for memory" in told and "Raise it to 24 MB" in told
         client.config_set("maxmemory", 0)
         assert main(["check", DEMO, *url]) == 0
-        assert "has no maxmemory" in capsys.readouterr().out
+        assert "is not set: when the machine is full the server is killed" in capsys.readouterr().out
         client.config_set("maxmemory-policy", "allkeys-lru")
         assert "allowed: noeviction" in refused(capsys, "check", DEMO, *url)
     finally:

@@ -72,7 +72,7 @@ def test_few_faults_of_all_kinds_all_overlap() -> None:
 def test_the_kinds_that_the_design_names_are_there() -> None:
     roles = ("rollout", "teacher", "arbiter", "learner", "feeder")
     wanted = {f"{what}-{role}" for what in ("kill", "term", "pause") for role in roles}
-    wanted |= {f"redis-{what}" for what in ("kill", "lose", "pause", "full")}
+    wanted |= {f"redis-{what}" for what in ("kill", "lose", "pause", "full", "small")}
     wanted |= {f"net-{what}" for what in ("delay", "duplicate", "swap", "cut")}
     wanted |= {f"malformed-{stream}" for stream in ("prompts", "chunks", "scores", "trajectories", "finished")}
     wanted |= {"poison-rollout", "slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift"}

@@ -58,7 +58,7 @@ def full(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Run]:
     run.client.config_set("maxmemory", 0)
 
 
-@pytest.mark.parametrize("share", [0.8, 1.5], ids=["above 75 %", "above the limit"])
+@pytest.mark.parametrize("share", [0.9, 1.5], ids=["above 85 %", "above the limit"])
 def test_a_full_redis_takes_no_new_work(full: Run, share: float) -> None:
     full.admit("r1")
     full.take()
@@ -72,6 +72,14 @@ def test_a_full_redis_takes_no_new_work(full: Run, share: float) -> None:
     assert full.ledger() == {"admitted": 1}
     assert full.chunk("r1", seq=1, start=3) == [b"ok", b"0"]
     assert full.admit("r2") == b"ok"
+
+
+def test_above_three_quarters_what_was_admitted_goes_on_and_nothing_new_comes(full: Run) -> None:
+    full.admit("r1")
+    full.take()
+    fill(full, 0.8)
+    assert full.admit("r2") == b"full"
+    assert full.chunk("r1") == [b"ok", b"0"]
 
 
 def test_below_three_quarters_work_is_taken(full: Run) -> None:
