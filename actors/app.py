@@ -43,6 +43,7 @@ from kombu.transport import redis as kombu_redis
 
 from common import metrics
 from common.config import Config, ConfigError, Redis, parse, redis_settings
+from common.episode import Episode
 from common.pretrained import ModelError
 from common.streams import (
     Plane,
@@ -59,6 +60,7 @@ log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")
 _BROKER_ERRORS = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 STOP = threading.Event()
+_BROKER_AWAY = Episode(log)
 
 
 def settings_from_environment() -> Redis:
@@ -241,7 +243,9 @@ def keep_shifts_open(sender: Celery, run_key: str) -> None:
                         f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection, retry=False
                     )
     except _BROKER_ERRORS as error:
-        log.warning("the broker does not answer, no shift was opened: %s", error)
+        _BROKER_AWAY.seen(f"the broker does not answer or is full, no shift is opened until it does: {error}")
+    else:
+        _BROKER_AWAY.not_seen("the broker answers again")
 
 
 def close_shifts(sender: Celery) -> None:

