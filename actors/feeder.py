@@ -432,6 +432,8 @@ class Feeder:
             # Behind one that was refused, all are: each follows the one before.
             if reply[0] == b"behind" and admitted == 0:
                 raise RunGone("Redis has forgotten the newest admissions: the feeder must begin anew from its books")
+            if reply[0] == b"full":  # others fill it: of this run's own there was room
+                self._say_short(self._plane.memory())
             if reply[0] != b"ok":
                 return admitted
             self._cursor += 1
@@ -484,17 +486,18 @@ class Feeder:
             free -= sum(growth_bytes(self._config, length) for length in lengths)
             fitting = max(0 if self._running else 1, min(count, int(free // each)))
         if fitting < count:
-            self._room_at = time.monotonic() + _ROOM_S
-            self._short.seen(self._told_short(memory))
+            self._say_short(memory)
         else:
             self._short.not_seen("Redis has room again for all that may be admitted")
         return fitting
 
-    def _told_short(self, memory: dict[str, Any]) -> str:
+    def _say_short(self, memory: dict[str, Any]) -> None:
+        """Once an episode; and look again only after a moment."""
+        self._room_at = time.monotonic() + _ROOM_S
         used, limit = (memory[name] / (1 << 20) for name in ("used_memory", "maxmemory"))
         dead = self._ledger.get("dead", 0)
         kept = f"; {dead} dead rollouts are kept for you (katana dead)" if dead else ""
-        return (
+        self._short.seen(
             f"Redis is short of memory ({used:.1f} of {limit:.1f} MB used, and what is being written will need more): "
             f"fewer rollouts are admitted, and the run is slower; with a maxmemory of "
             f"{maxmemory_mb(most_bytes(self._config))} MB it would not wait{kept}"

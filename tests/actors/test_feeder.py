@@ -226,15 +226,21 @@ def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callab
     assert desk.run.ledger() == {"admitted": 20}
 
 
-def test_a_full_redis_stops_admission_until_it_has_room(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_redis_stops_admission_until_it_has_room(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     each = desk.feeder._lease.call_each
     full = [[b"full"]]
     monkeypatch.setattr(
         desk.feeder._lease, "call_each", lambda name, calls: full * len(calls) if name == "admit" else each(name, calls)
     )
-    desk.go_on()
+    for _ in range(3):
+        desk.feeder._room_at = 0.0
+        desk.go_on()
     assert desk.run.ledger() == {}
+    assert len([text for text in caplog.messages if "short of memory" in text]) == 1
     monkeypatch.setattr(desk.feeder._lease, "call_each", each)
+    desk.feeder._room_at = 0.0
     desk.go_on()
     assert desk.take() == [f"r{number:09d}" for number in range(6)]
 
@@ -906,6 +912,7 @@ def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.M
     bury(desk, "r000000002")
     assert len(desk.run.entries("again")) == 1
     monkeypatch.setattr(desk.feeder._lease, "call_each", each)
+    desk.feeder._room_at = 0.0
     desk.go_on()
     assert desk.head("r000000007").problem == 1
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from samples import Run, make_config, make_verdict, write_whole
 
-from common.config import Config
+from common.config import Config, load
 from common.footprint import (
     ALLOWED_SHARE,
     free_bytes,
@@ -21,6 +23,7 @@ from common.footprint import (
 )
 from ops.embedded import EmbeddedRedis
 
+ROOT = Path(__file__).parents[2]
 _FIRST = 3  # rollouts that make streams, groups and scripts grow to their size
 
 
@@ -94,3 +97,24 @@ def test_the_least_holds_a_batch_and_the_most_all_that_may_be_in_flight(tmp_path
 def test_no_limit_is_room_without_end() -> None:
     assert free_bytes({"used_memory": 10**9, "maxmemory": 0}) == float("inf")
     assert free_bytes({"used_memory": 80, "maxmemory": 100}) == -5
+
+
+@pytest.mark.parametrize(
+    ("servers", "config"),
+    [
+        ("docker-compose.yml", "ops/experiments/demo.yaml"),
+        ("ops/k8s/base/redis.yaml", "ops/k8s/base/experiments/cluster.yaml"),
+    ],
+)
+def test_the_servers_that_ship_hold_what_the_configs_that_ship_with_them_need(servers: str, config: str) -> None:
+    found = re.search(
+        r'appendonly, "yes", --maxmemory, "?(?:\$\{KATANA_REDIS_MB:-)?(\d+)', (ROOT / servers).read_text()
+    )
+    assert found
+    assert int(found[1]) >= maxmemory_mb(most_bytes(load(ROOT / config)))
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "ops" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_config_that_ships_has_to_wait_for_memory(config: Path) -> None:
+    loaded = load(config)
+    assert loaded.redis.maxmemory_mb >= maxmemory_mb(most_bytes(loaded))
