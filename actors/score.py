@@ -8,7 +8,7 @@ the tokens before the chunk; what the slot already has in common with them is ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.outcomes import check_stop_ids, log_outcomes, on_support
-from actors.slots import IntArray, SlotModel, padded, rectangles
+from actors.slots import IntArray, SlotModel, padded, rectangles, self_test
+
+_FEWEST_TOKENS = 32  # in one forward: below, memory is not what is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +150,33 @@ class Scorer:
         self._unused = list(range(len(self._known)))
         self._cached[:] = 0
 
+    def discard(self, keys: Iterable[str]) -> None:
+        """Drop rollouts whose scoring failed half-way, with all that it left in the cache."""
+        slots = [slot for key in keys if (slot := self._slot.pop(key, None)) is not None]
+        self._cached[slots] = 0
+        self._unused += slots
+        if slots:
+            self._model.clear(np.array(slots))
+
+    def economize(self) -> int:
+        """Take half as many tokens in one forward from now on: how many that is; 0 where they are few already."""
+        if self._budget < 2 * _FEWEST_TOKENS:
+            return 0
+        self._budget //= 2
+        return self._budget
+
+    def prove(self) -> None:
+        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
+        self_test(self._model.model, vocab_size=self._vocab_size)
+
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Score chunks; answers come in the order asked.
 
         Consecutive chunks of one rollout may be asked in one call. Raises KeyError(key) where a prefix is
         needed and missing, ValueError where shapes or lengths are wrong; nothing has been scored or evicted
-        then.
+        then. Whatever else it raises (FloatingPointError where logits are not finite, what the model raises) calls for
+        `discard` of all that were asked.
         """
         runs = self._runs(requests)
         answers: dict[int, Scored] = {}

@@ -35,6 +35,12 @@ from common.messages import (
 from common.streams import Entry, Plane, Stopping, shown
 
 log = logging.getLogger("katana.teacher")
+_ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends teachers
+_MOST_IN_A_ROW = 5  # rollouts that cannot be scored, and nothing that can between them: it is not the rollouts
+
+
+class ScoringBroken(RuntimeError):
+    """This process cannot score, whatever it is given: another one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class _Loaded:
     head: RolloutHead
     tokens: ChunkTokens
     support: ChunkSupport
+    record: bytes  # the tokens as they are stored
+    before: bytes | None  # those of the chunk before it
 
 
 class TeacherWorker:
@@ -77,6 +85,11 @@ class TeacherWorker:
         self._mine = list(range(plane.shards))
         self._alive_at = 0.0
         self._waiting: list[_Work] = []
+        self._alone: set[str] = set()  # rollouts that are scored by themselves, behind all others
+        self._blamed: set[str] = set()  # rollouts that could not be scored since one last could
+        # By rollout the record of the chunk that was scored last. It names the digest of its support, which hangs on
+        # all that was written before: where another stands, the cache holds another text, perhaps of another run.
+        self._latest: dict[str, bytes] = {}
         self._scored_tokens = 0
         metrics.slots_total.labels("teacher").set(config.teacher.slots)
 
@@ -134,13 +147,14 @@ class TeacherWorker:
             self._waiting.append(_Work(shard, entry, rid, seq))
 
     def _claim(self) -> None:
-        streams = [f"chunks:{shard}" for shard in range(self._plane.shards)]
-        idle_s = self._config.liveness.claim_s
-        claimed = self._plane.claim_idle(streams, "teacher", self._worker, idle_s=idle_s, count=32)
+        claimed = self._plane.claim_chunks(self._worker, idle_s=self._config.liveness.claim_s, count=32)
         known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
-        for stream, found in claimed.items():
-            metrics.claims.labels("chunks").inc(len(found))
-            self._note([(stream, one) for one in found if (stream, one[0]) not in known])
+        for stream, entry, takeovers in claimed:
+            metrics.claims.labels("chunks").inc()
+            if takeovers >= _ALONE_AFTER:
+                self._alone.add(entry[1][b"rid"].decode("ascii", "replace"))
+            if (stream, entry[0]) not in known:
+                self._note([(stream, entry)])
 
     def _say_alive(self) -> None:
         metrics.busy_ratio.labels("teacher").set(self._busy.share)
@@ -152,42 +166,101 @@ class TeacherWorker:
     # --- scoring -----------------------------------------------------------------------------------------------
 
     def _score(self, work: list[_Work]) -> None:
-        loaded = self._load(work)
+        loaded = self._load(self._next(work))
         if not loaded:
             return
         if self._config.deterministic:
             self._scorer.forget()  # a chunk by itself, from its prompt on: the same shapes whoever scores it, and when
+        self._score_or_part(loaded)
+        metrics.slots_busy.labels("teacher").set(self._scorer.held)
+
+    def _next(self, work: list[_Work]) -> list[_Work]:
+        """What to score now. A rollout that may end this process waits until nothing else does, so that it takes nobody
+        with it; and is given up once it has ended so many that it was begun in."""
+        good = [one for one in work if one.rid not in self._alone]
+        if good or not work:
+            self._waiting += [one for one in work if one.rid in self._alone]
+            return good
+        rid = work[0].rid
+        self._waiting += [one for one in work if one.rid != rid]
+        begun, most = self._plane.attempt(rid, "teacher"), self._config.liveness.max_attempts
+        if begun <= most:
+            return [one for one in work if one.rid == rid]
+        self._give_up(work[0], f"{begun - 1} teachers ended while they scored it, and nothing else", attempts=1)
+        return []
+
+    def _score_or_part(self, loaded: list[_Loaded]) -> None:
+        """Score and store. Of what fails together each half is tried, down to the rollout that fails by itself."""
         loaded, requests = self._requests(loaded)
         if not requests:
             return
-        with metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
-            scored = self._scorer.score(requests)
-        metrics.slots_busy.labels("teacher").set(self._scorer.held)
-        metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
-        self._store(loaded, scored)
+        scored, error = self._answers(requests)
+        if error is None:
+            self._store(loaded, scored)
+        elif _out_of_memory(error) and not self._config.deterministic and (tokens := self._scorer.economize()):
+            # No rollout's fault: deterministic runs alone may not change what is computed at once.
+            log.warning("out of memory: at most %d tokens in a forward from now on (%s)", tokens, _brief(error))
+            self._score_or_part(loaded)
+        elif len(rids := sorted({one.work.rid for one in loaded})) > 1:
+            first = set(rids[: len(rids) // 2])
+            self._score_or_part([one for one in loaded if one.work.rid in first])
+            self._score_or_part([one for one in loaded if one.work.rid not in first])
+        else:
+            self._blame(loaded, error)
+
+    def _answers(self, requests: list[ScoreRequest]) -> tuple[list[Scored], Exception | None]:
+        """The scores, or what a model that may do anything raised; the cache is then as if it had never been asked."""
+        try:
+            with metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
+                scored = self._scorer.score(requests)
+        except Exception as error:
+            failed = error.with_traceback(None)  # whose frames hold what memory is short of
+        else:
+            metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
+            return scored, None
+        self._scorer.discard({request.key for request in requests})
+        return [], failed
+
+    def _blame(self, loaded: list[_Loaded], error: Exception) -> None:
+        """Count a failure against a rollout. Raises ScoringBroken where it is this process that cannot score."""
+        work = loaded[0].work
+        if work.rid in self._alone:
+            self._plane.attempt_over(work.rid, "teacher")
+        self._blamed.add(work.rid)
+        if len(self._blamed) >= _MOST_IN_A_ROW:
+            raise ScoringBroken(f"{len(self._blamed)} rollouts in a row cannot be scored, the last: {_brief(error)}")
+        try:
+            self._scorer.prove()
+        except Exception as broken:
+            raise ScoringBroken(f"{_brief(error)}; nor does the teacher pass its own test: {_brief(broken)}") from error
+        self._alone.add(work.rid)
+        self._waiting += [one.work for one in loaded[1:]]
+        self._give_up(work, _brief(error))
 
     def _load(self, work: list[_Work]) -> list[_Loaded]:
         """Read what the notices point at, in the order of seq, each chunk once; notices without work are taken off."""
         work = sorted({(one.rid, one.seq): one for one in reversed(work)}.values(), key=lambda one: (one.rid, one.seq))
         answers = self._plane.fields(
-            (one.rid, ["head", "verdict", f"d:{one.seq}", f"t:{one.seq}", f"p:{one.seq}"]) for one in work
+            (one.rid, ["head", "verdict", f"d:{one.seq}", f"t:{one.seq}", f"p:{one.seq}", f"t:{one.seq - 1}"])
+            for one in work
         )
         loaded, over = [], []
-        for one, (head, verdict, done, tokens, support) in zip(work, answers, strict=True):
+        for one, (head, verdict, done, tokens, support, before) in zip(work, answers, strict=True):
             if head is None or verdict is not None or done is not None or tokens is None:
                 over.append((one.shard, one.entry, one.rid, one.seq, b"", b""))
                 if verdict is not None or head is None:
-                    self._scorer.drop(one.rid)
+                    self._drop(one.rid)
                 continue
             try:
-                loaded.append(self._decode(one, head, tokens, support or b""))
+                loaded.append(self._decode(one, head, tokens, support or b"", before))
             except MessageError as error:
                 self._give_up(one, str(error))
         self._plane.call_each("score", over)  # nothing to score any more: the script only takes the notices off
         return loaded
 
-    def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes) -> _Loaded:
-        one = _Loaded(work, RolloutHead.decode(head), ChunkTokens.decode(tokens), ChunkSupport.decode(support))
+    def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes, before: bytes | None) -> _Loaded:
+        parts = RolloutHead.decode(head), ChunkTokens.decode(tokens), ChunkSupport.decode(support)
+        one = _Loaded(work, *parts, tokens, before)
         if one.tokens.seq != work.seq or support_digest(support) != one.tokens.digest:
             raise MessageError("the chunk's support is not the one that its tokens name")
         if one.support.support_ids.shape != (len(one.tokens.tokens), self._support):
@@ -211,6 +284,8 @@ class TeacherWorker:
             if rid in broken:  # one attempt of a rollout a turn
                 self._waiting.append(one.work)
                 continue
+            if start and rid not in reached and (one.before is None or self._latest.get(rid) != one.before):
+                self._scorer.drop(rid)
             at_hand = reached.get(rid, self._scorer.cached(rid))
             try:
                 prefix = None if at_hand == start or start == 0 else self._prefix(one)
@@ -273,16 +348,42 @@ class TeacherWorker:
                 metrics.chunks_scored.inc()
             elif reply[0] == b"duplicate":
                 metrics.chunks_duplicate.inc()
+            self._blamed.clear()
+            self._alone.discard(one.work.rid)
+            self._latest[one.work.rid] = one.record
             if reply[0] == b"ended" or one.tokens.finish:
-                self._scorer.drop(one.work.rid)
+                self._drop(one.work.rid)
+        if len(self._latest) > 4 * self._config.teacher.slots:  # evicted since, and perhaps over
+            self._latest = {rid: record for rid, record in self._latest.items() if self._scorer.cached(rid) >= 0}
 
-    def _give_up(self, work: _Work, reason: str) -> None:
+    def _drop(self, rid: str) -> None:
+        """Forget a rollout that is over."""
+        self._scorer.drop(rid)
+        self._alone.discard(rid)
+        self._latest.pop(rid, None)
+
+    def _give_up(self, work: _Work, reason: str, attempts: int | None = None) -> None:
+        """Count an attempt; `attempts`: how many there may be, if not as many as the config allows."""
         log.warning("chunk %d of rollout %s cannot be scored: %s", work.seq, work.rid, reason)
         at = (f"chunks:{work.shard}", "teacher", work.entry)
-        if self._plane.fail(work.rid, "teacher", reason, max_attempts=self._config.liveness.max_attempts, at=at):
+        most = attempts or self._config.liveness.max_attempts
+        if self._plane.fail(work.rid, "teacher", reason, max_attempts=most, at=at):
             metrics.dead_letters.labels("teacher").inc()
+            self._drop(work.rid)
         else:
             self._waiting.append(work)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it says so, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
+    )
+
+
+def _brief(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:

@@ -9,7 +9,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        worker · chunks · length · scored · finish · settled (the learner is done with it)
                        t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
                        threshold · verdict · counted (its writer's count) · attempts · report (the last one counted) ·
-                       claims · problem (of one that was sent back)
+                       claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (work that nobody
+                       came back from) · problem (of one that was sent back)
     prompts          stream   feeder → rollout workers     group rollout   rid
     chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
     scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
@@ -107,7 +108,7 @@ def _source(name: str) -> str:
 
 
 _SCRIPTS = (
-    *("admit", "take", "beat", "release", "chunk", "count", "score", "verdict"),
+    *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
 )
 
@@ -375,30 +376,29 @@ class Plane:
             found += [(stream, (entry, values or {})) for entry, values in entries]
         return found
 
-    def claim_idle(
-        self, streams: Sequence[str], group: str, consumer: str, *, idle_s: float, count: int
-    ) -> dict[str, list[Entry]]:
-        """Entries whose consumer has been silent for `idle_s`, by stream; none while `may_claim` is False."""
+    def claim_chunks(self, consumer: str, *, idle_s: float, count: int) -> list[tuple[str, Entry, int]]:
+        """Notices in `chunks:{shard}` of teachers that have been silent for `idle_s`: stream, entry, and how often its
+        rollout was taken over without progress. `count` at most of each shard; none while `may_claim` is False."""
         if not self.may_claim:
-            return {}
+            return []
+        streams = [f"chunks:{shard}" for shard in range(self.shards)]
+        idle_ms = int(idle_s * 1000)
+        replies = self.call_each("claim", [(stream, consumer, idle_ms, count) for stream in streams])
+        if any(reply[0] == b"lost" for reply in replies):
+            self.patiently(self._recreate_groups, "claim")  # what was claimed from the others is ours all the same
+        return [
+            (stream, (entry, dict(zip(fields[::2], fields[1::2], strict=True))), takeovers)
+            for stream, reply in zip(streams, replies, strict=True)
+            for entry, fields, takeovers in reply[1:]
+        ]
 
-        def once() -> list[Any]:
-            pipe = self.client.pipeline(transaction=False)
-            for stream in streams:
-                pipe.xautoclaim(self.key(stream), group, consumer, min_idle_time=int(idle_s * 1000), count=count)
-            answers = list(pipe.execute(raise_on_error=False))
-            errors = [answer for answer in answers if isinstance(answer, Exception)]
-            if any("NOGROUP" in str(error) for error in errors):
-                self._recreate_groups()  # what was claimed from the others is ours all the same
-            elif errors:
-                raise errors[0]
-            return [None if isinstance(answer, Exception) else answer for answer in answers]
+    def attempt(self, rid: str, role: str) -> int:
+        """Say that work on a rollout begins that may end this process; how often it has, and nobody came back."""
+        return int(self.call("attempt", rid, role, "begin")[1])
 
-        found = {}
-        for stream, answer in zip(streams, self.patiently(once, f"claim {group}"), strict=True):
-            if entries := [one for one in answer[1] if one and one[1]] if answer else []:
-                found[stream] = entries
-        return found
+    def attempt_over(self, rid: str, role: str) -> None:
+        """Say that this process has come through work on a rollout, whatever came of it."""
+        self.call("attempt", rid, role, "over")
 
     def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
         """Fields of several rollouts' hashes in one round trip."""

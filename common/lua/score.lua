@@ -6,6 +6,7 @@ local h = rollout(rid)
 finish_entry('chunks:' .. shard, 'teacher', entry)
 local state = redis.call('HMGET', h, 'verdict', 't:' .. seq, 'd:' .. seq)
 if run_state ~= 'open' or state[1] or not state[2] then return {'ended'} end
+redis.call('HDEL', h, 'taken', 'begun:teacher')
 if state[3] then return {'duplicate'} end
 redis.call('HSETNX', h, 'threshold', redis.call('GET', key('threshold')) or 'inactive')
 redis.call('HSET', h, 'd:' .. seq, divergence, 'q:' .. seq, support)

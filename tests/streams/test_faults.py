@@ -174,7 +174,7 @@ def test_lost_groups_are_made_again_from_the_beginning(run: Run) -> None:
     assert run.pending("finished") == 1
 
 
-@pytest.mark.parametrize("how", ["read", "adopt", "claim_idle"])
+@pytest.mark.parametrize("how", ["read", "adopt", "claim_chunks"])
 def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     run.judged("r1")
     destroy_groups(run)
@@ -183,7 +183,7 @@ def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     elif how == "adopt":
         assert run.lease("learner").adopt("trajectories", "learner") == []
     else:
-        assert run.plane.claim_idle(["chunks:0"], "teacher", "t1", idle_s=0.0, count=10) == {}
+        assert run.plane.claim_chunks("t1", idle_s=0.0, count=10) == []
     [(_, (_, fields))] = run.plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
     assert fields == {b"rid": b"r1"}
 
@@ -195,9 +195,9 @@ def test_claims_on_other_shards_are_given_although_one_shard_lost_its_group(run:
         run.client.xadd(run.key(shard), {"rid": shard})
     assert len(run.plane.read("teacher", "silent", shards, count=10, block_s=0)) == len(shards)
     run.client.xgroup_destroy(run.key("chunks:1"), "teacher")
-    found = run.plane.claim_idle(shards, "teacher", "t1", idle_s=0.0, count=10)
-    assert {shard: [fields[b"rid"] for _, fields in entries] for shard, entries in found.items()} == {
-        shard: [shard.encode()] for shard in ("chunks:0", "chunks:2", "chunks:3")
+    found = run.plane.claim_chunks("t1", idle_s=0.0, count=10)
+    assert {shard: fields[b"rid"] for shard, (_, fields), _ in found} == {
+        shard: shard.encode() for shard in ("chunks:0", "chunks:2", "chunks:3")
     }
     # The group was made again, and gives what is left in its stream.
     [(shard, (_, fields))] = run.plane.read("teacher", "t1", shards, count=10, block_s=0)
@@ -259,9 +259,10 @@ def test_a_slow_answer_comes_through_and_nobody_claims_for_a_while(
     assert time.monotonic() - began > 2.3
     assert not run.plane.may_claim
     # Everybody's entries look idle now.
-    assert run.plane.claim_idle(["prompts"], "rollout", "w2", idle_s=0.1, count=10) == {}
+    assert run.plane.read("teacher", "t1", [f"chunks:{run.plane.shard_of('r1')}"], count=1, block_s=0)
+    assert run.plane.claim_chunks("t2", idle_s=0.0, count=10) == []
     time.sleep(run.config.liveness.claim_s + 0.05)
-    assert run.plane.may_claim
+    assert len(run.plane.claim_chunks("t2", idle_s=0.0, count=10)) == 1
 
 
 def test_a_script_whose_answer_was_lost_is_run_again_without_harm(

@@ -872,6 +872,8 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "release": ("w", "r1", "1-1", "n"),
         "chunk": ("r1", "n", 0, b"", b"", 0, 1, ""),
         "count": ("r1", "n", 1),
+        "claim": ("chunks:0", "t", 0, 1),
+        "attempt": ("r1", "teacher", "begin"),
         "score": (0, "1-1", "r1", 0, b"", b""),
         "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive"),
         "settle": ("t",),
@@ -1023,3 +1025,86 @@ def test_steps_that_are_no_number_count_as_none(run: Run, field: str, value: byt
     assert run.plane.steps() == (5, 4)
     run.client.hset(run.key("policy"), field, value)
     assert run.plane.steps() == ((0, 4) if field == "step" else (5, 0))
+
+
+# --- takeovers of chunks ---
+
+
+def given(run: Run, teacher: str) -> list[tuple[str, int]]:
+    """What a teacher claims, whoever held it: rollout and takeovers without progress."""
+    return [
+        (fields[b"rid"].decode(), takeovers)
+        for _, (_, fields), takeovers in run.plane.claim_chunks(teacher, idle_s=0.0, count=10)
+    ]
+
+
+def held(run: Run, teacher: str, chunks: int = 2) -> None:
+    run.admit("r1")
+    run.take()
+    for seq in range(chunks):
+        run.chunk("r1", seq=seq, start=3 * seq)
+    shard = f"chunks:{run.plane.shard_of('r1')}"
+    found = run.plane.read("teacher", teacher, [shard], count=10, block_s=0)
+    run.notices |= {("r1", seq): entry for seq, (_, (entry, _)) in enumerate(found)}
+    assert len(found) == chunks
+
+
+def test_a_takeover_counts_once_for_all_chunks_of_a_rollout_and_a_score_clears_it(run: Run) -> None:
+    held(run, "t1")
+    assert given(run, "t2") == [("r1", 1), ("r1", 1)]
+    assert given(run, "t3") == [("r1", 2), ("r1", 2)]
+    assert run.plane.attempt("r1", "teacher") == 1
+    assert run.score("r1") == b"ok"
+    assert (run.field("r1", "taken"), run.field("r1", "begun:teacher")) == (None, None)
+    assert given(run, "t4") == [("r1", 1)]
+
+
+def test_what_a_teacher_takes_from_itself_counts_nothing(run: Run) -> None:
+    held(run, "t1")
+    assert given(run, "t1") == [("r1", 0), ("r1", 0)]
+
+
+def test_a_teacher_that_says_it_lives_keeps_its_chunks(run: Run) -> None:
+    held(run, "t1")
+    run.plane.seen("t1", role="teacher")
+    time.sleep(0.03)
+    assert run.plane.claim_chunks("t2", idle_s=0.02, count=10) != []
+    run.plane.seen("t2", role="teacher")
+    time.sleep(0.03)
+    run.plane.seen("t2", role="teacher")
+    assert run.plane.claim_chunks("t3", idle_s=0.025, count=10) == []
+    run.plane.gone("t2")
+    assert len(run.plane.claim_chunks("t3", idle_s=0.025, count=10)) == 2
+
+
+def test_chunks_behind_many_that_are_held_are_claimed_and_deleted_ones_are_let_go(run: Run) -> None:
+    shard = "chunks:0"
+    for number in range(250):
+        run.client.xadd(run.key(shard), {"rid": f"r{number}"})
+    run.plane.read("teacher", "alive", [shard], count=240, block_s=0)
+    dead = run.plane.read("teacher", "dead", [shard], count=10, block_s=0)
+    run.client.xdel(run.key(shard), dead[0][1][0])
+    time.sleep(1.0)
+    run.plane.seen("alive", role="teacher")
+    assert len(run.plane.claim_chunks("t2", idle_s=0.9, count=5)) == 5
+    assert len(run.plane.claim_chunks("t2", idle_s=0.9, count=32)) == 4
+    assert run.client.xpending(run.key(shard), "teacher")["pending"] == 249
+
+
+@pytest.mark.parametrize("field", ["taken", "begun:teacher"])
+def test_junk_counts_of_takeovers_begin_anew(run: Run, field: str) -> None:
+    held(run, "t1")
+    run.client.hset(run.key("rollout:r1"), field, "many")
+    assert given(run, "t2") == [("r1", 1), ("r1", 1)]
+    assert run.plane.attempt("r1", "teacher") == 1
+    assert run.plane.attempt("r1", "teacher") == 2
+    run.plane.attempt_over("r1", "teacher")
+    assert run.plane.attempt("r1", "teacher") == 1
+
+
+def test_no_record_is_made_by_counting(run: Run) -> None:
+    assert run.plane.attempt("r9", "teacher") == 0
+    run.client.xadd(run.key("chunks:0"), {"rid": "r9", "seq": 0})
+    run.plane.read("teacher", "t1", ["chunks:0"], count=10, block_s=0)
+    assert given(run, "t2") == [("r9", 0)]
+    assert not run.client.exists(run.key("rollout:r9"))
