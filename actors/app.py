@@ -60,7 +60,6 @@ log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")
 _BROKER_ERRORS = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 STOP = threading.Event()
-_BROKER_AWAY = Episode(log)
 
 
 def settings_from_environment() -> Redis:
@@ -230,10 +229,11 @@ def serve_metrics(**_: Any) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def keep_shifts_open(sender: Celery, run_key: str) -> None:
+def keep_shifts_open(sender: Celery, run_key: str, away: Episode) -> None:
     """Leave one waiting shift in every queue: any worker that comes finds one, and none finds two.
 
-    A broker that does not answer is said and left for the next time: workers at work need none.
+    A broker that does not answer, or is full, is said (once, by `away`) and left for the next time: workers at work
+    need none.
     """
     try:
         with sender.connection_for_write() as connection:
@@ -243,9 +243,9 @@ def keep_shifts_open(sender: Celery, run_key: str) -> None:
                         f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection, retry=False
                     )
     except _BROKER_ERRORS as error:
-        _BROKER_AWAY.seen(f"the broker does not answer or is full, no shift is opened until it does: {error}")
+        away.seen(f"the broker does not answer or is full, no shift was opened: {error}")
     else:
-        _BROKER_AWAY.not_seen("the broker answers again")
+        away.not_seen("the broker takes shifts again")
 
 
 def close_shifts(sender: Celery) -> None:

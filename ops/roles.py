@@ -18,6 +18,7 @@ import redis
 
 from common import metrics
 from common.config import Config, ConfigError, parse
+from common.episode import Episode
 from common.streams import (
     LeaseLost,
     Plane,
@@ -227,7 +228,8 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     source = TaskSource(config)
     source.note_data(config.run_dir)
     source.prepare()
-    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key))
+    away = Episode(log)
+    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key, away))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
