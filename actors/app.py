@@ -211,14 +211,22 @@ def _ending_the_worker_on_failure() -> Iterator[None]:
     """What a shift cannot cope with would meet the next shift too: the process ends and says why.
 
     Exit code 2 for a model that cannot be used, 1 for the rest; whoever started the worker decides on starting another.
+    The error goes on to Celery, which otherwise logs a shift that succeeded.
     """
     try:
         yield
     except (RunGone, RedisUnavailable, Stopping) as error:
         log.warning("shift over: %s", error)
     except Exception as error:
-        log.exception("error: %s", error)
         celery.worker.state.should_stop = 2 if isinstance(error, ModelError | ConfigError) else 1
+        log.error("error: %s", error or type(error).__name__)
+        raise
+
+
+def exit_code() -> int:
+    """What a worker process is to end with, once Celery has let go of it: `worker_main` does not hand it on."""
+    asked = celery.worker.state.should_stop
+    return int(asked) if asked else 0
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]

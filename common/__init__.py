@@ -1,0 +1,14 @@
+"""What every process imports first.
+
+Libraries read these variables once, when they are imported, and each breaks a run that was started in a shell where
+somebody set them for another program.
+"""
+
+import os
+
+# prometheus_client would write a file a metric into that folder, or end with a traceback where there is none. Here each
+# process serves its own metrics.
+for _name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+    os.environ.pop(_name, None)
+# matplotlib refuses to be imported where it does not know the backend. Here pictures are files, drawn by Agg.
+os.environ["MPLBACKEND"] = "agg"

@@ -11,6 +11,7 @@ from common import policies
 from common.config import Config, ConfigError, Loss
 from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
 from ops.check_redis import check_redis
+from ops.devices import absent, devices_of, unknown
 from ops.rows import DataMissing
 from ops.source import TaskSource
 from ops.tasks.prompts import Renderer
@@ -39,6 +40,7 @@ def check(config: Config) -> Findings:
         _estimate_models(config, pair, found)
     check_redis(config, found)
     found.problems += missing(config.tracking)
+    _check_devices(config, found)
     _say_what_runs(config, found)
     return found
 
@@ -68,6 +70,17 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
         f"both contexts ({pair.student.max_position_embeddings}, {pair.teacher.max_position_embeddings})",
     ]
     return pair
+
+
+def _check_devices(config: Config, found: Findings) -> None:
+    """A config may be checked on a machine other than the one it is for: what is not here is left to that one."""
+    for key, device in devices_of(config):
+        if device == "cpu":
+            continue
+        if wrong := unknown(device):
+            found.problems.append(f"{key}: {wrong}")
+        elif missing_here := absent(device):
+            found.unchecked.append(f"{key}: {missing_here}; a run on this machine needs it")
 
 
 def _check_prompts(config: Config, found: Findings) -> None:

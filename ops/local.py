@@ -17,17 +17,16 @@ from typing import IO, Any
 from common.config import Config, ConfigError, parse
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
 from ops.embedded import EmbeddedRedis, end_with_parent
+from ops.failures import MOST, Failures, mark_of
 from ops.progress import Progress
 from ops.report import write_report
-from ops.roles import RUN_KEY, reach
+from ops.roles import RUN_KEY, WORKERS, reach
 from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
-WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
-_RESTARTS = 5  # of one child within a minute; more means that it will not get better
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -45,7 +44,8 @@ class _Child:
     name: str
     threads: int
     process: subprocess.Popen[bytes] | None = None
-    started: list[float] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
+    log_from: int = 0  # where in its log the words of the process at work begin
     done: bool = False
 
 
@@ -56,6 +56,7 @@ class LocalRun:
         self._config, self._run_key = config, run_key
         self._folder = config.run_dir
         self._redis: EmbeddedRedis | None = None
+        self._plane: Plane
         self._children = _children(config)
         self._interrupts = 0
         self._wake = threading.Event()
@@ -77,7 +78,7 @@ class LocalRun:
                 signal.signal(number, handler)
 
     def _run(self, began: float) -> int:
-        plane = self._start_redis()
+        plane = self._plane = self._start_redis()
         progress = Progress(self._config, plane)
         for child in self._children:
             self._start(child)
@@ -90,6 +91,8 @@ class LocalRun:
         except ChildFailed as failure:
             self._note_wall(began)
             print(f"katana: {failure}", file=sys.stderr)
+            if failure.code != EXIT_BAD_INPUT:
+                print(self._how_to_go_on(), file=sys.stderr)
             return failure.code
         self._note_wall(began)
         if self._interrupts:
@@ -98,7 +101,7 @@ class LocalRun:
                 file=sys.stderr,
             )
             self._stop_children(self._children)
-            print(f"stopped. Go on with: katana run {self._folder}/config.yaml --resume", file=sys.stderr)
+            print(f"stopped. {self._how_to_go_on()}", file=sys.stderr)
             return EXIT_INTERRUPTED
         self._stop_children(self._children)
         write_json(self._folder / "busy.json", progress.busy_shares())
@@ -137,8 +140,8 @@ class LocalRun:
             "PYTHONUNBUFFERED": "1",
             RUN_KEY: self._run_key,
         }
-        child.started.append(time.monotonic())
         with self._log_file(child) as out:
+            child.log_from = out.seek(0, os.SEEK_END)
             # A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
             child.process = subprocess.Popen(
                 arguments,
@@ -165,20 +168,27 @@ class LocalRun:
             if code == 0 and child.role not in WORKERS:
                 child.done = True
                 continue
-            recent = [moment for moment in child.started if moment > time.monotonic() - 60]
-            # Bad input shows at the first start; later the same code means that, say, Redis is away.
-            refused = code == EXIT_BAD_INPUT and len(child.started) == 1
-            if refused or len(recent) > _RESTARTS:
-                text = f"{child.name} failed: {self._last_words(child)}"
-                raise ChildFailed(text, EXIT_BAD_INPUT if refused else EXIT_FAILED)
-            log.warning("%s ended with %d; started again", child.name, code)
+            words = self._last_words(child)
+            if code == EXIT_BAD_INPUT:  # a model, device or setting that no restart mends
+                raise ChildFailed(f"{child.name} failed: {words}", EXIT_BAD_INPUT)
+            if child.failures.one_more(mark_of(child.role, self._plane, self._folder)):
+                text = f"{child.name} failed {MOST + 1} times in a row without getting on: {words}"
+                raise ChildFailed(text, EXIT_FAILED)
+            # What was killed from outside has nothing to say; neither has what was told to stop.
+            said = f" ({words})" if code > 0 and code != EXIT_INTERRUPTED else ""
+            log.warning("%s ended with %d; started again%s", child.name, code, said)
             self._start(child)
 
     def _last_words(self, child: _Child) -> str:
         path = self._folder / "logs" / f"{child.name}.log"
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        with path.open("rb") as file:
+            file.seek(child.log_from)
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if "error:" in line]
         return f"{(told or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
+
+    def _how_to_go_on(self) -> str:
+        return f"Go on with: katana run {self._folder}/config.yaml --resume"
 
     def _over(self) -> bool:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""

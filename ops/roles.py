@@ -30,12 +30,15 @@ from common.streams import (
     current_run,
     open_plane,
 )
+from ops.devices import devices_of, problem_with
 from ops.rundir import open_folder
 from ops.server import facts_of, memory_warning, no_database, too_small, unusable
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
-_ON_BROKER = ("feeder", "rollout", "teacher")
+WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
+_ON_BROKER = ("feeder", *WORKERS)
+_DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the names differ
 _OTHERWISE = {
     "redis": "; or is it one with TLS, rediss://?",
     "rediss": "; or is it one without TLS, redis://?",
@@ -50,12 +53,19 @@ class Unreachable(ConfigError):
 def run_role(role: str, config: Config) -> int:
     """Run a role until its run is over or a signal stops it; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {role} %(levelname)s %(message)s")
-    if role in ("rollout", "teacher"):
-        return _run_celery_worker(role, config)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    client = reach(config, role)
+    if role not in WORKERS:  # Celery has handlers of its own
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    try:
+        client = _reach_and_look(role, config)
+    except Unreachable as error:
+        if RUN_KEY not in os.environ:
+            raise
+        log.error("error: %s", error)  # it was there when `katana run` began: no fault of the config
+        return 1
+    if role in WORKERS:
+        return _run_celery_worker(role, config)
     if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has looked
         _look_at_memory(config, client)
     try:
@@ -97,6 +107,14 @@ def _is_disk_full(error: Exception) -> bool:
     """Also as safetensors says it, which raises an error of its own."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+
+
+def _reach_and_look(role: str, config: Config) -> redis.Redis:
+    """A client of the run's Redis. Raises ConfigError also where this machine lacks the role's device."""
+    for key, device in devices_of(config):
+        if key.startswith(f"{_DEVICE_OF.get(role, role)}.") and (problem := problem_with(device)):
+            raise ConfigError(f"{key}: {problem}")
+    return reach(config, role)
 
 
 def _serve_metrics(config: Config) -> None:
@@ -295,12 +313,11 @@ def _tell_worker(settings: dict[str, str | None]) -> None:
 
 def _run_celery_worker(role: str, config: Config) -> int:
     """A Celery worker of one queue, in this process; SIGTERM lets it finish its shift."""
-    reach(config, role)
     _tell_worker({"redis_url": config.redis.url, "broker_url": config.redis.broker, **config.redis.access(role)})
     _tell_worker({"metrics_host": config.metrics.host, "metrics_port": str(config.metrics.port)})
     import torch  # noqa: F401  here, not in the first shift: a worker that is ready is ready
 
-    from actors.app import app
+    from actors.app import app, exit_code
 
     celery: Any = app
     celery.worker_main(
@@ -317,4 +334,4 @@ def _run_celery_worker(role: str, config: Config) -> int:
             "--without-heartbeat",
         ]
     )
-    return 0
+    return exit_code()

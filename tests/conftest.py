@@ -10,11 +10,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import left_over
 import pytest
 from samples import Run, make_config, remove_run, start_run
 
 from common.streams import connect
 from ops.embedded import EmbeddedRedis
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # of several processes the first one alone
+        left_over.mark()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        left_over.end(os.environ[left_over.MARK])
 
 
 def _server(name: str) -> str | None:

@@ -35,7 +35,13 @@ SMALL = (
 )
 
 
-def start(folder: Path, *arguments: str, name: str = "e2e", settings: tuple[str, ...] = SMALL) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    *arguments: str,
+    name: str = "e2e",
+    settings: tuple[str, ...] = SMALL,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
     config = str(folder / name / "config.yaml") if "--resume" in arguments else str(DEMO)
     overrides = () if "--resume" in arguments else (f"runs_dir={folder}", *settings)
     flags = [flag for item in overrides for flag in ("--set", item)]
@@ -55,6 +61,7 @@ def start(folder: Path, *arguments: str, name: str = "e2e", settings: tuple[str,
         text=True,
         start_new_session=True,
         cwd=DEMO.parents[2],
+        env=os.environ | (environment or {}),
     )
 
 
@@ -246,11 +253,34 @@ def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path
     assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()
 
 
-def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: Path) -> None:
-    student = tmp_path / "student"
-    shutil.copytree(DEMO.parents[1] / "models" / "student", student)
-    (student / "model.safetensors").write_bytes(b"not safetensors")
-    code, output = finish(start(tmp_path, settings=(*SMALL, f"student.model={student}")), timeout_s=90)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: Path, who: str) -> None:
+    model = tmp_path / who
+    shutil.copytree(DEMO.parents[1] / "models" / who, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    code, output = finish(start(tmp_path, settings=(*SMALL, f"{who}.model={model}")), timeout_s=90)
     assert code == 2
     assert "cannot be loaded" in output
+    assert str(model) in output
+    assert "ended with 0" not in output
+    assert "--resume" not in output  # it could not go on
+    log = (tmp_path / "e2e" / "logs" / ("teacher-0.log" if who == "teacher" else "learner.log")).read_text()
+    assert "succeeded" not in log
+    assert not children_of(tmp_path / "e2e"), "a process was left behind"
+
+
+def test_a_worker_that_fails_slowly_is_given_up_with_its_last_words(tmp_path: Path) -> None:
+    """Each failure takes longer than a fifth of a minute would allow: what counts is that nothing gets on."""
+    shim = """
+import os, sys, time
+if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
+    time.sleep(4); print("error: out of memory", file=sys.stderr, flush=True); os._exit(1)
+"""
+    (tmp_path / "shim").mkdir()
+    (tmp_path / "shim" / "sitecustomize.py").write_text(shim)
+    code, output = finish(start(tmp_path, environment={"PYTHONPATH": str(tmp_path / "shim")}), timeout_s=120)
+    assert code == 1, output
+    assert output.count("teacher-0 ended with 1; started again (error: out of memory") == 5
+    assert "teacher-0 failed 6 times in a row without getting on: error: out of memory" in output
     assert not children_of(tmp_path / "e2e"), "a process was left behind"

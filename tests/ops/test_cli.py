@@ -257,6 +257,8 @@ def test_the_examples_with_data_of_ones_own_are_whole(
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     student, teacher = put_tiny_qwen3(tmp_path / "student", seed=1), put_tiny_qwen3(tmp_path / "teacher", seed=2)
     models = ["--set", f"student.model={student}", "--set", f"teacher.model={teacher}"]
+    for section in ("rollout", "teacher", "learner", "eval"):  # this machine may have no GPU
+        models += ["--set", f"{section}.device=cpu"]
     rows = [{"problem": f"What is {number} + 7?", "answer": str(number + 7)} for number in range(8)]
     put_rows(tmp_path / "train", rows, "jsonl")
     put_rows(tmp_path / "data" / "train", rows, "jsonl")
