@@ -47,6 +47,11 @@ def marks() -> set[str]:
     return found
 
 
+def _hear_interrupts() -> None:
+    """A shell lets its background jobs, of which these tests may be one, ignore Ctrl-C; children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
     run = subprocess.Popen(
