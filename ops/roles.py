@@ -192,12 +192,16 @@ def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
 def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
     from common.pretrained import check_pair
     from learner.checkpoint import TornCheckpointError
+    from learner.culprits import StepImpossible
     from learner.train import Learner
 
     try:
         Learner(config, plane, check_pair(config), stop).run()
     except TornCheckpointError as error:
         raise ConfigError(f"{error}; put a good one back, or remove them all to begin anew") from error
+    except StepImpossible as error:
+        log.error("error: %s", error)
+        raise SystemExit(1) from error
 
 
 def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
