@@ -184,9 +184,13 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
 
 
 def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.arbiter import Arbiter
+    from actors.arbiter import Arbiter, PolicyBroken
 
-    Arbiter(config, plane, stop).run()
+    try:
+        Arbiter(config, plane, stop).run()
+    except PolicyBroken as error:
+        log.error("error: %s", error)
+        raise SystemExit(1) from error
 
 
 def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
