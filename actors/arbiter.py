@@ -25,6 +25,11 @@ from common.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks asked for in one look
+_MOST_IN_A_ROW = 5  # rollouts that the policy fails on, and no verdict between them: it is not the rollouts
+
+
+class PolicyBroken(RuntimeError):
+    """The policy raises, whatever it is given."""
 
 
 def _read_threshold(value: bytes | None) -> float | None:
@@ -68,6 +73,8 @@ class Arbiter:
         self._in_order = config.deterministic
         self._tracks: dict[str, _Track] = {}
         self._again: set[str] = set()
+        self._blamed: set[str] = set()  # rollouts that the policy failed on since the last verdict
+        self._careful = False
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._policy = policies.find(self._settings.policy)
         self._version = self._step = 0
@@ -82,8 +89,8 @@ class Arbiter:
         self._version = self._policy_version()
         self._load_minima()
         self._show_threshold()
-        self._judge(self._note(self._lease.adopt("scores", "arbiter")))
         try:
+            self._judge_adopted()
             while not self._stop.is_set():
                 busy = self.step(block_s=0.01 if until_idle else 0.2)
                 if not busy and (until_idle or self._plane.state() == "ended"):
@@ -148,6 +155,12 @@ class Arbiter:
             touched.add(rid)
         return touched
 
+    def _judge_adopted(self) -> None:
+        """What a former arbiter left, one by one: one of them may have ended it."""
+        self._careful = True
+        self._judge(self._note(self._lease.adopt("scores", "arbiter")))
+        self._careful = False
+
     def _judge(self, touched: set[str]) -> None:
         if not self._in_order:
             self._look(touched)
@@ -170,6 +183,20 @@ class Arbiter:
         return [rid for rid, (head, verdict) in zip(rids, answers, strict=True) if head and verdict is None]
 
     def _look(self, rids: set[str]) -> None:
+        """Judge rollouts; with care, each by itself, said before and after: what nobody came back from is given up."""
+        if not self._careful:
+            self._look_together(rids)
+            return
+        for rid in sorted(rids):
+            begun = self._plane.attempt(rid, "arbiter")
+            if begun > self._max_attempts:
+                reason = f"{begun - 1} arbiters ended while they judged it, and nothing else"
+                self._report(rid, self._tracks[rid], reason, max_attempts=1)
+            self._look_together({rid} & set(self._tracks))
+            self._plane.attempt_over(rid, "arbiter")
+        self._send_due()
+
+    def _look_together(self, rids: set[str]) -> None:
         """Read on in each rollout from where it was left, a few chunks a round trip, until nothing new is there."""
         left = sorted(rids)
         while left:
@@ -194,7 +221,10 @@ class Arbiter:
             due = self._verdict(rid, track, finish, chunks, length)
             body = due.encode() if due is not None else b""
         except MessageError as error:
-            self._report(rid, track, error)
+            self._report(rid, track, str(error))
+            return False
+        except Exception as error:  # a policy may be its user's, and raise anything
+            self._blame_policy(rid, track, error)
             return False
         if due is None:
             return fresh == _AHEAD
@@ -224,9 +254,17 @@ class Arbiter:
                 track.cut = track.detector.feed(scores.divergence)
         return fresh
 
-    def _report(self, rid: str, track: _Track, error: MessageError) -> None:
-        log.warning("rollout %s cannot be judged: %s", rid, error)
-        if self._plane.fail(rid, "arbiter", str(error), max_attempts=self._max_attempts):
+    def _blame_policy(self, rid: str, track: _Track, error: Exception) -> None:
+        """Count it against the rollout. Raises PolicyBroken where the policy fails on one after another."""
+        reason = f"policy {self._settings.policy}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        self._blamed.add(rid)
+        if len(self._blamed) >= _MOST_IN_A_ROW:
+            raise PolicyBroken(f"{reason}; on {len(self._blamed)} rollouts, and no verdict between them") from error
+        self._report(rid, track, reason)
+
+    def _report(self, rid: str, track: _Track, reason: str, max_attempts: int | None = None) -> None:
+        log.warning("rollout %s cannot be judged: %s", rid, reason)
+        if self._plane.fail(rid, "arbiter", reason, max_attempts=max_attempts or self._max_attempts):
             metrics.dead_letters.labels("arbiter").inc()
             self._acknowledge(rid)
         else:
@@ -239,6 +277,7 @@ class Arbiter:
 
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
+        self._blamed.clear()
         if track.head is not None and track.head.step is not None:
             self._version = self._step = (
                 track.head.step

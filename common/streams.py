@@ -23,6 +23,7 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
+                       learning (1: a learner is at work, or ended without a word) ·
                        generated (tokens written in the whole run)
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is

@@ -70,6 +70,18 @@ class Intake:
             return None
         return [self._waiting.popleft() for _ in range(size)]
 
+    def put_back(self, batch: list[Received]) -> None:
+        """Let the next batch begin with these."""
+        self._waiting.extendleft(reversed(batch))
+
+    def set_aside(self, one: Received, reason: str) -> None:
+        """A trajectory that cannot be trained on is dead, and leaves its reason."""
+        rid = one.trajectory.rid
+        log.warning("trajectory %s is set aside: %s", rid, reason)
+        metrics.dead_letters.labels("learner").inc()
+        self._plane.fail(rid, "learner", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
+        self.settle([(one.entry, rid, "dead", "learner", "")])
+
     def settle(self, endings: list[Ending]) -> None:
         """Take trajectories off with their endings: they cannot come again."""
         for begin in range(0, len(endings), 64):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +31,12 @@ from common.footprint import free_bytes, rollout_bytes
 from common.messages import row_digest
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
-from common.streams import Lease, Plane
+from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
 from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
+from learner.culprits import StepImpossible, culprits, witness
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
 from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses
@@ -43,6 +45,8 @@ from learner.weighting import shares_of
 
 log = logging.getLogger("katana.learner")
 _STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
+_NOT_THE_STEP = (LeaseLost, RunGone, RedisUnavailable, Stopping)  # what ends a learner whatever it is at
+_FEWEST_ASIDE = 8  # set aside without a step between them, and at least two batches: it is not the trajectories
 
 
 class Learner:
@@ -71,6 +75,9 @@ class Learner:
         self.version = -1
         limited = config.learner.max_generated_tokens is not None
         self._generated = GeneratedTokens(plane, config.run_dir / "counted.json" if limited else None)
+        self._micro_batch_tokens = config.learner.micro_batch_tokens
+        self._careful = False  # the learner before ended without a word: what ended it may come again
+        self._aside = 0  # trajectories set aside since the last step
         self._since_checkpoint: list[tuple[Received, int]] = []  # with the staleness it was trained at
         self._tokens_trained = 0
         self._idle_s = 0.0
@@ -82,7 +89,7 @@ class Learner:
     def run(self, *, until_idle: bool = False) -> None:
         """Train to the end (see `done`), or until told to stop; a checkpoint is written either way.
 
-        Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError.
+        Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible.
         """
         self._lease.take(self._stop, wait_s=60.0)
         try:
@@ -97,6 +104,7 @@ class Learner:
                 self.checkpoint()
             if self.done:
                 self._finish()
+            self._lease.advance("learning", 0)
         finally:
             self._lease.drop()
             self.close()
@@ -141,6 +149,8 @@ class Learner:
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / "weights"))
         self.version = max(self.version, self._announced())
+        self._careful = self._plane.policy().get("learning", "0") != "0"
+        self._lease.advance("learning", 1)
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
@@ -193,14 +203,25 @@ class Learner:
             self.checkpoint()
 
     def step(self, batch: list[Received]) -> None:
-        """One optimizer step on a batch, its line in metrics.jsonl, weights and checkpoint where they are due."""
+        """One optimizer step on a batch, its line in metrics.jsonl, weights and checkpoint where they are due.
+
+        No step where a trajectory is at fault: it is set aside, and the others wait for the next batch. Raises
+        StepImpossible where none is.
+        """
         began = time.monotonic()
+        if self._careful and not self._came_through(batch):
+            return
         settings = self._config.learner
         staleness = [self.version - one.trajectory.oldest_version for one in batch]
         rate = self._learning_rate(batch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, norm, seen = self._backward([one.trajectory for one in batch])
+        try:
+            loss, norm, seen = self._gradients([one.trajectory for one in batch])
+        except FloatingPointError as error:
+            self._find_fault(batch, str(error))
+            return
+        self._aside = 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
@@ -218,13 +239,91 @@ class Learner:
             self.checkpoint()
         self._starved_at = time.monotonic() + _STARVED_S
 
+    def _gradients(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
+        """As `_backward`. Raises FloatingPointError, with the reason, where there is no finite loss and gradient, and
+        whatever the model raised: no gradient is left then, and nothing has changed."""
+        while True:
+            try:
+                return self._backward(batch)
+            except _NOT_THE_STEP:
+                raise
+            except Exception as error:
+                failed = error.with_traceback(None)  # whose frames hold what memory is short of
+            self.optimizer.zero_grad(set_to_none=True)
+            reason = f"{type(failed).__name__}: {' '.join(str(failed).split())[:200]}"
+            if not self._economize(batch, reason):
+                raise FloatingPointError(reason)
+
+    def _economize(self, batch: list[Trajectory], reason: str) -> bool:
+        """After an out-of-memory, take half as many tokens in a micro-batch from now on. False where that changes
+        nothing, or where memory was not what was short. Deterministic: gradients are summed as they always were."""
+        short = any(words in reason.lower() for words in ("out of memory", "can't allocate memory", "memoryerror"))
+        longest = max(one.length for one in batch)
+        if not short or self._config.deterministic or len(batch) == 1 or self._micro_batch_tokens < longest:
+            return False
+        self._micro_batch_tokens //= 2
+        log.warning("at most %d tokens in a micro-batch from now on: %s", self._micro_batch_tokens, reason)
+        return True
+
+    def _why_not(self, part: Sequence[Received]) -> str:
+        """Why these have no gradients; '' where they have, which are thrown away."""
+        return self._reason([one.trajectory for one in part])
+
+    def _reason(self, trajectories: list[Trajectory]) -> str:
+        try:
+            self._gradients(trajectories)
+        except FloatingPointError as error:
+            return str(error)
+        self.optimizer.zero_grad(set_to_none=True)
+        return ""
+
+    def _find_fault(self, batch: list[Received], reason: str) -> None:
+        """Set aside the trajectories at fault; the others wait. Raises StepImpossible where none is."""
+        step = self.step_count + 1
+        if wrong := self._reason([witness(batch[0].trajectory)]):
+            raise StepImpossible(
+                f"step {step}: {reason}; nor can a trajectory be trained on that any learner can: {wrong}"
+            )
+        guilty = culprits(batch, self._why_not)
+        if not guilty:
+            raise StepImpossible(f"step {step}: {reason}; of its {len(batch)} trajectories none fails by itself")
+        self._aside += len(guilty)
+        if self._aside >= max(_FEWEST_ASIDE, 2 * len(batch)):
+            raise StepImpossible(
+                f"step {step}: {self._aside} trajectories in a row cannot be trained on, the last: {reason}"
+            )
+        self._set_aside(batch, guilty)
+
+    def _came_through(self, batch: list[Received]) -> bool:
+        """Try each trajectory by itself, said before and after: one that nobody came back from is set aside."""
+        most = self._config.liveness.max_attempts
+        guilty = []
+        for one in batch:
+            rid = one.trajectory.rid
+            begun = self._plane.attempt(rid, "learner")
+            if begun > most:
+                guilty.append((one, f"{begun - 1} learners ended while they tried it, and nothing else"))
+                continue
+            self._why_not([one])  # what fails and does not end the process is found out by the step
+            self._plane.attempt_over(rid, "learner")
+        self._set_aside(batch, guilty)
+        return not guilty
+
+    def _set_aside(self, batch: list[Received], guilty: list[tuple[Received, str]]) -> None:
+        if not guilty:
+            return
+        for one, reason in guilty:
+            self._intake.set_aside(one, reason)
+        gone = {one.entry for one, _ in guilty}
+        self._intake.put_back([one for one in batch if one.entry not in gone])
+
     def _backward(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """Gradients of the batch's mean loss, clipped: (loss in nats, gradient norm before, diagnostics)."""
         config, stop_ids = self._config, self._pair.stop_ids
         loss, parts = 0.0, []
         for micro in micro_batches(
             batch,
-            max_tokens=config.learner.micro_batch_tokens,
+            max_tokens=self._micro_batch_tokens,
             denominator=config.loss.denominator,
             shares=shares_of(config.loss, config.seed),
         ):
@@ -241,9 +340,12 @@ class Learner:
             parts.append(diagnostics(outcomes.detach(), micro, stop_ids=stop_ids))
             self._lease.keep()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.learner.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.step_count + 1}: the gradient norm is {float(norm)}")
-        return loss, float(norm), merged(parts)
+        seen = merged(parts)
+        if not all(map(math.isfinite, (loss, float(norm), *astuple(seen)))):
+            raise FloatingPointError(
+                f"the loss is {loss:g}, the gradient norm {float(norm):g}, the KL {seen.kl_nats:g}"
+            )
+        return loss, float(norm), seen
 
     def _cast(self) -> Any:
         settings = self._config.learner
@@ -398,6 +500,7 @@ class Learner:
         )
         self._since_checkpoint = []
         self._generated.covered(self.step_count)
+        self._careful = False
 
 
 def _load(folder: Path, config: Config) -> Any:

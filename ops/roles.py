@@ -257,20 +257,28 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
 
 
 def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.arbiter import Arbiter
+    from actors.arbiter import Arbiter, PolicyBroken
 
-    Arbiter(config, plane, stop).run()
+    try:
+        Arbiter(config, plane, stop).run()
+    except PolicyBroken as error:
+        log.error("error: %s", error)
+        raise SystemExit(1) from error
 
 
 def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
     from common.pretrained import check_pair
     from learner.checkpoint import TornCheckpointError
+    from learner.culprits import StepImpossible
     from learner.train import Learner
 
     try:
         Learner(config, plane, check_pair(config), stop).run()
     except TornCheckpointError as error:
         raise ConfigError(f"{error}; put a good one back, or remove them all to begin anew") from error
+    except StepImpossible as error:
+        log.error("error: %s", error)
+        raise SystemExit(1) from error
 
 
 def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:

@@ -1,5 +1,6 @@
--- learner: the step that it is at, the step that its checkpoint covers; learner, feeder: the run's state.
--- lease role, lease token, 'step' | 'covered' | 'state', value -> ok | lost
+-- learner: the step that it is at, the step that its checkpoint covers, whether one is at work; learner, feeder: the
+-- run's state.
+-- lease role, lease token, 'step' | 'covered' | 'learning' | 'state', value -> ok | lost
 local role, token, what, value = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if not holds_lease(role, token) then return {'lost'} end
 even_when_full()

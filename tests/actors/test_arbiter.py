@@ -13,13 +13,13 @@ import pytest
 import redis
 from samples import Run, make_divergence
 
-from actors.arbiter import Arbiter
+from actors.arbiter import Arbiter, PolicyBroken
 from actors.books import line_of, rid_of, trace_of
 from common import metrics
 from common.draws import fraction, rollout_seed
 from common.messages import Verdict
 from common.streams import LeaseLost
-from common.termination import Cut, kat_verdict
+from common.termination import Cut, Kat, kat_verdict
 from ops.chaos.checker import check_folder
 from ops.embedded import EmbeddedRedis
 
@@ -682,3 +682,76 @@ def test_the_arbiter_returns_when_the_run_has_ended_or_when_it_is_stopped(run: R
     assert run.client.exists(run.key("lease:arbiter")) == 0
     run.lease("feeder").advance("state", "ended")
     arbiter(run).run()
+
+
+# --- a policy that fails ---
+
+
+class Killed(BaseException):
+    """Where the process would have ended."""
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, at: float, error: BaseException) -> None:
+    """Let the policy raise where a divergence is `at`."""
+    feed = Kat.feed
+
+    def fail(self: Kat, divergence: Any) -> Cut | None:
+        if at in divergence:
+            raise error
+        return feed(self, divergence)
+
+    monkeypatch.setattr(Kat, "feed", fail)
+
+
+def dead(run: Run) -> list[tuple[str, str]]:
+    return [(entry["rid"], entry["reason"]) for entry in run.entries("dead")]
+
+
+def test_a_rollout_that_the_policy_fails_on_dies_naming_it_and_the_rest_is_judged(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, 0.125, ZeroDivisionError("float division\nby zero"))
+    Writing(run, "bad", [0.5] * 5 + [0.125]).whole()
+    Writing(run, "good", [0.5] * 6).whole()
+    judge(run)
+    assert verdict(run, "good").keep == 6
+    assert dead(run) == [("bad", "policy kat: ZeroDivisionError: float division by zero")]
+    assert run.field("bad", "attempts") == b"3"
+    assert [one["rid"] for one in run.entries("finished") if one["kind"] == "ending"] == ["bad"]
+    assert run.pending("scores") == 0
+
+
+def test_a_policy_that_fails_on_all_ends_the_arbiter_before_one_is_dead(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, 0.5, KeyError("head"))
+    for number in range(5):
+        Writing(run, f"r{number}", [0.5] * 6).whole()
+    with pytest.raises(PolicyBroken, match="policy kat: KeyError: 'head'; on 5 rollouts, and no verdict between them"):
+        judge(run)
+    assert dead(run) == []
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_rollout_that_kills_its_arbiters_dies_and_the_others_keep_their_verdicts(
+    begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    run = begin(deterministic=deterministic)
+    failing(monkeypatch, 0.125, Killed())
+    rids = [rid_of(number) for number in range(6)]
+    for number, rid in enumerate(rids):
+        values = [0.5] * 5 + [0.125 if number == 3 else 0.5]
+        Writing(run, rid, values, step=0 if deterministic else None).whole()
+    killed = 0
+    while True:
+        run.client.delete(run.key("lease:arbiter"))
+        try:
+            judge(run)
+            break
+        except Killed:
+            killed += 1
+            assert killed < 8, "it kills for ever"
+    assert killed <= 1 + run.config.liveness.max_attempts
+    assert dead(run) == [(rids[3], "3 arbiters ended while they judged it, and nothing else")]
+    assert [verdict(run, rid).keep for rid in rids if rid != rids[3]] == [6] * 5
+    assert run.pending("scores") == 0
