@@ -223,13 +223,14 @@ class Loss(_Section):
         64.0, gt=0, description="`position`: tokens after which a token counts half as much."
     )
     ratio_clip: float | None = Field(
-        None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_rollout; null: not clipped."
+        None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_sampled; null: not clipped."
     )
 
 
 class Learner(_Section):
     dtype: Dtype = Field(
-        "float32", description="Dtype that the learner computes in; parameters and moments are float32."
+        "float32",
+        description="Dtype that the learner computes in, float32 or bfloat16; parameters and moments are float32.",
     )
     device: str = Field("cpu", description="Device of the learner.")
     threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
@@ -265,6 +266,16 @@ class Learner(_Section):
                 f"allowed: 1 to {max(self.max_staleness, 1)}"
             )
         return self
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_dtype(cls, dtype: Dtype) -> Dtype:
+        if dtype == "float16":
+            raise ValueError(
+                "float16 gradients vanish or overflow without loss scaling, which the learner does not do; "
+                "allowed: float32, bfloat16"
+            )
+        return dtype
 
 
 class Checkpoints(_Section):

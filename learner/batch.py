@@ -38,7 +38,8 @@ class Trajectory:
     teacher_tail: float32 [n] nats; None where support and STOP are all outcomes there are.
     teacher_sampled: float32 [n] nats, the teacher's log-probability of the sampled outcome (STOP's for a
         stop token).
-    rollout_logprobs: float32 [n] nats, the same under the student that sampled it, before top-p.
+    rollout_logprobs: float32 [n] nats, the same under the student that sampled it, at temperature 1, before top-p.
+    sampling_logprobs: float32 [n] nats, the same as it was sampled, after temperature and top-p.
     oldest_version: the oldest policy version among the kept tokens.
     generated: tokens that its verdict saw, up to the trigger where it was cut, n or more; 0 stands for n.
     finish_reason, threshold: as in the verdict. cut: whether the policy cut it, or (control arm, mask, shadow)
@@ -57,6 +58,7 @@ class Trajectory:
     teacher_tail: npt.NDArray[np.float32] | None
     teacher_sampled: npt.NDArray[np.float32]
     rollout_logprobs: npt.NDArray[np.float32]
+    sampling_logprobs: npt.NDArray[np.float32]
     oldest_version: int
     generated: int = 0
     finish_reason: str = ""
@@ -78,6 +80,7 @@ class Trajectory:
             self._check("teacher_tail", np.float32, n)
         self._check("teacher_sampled", np.float32, n)
         self._check("rollout_logprobs", np.float32, n)
+        self._check("sampling_logprobs", np.float32, n)
         if 0 < self.generated < n:
             raise ValueError(f"trajectory {self.rid}: {self.generated} tokens generated, {n} kept")
 
@@ -115,7 +118,7 @@ class MicroBatch:
     logit_mask: bool [b, T], True at the N positions *before* each kept token: whose logits it was drawn from.
     targets: int64 [N], the kept tokens.
     support_ids: int64 [N, K]; teacher_logprobs: float32 [N, K+1]; teacher_tail: float32 [N] or None.
-    teacher_sampled, rollout_logprobs: float32 [N] nats.
+    teacher_sampled, rollout_logprobs, sampling_logprobs: float32 [N] nats.
     weights: float32 [N], each token's share in the *whole batch's* mean, so that the batch's loss is the
         sum of `(weights * token_losses).sum()` over its micro-batches, however it was cut.
     """
@@ -129,6 +132,7 @@ class MicroBatch:
     teacher_tail: Tensor | None
     teacher_sampled: Tensor
     rollout_logprobs: Tensor
+    sampling_logprobs: Tensor
     weights: Tensor
 
     @property
@@ -244,5 +248,6 @@ def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[npt.NDArray[np.fl
         teacher_tail=None if rows[0].teacher_tail is None else flat("teacher_tail"),
         teacher_sampled=flat("teacher_sampled"),
         rollout_logprobs=flat("rollout_logprobs"),
+        sampling_logprobs=flat("sampling_logprobs"),
         weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
     )

@@ -48,5 +48,6 @@ def witness(like: Trajectory) -> Trajectory:
         teacher_tail=None if like.teacher_tail is None else np.full(1, share),
         teacher_sampled=np.full(1, share),
         rollout_logprobs=np.full(1, share),
+        sampling_logprobs=np.full(1, share),
         generated=0,
     )

@@ -204,6 +204,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             ),
             teacher_sampled=np.concatenate([teacher.sampled_logprobs for teacher in teachers])[:keep],
             rollout_logprobs=np.concatenate([support.rollout_logprobs for support in supports])[:keep],
+            sampling_logprobs=np.concatenate([support.sampled_logprobs for support in supports])[:keep],
             oldest_version=min(chunk.policy_version for chunk in chunks),
             # Not the writer's count: how far it overshoots depends on time, and what is trained may not.
             generated=verdict.trigger if verdict.cut else len(verdict.tokens),

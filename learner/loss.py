@@ -143,18 +143,24 @@ def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def importance_ratio(log_p: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """Return rho = p / p_rollout [N] of the sampled outcomes, bounded by e^20, without gradient."""
+    """Return rho = p / p_rollout [N] of the sampled outcomes, bounded by e^20, without gradient.
+
+    With the probabilities at which outcomes were in fact sampled it is an importance weight; with those of the writer at
+    temperature 1 it says how far the student has moved since.
+    """
     return (log_p.detach() - rollout_logprobs).clamp_max(_MAX_LOG_RATIO).exp()
 
 
 def reverse_kl_sampled(
-    log_p: Tensor, teacher_sampled: Tensor, rollout_logprobs: Tensor, *, ratio_clip: float | None = None
+    log_p: Tensor, teacher_sampled: Tensor, sampling_logprobs: Tensor, *, ratio_clip: float | None = None
 ) -> Tensor:
     """Return per token [N] a surrogate whose gradient, -rho A grad log p, estimates that of the reverse KL.
 
     log_p: [N], the student's log-probability of the sampled outcome now, with gradient (`sampled_logprobs`).
-    A = log q - log p, detached: the advantage. rho = p / p_rollout, detached: both are *full*
-    probabilities, so with top-p sampling the estimate is biased. No return-to-go.
+    A = log q - log p, detached: the advantage. rho = p / p_sampled, detached: p at temperature 1, p_sampled as the
+    outcome was drawn (`sampling_logprobs`), after temperature and top-p. So the estimate is unbiased at every
+    temperature. What top-p cuts off is never drawn: those outcomes' share of the gradient is missing, and no weight
+    brings it back. No return-to-go.
     ratio_clip: rho becomes min(rho, ratio_clip): truncated importance sampling (Ionides, J. Comput. Graph.
     Stat. 17(2), 2008), biased, with bounded variance. A token beyond the clip keeps its gradient, unlike
     in PPO.
@@ -165,7 +171,7 @@ def reverse_kl_sampled(
     if ratio_clip is not None and not ratio_clip > 0:
         raise ValueError(f"ratio_clip is {ratio_clip}, expected more than 0")
     log_p = log_p.clamp_min(LOG_FLOOR)
-    ratio = importance_ratio(log_p, rollout_logprobs)
+    ratio = importance_ratio(log_p, sampling_logprobs)
     if ratio_clip is not None:
         ratio = ratio.clamp_max(ratio_clip)
     advantage = teacher_sampled.detach().clamp_min(LOG_FLOOR) - log_p.detach()
@@ -194,7 +200,7 @@ def token_losses(
     if mode == "reverse_kl_sampled":
         log_p = sampled_logprobs(outcomes, micro_batch.targets, stop_ids)
         return reverse_kl_sampled(
-            log_p, micro_batch.teacher_sampled, micro_batch.rollout_logprobs, ratio_clip=ratio_clip
+            log_p, micro_batch.teacher_sampled, micro_batch.sampling_logprobs, ratio_clip=ratio_clip
         )
     raise ValueError(f"loss mode is {mode!r}, expected one of {', '.join(get_args(LossMode))}")
 
@@ -218,7 +224,8 @@ class Diagnostics:
     support_mass_teacher: the same under the teacher: 1 - q_tail, 1 where there is no tail.
     topk_overlap: mean share of the K recorded outcomes that are among the K likeliest of the student as it is now, STOP
         apart in both: 1 for the student that sampled, and less the further the learner has moved from what was written.
-    ratio_mean, ratio_max: importance ratio p / p_rollout of the sampled outcomes, before any clip.
+    ratio_mean, ratio_max: p / p_rollout of the sampled outcomes, both at temperature 1: how far the student has moved
+        from what was written. (The weights of `reverse_kl_sampled` are p / p_sampled.)
     """
 
     tokens: int

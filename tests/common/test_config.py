@@ -507,3 +507,9 @@ def test_text_that_cannot_be_printed_is_refused() -> None:
 def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="a key is there twice"):
         parse(LEAST + text)
+
+
+def test_the_learner_does_not_compute_in_float16() -> None:
+    told = refusal(LEAST, "learner.dtype=float16")
+    assert "learner.dtype" in told
+    assert "loss scaling" in told and "allowed: float32, bfloat16" in told

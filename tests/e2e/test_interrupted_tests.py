@@ -59,6 +59,7 @@ def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, numbe
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=_hear_interrupts,
     )
     pid = pytest_of(run.pid)
     [mark] = [one for one in marks() if one.startswith(f"{pid}-")]

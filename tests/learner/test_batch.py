@@ -28,6 +28,7 @@ def trajectory(rid: str, prompt: list[int], tokens: list[int], *, support: int =
         teacher_tail=-mark - 0.5 if tail else None,
         teacher_sampled=-mark - 0.25,
         rollout_logprobs=-mark - 0.125,
+        sampling_logprobs=-mark - 0.375,
         oldest_version=3,
     )
 

@@ -315,6 +315,25 @@ def test_sampled_gradient_is_the_full_gradient_in_expectation() -> None:
     torch.testing.assert_close(ours.grad, exact.grad)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0, 1.3])
+def test_sampled_gradient_is_unbiased_at_every_temperature(temperature: float) -> None:
+    """Outcomes drawn as the writer draws them, STOP as one, weighted by what they were drawn with."""
+    student, teacher = (logits.double() for logits in random_case(12, 1.0, rows=1))
+    targets = torch.tensor([v for v in range(VOCAB) if v not in STOPS[1:]])
+    exact = student[0].clone().requires_grad_()
+    slow_full_kl(exact, teacher[0], STOPS, VOCAB).backward()
+
+    drawn = sampled_logprobs(log_outcomes(student.expand(len(targets), WIDTH), STOPS, VOCAB), targets, STOPS)
+    drawn = (drawn / temperature).log_softmax(dim=0)
+    ours = student[0].clone().requires_grad_()
+    log_p, log_q = (
+        sampled_logprobs(log_outcomes(row.expand(len(targets), WIDTH), STOPS, VOCAB), targets, STOPS)
+        for row in (ours, teacher[0])
+    )
+    (drawn.exp() * reverse_kl_sampled(log_p, log_q, drawn)).sum().backward()
+    torch.testing.assert_close(ours.grad, exact.grad)
+
+
 def test_a_sample_that_has_become_impossible() -> None:
     log_p = torch.tensor([-math.inf, -300.0, -0.5], requires_grad=True)
     rollout = torch.tensor([-1.0, -1.0, -500.0])  # the last ratio would overflow
@@ -372,6 +391,7 @@ def random_batch(seed: int, sizes: list[tuple[int, int]], support: int = 4) -> l
                 teacher_tail=tail.numpy(),
                 teacher_sampled=sampled_logprobs(outcomes, torch.from_numpy(tokens).long(), STOPS).numpy(),
                 rollout_logprobs=rng.uniform(-3, -1, n).astype(np.float32),
+                sampling_logprobs=rng.uniform(-3, -1, n).astype(np.float32),
                 oldest_version=0,
             )
         )
@@ -465,7 +485,7 @@ def test_token_losses_by_mode() -> None:
     )
     merged_targets = [STOPS[0] if token in STOPS else token for token in micro.targets.tolist()]
     log_p = outcomes[torch.arange(6), merged_targets]
-    ratio = (log_p - micro.rollout_logprobs).exp().clamp_max(0.7)
+    ratio = (log_p - micro.sampling_logprobs).exp().clamp_max(0.7)
     torch.testing.assert_close(
         token_losses("reverse_kl_sampled", outcomes, micro, stop_ids=STOPS, ratio_clip=0.7),
         ratio * (log_p - micro.teacher_sampled),
@@ -485,6 +505,7 @@ def test_diagnostics_by_hand() -> None:
         teacher_tail=log32([0.125, 0.5]),
         teacher_sampled=np.zeros(2, np.float32),
         rollout_logprobs=log32([0.5, 0.125]),
+        sampling_logprobs=log32([0.25, 0.25]),
         oldest_version=0,
     )
     (micro,) = micro_batches([row], max_tokens=8)

@@ -24,6 +24,7 @@ def trajectory(rid: str, count: int) -> Trajectory:
         teacher_tail=None,
         teacher_sampled=np.full(count, -1, np.float32),
         rollout_logprobs=np.full(count, -1, np.float32),
+        sampling_logprobs=np.full(count, -1, np.float32),
         oldest_version=0,
     )
 
