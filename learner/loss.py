@@ -145,8 +145,8 @@ def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 def importance_ratio(log_p: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """Return rho = p / p_rollout [N] of the sampled outcomes, bounded by e^20, without gradient.
 
-    With the probabilities at which outcomes were in fact sampled it is an importance weight; with those of the writer at
-    temperature 1 it says how far the student has moved since.
+    With the probabilities at which outcomes were in fact sampled it is an importance weight; with those of the writer
+    at temperature 1 it says how far the student has moved since.
     """
     return (log_p.detach() - rollout_logprobs).clamp_max(_MAX_LOG_RATIO).exp()
 

@@ -198,8 +198,8 @@ def _say_what_runs(config: Config, found: Findings) -> None:
     ]
     if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:
         found.lines.append(
-            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: what the nucleus cuts off is "
-            "never drawn, and its share of the gradient is missing"
+            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: what the nucleus cuts off "
+            "is never drawn, and its share of the gradient is missing"
         )
     if config.loss.weighting == "random_drop" and config.loss.retention == 1:
         found.lines.append(
