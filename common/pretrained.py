@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,67 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+# What families call what the others call by the name on the left; a test holds this against transformers' own configs.
+# (Not those maps themselves: to import them takes seconds, and torch with it.)
+OTHER_NAMES = {
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "hidden_size": ("n_embd", "d_model", "embedding_size"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+}
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the text model, under the names of OTHER_NAMES too. Raises ModelError."""
+    config = _read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise ModelError(f"{folder}/config.json: no vocab_size and no text_config with one; is this a causal LM?")
+    found = dict(text)
+    for name, others in OTHER_NAMES.items():
+        value = next((text[one] for one in (name, *others) if text.get(one) is not None), None)
+        found[name] = value
+        if value is not None and (type(value) is not int or value < 1):
+            raise ModelError(f"{folder}/config.json: {name} is {value!r}; allowed: a whole number above 0")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads weights from: model.safetensors, or those that its index names. What lies
+    beside them (consolidated.safetensors, say) is the same once more. Raises ModelError."""
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    named = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if not isinstance(named, dict):  # no index: nothing but their names tells
+        return sorted(path for path in folder.glob("*.safetensors") if path.stem != "consolidated")
+    names = sorted({str(name) for name in named.values()})
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    """The ids that an eos_token_id names: one, several, or none. Raises ModelError for what is no id."""
+    if value is None:
+        return []
+    found: list[Any] = [one for one in value if one is not None] if isinstance(value, list) else [value]
+    for one in found:
+        if type(one) is not int or one < 0:
+            raise ModelError(
+                f"{where}: eos_token_id is {value!r:.60}; allowed: a token id from 0, a list of them, or null"
+            )
+    return found
+
+
 def read_facts(folder: Path) -> ModelFacts:
     """Raises ModelError when config.json lacks what is needed or the model names no stop token at all."""
     config = _read_json(folder / "config.json")
-    text = config.get("text_config", config)
-    if not isinstance(text, dict) or type(text.get("vocab_size")) is not int:
+    text = read_model_config(folder)
+    if type(text.get("vocab_size")) is not int:
         raise ModelError(f"{folder}/config.json: no vocab_size; is this a causal language model?")
     stops: list[int] = []
-    for source in (_read_json(folder / "generation_config.json"), config, text):
-        value = source.get("eos_token_id")
-        stops += [value] if isinstance(value, int) else [item for item in value or [] if isinstance(item, int)]
+    generation = _read_json(folder / "generation_config.json")
+    for name, source in (("generation_config.json", generation), ("config.json", config), ("config.json", text)):
+        stops += _ids(source.get("eos_token_id"), f"{folder}/{name}")
     if not stops:
         raise ModelError(f"{folder}: neither generation_config.json nor config.json names an eos_token_id")
     return ModelFacts(
@@ -93,8 +145,13 @@ def read_facts(folder: Path) -> ModelFacts:
         vocab_size=int(text["vocab_size"]),
         max_position_embeddings=text.get("max_position_embeddings"),
         stop_ids=tuple(dict.fromkeys(stops)),
-        parameters_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        parameters_bytes=sum(path.stat().st_size for path in weight_files(folder)),
     )
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of token ids, as it is judged and as it is shown: every character that was written, no space tidied."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common import policies
 from common.config import Config, ConfigError, Loss
-from common.pretrained import HubUnavailable, ModelError, Pair, check_pair, is_hub_id
+from common.pretrained import (
+    HubUnavailable,
+    ModelError,
+    ModelFacts,
+    Pair,
+    check_pair,
+    is_hub_id,
+    load_tokenizer,
+    read_model_config,
+    weight_files,
+)
 from ops.check_redis import check_redis
 from ops.devices import absent, devices_of, unknown
 from ops.rows import DataMissing
@@ -66,10 +75,44 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
         f"teacher    {pair.teacher.folder} ({pair.teacher.model_type})",
         f"tokenizer  shared, {pair.vocab_size} ids in use",
         f"stop set   {{{stops}}}: generation ends on any of them, together they are the one outcome STOP",
-        f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens fit "
-        f"both contexts ({pair.student.max_position_embeddings}, {pair.teacher.max_position_embeddings})",
+        f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens; contexts: "
+        f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
     ]
+    found.lines += [f"warning    {text}" for text in ends_outside(pair, chat=config.data.chat)]
     return pair
+
+
+def _context(facts: ModelFacts) -> str:
+    """Its length, or that nothing says it: positions without a table (ALiBi, say) have no end that a config states."""
+    longest = facts.max_position_embeddings
+    return "not stated in its config.json, so not checked" if longest is None else f"{longest} tokens"
+
+
+def ends_outside(pair: Pair, *, chat: bool) -> list[str]:
+    """What the tokenizer, or the chat template, says an answer ends with, where the stop set does not have it."""
+    tokenizer = load_tokenizer(pair.student.folder)
+    told = {"the tokenizer's own eos": tokenizer.eos_token_id}
+    if chat and tokenizer.chat_template:
+        told["the chat template's end of an answer"] = _end_of_turn(tokenizer)
+    return [
+        f"{what}, {tokenizer.convert_ids_to_tokens(token)!r} ({token}), is not in the stop set: a rollout that writes "
+        f"it goes on to the limit; add it to eos_token_id in generation_config.json of {pair.student.folder}"
+        for what, token in told.items()
+        if token is not None and token not in pair.stop_ids
+    ]
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that a chat template puts behind an answer; None where there is none, or nothing to tell by."""
+    answer = "An answer."
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # what a template raises of its own is told where prompts are looked at
+        return None
+    behind = text.rpartition(answer)[2].strip()
+    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    return next((token for token in ids if token in tokenizer.all_special_ids), None)
 
 
 def _check_devices(config: Config, found: Findings) -> None:
@@ -145,12 +188,11 @@ class _Shape:
 
 
 def _shape(folder: Path) -> _Shape:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
+    text = read_model_config(folder)
     heads = int(text.get("num_attention_heads", 1))
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
     stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
-    parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // stored
+    parameters = sum(path.stat().st_size for path in weight_files(folder)) // stored
     layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
     kv_width = int(text.get("num_key_value_heads") or heads) * head_dim
     if not parameters:  # weights not fetched yet: attention, gated MLP and embeddings of the usual decoder

@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from common.config import Config, ConfigError
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number
-from common.pretrained import ModelError, find_model, load_tokenizer, read_facts
+from common.pretrained import ModelError, find_model, load_tokenizer, read_facts, text_of
 
 Decode = Callable[[Sequence[int]], str]
 PARTS = ("kept", "detection", "overshoot")
@@ -132,9 +133,12 @@ class Words:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; ids that the tokenizer does not know are told as ids."""
-        if self._tokenizer is None or any(token >= len(self._tokenizer) for token in ids):
-            return "".join(f"⟨{token}⟩" for token in ids)
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        known = len(self._tokenizer) if self._tokenizer is not None else 0
+        runs = groupby(ids, key=lambda token: 0 <= token < known)
+        return "".join(
+            text_of(self._tokenizer, list(run)) if is_known else "".join(f"⟨{token}⟩" for token in run)
+            for is_known, run in runs
+        )
 
 
 def texts_of(ids: Sequence[int], decode: Decode) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.config import Benchmark, Config, ConfigError
 from common.messages import Ints
-from common.pretrained import find_model, load_tokenizer, read_facts
+from common.pretrained import find_model, load_tokenizer, read_facts, text_of
 from ops.rundir import read_json, write_json
 from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
@@ -162,8 +162,7 @@ class TaskSource:
         """The completion's text, up to the first stop token."""
         ids = [int(token) for token in tokens]
         end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
-        text: str = self.tokenizer.decode(ids[:end])
-        return text
+        return text_of(self.tokenizer, ids[:end])
 
     def judge(self, problem: int, tokens: Ints) -> bool | None:
         """Whether a completion is right; None where nothing can tell."""

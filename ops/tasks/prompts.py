@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from common.config import ConfigError, Data
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and whatever else the template reads
 # What a template may raise of its own: of a wrong index, name, sum or type.
 _RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -64,11 +64,13 @@ class Renderer:
         last = messages[-1]
         if last["role"] != "user":
             raise ConfigError(f"{place}: the last message is the {last['role']}'s; a prompt ends with one of the user")
+        if last["content"] is None:
+            raise ConfigError(f"{place}: the last message has no content")
         return [*messages[:-1], {**last, "content": last["content"] + self._data.prompt_suffix}]
 
     def _templated(self, messages: list[Message], place: str) -> str:
         for message in messages:
-            if found := self._special.search(message["content"]):
+            if found := self._special.search(message["content"] or ""):
                 raise ConfigError(
                     f"{place}: the prompt has {found[0]!r} in it, which the tokenizer takes for a special token, not "
                     f"for text; leave that row out, or write it otherwise"
@@ -99,13 +101,30 @@ def _special_texts(tokenizer: Any) -> set[str]:
     return {text for text in added | set(tokenizer.all_special_tokens) if text}
 
 
+def _content(value: Any, place: str) -> str | None:
+    """Text, a list of text parts as one text, or nothing (an answer that only calls tools). Raises ConfigError."""
+    if value is None or isinstance(value, str):
+        return value
+    texts = (
+        [part.get("text") if isinstance(part, dict) else None for part in value] if isinstance(value, list) else [None]
+    )
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{place}: content is {type(value).__name__}; allowed: text, a list of text parts, or null")
+    return "".join(str(text) for text in texts)
+
+
 def _messages(value: list[Any], place: str) -> list[Message]:
     found = []
     for number, message in enumerate(value, start=1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if not (isinstance(role, str) and isinstance(content, str)):
-            raise ConfigError(f"{place}: message {number} is no pair of texts, role and content")
-        found.append({"role": role, "content": content})
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise ConfigError(f"{place}: message {number} is no mapping with a role, a text")
+        # Whole, as the template may read any of it (tool_calls, name, reasoning_content …); a column of a Parquet file
+        # has every key in every message, with nothing in it where there was none.
+        kept = {name: value for name, value in message.items() if value is not None}
+        content = _content(message.get("content"), f"{place}: message {number}")
+        if content is None and not kept.keys() - {"role"}:
+            raise ConfigError(f"{place}: message {number} has no content")
+        found.append(kept | {"content": content})
     if not found:
         raise ConfigError(f"{place}: the prompt has no message")
     return found

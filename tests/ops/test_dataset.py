@@ -15,8 +15,8 @@ import pytest
 from data_sets import AIME, DAPO, FORMATS, GSM8K, MATH, Rows, put_rows, put_tiny_qwen3
 from samples import make_config
 
-from common.config import Config, ConfigError
-from common.pretrained import PACKAGE_ROOT
+from common.config import Config, ConfigError, Data
+from common.pretrained import PACKAGE_ROOT, load_tokenizer
 from ops.check import check
 from ops.rows import DataMissing, read_rows
 from ops.source import TaskSource
@@ -170,7 +170,7 @@ def test_benchmarks_are_in_the_file_s_order(begin: Callable[..., Config], tmp_pa
         ([{"prompt": "p", "answer": float("-inf")}], {}, "is -inf; allowed: text or a finite number"),
         ([{"prompt": "<|end|> p", "answer": "1"}], {"chat": True}, "the prompt has '<|end|>' in it"),
         ([{"prompt": " ", "answer": "1"}], {}, "the prompt is empty"),
-        ([{"prompt": [{"role": "user"}], "answer": "1"}], {"chat": True}, "message 1 is no pair of texts"),
+        ([{"prompt": [{"role": "user"}], "answer": "1"}], {"chat": True}, "message 1 has no content"),
         ([{"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}], {"chat": True}, "the last message"),
     ],
 )
@@ -496,3 +496,39 @@ def test_the_feeder_s_source_of_rows_needs_no_torch(begin: Callable[..., Config]
         "assert len(source.prompt(0)) and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE_ROOT, timeout=60, check=True)
+
+
+READS_ALL = (
+    "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}]{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+
+
+def rendered(messages: list[dict[str, Any]]) -> str:
+    tokenizer = load_tokenizer(PACKAGE_ROOT / "ops" / "models" / "student")
+    tokenizer.chat_template = READS_ALL
+    return Renderer(tokenizer, Data(task="dataset", path="x", chat=True))(messages, "row 1")
+
+
+def test_the_template_is_handed_whole_messages() -> None:
+    messages = [
+        {"role": "user", "content": "3+4?", "name": "ada", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "nd?"}]},
+    ]
+    assert rendered(messages) == "[user ada]3+4?[assistant]CALL add[user]and?[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([{"type": "image", "url": "x"}], "content is list; allowed: text, a list of text parts, or null"),
+        (5, "content is int; allowed"),
+        (None, "has no content"),
+    ],
+)
+def test_content_that_no_text_model_takes_is_refused(content: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"row 1: message 1.*{told}"):
+        rendered([{"role": "user", "content": content}])
