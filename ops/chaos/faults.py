@@ -314,14 +314,19 @@ def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: 
     deadline = time.monotonic() + _DEAD_S
     while time.monotonic() < deadline:
         cluster.check_open()
-        with contextlib.suppress(*_AWAY):  # by another fault
-            [(found, head)] = cluster.plane.fields([(rid, [field, "head"])])
-            if found == b"dead":
-                return f"{rid} dead"
-            if found is not None or head is None:  # it came through before it was marked, or another fault took it
-                mark.unlink()
-                raise Missed(f"{rid} had ended before")
         time.sleep(0.05)
+        try:
+            [(found, head)] = cluster.plane.fields([(rid, [field, "head"])])
+        except _AWAY:  # by another fault
+            continue
+        if found == b"dead":
+            return f"{rid} dead"
+        if found is not None or head is None:  # it came through before it was marked, or another fault took it
+            struck = set(mark.read_text().split())
+            mark.unlink()
+            if what == "step" and found and len(struck) > 1:
+                raise TimeoutError(f"{len(struck)} learners failed on {rid}, and it ended as {found.decode()}")
+            raise Missed(f"{rid} had ended before")
     raise TimeoutError(f"{rid} is not dead after {_DEAD_S:.0f} s")
 
 

@@ -391,4 +391,14 @@ def test_what_is_made_unusable_must_be_dead_of_it(
     run.client.hdel(run.key("rollout:r1"), field)
     with pytest.raises(faults.Missed, match="had ended before"):
         strike("another")
-    assert not (tmp_path / f"{what}-r1").exists()
+    mark = tmp_path / f"{what}-r1"
+    assert not mark.exists()
+    if what == "step":
+        run.client.hdel(run.key("rollout:r1"), field)
+        monkeypatch.setattr(
+            cluster,
+            "check_open",
+            lambda: run.client.hset(run.key("rollout:r1"), field, "dropped") and mark.write_text("7\n8\n8\n") and None,
+        )
+        with pytest.raises(TimeoutError, match="2 learners failed on r1, and it ended as dropped"):
+            strike(None)

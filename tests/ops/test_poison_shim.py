@@ -1,4 +1,4 @@
-"""The shim that makes marked rollouts unusable strikes the product's own teacher and learner, and those rollouts alone."""
+"""The shim that makes marked rollouts unusable strikes the product's own teacher and learner, and them alone."""
 
 from __future__ import annotations
 

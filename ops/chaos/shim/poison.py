@@ -2,8 +2,8 @@
 
 `$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/step-<rid>`: the student's logits for a micro-batch that holds it are not finite in the learner.
-What follows is the product's own: its forward has run, and its checks find the numbers. Patched as the modules are
-imported, because a model that does this to some texts alone does not ship.
+A mark holds the ids of the processes that it has struck. What follows is the product's own: its forward has run, and
+its checks find the numbers. Patched as modules are imported, for no model ships that does this to some texts alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from typing import Any
 
 
 def _marked(what: str, rid: str) -> bool:
-    return os.path.exists(os.path.join(os.environ["KATANA_CHAOS_POISON"], f"{what}-{rid}"))
+    path = os.path.join(os.environ["KATANA_CHAOS_POISON"], f"{what}-{rid}")
+    if not os.path.exists(path):
+        return False
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return True
 
 
 def _spoil_scores(score: Any) -> None:
