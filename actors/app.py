@@ -203,7 +203,7 @@ def teacher_shift(run_key: str) -> None:
 def _engines(config: Config) -> Any:
     from actors.engines import engines_for
 
-    return engines_for(config.to_yaml())
+    return engines_for(config)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ import torch
 from actors.engine import Decoder, Scorer
 from actors.models import load_model
 from common.config import Config, parse
-from common.pretrained import Pair, check_pair
+from common.pretrained import Pair, check_pair, find_model, is_hub_id
+
+Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 class Engines:
@@ -59,7 +61,20 @@ class Engines:
         )
 
 
+def engines_for(config: Config) -> Engines:
+    """The engines of a config; a shift of another run with the same config and models finds them loaded."""
+    return _loaded(config.to_yaml(), _stamp(config.student.model), _stamp(config.teacher.model))
+
+
 @lru_cache(maxsize=1)
-def engines_for(config_yaml: str) -> Engines:
-    """The engines of a config, by its text; a shift of another run with the same config finds them loaded."""
+def _loaded(config_yaml: str, *_stamps: Stamp) -> Engines:
     return Engines(parse(config_yaml))
+
+
+def _stamp(model: str) -> Stamp:
+    """What tells that a model was written over: its files' names, inodes, sizes and times. None of one from the hub,
+    whose folder is named by its revision."""
+    if is_hub_id(model):
+        return ()
+    facts = ((path.name, path.stat()) for path in sorted(find_model(model).iterdir()))
+    return tuple((name, fact.st_ino, fact.st_size, fact.st_mtime_ns) for name, fact in facts)

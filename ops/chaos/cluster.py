@@ -68,7 +68,7 @@ class Cluster:
         self.folder = config.run_dir
         self.beside = beside(config.run_dir)
         self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
-        self.clocks = self.beside / "clocks"
+        self.clocks, self.poison = self.beside / "clocks", self.beside / "poison"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
@@ -90,6 +90,7 @@ class Cluster:
         try:
             shutil.rmtree(self.beside, ignore_errors=True)
             self.clocks.mkdir(parents=True)
+            self.poison.mkdir()
             self.redis.start()
             self.proxy.start()
             self.launch("--fresh")
@@ -188,7 +189,8 @@ class Cluster:
     def _environment(self) -> dict[str, str]:
         shim = str(Path(__file__).parent / "shim")
         path = os.pathsep.join([shim, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return os.environ | {"PYTHONPATH": path, "KATANA_CHAOS_CLOCK": str(self.clocks), "PYTHONUNBUFFERED": "1"}
+        shim_sees = {"KATANA_CHAOS_CLOCK": str(self.clocks), "KATANA_CHAOS_POISON": str(self.poison)}
+        return os.environ | shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
     @property
     def log_path(self) -> Path:

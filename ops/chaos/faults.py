@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis
 
 from actors.books import rid_of
 from common.footprint import least_bytes, maxmemory_mb
@@ -32,6 +33,7 @@ from ops.chaos.recovery import go_on, held_by
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
+_AWAY = (redis.exceptions.RedisError, OSError)
 _TRY_S = 30.0  # how long a fault looks for something to strike
 _GO_ON_S = 120.0  # how long a run with little memory may take for a few steps, other faults under way
 _REFUSE_S = 8.0  # within which a worker that goes on looks at new weights
@@ -313,6 +315,38 @@ def _poison(cluster: Cluster, rng: random.Random, scene: Scene, _: int) -> str:
     raise Missed("no rollout without a verdict was open")
 
 
+_DEAD_S = 90.0  # within which a rollout that cannot be scored or trained on is dead
+
+
+def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: str) -> str:
+    """Let no teacher score a rollout, or no learner train on it, and wait until it is dead of that."""
+    field, ready = ("verdict", b"head") if what == "score" else ("settled", b"verdict")
+    record = cluster.plane.rollout(rid := rng.choice(sorted(cluster.open_rollouts() - scene.poisoned) or ["none"]))
+    if record.get(ready) in (None, b"dead") or field.encode() in record:
+        raise Missed("the rollout was not at the right place")
+    mark = cluster.poison / f"{what}-{rid}"
+    with scene.lock:
+        scene.poisoned.add(rid)
+    mark.touch()
+    deadline = time.monotonic() + _DEAD_S
+    while time.monotonic() < deadline:
+        cluster.check_open()
+        time.sleep(0.05)
+        try:
+            [(found, head)] = cluster.plane.fields([(rid, [field, "head"])])
+        except _AWAY:  # by another fault
+            continue
+        if found == b"dead":
+            return f"{rid} dead"
+        if found is not None or head is None:  # it came through before it was marked, or another fault took it
+            struck = set(mark.read_text().split())
+            mark.unlink()
+            if what == "step" and found and len(struck) > 1:
+                raise TimeoutError(f"{len(struck)} learners failed on {rid}, and it ended as {found.decode()}")
+            raise Missed(f"{rid} had ended before")
+    raise TimeoutError(f"{rid} is not dead after {_DEAD_S:.0f} s")
+
+
 def _broken(rng: random.Random, record: dict[bytes, bytes]) -> tuple[str, bytes, str]:
     """A field of a rollout's hash, what to write there, and what is wrong with it."""
     last = int(record.get(b"chunks", b"0")) - 1
@@ -434,6 +468,8 @@ def _kinds() -> Iterator[Kind]:
     for stream in _JUNK:
         yield Kind(f"malformed-{stream}", partial(_malformed, stream=stream))
     yield Kind("poison-rollout", _poison)
+    yield Kind("poison-score", partial(_unusable, what="score"))
+    yield Kind("poison-step", partial(_unusable, what="step"))
     yield Kind("slow-teacher", _slow_teacher, "teacher")
     yield Kind("torn-checkpoint", _torn_checkpoint, "learner", ("trained",))
     yield Kind("torn-weights", _torn_weights, "rollout")

@@ -75,7 +75,8 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {f"redis-{what}" for what in ("kill", "lose", "pause", "full", "small")}
     wanted |= {f"net-{what}" for what in ("delay", "duplicate", "swap", "cut")}
     wanted |= {f"malformed-{stream}" for stream in ("prompts", "chunks", "scores", "trajectories", "finished")}
-    wanted |= {"poison-rollout", "slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift"}
+    wanted |= {f"poison-{what}" for what in ("rollout", "score", "step")}
+    wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift"}
     assert set(KINDS) == wanted
 
 
@@ -355,3 +356,49 @@ def test_the_config_of_the_harness_is_valid_and_keeps_the_default_liveness() -> 
     assert load(CHAOS).liveness == make_config(Path("x"), liveness={}).liveness.__class__()
     with pytest.raises(ConfigError):
         load(CHAOS, ["liveness.claim_s=1"])
+
+
+@pytest.mark.parametrize(("what", "field"), [("score", "verdict"), ("step", "settled")])
+def test_what_is_made_unusable_must_be_dead_of_it(
+    embedded_redis: EmbeddedRedis,
+    start: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    field: str,
+) -> None:
+    run = start(embedded_redis)
+    run.judged("r1") if what == "step" else run.admit("r1")
+    cluster: Any = SimpleNamespace(
+        plane=run.plane, poison=tmp_path, open_rollouts=lambda: {"r1"}, check_open=lambda: None
+    )
+    scene = faults.Scene()
+
+    def strike(found: str | None) -> str:
+        scene.poisoned.clear()
+        if found:
+            monkeypatch.setattr(
+                cluster, "check_open", lambda: run.client.hset(run.key("rollout:r1"), field, found) and None
+            )
+        return KINDS[f"poison-{what}"].inject(cluster, random.Random(0), scene, 0)
+
+    monkeypatch.setattr(faults, "_DEAD_S", 0.2)
+    with pytest.raises(TimeoutError, match="r1 is not dead"):
+        strike(None)
+    assert (tmp_path / f"{what}-r1").exists()
+    assert scene.poisoned == {"r1"}
+    assert strike("dead") == "r1 dead"
+    run.client.hdel(run.key("rollout:r1"), field)
+    with pytest.raises(faults.Missed, match="had ended before"):
+        strike("another")
+    mark = tmp_path / f"{what}-r1"
+    assert not mark.exists()
+    if what == "step":
+        run.client.hdel(run.key("rollout:r1"), field)
+        monkeypatch.setattr(
+            cluster,
+            "check_open",
+            lambda: run.client.hset(run.key("rollout:r1"), field, "dropped") and mark.write_text("7\n8\n8\n") and None,
+        )
+        with pytest.raises(TimeoutError, match="2 learners failed on r1, and it ended as dropped"):
+            strike(None)

@@ -7,6 +7,8 @@ Shifted: time.time and time.time_ns, for all who import them from now on. Not sh
 clock in C: datetime.now, utcnow and today, time.localtime, gmtime, ctime and strftime of "now", time.clock_gettime,
 and what libraries in C do. Never shifted: monotonic clocks.
 
+With KATANA_CHAOS_POISON, see poison.py.
+
 Python imports one `sitecustomize` only; the one that this hides is run at the end.
 """
 
@@ -60,4 +62,8 @@ def _run_hidden() -> None:
 
 if folder := os.environ.get("KATANA_CHAOS_CLOCK"):
     _shift_clock(folder)
+if os.environ.get("KATANA_CHAOS_POISON"):
+    from poison import begin  # type: ignore[import-not-found]
+
+    begin()
 _run_hidden()

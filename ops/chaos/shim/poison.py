@@ -1,0 +1,86 @@
+"""Makes marked rollouts poisonous in the process that imports it: no teacher can score them, no learner step on them.
+
+`$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.
+`$KATANA_CHAOS_POISON/step-<rid>`: the student's logits for a micro-batch that holds it are not finite in the learner.
+A mark holds the ids of the processes that it has struck. What follows is the product's own: its forward has run, and
+its checks find the numbers. Patched as modules are imported, for no model ships that does this to some texts alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def _marked(what: str, rid: str) -> bool:
+    path = os.path.join(os.environ["KATANA_CHAOS_POISON"], f"{what}-{rid}")
+    if not os.path.exists(path):
+        return False
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return True
+
+
+def _spoil_scores(score: Any) -> None:
+    inner = score.Scorer._score
+
+    def spoilt(self: Any, batch: Any) -> None:
+        rows = [row for row, run in enumerate(batch.runs) if _marked("score", run.key)]
+        forward = self._model.forward
+
+        def infinite(*args: Any) -> Any:
+            logits = forward(*args)
+            logits[rows] = math.nan
+            for layer in self._model._cache._slot_layers:
+                layer.keys[batch.rows[rows]] = math.nan
+            return logits
+
+        if rows:
+            self._model.forward = infinite
+        try:
+            inner(self, batch)
+        finally:
+            self._model.__dict__.pop("forward", None)
+
+    score.Scorer._score = spoilt
+
+
+def _spoil_steps(train: Any) -> None:
+    inner = train.kept_logits
+
+    def spoilt(model: Any, micro: Any) -> Any:
+        logits = inner(model, micro)
+        return logits * math.nan if any(_marked("step", rid) for rid in micro.rids) else logits
+
+    train.kept_logits = spoilt
+
+
+class _After:
+    """A finder that lets the others find a module, and acts on it once it is loaded."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]) -> None:
+        self._name, self._act = name, act
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != self._name:
+            return None
+        from importlib.util import find_spec  # here: most interpreters that start never come to it
+
+        sys.meta_path.remove(self)
+        spec: Any = find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            self._act(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def begin() -> None:
+    for name, act in (("actors.score", _spoil_scores), ("learner.train", _spoil_steps)):
+        sys.meta_path.insert(0, _After(name, act))
