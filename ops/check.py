@@ -27,7 +27,6 @@ from ops.tasks.prompts import Renderer
 from ops.tracking import missing
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STORED = _SIZE | {"float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 _PROMPTS_READ = 256
 _MB = 1 << 20
 
@@ -192,7 +191,7 @@ def _shape(folder: Path) -> _Shape:
     text = read_model_config(folder)
     heads = int(text.get("num_attention_heads", 1))
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
-    stored = _STORED.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
+    stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
     parameters = sum(path.stat().st_size for path in weight_files(folder)) // stored
     layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
     kv_width = int(text.get("num_key_value_heads") or heads) * head_dim

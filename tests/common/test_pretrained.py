@@ -39,12 +39,7 @@ def put_model(
     """A folder as save_pretrained writes it, without weights."""
     folder.mkdir(parents=True)
     words = WORDS if words is None else words
-    values = {
-        "model_type": "llama",
-        "vocab_size": len(words),
-        "max_position_embeddings": 512,
-        "eos_token_id": 1,
-    } | config
+    values = {"model_type": "toy", "vocab_size": len(words), "max_position_embeddings": 512, "eos_token_id": 1} | config
     (folder / "config.json").write_text(json.dumps({name: value for name, value in values.items() if value != "drop"}))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -97,7 +92,7 @@ def test_the_stop_set_is_the_union_with_the_students_own_first(tmp_path: Path) -
 def test_a_stop_id_outside_the_tokenizer_is_refused(tmp_path: Path) -> None:
     put_model(tmp_path / "student")
     put_model(tmp_path / "teacher", eos_token_id=25, vocab_size=32)
-    with pytest.raises(ModelError, match=r"teacher .*teacher: stop id 25 is outside the tokenizer's 20 ids"):
+    with pytest.raises(ModelError, match="stop id 25 is outside the tokenizer's 20 ids"):
         check_pair(pair_config(tmp_path))
 
 
@@ -109,34 +104,14 @@ def test_facts_are_read_from_a_text_config_where_there_is_one(tmp_path: Path) ->
     folder = put_model(tmp_path / "m", text_config=text, vocab_size="drop", eos_token_id="drop")
     facts = read_facts(folder)
     assert (facts.vocab_size, facts.max_position_embeddings, facts.stop_ids) == (7, 99, (4,))
-    assert facts.model_type == "llama"
+    assert facts.model_type == "toy"
 
 
-def test_the_size_of_the_weights_is_that_of_the_files_that_are_loaded(tmp_path: Path) -> None:
+def test_the_size_of_the_weights_is_that_of_their_files(tmp_path: Path) -> None:
     folder = put_model(tmp_path / "m")
-    assert read_facts(folder).parameters_bytes == 0
-    index = {
-        "weight_map": {
-            "a": "model-1-of-2.safetensors",
-            "b": "model-2-of-2.safetensors",
-            "c": "model-1-of-2.safetensors",
-        }
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert read_facts(folder).parameters_bytes == 0  # a hub's that are not fetched yet
-    for name in ("model-1-of-2", "model-2-of-2", "consolidated", "model.fp16", "adapter_model"):
-        (folder / f"{name}.safetensors").write_bytes(b"x" * 10)
-    assert read_facts(folder).parameters_bytes == 20
-    (folder / "model.safetensors").write_bytes(b"x" * 7)  # goes first
-    assert read_facts(folder).parameters_bytes == 7
-
-
-@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{oops"])
-def test_an_index_that_names_no_files_is_refused(index: str, tmp_path: Path) -> None:
-    folder = put_model(tmp_path / "m")
-    (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: "):
-        read_facts(folder)
+    (folder / "a.safetensors").write_bytes(b"x" * 10)
+    (folder / "b.safetensors").write_bytes(b"x" * 7)
+    assert read_facts(folder).parameters_bytes == 17
 
 
 @pytest.mark.parametrize("text", ["{", "\x00", "[" * 100_000])
@@ -147,86 +122,12 @@ def test_a_broken_config_json_is_named(tmp_path: Path, text: str) -> None:
         read_facts(folder)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[]", r"config\.json: holds list; allowed: an object"),
-        ("{}", "no vocab_size"),
-        ('{"vocab_size": "many"}', "vocab_size is 'many'; allowed: a whole number"),
-        ('{"text_config": 5}', "text_config is int; allowed: an object with vocab_size"),
-        ('{"vocab_size": true}', "vocab_size is True"),
-        ('{"vocab_size": 0}', "vocab_size is 0"),
-        ('{"vocab_size": 9, "eos_token_id": 1, "pad_token_id": 9}', "pad_token_id is 9, vocab_size is 9"),
-        ('{"vocab_size": 9, "eos_token_id": 1, "bos_token_id": 1.5}', "bos_token_id is 1.5; allowed: a token id"),
-        ('{"vocab_size": 9, "eos_token_id": 1, "max_position_embeddings": "8k"}', "max_position_embeddings is '8k'"),
-    ],
-)
-def test_a_config_json_of_something_else_is_refused(tmp_path: Path, text: str, words: str) -> None:
+@pytest.mark.parametrize("text", ["[]", "{}", '{"vocab_size": "many"}', '{"text_config": 5}', '{"vocab_size": true}'])
+def test_a_config_json_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     folder = put_model(tmp_path / "m")
     (folder / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match="vocab_size"):
         read_facts(folder)
-
-
-@pytest.mark.parametrize("text", [b"[1]", b"{", '{"eos_token_id": 1}'.encode("utf-16"), b"\xff"])
-def test_a_broken_generation_config_is_named(tmp_path: Path, text: bytes) -> None:
-    folder = put_model(tmp_path / "m")
-    (folder / "generation_config.json").write_bytes(text)
-    with pytest.raises(ModelError, match=r"generation_config\.json: "):
-        read_facts(folder)
-
-
-@pytest.mark.parametrize("value", [1.0, True, "2", [[1]], [1, "2"], {"id": 1}, -2, [1, -7]])
-def test_a_stop_id_that_is_none_is_refused(value: Any, tmp_path: Path) -> None:
-    folder = put_model(tmp_path / "m", generation={"eos_token_id": value})
-    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id is .*; allowed: a token id, a list"):
-        read_facts(folder)
-
-
-@pytest.mark.parametrize("value", [-1, None, [], [-1], [None, -1]])
-def test_some_say_none_by_a_number(value: Any, tmp_path: Path) -> None:
-    folder = put_model(tmp_path / "m", generation={"eos_token_id": value, "pad_token_id": -1})
-    assert read_facts(folder).stop_ids == (1,)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "drop"}, "names no model_type"),
-        ({"model_type": "t5"}, r"transformers .* has no causal language model of model_type 't5'$"),
-        (
-            {"model_type": "my_own", "auto_map": {}},
-            r"of model_type 'my_own'; the code that its auto_map names is not run",
-        ),
-        ({"hidden_size": "64"}, r"config\.json: hidden_size is '64'; allowed: a whole number"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"torch_dtype": "int3"}, "torch_dtype is 'int3'; allowed: float32, bfloat16"),
-        ({"dtype": 5}, "dtype is 5; allowed: float32"),
-    ],
-)
-def test_a_model_that_transformers_cannot_make_is_refused(change: Any, words: str, tmp_path: Path) -> None:
-    put_model(tmp_path / "student")
-    put_model(tmp_path / "teacher", **change)
-    with pytest.raises(ModelError, match=words):
-        check_pair(pair_config(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "{oops", '{"version": "1.0", "model": {"type": "Nothing"}}', "\udcff"]
-)
-def test_a_broken_tokenizer_is_named(text: str, tmp_path: Path) -> None:
-    folder = put_model(tmp_path / "m")
-    (folder / "tokenizer.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(ModelError, match="m: its tokenizer cannot be read"):
-        load_tokenizer(folder)
-
-
-def test_a_tokenizer_without_a_token_is_refused(tmp_path: Path) -> None:
-    for name in ("student", "teacher"):
-        put_model(tmp_path / name, vocab_size=20)
-    Tokenizer(WordLevel({}, unk_token="<pad>")).save(str(tmp_path / "teacher" / "tokenizer.json"))
-    with pytest.raises(ModelError, match=r"teacher/tokenizer\.json: there is no token in it"):
-        check_pair(pair_config(tmp_path))
 
 
 # --- finding ---
@@ -289,7 +190,7 @@ def test_a_few_more_ids_on_one_side_are_allowed(tmp_path: Path) -> None:
     put_model(tmp_path / "teacher", [*WORDS, "<more>"])
     with pytest.raises(ModelError, match=r"student .*: its logits are 20 wide, the tokenizer has 21 ids"):
         check_pair(pair_config(tmp_path))
-    (tmp_path / "student" / "config.json").write_text('{"model_type": "llama", "vocab_size": 24, "eos_token_id": 1}')
+    (tmp_path / "student" / "config.json").write_text('{"vocab_size": 24, "eos_token_id": 1}')
     assert check_pair(pair_config(tmp_path)).vocab_size == 21
 
 
