@@ -46,7 +46,8 @@ def test_check_accepts_it_with_tiny_models(
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     put_paper_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["check", str(path), *models]) == 0
+    devices = [f"{section}.device=cpu" for section in ("rollout", "teacher", "learner", "eval")]  # no GPU may be here
+    assert main(["check", str(path), *models, *(part for item in devices for part in ("--set", item))]) == 0
     told = capsys.readouterr().out
     assert "prompts    8 rows of data/dapo-math-17k, judged by math-verify" in told
     assert "benchmark  amc: 1 of 1 rows of data/amc23, 32 samples each" in told
