@@ -1,4 +1,4 @@
-"""How much of its time a role spends at work: the figure that says who is the bottleneck."""
+"""How much of its time a role is at work, the figure that says who is the bottleneck; and how it waits when idle."""
 
 from __future__ import annotations
 
@@ -30,3 +30,22 @@ class BusyShare:
         if now - self._began >= self._window_s:
             self.share = min(1.0, self._busy / (now - self._began))
             self._began, self._busy = now, 0.0
+
+
+class Idling:
+    """How long to wait before looking again: a tenth of the time that there has been nothing to do, between limits.
+
+    So nobody who comes with work waits for more than a tenth longer than there was none, and a thousand workers without
+    any ask a thousand times a second, not a hundred thousand.
+    """
+
+    def __init__(self, shortest_s: float, longest_s: float) -> None:
+        self._shortest_s, self._longest_s = shortest_s, longest_s
+        self._since = time.monotonic()
+
+    def worked(self) -> None:
+        self._since = time.monotonic()
+
+    @property
+    def pause_s(self) -> float:
+        return min(max(self._shortest_s, (time.monotonic() - self._since) / 10), self._longest_s)

@@ -38,6 +38,7 @@ from common.weights import write_text
 
 log = logging.getLogger("katana.feeder")
 _ROOM_S = 0.25  # between two looks at a Redis that was short of memory
+_SWEEP_S = 60.0  # between two looks at the names of workers that were killed, and how long those have been silent
 _COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's own count of a stopped rollout
 
 
@@ -100,6 +101,7 @@ class Feeder:
         self._cursor = 0
         self._slots = config.rollout.slots * config.rollout.workers
         self._housekeeping_at = 0.0
+        self._sweep_at = time.monotonic() + _SWEEP_S
         self._short = Episode(log)
         self._room_at = 0.0  # when to look again for room in Redis
 
@@ -527,6 +529,9 @@ class Feeder:
         live = self._plane.live(within_s=3 * self._config.liveness.heartbeat_s + 1)
         slots = sum(int(facts.get("slots", 0)) for facts in live.values() if facts.get("role") == "rollout")
         self._slots = slots or self._config.rollout.slots * self._config.rollout.workers
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + _SWEEP_S
+            self._plane.sweep(silent_s=_SWEEP_S)
         self._write_ledger()
         for role in ("rollout", "teacher"):
             metrics.workers_live.labels(role).set(sum(facts.get("role") == role for facts in live.values()))

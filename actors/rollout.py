@@ -7,6 +7,7 @@ refused there and does no harm.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -16,11 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load
 
-from actors.busy import BusyShare
+from actors.busy import BusyShare, Idling
 from actors.engine import ClosedChunk, Decoder
+from actors.weights import Weights, WeightsReader
 from common import metrics
 from common.config import Config
 from common.episode import Episode
@@ -34,14 +34,14 @@ from common.messages import (
     read_rid,
     support_digest,
 )
+from common.pulse import Pulse
 from common.streams import Call, Plane, RedisUnavailable, RunGone, Stopping, Taken
-from common.weights import BadWeights, read_pointer, verified
 
 log = logging.getLogger("katana.rollout")
 _CONTROL_S = 0.01  # how often signals, credit and the policy pointer are looked at, and rollouts for free slots
 _TALK_SHARE = 0.25  # of its time, at most, a worker that has something to write waits for Redis's answers
 _LONGEST_SILENCE_S = 0.5  # also after a trip that took long because Redis was away
-_BAD_WEIGHTS_S = 2.0  # before refused weights are looked at again
+_LONGEST_IDLE_S = 2.0  # between two looks of a worker that has nothing to write
 _MAX_CLAIMS = 10  # a rollout taken from so many silent workers without progress is given up
 
 
@@ -69,7 +69,7 @@ class RolloutWorker:
 
     def __init__(self, config: Config, plane: Plane, decoder: Decoder, *, worker: str, stop: threading.Event) -> None:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
-        self._folder = config.run_dir / "weights"
+        self._weights = WeightsReader(config.run_dir / "weights")
         self._writing: dict[str, _Writing] = {}
         self._counts: list[Call] = []  # what stopped rollouts came to, to be sent
         self._done: list[bytes] = []  # signals that have been read
@@ -77,31 +77,38 @@ class RolloutWorker:
         self._version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
+        self._idle = Idling(_CONTROL_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         self._full = Episode(log)
         self._due: dict[str, float] = {}
+        live = config.liveness
+        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
         metrics.slots_total.labels("rollout").set(config.rollout.slots)
 
     def serve(self, until: float) -> None:
         """Write until `until` (monotonic seconds), the end of the run, or a stop; then hand everything back."""
         try:
-            if self._wait_for_weights():
-                while not self._stop.is_set() and time.monotonic() < until:
-                    if not self.step():
-                        return
-        except Stopping:
-            log.info("stopped while waiting for Redis")
+            with self._pulse:
+                try:
+                    if self._wait_for_weights():
+                        while not self._stop.is_set() and time.monotonic() < until and self.step():
+                            pass
+                except Stopping:
+                    log.info("stopped while waiting for Redis")
+                finally:
+                    self._drain()
         finally:
-            self._drain()
+            self._plane.gone(self._worker, role="rollout", streams=["prompts"])
 
     def step(self) -> bool:
         """One turn: heartbeat, signals, weights, refill, one engine step. False once the run is over."""
-        metrics.turned("rollout")
+        self._pulse.turn()
         if not self._talk():
             return False
         if all(writing.held for writing in self._writing.values()):
-            self._stop.wait(_CONTROL_S)
+            self._stop.wait(self._idle.pause_s)
             return True
-        with self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
+        self._idle.worked()
+        with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
             before = self._decoder.decoded_tokens
             closed = self._decoder.step()
         metrics.decode_tokens.labels("rollout").inc(self._decoder.decoded_tokens - before)
@@ -125,8 +132,6 @@ class RolloutWorker:
         """Send chunks and counts; with `control`, learn of signals, credit and weights, and take rollouts."""
         free = self._free() if control else 0  # asked before chunks that a full Redis refused are tried again
         everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
-        if everyone:
-            self._say_alive()
         if self._is_due("refused", 0.25):
             for one in self._writing.values():
                 one.refused = False
@@ -254,7 +259,7 @@ class RolloutWorker:
         # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
         if not self._config.deterministic:
             words_of = [part.decode("ascii", "replace") for part in pointer]
-            self._swap(dict(zip(words_of[::2], words_of[1::2], strict=True)))
+            self._follow(dict(zip(words_of[::2], words_of[1::2], strict=True)), wait=self._version < 0)
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
@@ -360,7 +365,8 @@ class RolloutWorker:
     def _wait_for_weights(self) -> bool:
         """Load the newest weights before the first claim. False if the run ends or we are stopped first."""
         while not self._stop.is_set():
-            if self._follow_policy():
+            self._follow(self._plane.policy(), wait=True)
+            if self._version >= 0:
                 return True
             if self._plane.state() != "open":
                 return False
@@ -371,41 +377,28 @@ class RolloutWorker:
         """Swap if a rollout must be written by other weights. Whatever is in a slot then is of an earlier step: it has
         its verdict, and nobody takes its chunks any more."""
         if step is not None and step != self._step:
-            self._follow_policy(step)
+            self._follow(self._plane.policy(), step, wait=True)
         return step in (None, self._step)
 
-    def _follow_policy(self, step: int | None = None) -> bool:
-        """Swap in the announced weights (with `step`: if they are that step's). True if some version is loaded."""
-        return self._swap(self._plane.policy(), step)
+    def _follow(self, pointer: dict[str, str], step: int | None = None, *, wait: bool) -> None:
+        """Swap in what the policy pointer announces (with `step`: if it is that step's), once it has been read."""
+        with self._pulse.busy("reading weights") if wait else contextlib.nullcontext():
+            newer = self._weights.newer(pointer, self._version, step=step, wait=wait)
+        if newer is not None:
+            self._swap(newer)
 
-    def _swap(self, pointer: dict[str, str], step: int | None = None) -> bool:
-        """Swap in the weights that a policy pointer names, if they are newer; every open chunk is closed first."""
-        if step is None and time.monotonic() < self._due.get("weights", 0.0):
-            return self._version >= 0
-        try:
-            announced = read_pointer(pointer)
-            if announced is None or announced[0].version <= self._version or step not in (None, announced[1]):
-                return self._version >= 0
-            ref, of_step = announced
-            path = verified(self._folder, ref)
-            # Not load_file: safetensors 0.8 keeps 1.5 kB at each call, 190 MB a day at 1.5 versions a second.
-            state = load(path.read_bytes())
-        except (BadWeights, OSError, SafetensorError) as error:
-            metrics.dead_letters.labels("weights").inc()
-            log.warning("weights refused, going on with version %d: %s", self._version, error)
-            self._due["weights"] = time.monotonic() + _BAD_WEIGHTS_S  # they are large, and will be no better
-            return self._version >= 0
+    def _swap(self, weights: Weights) -> None:
+        """Take other weights; every open chunk is closed first."""
         self._close(self._decoder.close_chunks())
-        self._decoder.swap(state)
-        self._version, self._step = ref.version, of_step
-        metrics.policy_version.labels("rollout").set(ref.version)
-        return True
+        with self._pulse.busy("taking weights"):
+            self._decoder.swap(weights.state)
+        self._version, self._step = weights.version, weights.step
+        metrics.policy_version.labels("rollout").set(weights.version)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Close open chunks, hand rollouts back, leave the list of the living: in this order, so that what is
-        handed back is complete and nobody waits for us."""
+        """Close open chunks and hand rollouts back, in this order, so that what is handed back is complete."""
         try:
             # Deterministic: no chunk ends but where it would have; what is open is written again, bit for bit.
             if not self._config.deterministic:
@@ -422,9 +415,9 @@ class RolloutWorker:
                 self._decoder.remove(rid)
             self._writing.clear()
         metrics.slots_busy.labels("rollout").set(0)
-        self._plane.gone(self._worker)
 
     def _say_alive(self) -> None:
+        metrics.turned("rollout")
         metrics.busy_ratio.labels("rollout").set(self._busy.share)
         self._plane.seen(
             self._worker,

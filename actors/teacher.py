@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.busy import BusyShare
+from actors.busy import BusyShare, Idling
 from actors.engine import Scored, Scorer, ScoreRequest
 from actors.outcomes import support_size
 from common import metrics
@@ -32,10 +32,12 @@ from common.messages import (
     read_rid,
     support_digest,
 )
-from common.streams import Entry, Plane, Stopping, shown
+from common.pulse import Pulse
+from common.streams import Entry, Plane, Roster, Stopping, shown
 
 log = logging.getLogger("katana.teacher")
 _ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends teachers
+_SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
 _MOST_IN_A_ROW = 5  # rollouts that cannot be scored, and nothing that can between them: it is not the rollouts
 
 
@@ -82,8 +84,14 @@ class TeacherWorker:
         self._support = support_size(config.termination.teacher_top_k, vocab_size, stop_count)
         self._whole = vocab_size - stop_count <= self._support  # the support holds every outcome
         self._busy = BusyShare()
-        self._mine = list(range(plane.shards))
-        self._alive_at = 0.0
+        self._idle = Idling(_SHORTEST_IDLE_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
+        live = config.liveness
+        self._roster = Roster(silence_s=3 * live.heartbeat_s + 1)
+        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
+        self._mine = list(range(plane.shards))  # of the roster's revision, as this teacher knows it
+        self._mine_of = self._roster.revision
+        self._claim_at = 0.0
+        self._turn_of = 0  # of the others' shards the one whose forgotten notices are looked at next
         self._waiting: list[_Work] = []
         self._alone: set[str] = set()  # rollouts that are scored by themselves, behind all others
         self._blamed: set[str] = set()  # rollouts that could not be scored since one last could
@@ -96,35 +104,49 @@ class TeacherWorker:
     def serve(self, until: float) -> None:
         """Score until `until` (monotonic seconds), the end of the run, or a stop."""
         try:
-            while not self._stop.is_set() and time.monotonic() < until:
-                if not self.step() and self._plane.state() in (None, "ended"):
-                    return
+            with self._pulse:
+                while not self._stop.is_set() and time.monotonic() < until:
+                    if not self.step() and self._plane.state() in (None, "ended"):
+                        return
         except Stopping:
             log.info("stopped while waiting for Redis")
         finally:
-            self._plane.gone(self._worker)
+            shards = [f"chunks:{shard}" for shard in range(self._plane.shards)]
+            self._plane.gone(self._worker, role="teacher", streams=shards)
 
-    def step(self, block_s: float = 0.05) -> bool:
-        """Read notices and score what they point at. True if there were any."""
-        metrics.turned("teacher")
-        if time.monotonic() >= self._alive_at:
-            self._alive_at = time.monotonic() + self._config.liveness.heartbeat_s
-            self._say_alive()
+    def step(self, block_s: float | None = None) -> bool:
+        """Read notices and score what they point at. True if there were any. `block_s`: how long to wait for some;
+        None: the longer, the longer there have been none."""
+        self._pulse.turn()
+        block_s = self._idle.pause_s if block_s is None else block_s
+        if time.monotonic() >= self._claim_at:
+            self._claim_at = time.monotonic() + self._config.liveness.heartbeat_s
             self._claim()
         count = 1 if self._config.deterministic else max(1, self._config.teacher.slots)
         if not self._waiting:
-            self._note(self._read(self._mine, count, block_s))
-        if not self._waiting:
+            self._note(self._wait_for_own(count, block_s))
+        if not self._waiting and len(self._mine) < self._plane.shards:
             # Idle: help with others' shards.
             self._note(self._read(range(self._plane.shards), count, 0.0))
         work, self._waiting = self._waiting[:count], self._waiting[count:]
         if not work:
             return False
-        with self._busy.work():
+        self._idle.worked()
+        with self._pulse.busy("scoring"), self._busy.work():
             self._score(work)
         return True
 
     # --- notices -----------------------------------------------------------------------------------------------
+
+    def _wait_for_own(self, count: int, block_s: float) -> list[tuple[str, Entry]]:
+        """Notices of the shards that are this teacher's; a teacher that has none waits as long all the same."""
+        if self._mine_of != self._roster.revision:  # as the pulse was told it
+            self._mine_of, teachers = self._roster.revision, sorted(self._roster.names) or [self._worker]
+            self._mine = [shard for shard in range(self._plane.shards) if rendezvous(shard, teachers) == self._worker]
+        if self._mine:
+            return self._read(self._mine, count, block_s)
+        self._stop.wait(block_s)
+        return []
 
     def _read(self, shards: range | list[int], count: int, block_s: float) -> list[tuple[str, Entry]]:
         streams = [f"chunks:{shard}" for shard in shards]
@@ -147,7 +169,10 @@ class TeacherWorker:
             self._waiting.append(_Work(shard, entry, rid, seq))
 
     def _claim(self) -> None:
-        claimed = self._plane.claim_chunks(self._worker, idle_s=self._config.liveness.claim_s, count=32)
+        # Each shard by its own teacher, and by the others in turn: its own may be at one long piece of work.
+        self._turn_of = (self._turn_of + 1) % self._plane.shards
+        shards = sorted({*self._mine, self._turn_of})
+        claimed = self._plane.claim_chunks(self._worker, idle_s=self._config.liveness.claim_s, count=32, shards=shards)
         known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
         for stream, entry, takeovers in claimed:
             metrics.claims.labels("chunks").inc()
@@ -157,11 +182,15 @@ class TeacherWorker:
                 self._note([(stream, entry)])
 
     def _say_alive(self) -> None:
+        metrics.turned("teacher")
         metrics.busy_ratio.labels("teacher").set(self._busy.share)
-        self._plane.seen(self._worker, role="teacher", tokens=self._scored_tokens, busy=f"{self._busy.share:.3f}")
-        live = self._plane.live(within_s=3 * self._config.liveness.heartbeat_s + 1)
-        teachers = sorted(name for name, facts in live.items() if facts.get("role") == "teacher") or [self._worker]
-        self._mine = [shard for shard in range(self._plane.shards) if rendezvous(shard, teachers) == self._worker]
+        self._plane.seen(
+            self._worker,
+            role="teacher",
+            roster=self._roster,
+            tokens=self._scored_tokens,
+            busy=f"{self._busy.share:.3f}",
+        )
 
     # --- scoring -----------------------------------------------------------------------------------------------
 

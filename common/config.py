@@ -398,7 +398,13 @@ class Redis(_Section):
 
 class Liveness(_Section):
     heartbeat_s: float = Field(2.0, gt=0, description="Seconds between a worker's heartbeats.")
-    claim_s: float = Field(8.0, gt=0, description="Idle seconds after which another worker takes over.")
+    claim_s: float = Field(8.0, gt=0, description="Silent seconds after which another worker takes over.")
+    busy_s: float = Field(
+        600.0,
+        gt=0,
+        description="How long a worker or the learner may be at one piece of work (a forward, reading weights, a "
+        "checkpoint) and still say that it lives.",
+    )
     lease_s: float = Field(3.0, gt=0, description="Lease of feeder and arbiter.")
     learner_lease_s: float = Field(10.0, gt=0, description="Lease of the learner; renewed between micro-batches.")
     shift_s: float = Field(3600.0, gt=0, description="Longest Celery shift.")
@@ -411,6 +417,11 @@ class Liveness(_Section):
             raise ValueError(
                 f"claim_s {self.claim_s:g} is under three heartbeats ({3 * self.heartbeat_s:g} s): "
                 f"a live worker's rollouts would be taken away"
+            )
+        if self.busy_s < self.claim_s:
+            raise ValueError(
+                f"busy_s {self.busy_s:g} is under claim_s {self.claim_s:g}: declared work would be given less time "
+                f"than a turn of the loop"
             )
         return self
 
@@ -751,6 +762,7 @@ RESUMABLE = frozenset(
         "metrics.port",
         "liveness.heartbeat_s",
         "liveness.claim_s",
+        "liveness.busy_s",
         "liveness.lease_s",
         "liveness.learner_lease_s",
         "liveness.shift_s",

@@ -27,6 +27,7 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        generated (tokens written in the whole run)
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
+    roster:{role}    zset     as workers, of those of a role that are not silent;  changes:{role}: string, its revision
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
 
 `katana:runs` (hash) names the current id of every run. What is pending in a group is being worked on; what is
@@ -43,7 +44,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -103,6 +104,15 @@ class Taken:
     claims: int
 
 
+@dataclass(slots=True)
+class Roster:
+    """Who of a role is not silent, as Redis last told it. `silence_s`: who says nothing for so long is off it."""
+
+    silence_s: float
+    names: list[str] = field(default_factory=list)
+    revision: bytes = b"-1"
+
+
 def _source(name: str) -> str:
     folder = files("common") / "lua"
     return (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
@@ -111,6 +121,7 @@ def _source(name: str) -> str:
 _SCRIPTS = (
     *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
+    *("seen", "gone", "sweep"),
 )
 
 
@@ -377,12 +388,15 @@ class Plane:
             found += [(stream, (entry, values or {})) for entry, values in entries]
         return found
 
-    def claim_chunks(self, consumer: str, *, idle_s: float, count: int) -> list[tuple[str, Entry, int]]:
+    def claim_chunks(
+        self, consumer: str, *, idle_s: float, count: int, shards: Iterable[int] | None = None
+    ) -> list[tuple[str, Entry, int]]:
         """Notices in `chunks:{shard}` of teachers that have been silent for `idle_s`: stream, entry, and how often its
-        rollout was taken over without progress. `count` at most of each shard; none while `may_claim` is False."""
+        rollout was taken over without progress. Of `shards` (None: of all), `count` at most of each; none while
+        `may_claim` is False."""
         if not self.may_claim:
             return []
-        streams = [f"chunks:{shard}" for shard in range(self.shards)]
+        streams = [f"chunks:{shard}" for shard in (range(self.shards) if shards is None else shards)]
         idle_ms = int(idle_s * 1000)
         replies = self.call_each("claim", [(stream, consumer, idle_ms, count) for stream in streams])
         if any(reply[0] == b"lost" for reply in replies):
@@ -472,22 +486,40 @@ class Plane:
         count = self.patiently(lambda: self.client.hget(self.key("policy"), "generated"), "generated")
         return int(count) if isinstance(count, bytes) and count.isdigit() else 0
 
-    def seen(self, worker: str, **facts: str | int) -> None:
-        """Say that a worker lives, and what it is."""
+    def seen(self, worker: str, *, role: str, roster: Roster | None = None, **facts: str | int) -> None:
+        """Say that a worker lives, and what it is; learn who else of its role does, where a roster is given.
 
-        def once() -> None:
-            seconds, micros = self.client.time()
-            pipe = self.client.pipeline(transaction=False)
-            pipe.zadd(self.key("workers"), {worker: seconds + micros / 1e6})
-            pipe.hset(self.key(f"worker:{worker}"), mapping=dict(facts))
-            pipe.expire(self.key(f"worker:{worker}"), 3600)
-            pipe.execute(raise_on_error=False)  # a full Redis refuses this; the worker lives on
+        One try, safe from any thread: whoever says it says it again at the next heartbeat.
+        """
+        silence_ms = int(roster.silence_s * 1000) if roster else 0
+        told = [part for pair in {"role": role, **facts}.items() for part in pair]
+        reply = self.once("seen", worker, role, silence_ms, roster.revision if roster else b"", *told)
+        if roster and reply and reply[0] == b"ok" and reply[1] != roster.revision:
+            # Names first: another thread that sees this revision sees no older names.
+            roster.names = [name.decode("ascii", "replace") for name in reply[2:]]
+            roster.revision = reply[1]
 
-        self.patiently(once, "seen")
+    def gone(self, worker: str, *, role: str, streams: Sequence[str] = ()) -> None:
+        """Say that a worker no longer lives; `streams`: those that it read as one of its role's group."""
+        self.once("gone", worker, role, *streams)
 
-    def gone(self, worker: str) -> None:
-        with contextlib.suppress(redis.exceptions.RedisError, OSError):
-            self.client.zrem(self.key("workers"), worker)
+    def sweep(self, silent_s: float) -> int:
+        """Take off the names of workers that were killed, once others have taken over what they held; how many."""
+        pairs = [("prompts", "rollout"), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+        return int(self.call("sweep", int(silent_s * 1000), *(part for pair in pairs for part in pair))[1])
+
+    def once(self, script: str, *args: Any) -> list[Any] | None:
+        """Run a script once; its reply, or None where there was none. Raises nothing that a Redis may do."""
+        try:
+            (answer,) = self._evaluate([(script, args)])
+        except (redis.exceptions.RedisError, OSError) as error:
+            answer = error
+        if isinstance(answer, _MAY_PASS):
+            return None
+        if isinstance(answer, Exception):
+            log.warning("%s was refused: %s", script, answer)
+            return None
+        return list(answer)
 
     def live(self, within_s: float) -> dict[str, dict[str, str]]:
         """Workers seen within so many seconds (Redis's clock), with what they said of themselves."""
@@ -537,6 +569,12 @@ class Lease:
         if self._plane.call("lease", self._role, self.token, self._ms, "renew")[0] != b"ok":
             raise LeaseLost(f"another {self._role} took over this run")
         self._renew_at = time.monotonic() + self._ms / 3000
+
+    def beat(self) -> None:
+        """Renew once, beside the loop of a holder that may be at one long piece of work. Safe from any thread; a lease
+        that somebody else has is left to him, and the loop finds out."""
+        metrics.turned(self._role)
+        self._plane.once("lease", self._role, self.token, self._ms, "renew")
 
     @contextlib.contextmanager
     def exclusively(self, path: Path) -> Iterator[None]:

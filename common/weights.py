@@ -1,7 +1,7 @@
 """Published weights: files in the run's folder that appear whole or not at all. No torch.
 
-Learner → rollout workers, evaluator. A reader gets a path only if it lies in the run's folder and its digest is the
-one that was announced.
+Learner → rollout workers, evaluator. A reader gets what stands in a file only if it lies in the run's
+folder and its digest is the one that was announced.
 """
 
 from __future__ import annotations
@@ -97,22 +97,24 @@ def publish(folder: Path, version: int, write: Callable[[Path], None]) -> Weight
     return WeightsRef(version, path.name, digests[0])
 
 
-def verified(folder: Path, ref: WeightsRef) -> Path:
-    """The file that a reference names. Raises BadWeights on another name, a missing file or another digest."""
+def verified(folder: Path, ref: WeightsRef) -> bytes:
+    """What stands in the file that a reference names, read once. Raises BadWeights on another name, a missing file or
+    another digest."""
     if not _NAME.fullmatch(ref.file):
         raise BadWeights(f"policy version {ref.version}: {ref.file!r:.80} is not the name of a weights file")
     path = folder / ref.file
     if path.resolve().parent != folder.resolve():
         raise BadWeights(f"policy version {ref.version}: {path} is a link that leads out of its folder")
     try:
-        found = sha256_of(path)
+        data = path.read_bytes()
     except OSError as error:
         raise BadWeights(f"policy version {ref.version}: {path}: {error.strerror}") from error
+    found = hashlib.sha256(data).hexdigest()
     if found != ref.sha256:
         raise BadWeights(
             f"policy version {ref.version}: {path} has sha256 {found[:12]}…, announced was {ref.sha256[:12]}…"
         )
-    return path
+    return data
 
 
 def version_of(file: str) -> int | None:

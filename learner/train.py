@@ -31,6 +31,7 @@ from common.footprint import free_bytes, rollout_bytes
 from common.messages import row_digest
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
+from common.pulse import Pulse
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
 from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
@@ -64,6 +65,10 @@ class Learner:
             weight_decay=config.learner.weight_decay,
         )
         self._lease = Lease(plane, "learner", config.liveness.learner_lease_s)
+        live = config.liveness
+        self._pulse = Pulse(
+            self._lease.beat, every_s=live.learner_lease_s / 3, turn_s=live.learner_lease_s, busy_s=live.busy_s
+        )
         self._intake = Intake(
             plane,
             self._lease,
@@ -93,21 +98,25 @@ class Learner:
         """
         self._lease.take(self._stop, wait_s=60.0)
         try:
-            self.start()
-            while not self._stop.is_set() and not self.done:
-                batch = self._next_batch(block_s=0.01 if until_idle else 0.1)
-                if batch is not None:
-                    self.step(batch)
-                elif until_idle:
-                    break
-            if self._since_checkpoint:
-                self.checkpoint()
-            if self.done:
-                self._finish()
+            with self._pulse:
+                self._train(until_idle)
             self._lease.advance("learning", 0)
         finally:
             self._lease.drop()
             self.close()
+
+    def _train(self, until_idle: bool) -> None:
+        self.start()
+        while not self._stop.is_set() and not self.done:
+            batch = self._next_batch(block_s=0.01 if until_idle else 0.1)
+            if batch is not None:
+                self.step(batch)
+            elif until_idle:
+                break
+        if self._since_checkpoint:
+            self.checkpoint()
+        if self.done:
+            self._finish()
 
     @property
     def done(self) -> bool:
@@ -134,7 +143,7 @@ class Learner:
         folder = self._config.run_dir
         consumed: tuple[str, ...] = ()
         generated = 0
-        with self._lease.exclusively(self._lock):  # a former learner has written its last
+        with self._pulse.busy("the start"), self._lease.exclusively(self._lock):  # a former learner wrote its last
             state = load_newest(folder / "checkpoints")
             if state is not None:
                 restore(self.model, self.optimizer, state)
@@ -169,7 +178,7 @@ class Learner:
         """Write `model/`, and tell the feeder that no more is wanted."""
         folder = self._config.run_dir / "model"
         source = self._pair.student.folder / "generation_config.json"
-        with self._lease.exclusively(self._lock):
+        with self._pulse.busy("the model"), self._lease.exclusively(self._lock):
             self.model.save_pretrained(folder)
             load_tokenizer(self._pair.student.folder).save_pretrained(folder)
             if source.is_file():
@@ -181,6 +190,7 @@ class Learner:
 
     def _next_batch(self, block_s: float) -> list[Received] | None:
         self._lease.keep()
+        self._pulse.turn()
         waited = time.monotonic()
         batch = self._intake.batch(self._config.learner.batch_size, self.version, block_s)
         self._idle_s += time.monotonic() - waited
@@ -222,8 +232,9 @@ class Learner:
             self._find_fault(batch, str(error))
             return
         self._aside = 0
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self._pulse.busy("the optimizer's step"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         self._tokens_trained += seen.tokens
         self._generated.count(self.step_count)
@@ -328,16 +339,17 @@ class Learner:
             shares=shares_of(config.loss, config.seed),
         ):
             micro = micro.to(config.learner.device)
-            with self._cast():
-                logits = kept_logits(self.model, micro)
-            outcomes = log_outcomes(logits, stop_ids, self._pair.vocab_size)
-            losses = token_losses(
-                config.loss.mode, outcomes, micro, stop_ids=stop_ids, ratio_clip=config.loss.ratio_clip
-            )
-            part = (micro.weights * losses).sum()
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-            parts.append(diagnostics(outcomes.detach(), micro, stop_ids=stop_ids))
+            with self._pulse.busy("a micro-batch"):
+                with self._cast():
+                    logits = kept_logits(self.model, micro)
+                outcomes = log_outcomes(logits, stop_ids, self._pair.vocab_size)
+                losses = token_losses(
+                    config.loss.mode, outcomes, micro, stop_ids=stop_ids, ratio_clip=config.loss.ratio_clip
+                )
+                part = (micro.weights * losses).sum()
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+                parts.append(diagnostics(outcomes.detach(), micro, stop_ids=stop_ids))
             self._lease.keep()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.learner.max_grad_norm)
         seen = merged(parts)
@@ -450,8 +462,8 @@ class Learner:
         folder = self._config.run_dir / "weights"
         self.version += 1
         dtype = getattr(torch, self._config.rollout.dtype)
-        state = {name: _as(tensor, dtype) for name, tensor in untied_tensors(self.model).items()}
-        with self._lease.exclusively(self._lock):
+        with self._pulse.busy("weights"), self._lease.exclusively(self._lock):
+            state = {name: _as(tensor, dtype) for name, tensor in untied_tensors(self.model).items()}
             ref = publish(folder, self.version, lambda path: save_file(state, path))
             if self._wants_eval(ref):
                 _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
@@ -474,6 +486,18 @@ class Learner:
 
     def checkpoint(self) -> None:
         """Write a checkpoint; then, and only then, acknowledge what it holds."""
+        with self._pulse.busy("a checkpoint"):
+            self._save()
+        # Before the trajectories are taken off: the feeder may count too many in flight for a moment, never too few.
+        self._lease.advance("covered", self.step_count)
+        self._intake.settle(
+            [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
+        )
+        self._since_checkpoint = []
+        self._generated.covered(self.step_count)
+        self._careful = False
+
+    def _save(self) -> None:
         settings = self._config.learner
         state: CheckpointState = capture(
             self.model,
@@ -493,14 +517,6 @@ class Learner:
             save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
             for file in self._lines.values():
                 os.fsync(file.fileno())
-        # Before the trajectories are taken off: the feeder may count too many in flight for a moment, never too few.
-        self._lease.advance("covered", self.step_count)
-        self._intake.settle(
-            [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
-        )
-        self._since_checkpoint = []
-        self._generated.covered(self.step_count)
-        self._careful = False
 
 
 def _load(folder: Path, config: Config) -> Any:

@@ -122,13 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
     bench.add_argument(
         "what",
-        choices=("engine", "loop"),
+        choices=("engine", "loop", "idle"),
         help="engine: decode tokens/s against a bare forward loop; "
-        "loop: tokens/s of the whole and each role's busy share",
+        "loop: tokens/s of the whole and each role's busy share; idle: what workers without work cost",
     )
     bench.add_argument("config", type=Path, nargs="?", default=Path("ops/experiments/demo.yaml"))
     bench.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     bench.add_argument("--repeats", type=_positive, default=5)
+    bench.add_argument("--workers", type=_positive, default=1000, help="how many are idle (default 1000)")
 
     chaos = commands.add_parser("chaos", help="inject faults into a run of its own, then check that nothing was lost")
     _config_arguments(chaos)
@@ -422,12 +423,15 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from ops import bench
+    from ops import bench, bench_idle
 
     config = _load(arguments)
-    result = (
-        bench.engine(config, arguments.repeats) if arguments.what == "engine" else bench.loop(config, arguments.repeats)
-    )
+    if arguments.what == "engine":
+        result = bench.engine(config, arguments.repeats)
+    elif arguments.what == "loop":
+        result = bench.loop(config, arguments.repeats)
+    else:
+        result = bench_idle.idle(config, arguments.repeats, arguments.workers)
     print(json.dumps(result, indent=2))
     return 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from actors.books import append_lines, open_whole_lines, read_lines
 from actors.engine import Decoder
@@ -142,9 +142,9 @@ class Evaluator:
             top_p=settings.top_p,
         )
 
-    def swap(self, path: Path) -> None:
-        """Take other weights. Raises ValueError where they do not fit."""
-        self.decoder.swap(load_file(path, device=self._config.eval.device))
+    def swap(self, weights: bytes) -> None:
+        """Take other weights, a safetensors file's bytes. Raises ValueError where they do not fit."""
+        self.decoder.swap(load(weights))
 
     def measure(self, *, k: int | None = None, stop: threading.Event | None = None) -> Scores | None:
         """Sample and judge; None when stopped in between. `k`: samples a problem; None: as the config says."""

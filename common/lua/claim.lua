@@ -5,13 +5,6 @@
 -- what a consumer takes from itself (it had lost it from sight) is no sign of trouble.
 local stream, consumer, idle, most = key(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local reply, counted, from = {'ok'}, {}, '-'
-local time = redis.call('TIME')
-local now = time[1] * 1000 + time[2] / 1000
-
-local function silent(name)
-  local seen = redis.call('ZSCORE', key('workers'), name)
-  return not seen or now - tonumber(seen) * 1000 >= idle
-end
 
 local function take(id, owner)
   local entry = redis.call('XCLAIM', stream, 'teacher', consumer, idle, id)[1]
@@ -35,7 +28,7 @@ while #reply <= most do
   local pending = redis.pcall('XPENDING', stream, 'teacher', 'IDLE', idle, from, '+', 100)
   if pending.err then return pending.err:find('NOGROUP') and {'lost'} or pending end
   for _, one in ipairs(pending) do
-    if #reply <= most and (one[2] == consumer or silent(one[2])) then take(one[1], one[2]) end
+    if #reply <= most and (one[2] == consumer or silent(one[2], idle)) then take(one[1], one[2]) end
   end
   if #pending < 100 then break end
   from = '(' .. pending[100][1]

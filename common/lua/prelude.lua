@@ -42,3 +42,23 @@ end
 -- A full Redis refuses a script whose first write adds something, and runs one to its end that began by taking off:
 -- scripts that must go through, and have nothing to take off, begin with this.
 local function even_when_full() redis.call('XDEL', key('dead'), '0-1') end
+
+-- Redis's clock, in milliseconds.
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + time[2] / 1000
+end
+
+-- Whether a worker has not said for so long that it lives. Nobody of that name ever said so: it is silent.
+local function silent(worker, ms)
+  local seen = redis.call('ZSCORE', key('workers'), worker)
+  return not seen or now_ms() - tonumber(seen) * 1000 >= ms
+end
+
+-- Which roster of a role this is, as text. It moves on by the seconds of the clock, so that a Redis that lost it does not
+-- come by a revision again that somebody knows.
+local function roster_revision(role, changed)
+  local name = key('changes:' .. role)
+  local revision = changed and redis.call('INCRBY', name, redis.call('TIME')[1]) or redis.call('GET', name) or 0
+  return string.format('%.0f', tonumber(revision))
+end

@@ -1,11 +1,11 @@
 -- rollout worker. consumer, then per rollout rid, entry, nonce -> ok
--- Hands rollouts back: no owner, and so idle that the next worker takes them at once.
-local consumer = ARGV[2]
+-- Hands rollouts back: no owner, and the entry held by nobody, who never says that he lives, and so idle that the next
+-- worker takes it at once.
 for i = 3, #ARGV, 3 do
   local rid, entry, nonce = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if redis.call('HGET', rollout(rid), 'owner') == nonce then
     redis.call('HDEL', rollout(rid), 'owner')
-    redis.call('XCLAIM', key('prompts'), 'rollout', consumer, 0, entry, 'IDLE', 86400000, 'JUSTID')
+    redis.call('XCLAIM', key('prompts'), 'rollout', 'nobody', 0, entry, 'IDLE', 86400000, 'JUSTID')
   end
 end
 return {'ok'}

@@ -1,5 +1,7 @@
 -- rollout worker. consumer, nonce, count, idle ms (0: claim nothing), where to claim from
 -- -> ok, where to claim from next, then per rollout {rid, entry, chunks, length, claims}
+-- Idle is what has been idle for so long and whose worker has been silent for so long: one that is alive and busy keeps
+-- what it writes. What a worker claims from itself it had lost from sight (the answer that gave it was lost).
 -- What is no number in a record is handed out as it is, or as nil: its taker gives the rollout up.
 -- Idle entries first: what somebody began comes before what nobody has.
 local consumer, nonce, count, idle, from = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -39,11 +41,30 @@ local function each(entries, claimed)
   end
 end
 
+local function claim(id, holder)
+  if holder ~= consumer and not silent(holder, idle) then return end
+  local entry = redis.call('XCLAIM', key('prompts'), 'rollout', consumer, idle, id)[1]
+  if entry then
+    each({entry}, true)
+  else
+    redis.call('XACK', key('prompts'), 'rollout', id)  -- deleted while pending
+  end
+end
+
 if idle > 0 then
-  -- It looks at ten times COUNT entries: from the beginning each time it would never get past many live ones.
-  local claimed = redis.call('XAUTOCLAIM', key('prompts'), 'rollout', consumer, idle, from, 'COUNT', count)
-  reply[2] = claimed[1]
-  each(claimed[2], true)
+  -- A page at a time, from where the last look ended: from the beginning each time it would never get past many live
+  -- ones.
+  local page = math.max(100, 10 * count)
+  local pending = redis.call('XPENDING', key('prompts'), 'rollout', from, '+', page)
+  reply[2] = '-'
+  for _, one in ipairs(pending) do
+    if #reply - 2 >= count then
+      reply[2] = one[1]
+      break
+    end
+    if one[3] >= idle then claim(one[1], one[2]) end
+  end
+  if reply[2] == '-' and #pending == page then reply[2] = '(' .. pending[page][1] end
 end
 local left = count - (#reply - 2)
 if left > 0 then

@@ -179,6 +179,7 @@ def test_a_wrong_value_is_named_with_its_place(text: str, where: str, found: str
         ("learner: {weight_sync_steps: 5}", "weight_sync_steps 5 is above max_staleness 4: allowed: 1 to 4"),
         ("learner: {weight_sync_steps: 2, max_staleness: 0}", "weight_sync_steps 2 is above max_staleness 0"),
         ("liveness: {claim_s: 5.9}", "claim_s 5.9 is under three heartbeats (6 s)"),
+        ("liveness: {busy_s: 7}", "busy_s 7 is under claim_s 8"),
         ("termination: {control_fraction: 0}", "calibrate_on: control needs a control arm"),
         ("termination: {min_calibration: 5000}", "min_calibration 5000 is above buffer_size 4096"),
         ("termination: {window: 193}", "= 193 is above rollout.max_completion_length 192"),

@@ -22,7 +22,7 @@ def test_what_is_published_can_be_had_by_its_reference(tmp_path: Path) -> None:
     assert ref == WeightsRef(
         12, "v00000012.safetensors", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
-    assert verified(tmp_path / "weights", ref).read_bytes() == b"abc"
+    assert verified(tmp_path / "weights", ref) == b"abc"
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["v00000012.safetensors"]
 
 
@@ -54,7 +54,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 def test_files_can_be_read_by_others_as_far_as_the_umask_lets_them(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        path = verified(tmp_path, put(tmp_path, 1))
+        path = tmp_path / put(tmp_path, 1).file
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
         assert os.umask(0o027) == 0o027
     finally:
@@ -81,7 +81,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         verified(folder, ref)
     # The folder itself may be a link: a run's folder may lie on another disk.
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
-    assert verified(tmp_path / "linked", ref).read_bytes() == b"secret"
+    assert verified(tmp_path / "linked", ref) == b"secret"
 
 
 def test_missing_torn_and_other_weights_are_refused(tmp_path: Path) -> None:

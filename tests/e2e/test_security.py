@@ -254,6 +254,14 @@ def test_whoever_calls_a_script_may_do_what_is_in_it(path: Path) -> None:
     if "count_generated(" in text:
         calls |= {("hincrby", ""), ("hset", "")}
         text += "key('policy')"
+    if "silent(" in text:
+        calls |= {("zscore", ""), ("time", "")}
+        text += "key('workers')"
+    if "now_ms(" in text:
+        calls.add(("time", ""))
+    if "roster_revision(" in text:
+        calls |= {("incrby", ""), ("get", ""), ("time", "")}
+        text += "key('changes:')"
     keys = set(re.findall(r"key\('([a-z:]+)'", text)) | ({"rollout:"} if "rollout(" in text else set())
     for role in callers:
         allowed = set(rules[role]) | ({f"+{one}" for one in READ_OR_STREAM} if role == "operator" else set())

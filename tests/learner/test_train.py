@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,34 @@ def test_a_trajectory_is_acknowledged_with_the_checkpoint_that_holds_it_and_not_
     state = load_newest(run.config.run_dir / "checkpoints")
     assert state is not None
     assert (state.step, state.consumed) == (2, ("r0", "r1", "r2", "r3"))
+
+
+def test_a_checkpoint_that_takes_longer_than_the_lease_does_not_lose_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = run.config.liveness.model_copy(update={"learner_lease_s": 0.3})
+    run.config = run.config.model_copy(update={"liveness": short})
+    for number in range(2):
+        trajectory(run, number)
+    first = make_learner(run)
+    save = learner.train.save
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        deadline = time.monotonic() + 1.2
+        while time.monotonic() < deadline:
+            taken = run.plane.call("lease", "learner", "another", 300, "take")
+            assert taken == [b"held"], "another learner took the run over"
+            time.sleep(0.02)
+        return save(*args, **kwargs)
+
+    with first._pulse:
+        first.start()
+        take_step(first)
+        monkeypatch.setattr(learner.train, "save", slowly)
+        first.checkpoint()
+    assert endings(run) == [("r0", "trained"), ("r1", "trained")]
+    time.sleep(0.35)
+    assert run.plane.call("lease", "learner", "another", 300, "take") == [b"ok"], "nobody renews it any more"
 
 
 def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(

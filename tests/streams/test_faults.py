@@ -143,7 +143,7 @@ def test_a_worker_can_say_that_it_lives_while_redis_is_full(full: Run) -> None:
     full.client.config_set("maxmemory", 0)
     full.plane.seen("w1", role="rollout", slots=4)
     assert full.plane.live(within_s=60) == {"w1": {"role": "rollout", "slots": "4"}}
-    full.plane.gone("w1")
+    full.plane.gone("w1", role="rollout")
     assert full.plane.live(within_s=60) == {}
 
 

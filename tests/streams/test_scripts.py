@@ -886,6 +886,9 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "adopt": ("learner", "t", "trajectories", "learner", 10),
         "close": ("t", "scores", "arbiter"),
         "reopen": ("config",),
+        "seen": ("w", "teacher", 1000, "", "role", "teacher"),
+        "gone": ("w", "teacher", "chunks:0"),
+        "sweep": (1000, "prompts", "rollout"),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))
@@ -1073,7 +1076,7 @@ def test_a_teacher_that_says_it_lives_keeps_its_chunks(run: Run) -> None:
     time.sleep(0.03)
     run.plane.seen("t2", role="teacher")
     assert run.plane.claim_chunks("t3", idle_s=0.025, count=10) == []
-    run.plane.gone("t2")
+    run.plane.gone("t2", role="teacher")
     assert len(run.plane.claim_chunks("t3", idle_s=0.025, count=10)) == 2
 
 

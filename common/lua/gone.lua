@@ -1,0 +1,11 @@
+-- rollout worker, teacher worker. At its end: name, role, then the streams that it read as one of the role's group -> ok
+-- It is no longer among the living, and its name is forgotten by every group that it owes nothing.
+local name, role = ARGV[2], ARGV[3]
+even_when_full()
+redis.call('ZREM', key('workers'), name)
+if redis.call('ZREM', key('roster:' .. role), name) == 1 then roster_revision(role, true) end
+for i = 4, #ARGV do
+  local pending = redis.pcall('XPENDING', key(ARGV[i]), role, '-', '+', 1, name)
+  if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', key(ARGV[i]), role, name) end
+end
+return {'ok'}

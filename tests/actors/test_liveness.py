@@ -1,0 +1,301 @@
+"""Workers whose work takes long keep what they hold; workers that hang do not. Real threads, a real Redis."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from samples import Run
+from test_turns import Counting
+
+import actors.weights
+from actors.engine import Scored, ScoreRequest
+from actors.rollout import RolloutWorker
+from actors.teacher import TeacherWorker
+from common.metrics import REGISTRY
+from common.weights import publish
+from ops.embedded import EmbeddedRedis
+
+CLAIM_S = 0.4
+LONG_S = 5 * CLAIM_S
+
+
+class Slow(Counting):
+    """A decoder that may take its time over one step."""
+
+    def __init__(self) -> None:
+        super().__init__(clock=_NoClock(), chunk={"": 8}, length=10_000)
+        self.sleeps_s = 0.0
+
+    def step(self) -> Any:
+        sleeps_s, self.sleeps_s = self.sleeps_s, 0.0
+        time.sleep(sleeps_s or 0.005)
+        return super().step()
+
+
+class _NoClock:
+    now = 0.0
+
+
+class SlowScorer:
+    """A scorer of no model: it takes its time over its first batch."""
+
+    held = 0
+
+    def __init__(self, sleeps_s: float) -> None:
+        self.sleeps_s, self.asked = sleeps_s, 0
+
+    def cached(self, key: str) -> int:
+        return 0
+
+    def drop(self, key: str) -> None:
+        pass
+
+    def score(self, requests: list[ScoreRequest]) -> list[Scored]:
+        self.asked += len(requests)
+        time.sleep(self.sleeps_s)
+        self.sleeps_s = 0.0
+        return [
+            Scored(
+                key=one.key,
+                start=one.start,
+                teacher_logprobs=np.full((len(one.tokens), 3), np.log(1 / 8), np.float32),
+                tail_logprobs=np.full(len(one.tokens), np.log(5 / 8), np.float32),
+                sampled=np.full(len(one.tokens), np.log(1 / 8), np.float32),
+            )
+            for one in requests
+        ]
+
+
+@pytest.fixture
+def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
+    run = start(
+        embedded_redis,
+        rollout={"slots": 4, "chunk_tokens": 8, "max_unscored_chunks": 1000, "max_completion_length": 64},
+        termination={"teacher_top_k": 2},
+        liveness={"heartbeat_s": CLAIM_S / 4, "claim_s": CLAIM_S, "busy_s": 60.0},
+    )
+    announce(run, 0)
+    return run
+
+
+def announce(run: Run, version: int) -> Path:
+    folder = run.config.run_dir / "weights"
+    ref = publish(folder, version, lambda path: save_file({"weight": torch.zeros(2)}, path))
+    run.lease("learner").call("publish", version, version, ref.file, ref.sha256)
+    return folder / ref.file
+
+
+def writer(run: Run, name: str, decoder: Counting) -> RolloutWorker:
+    unchecked: Any = decoder
+    return RolloutWorker(run.config, run.plane, unchecked, worker=name, stop=threading.Event())
+
+
+@contextmanager
+def serving(worker: RolloutWorker | TeacherWorker) -> Iterator[None]:
+    """The worker serves in a thread of its own, and is told to stop at the end."""
+    thread = threading.Thread(target=worker.serve, args=(time.monotonic() + 60,))
+    thread.start()
+    try:
+        yield
+    finally:
+        worker._stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def until(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+def worker_of(run: Run, rid: str = "r1") -> bytes | None:
+    return run.field(rid, "worker")
+
+
+@contextmanager
+def rollout_written_by_one_of_two(run: Run) -> Iterator[tuple[RolloutWorker, Slow]]:
+    """A rollout is being written by `first`, and `second` has nothing to do but to take over."""
+    decoder = Slow()
+    first, second = writer(run, "first", decoder), writer(run, "second", Slow())
+    run.admit("r1")
+    with serving(first):
+        until(lambda: worker_of(run) == b"first")
+        with serving(second):
+            yield first, decoder
+
+
+def test_a_worker_that_reads_weights_for_long_goes_on_writing_and_keeps_its_rollouts(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = actors.weights.load
+
+    def slowly(data: bytes) -> Any:
+        time.sleep(LONG_S)
+        return load(data)
+
+    with rollout_written_by_one_of_two(run) as (first, decoder):
+        monkeypatch.setattr(actors.weights, "load", slowly)
+        announce(run, 1)
+        until(lambda: first._weights._thread is not None)
+        chunks = int(run.field("r1", "chunks") or 0)
+        until(lambda: int(run.field("r1", "chunks") or 0) > chunks + 2)  # written beside the reading
+        assert decoder.swapped[1:] == []
+        until(lambda: len(decoder.swapped) == 2)
+        assert first._version == 1
+        assert (worker_of(run), run.field("r1", "claims")) == (b"first", None)
+
+
+@pytest.mark.parametrize("at", ["a step", "a swap"])
+def test_a_worker_at_one_long_piece_of_work_keeps_its_rollouts(
+    run: Run, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    with rollout_written_by_one_of_two(run) as (_, decoder):
+        if at == "a step":
+            decoder.sleeps_s = LONG_S
+        else:
+            swap = decoder.swap
+            monkeypatch.setattr(decoder, "swap", lambda state: (time.sleep(LONG_S), swap(state)))
+            announce(run, 1)
+        time.sleep(LONG_S + CLAIM_S)
+        assert (worker_of(run), run.field("r1", "claims")) == (b"first", None)
+        chunks = int(run.field("r1", "chunks") or 0)
+        until(lambda: int(run.field("r1", "chunks") or 0) > chunks)
+        assert worker_of(run) == b"first"
+
+
+def test_a_worker_whose_loop_hangs_loses_its_rollouts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+    with rollout_written_by_one_of_two(run) as (first, _):
+        talk = first._talk
+        monkeypatch.setattr(first, "_talk", lambda: (hangs.wait(20), talk())[1])
+        until(lambda: worker_of(run) == b"second")
+        hangs.set()
+
+
+def test_a_worker_whose_work_never_ends_loses_its_rollouts(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run]
+) -> None:
+    run = start(
+        embedded_redis,
+        rollout={"slots": 4, "chunk_tokens": 8, "max_unscored_chunks": 1000, "max_completion_length": 64},
+        liveness={"heartbeat_s": CLAIM_S / 4, "claim_s": CLAIM_S, "busy_s": 1.0},
+    )
+    announce(run, 0)
+    with rollout_written_by_one_of_two(run) as (_, decoder):
+        decoder.sleeps_s = 8.0
+        until(lambda: worker_of(run) == b"second", seconds=7.0)
+
+
+def test_a_teacher_at_one_long_batch_keeps_its_chunks(run: Run) -> None:
+    run.admit("r1")
+    run.take("w", "n1")
+    run.chunk("r1", "n1")
+    slow, idle = SlowScorer(LONG_S), SlowScorer(0.0)
+    with serving(teacher(run, "t1", slow)):
+        until(lambda: slow.asked == 1)
+        with serving(teacher(run, "t2", idle)):
+            until(lambda: run.field("r1", "scored") == b"1")
+    assert (slow.asked, idle.asked, run.field("r1", "taken")) == (1, 0, None)
+
+
+def teacher(run: Run, name: str, scorer: SlowScorer) -> TeacherWorker:
+    unchecked: Any = scorer
+    return TeacherWorker(
+        run.config, run.plane, unchecked, vocab_size=37, stop_count=1, worker=name, stop=threading.Event()
+    )
+
+
+def test_an_idle_teacher_without_a_shard_waits_and_a_shard_of_its_own_ends_that(run: Run) -> None:
+    one = teacher(run, "t1", SlowScorer(0.0))
+    one._roster.names, one._roster.revision = ["another"], b"7"
+    turns = 0
+    step = one.step
+
+    def counted() -> bool:
+        nonlocal turns
+        turns += 1
+        return step()
+
+    one.step = counted  # type: ignore[method-assign,assignment]
+    one._pulse._say = lambda: None
+    with serving(one):
+        time.sleep(1.0)
+        assert one._mine == []
+        assert turns <= 1.0 / 0.05 + 2, "it waits at least 50 ms between two looks"
+        one._roster.names, one._roster.revision = ["t1"], b"8"
+        until(lambda: len(one._mine) == run.plane.shards)
+
+
+def test_an_idle_worker_asks_ever_less_and_finds_what_comes(run: Run) -> None:
+    one = writer(run, "w1", Slow())
+    asked = 0
+    call_all = run.plane.call_all
+
+    def counted(calls: Any) -> Any:
+        nonlocal asked
+        asked += any(script == "take" for script, _ in calls)
+        return call_all(calls)
+
+    run.plane.call_all = counted  # type: ignore[method-assign]
+    with serving(one):
+        time.sleep(1.5)
+        before = asked
+        assert before <= 100, "at 100 Hz it would have asked 150 times"
+        run.admit("r1")
+        until(lambda: worker_of(run) == b"w1")
+
+
+# --- reading weights ---
+
+
+def refusals() -> float:
+    return REGISTRY.get_sample_value("katana_dead_letters_total", {"reason": "weights"}) or 0.0
+
+
+def test_weights_that_made_room_for_newer_ones_are_no_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
+    first = announce(run, 1)
+    gate = threading.Event()
+    verified = actors.weights.verified
+    monkeypatch.setattr(actors.weights, "verified", lambda *args: (gate.wait(20), verified(*args))[1])
+    before = refusals()
+    assert reader.newer(run.plane.policy(), 0) is None
+    first.unlink()
+    announce(run, 2)
+    gate.set()
+    found: list[Any] = []
+    until(lambda: bool(found.append(reader.newer(run.plane.policy(), 0)) or found[-1]))
+    assert (found[-1].version, refusals()) == (2, before)
+
+
+def test_weights_that_were_read_are_taken_although_newer_ones_have_come(run: Run) -> None:
+    reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
+    announce(run, 1)
+    assert reader.newer(run.plane.policy(), 0) is None
+    announce(run, 2)
+    found: list[Any] = []
+    until(lambda: bool(found.append(reader.newer(run.plane.policy(), 0)) or found[-1]))
+    assert found[-1].version == 1
+    newest = reader.newer(run.plane.policy(), 1, wait=True)
+    assert newest is not None and newest.version == 2
+    assert reader.newer(run.plane.policy(), 2, wait=True) is None
+
+
+def test_torn_weights_are_refused_once_and_not_at_every_turn(run: Run) -> None:
+    reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
+    announce(run, 1).write_bytes(b"torn")
+    before = refusals()
+    for _ in range(5):
+        assert reader.newer(run.plane.policy(), 0, wait=True) is None
+    assert refusals() == before + 1
