@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from actors.head import widen_head
 from common.pretrained import ModelError
 
 IntArray = NDArray[np.int64]
@@ -136,7 +137,8 @@ class SlotCache(Cache):
 class SlotModel:
     """A causal language model over slots, without gradients.
 
-    `model` is switched to eval mode and sdpa attention. Raises UnsupportedModelError.
+    `model` is switched to eval mode, to sdpa attention and to a head that multiplies in float32 (see
+    `actors.head.widen_head`). Raises UnsupportedModelError.
     """
 
     def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int) -> None:
@@ -144,6 +146,7 @@ class SlotModel:
         if getattr(model, "_is_stateful", False):
             raise UnsupportedModelError(f"{type(model).__name__} is recurrent")
         _use_sdpa(model)
+        widen_head(model)
         self.model = model
         model.train(False)
         self.slots, self.capacity = slots, capacity
@@ -165,7 +168,8 @@ class SlotModel:
 
         `tokens` int64 [b, T]: row i holds lengths[i] tokens, the first at position starts[i], then padding; a
         row of length 0 changes nothing. `logits_at` int64 [c]: the columns of `tokens` to return logits at,
-        possibly none. Returns logits [b, c, W] of the model's dtype; those of padding mean nothing.
+        possibly none. Returns logits [b, c, W], float32 of a model in half precision and else of its dtype; those of
+        padding mean nothing.
         """
         width = tokens.shape[1]
         columns = np.arange(width)
