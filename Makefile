@@ -62,7 +62,9 @@ dashboards: setup
 # Figures for BENCHMARKS.md; nothing else should run meanwhile.
 bench: setup
 	$(RUN_ENV) $(BIN)/katana bench engine
+	$(RUN_ENV) $(BIN)/katana bench head
 	$(RUN_ENV) $(BIN)/katana bench loop --repeats 3
+	$(RUN_ENV) $(BIN)/katana bench idle --repeats 3
 
 # 520 faults of every kind in two runs; under an hour on two cores. The table goes into RELIABILITY.md.
 chaos: setup

@@ -11,6 +11,7 @@ Works on whatever device and in whatever dtype the model has. Nothing here knows
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from common.pretrained import ModelError
+from actors.head import widen_head
+from common.pretrained import ModelError, unfit
 
 IntArray = NDArray[np.int64]
 
@@ -54,6 +56,17 @@ def check_full_attention(config: Any) -> None:
         raise UnsupportedModelError(f"{name}: {text.num_kv_shared_layers} layers share the keys of others")
     if getattr(text, "is_encoder_decoder", False) or not getattr(text, "is_causal", True):
         raise UnsupportedModelError(f"{name}: not a causal decoder")
+
+
+def check_positions(config: Any, length: int) -> None:
+    """Refuse a model whose positions go wrong in slots with texts of up to `length` tokens, where `self_test` is too
+    short to see it.
+
+    `config` is a transformers configuration. Raises UnsupportedModelError.
+    """
+    text = config.get_text_config()
+    if reason := unfit(text.to_dict(), length):
+        raise UnsupportedModelError(f"{type(text).__name__}: {reason}")
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -136,14 +149,17 @@ class SlotCache(Cache):
 class SlotModel:
     """A causal language model over slots, without gradients.
 
-    `model` is switched to eval mode and sdpa attention. Raises UnsupportedModelError.
+    `model` is switched to eval mode, to sdpa attention and to a head that multiplies in float32 (see
+    `actors.head.widen_head`). Raises UnsupportedModelError.
     """
 
     def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int) -> None:
         check_full_attention(model.config)
+        check_positions(model.config, capacity)
         if getattr(model, "_is_stateful", False):
             raise UnsupportedModelError(f"{type(model).__name__} is recurrent")
         _use_sdpa(model)
+        widen_head(model)
         self.model = model
         model.train(False)
         self.slots, self.capacity = slots, capacity
@@ -165,7 +181,8 @@ class SlotModel:
 
         `tokens` int64 [b, T]: row i holds lengths[i] tokens, the first at position starts[i], then padding; a
         row of length 0 changes nothing. `logits_at` int64 [c]: the columns of `tokens` to return logits at,
-        possibly none. Returns logits [b, c, W] of the model's dtype; those of padding mean nothing.
+        possibly none. Returns logits [b, c, W], float32 of a model in half precision and else of its dtype; those of
+        padding mean nothing.
         """
         width = tokens.shape[1]
         columns = np.arange(width)
@@ -238,7 +255,8 @@ class SlotModel:
 def _use_sdpa(model: PreTrainedModel) -> None:
     """A boolean mask means what it says to sdpa; eager attention would add it."""
     if model.config._attn_implementation != "sdpa":
-        model.set_attn_implementation("sdpa")
+        with suppress(ValueError):  # raised by some models that have none; others stay as they are
+            model.set_attn_implementation("sdpa")
     if model.config._attn_implementation != "sdpa":
         raise UnsupportedModelError(f"{type(model).__name__} has no sdpa attention")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,8 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     stop_ids = tuple(dict.fromkeys(union if config.rollout.stop_set == "union" else student.stop_ids))
     for who, facts in (("student", student), ("teacher", teacher)):
         _check_layers(who, facts.folder)
+        if reason := unfit(read_model_config(facts.folder), config.max_length):
+            raise ModelError(f"{who} {facts.folder}: {reason}")
         if facts.vocab_size < ids:
             raise ModelError(
                 f"{who} {facts.folder}: its logits are {facts.vocab_size} wide, the tokenizer has {ids} ids"
@@ -220,6 +222,56 @@ def _check_layers(who: str, folder: Path) -> None:
             raise ModelError(
                 f"{who} {folder}: layer {layer} is {kind!r}; allowed: models with full attention in every layer"
             )
+
+
+def unfit(text: Mapping[str, Any], length: int) -> str | None:
+    """What of a model's positions slots get wrong in texts of up to `length` tokens, and what is allowed; or None.
+
+    Above all what changes with the length of the text that is read: keys in a cache were computed when the text was
+    shorter, and rows of other lengths share a forward. Such a model writes one thing and is trained on another without
+    a word, since the engine's self-test is short. `text`: a text model's configuration, as config.json has it or as
+    transformers completes it.
+    """
+    lengths = "data.max_prompt_length + rollout.max_completion_length"
+    for where, rope in _ropes(text):
+        kind = str(rope.get("rope_type") or rope.get("type"))
+        # HunYuan's dynamic with an alpha is another thing under the same name, and does not change.
+        fixed = rope.get("alpha") and str(text.get("model_type")).startswith("hunyuan")
+        if "dynamic" in kind and not fixed:
+            return (
+                f"{where}: rope type {kind!r} changes with the length of the text; allowed: types that do not "
+                f"(default, linear, yarn, llama3)"
+            )
+        # Phi-3 wrote "su" and "yarn" for it.
+        if kind in ("longrope", "su") or "long_factor" in rope or "long_mscale" in rope:
+            at = text.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+            at = at or text.get("max_position_embeddings")
+            if type(at) is int and length > at:
+                return (
+                    f"{where}: rope type {kind!r} changes beyond original_max_position_embeddings, {at} tokens; "
+                    f"allowed: {lengths} up to {at}, not {length}"
+                )
+    if text.get("attn_temperature_tuning"):  # Llama 4: takes positions from what the cache holds, not as they are given
+        return "attn_temperature_tuning: scales attention by the length of the cache; allowed: models without it"
+    if text.get("alibi"):  # Falcon: builds distances from a mask of one row a text, which slots do not have
+        return "alibi: distances are not taken from a slot's positions; allowed: rotary or learned positions"
+    window = text.get("keep_window_size")
+    if type(window) is int and length > window:  # Doge
+        return (
+            f"keep_window_size: beyond {window} tokens attention leaves some out; "
+            f"allowed: {lengths} up to {window}, not {length}"
+        )
+    return None
+
+
+def _ropes(text: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rope settings of a configuration with their key: one for all layers, or one for each type of layer."""
+    for key in ("rope_parameters", "rope_scaling"):  # the second is how it was spelled before transformers 5
+        found = text.get(key)
+        if not isinstance(found, dict):
+            continue
+        nested = {f"{key}.{kind}": one for kind, one in found.items() if isinstance(one, dict)}
+        yield from nested.items() if nested else [(key, found)]
 
 
 def compare_tokenizers(student: dict[str, int], teacher: dict[str, int]) -> None:

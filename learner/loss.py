@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from learner.batch import MicroBatch
 
@@ -33,8 +34,28 @@ _MAX_LOG_RATIO = 20.0
 """Without a bound the ratio overflows; beyond e^20 it is a symptom, not a number to multiply with."""
 
 
+class Float32Head(nn.Linear):
+    """A linear layer of float32 weights that autocast leaves as they are: bfloat16 logits are rounded to 8 bits, which
+    puts 1e-3 nats under every divergence."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., in] of any float dtype; returns float32 [..., out], with gradients."""
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight, self.bias)
+
+
+def widen_head(model: Any) -> None:
+    """Let the output head of a float32 model compute in float32 under autocast too, in place.
+
+    A head that is not a plain `nn.Linear` computes in a way of its own and is left alone, as in the engine.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = Float32Head  # its class and not the module: parameters, their names and ties stay
+
+
 def kept_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """Return the logits [N, W], in the model's dtype, that the kept tokens were drawn from.
+    """Return the logits [N, W], in the dtype of the model's head, that the kept tokens were drawn from.
 
     The model is called whole, not its trunk and head apart: some scale or cap their logits behind the
     head, and only their own forward knows. Given the mask as `logits_to_keep`, transformers' models select

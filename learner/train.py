@@ -40,7 +40,7 @@ from learner.checkpoint import CheckpointState, capture, load_newest, restore, s
 from learner.culprits import StepImpossible, culprits, witness
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
-from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses
+from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses, widen_head
 from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
 
@@ -532,6 +532,7 @@ def _load(folder: Path, config: Config) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    widen_head(model)
     # Dropout would make p_θ of the same token differ between worker and learner.
     return model.to(config.learner.device).eval()
 

@@ -1,4 +1,5 @@
-"""Speed, measured: the slot engine against a bare forward loop, and the whole loop with each role's busy share."""
+"""Speed, measured: the slot engine against a bare forward loop, a half-precision head with and without a float32
+product, and the whole loop with each role's busy share."""
 
 from __future__ import annotations
 
@@ -13,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from actors.engine import Decoder
+from actors.head import Float32Head
 from actors.models import load_model
 from common.config import Config
 from common.pretrained import Pair, check_pair
 from ops.source import TaskSource
 
 _WRITTEN = 160  # tokens a row in one repeat of the engine's bench
+_HEAD = (1024, 151_936)  # hidden size and vocabulary of Qwen3-0.6B
+_HEAD_ROWS = (1, 8, 32, 256)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -128,6 +133,38 @@ def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, to
         decoder.step()
         fill()
     return float((decoder.decoded_tokens - before) / (time.perf_counter() - began))
+
+
+# --- the head ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def head(config: Config, repeats: int) -> dict[str, Any]:
+    """Seconds of a bfloat16 head's product with a bfloat16 and with a float32 result, in turn, by rows."""
+    torch.set_num_threads(config.rollout.threads)
+    options: dict[str, Any] = {"bias": False, "device": config.rollout.device, "dtype": torch.bfloat16}
+    plain, wide = nn.Linear(*_HEAD, **options), Float32Head(*_HEAD, **options)
+    wide.weight = plain.weight
+    rows = {}
+    for count in _HEAD_ROWS:
+        hidden = torch.randn(count, _HEAD[0], device=config.rollout.device, dtype=torch.bfloat16)
+        pairs = [(_seconds(plain, hidden), _seconds(wide, hidden)) for _ in range(repeats + 1)][
+            1:
+        ]  # the first warms up
+        rows[count] = {
+            "bfloat16": spread([a for a, _ in pairs]),
+            "float32": spread([b for _, b in pairs]),
+            "ratio": spread([b / a for a, b in pairs]),
+        }
+    return {"what": "head, s", "hidden_size": _HEAD[0], "vocab_size": _HEAD[1], "rows": rows, "machine": machine()}
+
+
+def _seconds(layer: nn.Module, hidden: torch.Tensor) -> float:
+    began = time.perf_counter()
+    layer(hidden)
+    if hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class _NoEngine:
         return []
 
 
-def idle(config: Config, repeats: int, workers: int) -> dict[str, Any]:
+def idle(config: Config, repeats: int, *, workers: int = 1000) -> dict[str, Any]:
     """Commands and processor time of a Redis that so many idle workers ask: half rollout and half teacher workers, each
     a thread with connections of its own, in as many processes as it takes for them to be in time."""
     with tempfile.TemporaryDirectory(prefix="katana-bench-") as folder:

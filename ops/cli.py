@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure speed; JSON on standard output")
     bench.add_argument(
         "what",
-        choices=("engine", "loop", "idle"),
+        choices=("engine", "head", "loop", "idle"),
         help="engine: decode tokens/s against a bare forward loop; "
+        "head: seconds of a bfloat16 head with a bfloat16 and with a float32 result; "
         "loop: tokens/s of the whole and each role's busy share; idle: what workers without work cost",
     )
     bench.add_argument("config", type=Path, nargs="?", default=Path("ops/experiments/demo.yaml"))
@@ -426,13 +428,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from ops import bench, bench_idle
 
     config = _load(arguments)
-    if arguments.what == "engine":
-        result = bench.engine(config, arguments.repeats)
-    elif arguments.what == "loop":
-        result = bench.loop(config, arguments.repeats)
-    else:
-        result = bench_idle.idle(config, arguments.repeats, arguments.workers)
-    print(json.dumps(result, indent=2))
+    measure = {
+        "engine": bench.engine,
+        "head": bench.head,
+        "loop": bench.loop,
+        "idle": partial(bench_idle.idle, workers=arguments.workers),
+    }[arguments.what]
+    print(json.dumps(measure(config, arguments.repeats), indent=2))
     return 0
 
 

@@ -17,15 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     FalconMambaConfig,
     Gemma2Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPTNeoConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -617,6 +631,135 @@ def test_models_without_full_attention_are_refused(config: Any, says: str) -> No
 def test_a_window_that_is_not_in_use_is_no_reason(student: PreTrainedModel) -> None:
     check_full_attention(Qwen3Config(**SHAPE | {"sliding_window": 8, "use_sliding_window": False}))
     check_full_attention(MistralConfig(**SHAPE | {"sliding_window": None}))
+
+
+# --- positions that change with the length of the text ---
+
+ROPE = {"rope_theta": 100.0, "factor": 8.0}
+LONGROPE = ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+FULL = ["full_attention"] * 2
+
+
+def with_rope(max_position_embeddings: int = 128, **rope: Any) -> PreTrainedModel:
+    torch.manual_seed(3)
+    shape = SHAPE | {"max_position_embeddings": max_position_embeddings, "initializer_range": 0.3}
+    return ready(LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=ROPE | rope)))
+
+
+def nested(kind: str) -> PreTrainedModel:
+    """A rope for each type of layer."""
+    rope = {"full_attention": ROPE | {"rope_type": kind}, "sliding_attention": {"rope_type": "default"}}
+    torch.manual_seed(3)
+    return ready(Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, head_dim=8, layer_types=FULL, rope_parameters=rope)))
+
+
+def llama4(*, tuned: bool = True) -> PreTrainedModel:
+    """Its layer without rope scales attention by a position that it takes from the cache."""
+    scale = {"attn_temperature_tuning": tuned, "no_rope_layers": [1, 0], "floor_scale": 48, "attn_scale": 4.0}
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2}
+    torch.manual_seed(3)
+    config = Llama4TextConfig(**SHAPE | scale | experts, head_dim=8, layer_types=FULL)
+    return ready(Llama4ForCausalLM(config))
+
+
+def doge() -> PreTrainedModel:
+    """Beyond 48 tokens attention keeps the 48 that it weighs most."""
+    torch.manual_seed(3)
+    model: Any = DogeForCausalLM(DogeConfig(**SHAPE, keep_window_size=48))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A, std=2.0)
+    return ready(model)
+
+
+def falcon() -> PreTrainedModel:
+    shape = {"vocab_size": WIDTH, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ready(FalconForCausalLM(FalconConfig(**shape, alibi=True)))
+
+
+def hunyuan() -> PreTrainedModel:
+    rope = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 100.0}
+    torch.manual_seed(3)
+    shape = SHAPE | {"max_position_embeddings": 48, "head_dim": 8}
+    return ready(HunYuanDenseV1ForCausalLM(HunYuanDenseV1Config(**shape, rope_parameters=rope)))
+
+
+def ministral3() -> PreTrainedModel:
+    """Scales attention by the position it is given, in steps of 16 tokens."""
+    rope = ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 16, "llama_4_scaling_beta": 2.0}
+    torch.manual_seed(3)
+    return ready(Ministral3ForCausalLM(Ministral3Config(**SHAPE, head_dim=8, rope_parameters=rope)))
+
+
+UNFIT: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "dynamic": (lambda: with_rope(48, rope_type="dynamic"), "LlamaConfig: rope_parameters: rope type 'dynamic'"),
+    "longrope": (
+        lambda: with_rope(**LONGROPE, original_max_position_embeddings=48),
+        "LlamaConfig: rope_parameters: rope type 'longrope' changes beyond .* 48 tokens; allowed: .* up to 48, not 96",
+    ),
+    "llama4": (llama4, "Llama4TextConfig: attn_temperature_tuning"),
+    "doge": (doge, "DogeConfig: keep_window_size: beyond 48 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_changes_with_the_length_is_refused(name: str) -> None:
+    make, says = UNFIT[name]
+    with pytest.raises(UnsupportedModelError, match=says):
+        SlotModel(make(), slots=2, capacity=96)
+
+
+def beyond(model: PreTrainedModel) -> float:
+    """The largest difference between slots and a plain forward, relative to the largest logit: a text of 90 tokens, 40
+    of them in the cache when the next 20 come, and then one by one."""
+    ids = prompt_of(90).astype(np.int64)[None]
+    slots = SlotModel(model, slots=1, capacity=96)
+    edges = [0, 40, *range(60, 91)]
+    got = [
+        slots.forward(None, ids[:, a:b], np.array([a]), np.array([b - a]), [b - a - 1])[0, -1]
+        for a, b in pairwise(edges)
+    ]
+    with torch.inference_mode():
+        plain: Any = model(input_ids=torch.from_numpy(ids), use_cache=False).logits  # type: ignore[operator]
+    expected = plain[0, [b - 1 for b in edges[1:]]]
+    return float((torch.stack(got) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_the_self_test_would_not_see_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.slots.check_positions", lambda config, length: None)
+    make, _ = UNFIT[name]
+    assert self_test(make(), vocab_size=VOCAB) < 1e-4
+    assert beyond(make()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: with_rope(rope_type="linear"),
+        lambda: with_rope(rope_type="yarn", original_max_position_embeddings=16),
+        lambda: with_rope(
+            rope_type="llama3", original_max_position_embeddings=16, low_freq_factor=1.0, high_freq_factor=4.0
+        ),
+        lambda: with_rope(**LONGROPE, original_max_position_embeddings=96),
+        lambda: nested("linear"),
+        lambda: llama4(tuned=False),
+        hunyuan,
+        ministral3,
+    ],
+    ids=["linear", "yarn", "llama3", "longrope within", "nested", "llama4 untuned", "hunyuan", "ministral3"],
+)
+def test_what_does_not_change_is_the_same_at_any_length(make: Callable[[], PreTrainedModel]) -> None:
+    assert beyond(make()) < 1e-4
+
+
+def test_other_positions_that_slots_do_not_have_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Gemma3TextConfig: rope_parameters\.full_attention: .* 'dynamic'"):
+        self_test(nested("dynamic"), vocab_size=VOCAB)
+    with pytest.raises(UnsupportedModelError, match=r"FalconConfig: alibi: .* rotary or learned"):
+        self_test(falcon(), vocab_size=VOCAB)
+    with pytest.raises(UnsupportedModelError, match="GptOssForCausalLM has no sdpa attention"):  # attention sinks
+        sinks = GptOssConfig(**SHAPE, head_dim=8, layer_types=FULL, num_local_experts=2, num_experts_per_tok=1)
+        SlotModel(GptOssForCausalLM(sinks), slots=1, capacity=8)
 
 
 @pytest.mark.parametrize("make", [qwen3, llama, gemma, granite])

@@ -223,6 +223,59 @@ def test_a_context_that_is_too_short_is_refused(tmp_path: Path, who: str) -> Non
     check_pair(pair_config(tmp_path, rollout={"max_completion_length": 63}))
 
 
+LONG = {"short_factor": [1.0], "long_factor": [2.0]}
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling: rope type 'dynamic' changes with the "),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"allowed: types that do not \(default, linear"),
+        ({"rope_parameters": {"rope_type": "dynamic", "alpha": 9.0}}, "rope type 'dynamic'"),
+        (
+            {"rope_parameters": {"sliding": {"rope_type": "default"}, "full": {"rope_type": "dynamic"}}},
+            r"rope_parameters\.full: rope type 'dynamic'",
+        ),
+        (
+            {"rope_parameters": LONG | {"rope_type": "longrope", "original_max_position_embeddings": 127}},
+            r"'longrope' changes beyond original_max_position_embeddings, 127 tokens; allowed: data\.max_prompt_length "
+            r"\+ rollout\.max_completion_length up to 127, not 128",
+        ),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 127}, "'su' changes beyond"),
+        ({"rope_scaling": LONG | {"type": "yarn"}, "original_max_position_embeddings": 127}, "'yarn' changes beyond"),
+        ({"attn_temperature_tuning": True}, "attn_temperature_tuning: .* allowed: models without it"),
+        ({"alibi": True}, "alibi: .* allowed: rotary or learned positions"),
+        ({"keep_window_size": 127}, "keep_window_size: beyond 127 tokens .* out; allowed: .* not 128"),
+        ({"text_config": {"vocab_size": 20, "keep_window_size": 127}}, "keep_window_size"),
+    ],
+)
+def test_positions_that_go_wrong_in_slots_are_refused(tmp_path: Path, who: str, config: Any, says: str) -> None:
+    for name in ("student", "teacher"):
+        put_model(tmp_path / name, **config if name == who else {})
+    with pytest.raises(ModelError, match=rf"^{who} .*{who}: .*{says}"):
+        check_pair(pair_config(tmp_path), weights=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_scaling": None, "rope_parameters": None},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16}},
+        {"rope_parameters": {"full": {"rope_type": "default"}, "sliding": None}},
+        {"rope_parameters": LONG | {"rope_type": "longrope", "original_max_position_embeddings": 128}},
+        {"rope_scaling": LONG | {"type": "longrope"}},  # switches at the context's end, which is checked anyway
+        {"model_type": "hunyuan_v1_dense", "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+        {"keep_window_size": 128, "attn_temperature_tuning": False, "alibi": False},
+    ],
+)
+def test_positions_that_do_not_change_within_the_run_are_allowed(tmp_path: Path, config: Any) -> None:
+    put_model(tmp_path / "student", **config)
+    put_model(tmp_path / "teacher")
+    check_pair(pair_config(tmp_path), weights=False)
+
+
 def test_a_model_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         load_tokenizer(put_model(tmp_path / "m", []))

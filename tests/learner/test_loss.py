@@ -30,6 +30,7 @@ from learner.loss import (
     sampled_logprobs,
     token_losses,
     topk_overlap,
+    widen_head,
 )
 
 VOCAB, WIDTH = 12, 14
@@ -425,6 +426,36 @@ def test_the_head_computes_only_the_rows_that_are_kept() -> None:
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: rows.append(tuple(output.shape)))
     kept_logits(model, micro)
     assert rows == [(26, WIDTH)]  # 5 + 9 + 2 + 2 + 7 + 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_computes_in_float32_under_autocast(tied: bool) -> None:
+    model = tiny("qwen3", tied=tied)
+    widen_head(model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
+    entered: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _module, inputs: entered.append(inputs[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = kept_logits(model, micro)
+    (hidden,) = entered
+    exact = hidden.detach().double() @ model.lm_head.weight.detach().double().T
+    torch.testing.assert_close(logits.detach().double(), exact, rtol=1e-5, atol=1e-5)
+    # Gradients too: the head's own is exact, the trunk's is what bfloat16 leaves of it.
+    passed = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    hidden.retain_grad()
+    logits.backward(passed)
+    assert hidden.grad is not None and all(one.grad is not None for one in model.parameters())
+    if not tied:
+        expected = passed.double().T @ hidden.detach().double()
+        torch.testing.assert_close(model.lm_head.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_autocast_a_widened_head_changes_no_bit() -> None:
+    model, same = tiny("qwen3"), tiny("qwen3")
+    widen_head(model)
+    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
+    assert torch.equal(kept_logits(model, micro), kept_logits(same, micro))
 
 
 def test_a_model_that_cannot_select_gives_the_same() -> None:

@@ -256,6 +256,25 @@ def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> Non
     assert [line["policy_version"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_in_bfloat16_the_head_alone_computes_in_float32(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = run.config.learner.model_copy(update={"dtype": "bfloat16"})
+    run.config = run.config.model_copy(update={"learner": half})
+    kept, seen = learner.train.kept_logits, []
+    monkeypatch.setattr(learner.train, "kept_logits", lambda *args: seen.append(kept(*args)) or seen[-1])
+    for number in range(2):
+        trajectory(run, number)
+    learner_ = make_learner(run)
+    exact, trunk = [], []
+    head = learner_.model.lm_head
+    head.register_forward_pre_hook(lambda own, inputs: exact.append(inputs[0].double() @ own.weight.double().T))
+    learner_.model.model.layers[0].mlp.register_forward_hook(lambda *args: trunk.append(args[-1].dtype))
+    learner_.start()
+    take_step(learner_)
+    assert len(seen) == len(exact) > 0 and set(trunk) == {torch.bfloat16}
+    for logits, expected in zip(seen, exact, strict=True):
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_trajectory_that_cannot_be_read_dies_with_its_reason_and_the_rest_is_trained(run: Run) -> None:
     for number in range(3):
         trajectory(run, number)

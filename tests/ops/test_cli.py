@@ -145,6 +145,7 @@ def test_tokenizers_that_differ_are_refused_with_the_first_id(
     ("change", "told"),
     [
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is 'sliding_attention'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with the length"),
         (None, "no *.safetensors"),
     ],
 )
