@@ -53,6 +53,8 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
         None if data.verifier == "none" else where.answer_key or data.answer_key,
         data.max_prompt_length,
         skip_too_long=data.too_long == "skip",
+        skip_special=data.special_tokens == "skip",
+        beside=tuple(data.template_columns) if data.chat else (),
     )
     return Dataset(
         layout,
@@ -138,8 +140,13 @@ class TaskSource:
 
     @property
     def skipped(self) -> int:
-        """Rows of a data set that were left out as too long."""
-        return self._task.skipped if isinstance(self._task, Dataset) else 0
+        """Rows of a data set that were left out."""
+        return sum(self._task.left_out.values()) if isinstance(self._task, Dataset) else 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of a data set before it is used; whoever loads one says it once."""
+        return self._task.notes if isinstance(self._task, Dataset) else []
 
     def problem(self, index: int) -> Problem:
         """Problem `index` of the split."""
