@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from common.config import ConfigError
 from ops.rows import Row, column, read_rows
 from ops.tasks import Problem, PromptTooLong, SpecialToken, Split
+from ops.tasks.origin import Origin
 from ops.tasks.verifiers import Verifier, answer_end, gold, rehearse
 
 _ROUNDS = 4
@@ -62,8 +63,7 @@ class _Spool:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def add(self, record: list[str]) -> None:
-        raw = json.dumps(record).encode()
+    def add(self, raw: bytes) -> None:
         self._hash.update(b"%d:%b" % (len(raw), raw))
         self._file.write(raw)
         self._ends.append(self._ends[-1] + len(raw))
@@ -91,6 +91,11 @@ class Render(Protocol):
     @property
     def notes(self) -> list[str]:
         """What should be said of the rows rendered so far."""
+        ...
+
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None where there are none."""
         ...
 
 
@@ -129,10 +134,13 @@ class Dataset:
         """`lengths` counts the tokens of texts."""
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
         self._spool, self._too_long, self._special = _Spool(), LeftOut(), LeftOut()
+        self.origin = Origin()
         rows = read_rows(layout.path, layout.columns, frozenset(layout.beside))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):
-            for record in self._records(batch):
-                self._spool.add(record)
+            for place, record in self._records(batch):
+                raw = json.dumps(record).encode()
+                self._spool.add(raw)
+                self.origin.add(place, raw)
         self._spool.done()
         if not len(self._spool):
             raise ConfigError(
@@ -141,8 +149,8 @@ class Dataset:
                 + (" without a special token" if self._special.rows else "")
             )
 
-    def _records(self, rows: list[Row]) -> Iterator[list[str]]:
-        """Prompt and answer of each row that is used."""
+    def _records(self, rows: list[Row]) -> Iterator[tuple[str, list[str]]]:
+        """Place, prompt and answer of each row that is used."""
         layout = self._layout
         used: list[tuple[Row, str]] = []
         for place, row in rows:
@@ -161,7 +169,8 @@ class Dataset:
             if not tokens:
                 raise ConfigError(f"{place}: the prompt has no token")
             if tokens <= layout.max_prompt_length:
-                yield [prompt, "" if layout.answer_key is None else _answer(row, layout.answer_key, place)]
+                answer = "" if layout.answer_key is None else _answer(row, layout.answer_key, place)
+                yield place, [prompt, answer]
             elif layout.skip_too_long:
                 self._too_long.add(place)
             else:
@@ -189,6 +198,11 @@ class Dataset:
         if self._special.rows:
             notes.append(self._special.told("left out for a special token in the text"))
         return notes
+
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None where there are none."""
+        return self._render.template
 
     @property
     def digest(self) -> str:

@@ -51,6 +51,11 @@ class Renderer:
                 )
         return list(dict.fromkeys(notes))
 
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None without chat."""
+        return self._templates.digest if self._data.chat else None
+
     def __call__(self, value: Any, place: str, columns: Mapping[str, Any] | None = None) -> str:
         """The text of a prompt; `columns`: those of data.template_columns that the row has.
 

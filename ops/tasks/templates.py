@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import re
@@ -45,6 +46,11 @@ class Templates:
     def names(self) -> tuple[str, ...]:
         """Those in use."""
         return tuple(self._by_name)
+
+    @property
+    def digest(self) -> str:
+        """Of the names and texts of those in use."""
+        return hashlib.blake2b(json.dumps(self._by_name).encode(), digest_size=16).hexdigest()
 
     def name(self, beside: Mapping[str, Any]) -> str:
         """Which one a row goes through."""

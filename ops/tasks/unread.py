@@ -50,7 +50,7 @@ class Unread:
         Raises ConfigError where the template ignores what the conversation cannot do without.
         """
         template = self._templates.name(beside)
-        keys = {_Key(template, told) for told in _kinds(messages[own:], beside)}
+        keys = list(dict.fromkeys(_Key(template, told) for told in _kinds(messages[own:], beside)))
         self._rows.update(keys)
         if all(self._rows[key] > LOOKED_AT for key in keys):
             return

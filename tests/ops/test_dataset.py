@@ -451,10 +451,114 @@ def test_the_data_of_a_run_are_on_record(begin: Callable[..., Config], tmp_path:
         assert noted["run_key"] == "k"
         assert noted["data"]["rows"] == 2
     put_rows(tmp_path / "rows", [AIME[0], {**AIME[1], "answer": 74}], "jsonl")
-    with pytest.raises(ConfigError, match=r"are not those that this run began with \(2 rows, then 2; .*run.json\)"):
+    with pytest.raises(ConfigError, match=r"are not those that this run began with \(2 rows, now 2; .*run.json\)"):
         TaskSource(config).note_data(tmp_path)
     assert json.loads(record.read_text()) == noted
     TaskSource(make_config(tmp_path, student=SHIPPED, teacher=SHIPPED)).note_data(tmp_path)  # a task without rows
+
+
+def test_a_change_of_the_data_says_what_changed(begin: Callable[..., Config], tmp_path: Path) -> None:
+    def put(name: str, *prompts: str) -> None:
+        put_rows(tmp_path / "rows" / name, [{"prompt": text, "answer": "1"} for text in prompts], "jsonl")
+
+    def refusal(**data: Any) -> str:
+        changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        with pytest.raises(ConfigError) as caught:
+            TaskSource(changed).note_data(folder)
+        told = str(caught.value)
+        assert told.startswith("data.path: prompts or answers are not those that this run began with (")
+        assert told.endswith("Put the former data back, or begin a run of another name")
+        return told
+
+    put("a", "p1", "p2")
+    put("b", "p3", "p4", "too long")
+    config = begin(tmp_path / "rows", max_prompt_length=2, too_long="skip")
+    folder = put_run(tmp_path / "run")
+    TaskSource(config).note_data(folder)
+    noted = json.loads((folder / "run.json").read_text())["data"]
+    assert [(one["name"], one["rows"]) for one in noted["files"]] == [("a.jsonl", 2), ("b.jsonl", 2)]
+    assert noted["left_out"] == {"too_long": 1, "special_tokens": 0}
+    assert (folder / "data.rows").read_text().splitlines()[0] == "# a.jsonl"
+    assert len((folder / "data.rows").read_text().splitlines()) == 2 + 4
+
+    put("b", "p3", "p5", "too long")
+    told = refusal()
+    assert (
+        "b.jsonl had 2 rows in use, now 2 (102 bytes as before); the first row that differs is b.jsonl, line 2." in told
+    )
+    assert "a.jsonl" not in told
+    put("b", "new", "p3", "p4", "too long")
+    put("b", "p3", "p4", "p5")
+    told = refusal()
+    assert "b.jsonl had 2 rows in use, now 3" in told
+    assert "1 rows were left out by too_long, now 0" in told
+    assert "the 4 former rows are as they were, and more follow, from b.jsonl, line 3 on" in told
+    (tmp_path / "rows" / "b.jsonl").unlink()
+    told = refusal()
+    assert "(4 rows, now 2;" in told
+    assert "b.jsonl is gone (2 rows)" in told
+    assert "all 2 rows are as they were, and those that followed, from b.jsonl, line 1 on, are gone" in told
+    put("c", "p3", "p4")
+    assert TaskSource(config).note_data(folder) is None  # another name, the same prompts: nothing has changed
+    put("c", "x", "p4")
+    told = refusal()
+    assert "c.jsonl is new (2 rows)" in told
+    assert "the first row that differs is c.jsonl, line 1, formerly b.jsonl, line 1" in told
+    assert "data.prompt_suffix was '', now '!'" in refusal(prompt_suffix="!", max_prompt_length=3)
+    (folder / "data.rows").write_bytes(b"\xff")
+    assert "the first row" not in refusal()
+    assert json.loads((folder / "run.json").read_text())["data"] == noted
+
+
+def test_another_chat_template_or_version_is_said_to_be_what_changed(
+    begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    path = put_rows(tmp_path / "rows", [{"prompt": "3?", "answer": "1"}], "jsonl")
+    config = other_student(begin(path, chat=True), tiny, tmp_path / "student")
+    folder = put_run(tmp_path / "run")
+    (folder / "run.json").write_text('{"run_key": "k", "versions": {"transformers": "1.0", "commit": "abc"}}')
+    TaskSource(config).note_data(folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ strftime_now('%Y') }}"
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError) as caught:
+        TaskSource(config).note_data(folder)
+    told = str(caught.value)
+    for words in (
+        "the student's chat template is another one",
+        "bytes as before",
+        "transformers was 1.0, now",
+        "Katana's commit was abc, now",
+        "the chat template writes today's date",
+    ):
+        assert words in told
+
+
+def test_a_run_of_before_goes_on_and_is_told_what_it_can_be(begin: Callable[..., Config], tmp_path: Path) -> None:
+    config = begin(put_rows(tmp_path / "rows", AIME, "jsonl"), prompt_key="problem")
+    folder, source = put_run(tmp_path / "run"), TaskSource(config)
+    source.note_data(folder)
+    whole = json.loads((folder / "run.json").read_text())
+    old = {"run_key": "k", "data": {name: whole["data"][name] for name in ("rows", "digest")}}
+    (folder / "data.rows").unlink()
+    (folder / "run.json").write_text(json.dumps(old))
+    source.note_data(folder)  # the same rows: it goes on, and can tell from now on
+    assert json.loads((folder / "run.json").read_text()) == whole
+    assert (folder / "data.rows").is_file()
+    (folder / "data.rows").unlink()
+    (folder / "run.json").write_text(json.dumps(old))
+    put_rows(tmp_path / "rows", AIME[:1], "jsonl")
+    with pytest.raises(ConfigError, match=r"\(2 rows, now 1; .*\): what, this folder of an older version does not say"):
+        TaskSource(config).note_data(folder)
+    (folder / "run.json").write_text('{"data": 5}')
+    with pytest.raises(ConfigError, match=r"run.json: data is int, not what a run notes"):
+        TaskSource(config).note_data(folder)
+
+
+def test_the_digest_of_a_run_s_data_is_fixed_for_ever(begin: Callable[..., Config], tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    folder = put_run(tmp_path / "run")
+    TaskSource(begin(path, prompt_key="problem")).note_data(folder)
+    assert json.loads((folder / "run.json").read_text())["data"]["digest"] == "30332a82080d2cb8cad562702dd48ddc"
 
 
 @pytest.mark.parametrize(
