@@ -85,6 +85,11 @@ def _count(rows: int) -> str:
     return "1 row has" if rows == 1 else f"{rows:,} rows have"
 
 
+def _says(value: Any) -> bool:
+    """Whether there is anything to lose: many data sets write "" and [] where there is nothing."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
+
+
 def _kind(message: Message, name: str) -> str:
     """A content beside tool calls is a kind of its own: some templates write the calls alone."""
     beside = " beside tool_calls" if name == "content" and message.get("tool_calls") else ""
@@ -93,7 +98,7 @@ def _kind(message: Message, name: str) -> str:
 
 def _kinds(messages: list[Message], beside: Mapping[str, Any]) -> Iterator[str]:
     for message in messages:
-        yield from (_kind(message, name) for name, value in message.items() if name != "role" and value is not None)
+        yield from (_kind(message, name) for name, value in message.items() if name != "role" and _says(value))
     for name, value in beside.items():
         yield from (f"{name}.{switch}" for switch in value) if name == "chat_template_kwargs" else (f"column {name}",)
 
@@ -102,7 +107,7 @@ def _trials(template: str, messages: list[Message], beside: Mapping[str, Any], o
     others: dict[tuple[str, str], str] = {}  # keys that may be lost, by role: from all its messages at once
     for place, message in enumerate(messages):
         for name, value in message.items():
-            if place < own or name == "role" or value is None:
+            if place < own or name == "role" or not _says(value):
                 continue
             if name not in ("content", "tool_calls"):
                 others[message["role"], name] = _kind(message, name)

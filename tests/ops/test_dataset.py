@@ -757,6 +757,14 @@ def test_a_conversation_that_would_be_broken_is_refused(
     assert words in str(caught.value)
 
 
+def test_nothing_is_lost_where_there_is_nothing() -> None:
+    calls_alone = READS_ALL.replace("m.content or ''", "'' if m.tool_calls else m.content")
+    messages = [ASK, {"role": "assistant", "content": " ", "tool_calls": [CALL], "refusal": "", "audio": []}, ASK]
+    render = renderer(calls_alone)
+    render(messages, "row 1")
+    assert render.notes == []
+
+
 def test_only_the_first_rows_are_rendered_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     render, calls = renderer(READS_ALL), []
     apply = Templates.apply
