@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,6 +21,7 @@ from common import policies
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
+TemplateColumn = Literal["tools", "documents", "chat_template_kwargs"]
 MAX_CONFIG_BYTES = 1 << 20
 # PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
 # 2001-99-99 a ValueError, a character beyond Unicode an OverflowError.
@@ -40,7 +41,7 @@ class _Section(BaseModel):
     def _check_text(self) -> Self:
         """YAML does not bring back all line separators as they were, and no path has a zero byte in it."""
         for name, value in self:
-            for text in value if isinstance(value, dict) else [value]:
+            for text in [*value, *value.values()] if isinstance(value, dict) else [value]:
                 if isinstance(text, str) and not text.isprintable():
                     raise ValueError(f"{name}: a character in it cannot be printed, such as a line break")
         return self
@@ -82,13 +83,25 @@ class Data(_Section):
     chat: bool = Field(
         False, description="Prompts go through the tokenizer's chat template; text is one message of the user."
     )
-    template_options: dict[str, bool] = Field(
-        default_factory=dict, description="Switches handed to the chat template, such as enable_thinking."
+    template: str | None = Field(
+        None,
+        description="Chat: which of the tokenizer's named templates; null: `default`, and `tool_use`, where there is "
+        "one, for a row with tools.",
+    )
+    template_options: dict[str, bool | str] = Field(
+        default_factory=dict, description="Switches handed to the chat template, such as enable_thinking, date_string."
+    )
+    template_columns: list[TemplateColumn] = Field(
+        default_factory=lambda: [*get_args(TemplateColumn)],
+        description="Chat: columns beside the prompt that go to the template in rows that have them.",
     )
     system_prompt: str | None = Field(None, description="Chat: system message of prompts that have none of their own.")
     prompt_suffix: str = Field("", description="Text put behind every prompt, or behind its last message of a user.")
     too_long: Literal["error", "skip"] = Field(
         "error", description="A row whose prompt is above max_prompt_length is an error, or is left out."
+    )
+    special_tokens: Literal["refuse", "skip"] = Field(
+        "refuse", description="Chat: a row that spells a special token is an error, or is left out."
     )
     num_generations: int = Field(1, ge=1, description="Rollouts for each prompt.")
     max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens; `data.too_long` says what then.")
@@ -97,9 +110,13 @@ class Data(_Section):
     def _check(self) -> Data:
         if (self.task == "dataset") != (self.path is not None):
             raise ValueError("task: dataset and path need each other")
-        for name in ("template_options", "system_prompt"):
+        for name in ("template", "template_options", "system_prompt"):
             if getattr(self, name) and not self.chat:
                 raise ValueError(f"{name} is for chat templates: it needs chat: true")
+        if self.special_tokens == "skip" and not self.chat:
+            raise ValueError("special_tokens: skip needs chat: true; in a text special tokens are left to you")
+        if len(set(self.template_columns)) != len(self.template_columns):
+            raise ValueError("template_columns: a column is named twice")
         return self
 
 

@@ -160,7 +160,13 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: no tokenizer.json; Katana needs a fast tokenizer")
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except (KeyError, TypeError, AttributeError) as error:  # transformers reads it without looking
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be loaded: {type(error).__name__} {error}; look at tokenizer_config.json "
+            f"(a list of chat templates has a name and a template each)"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

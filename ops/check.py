@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common import policies
-from common.config import Config, ConfigError, Loss
+from common.config import Config, ConfigError, Data, Loss
 from common.pretrained import (
     HubUnavailable,
     ModelError,
@@ -23,7 +23,7 @@ from ops.check_redis import check_redis
 from ops.devices import absent, devices_of, unknown
 from ops.rows import DataMissing
 from ops.source import TaskSource
-from ops.tasks.prompts import Renderer
+from ops.tasks.templates import Templates
 from ops.tracking import missing
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -78,7 +78,7 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
         f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens; contexts: "
         f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
     ]
-    found.lines += [f"warning    {text}" for text in ends_outside(pair, chat=config.data.chat)]
+    found.lines += [f"warning    {text}" for text in ends_outside(pair, config.data)]
     return pair
 
 
@@ -88,12 +88,12 @@ def _context(facts: ModelFacts) -> str:
     return "not stated in its config.json, so not checked" if longest is None else f"{longest} tokens"
 
 
-def ends_outside(pair: Pair, *, chat: bool) -> list[str]:
+def ends_outside(pair: Pair, data: Data) -> list[str]:
     """What the tokenizer, or the chat template, says an answer ends with, where the stop set does not have it."""
     tokenizer = load_tokenizer(pair.student.folder)
     told = {"the tokenizer's own eos": tokenizer.eos_token_id}
-    if chat and tokenizer.chat_template:
-        told["the chat template's end of an answer"] = _end_of_turn(tokenizer)
+    for name, token in _ends_of_turn(tokenizer, data).items():
+        told[f"the end of an answer in the chat template ({name})"] = token
     return [
         f"{what}, {tokenizer.convert_ids_to_tokens(token)!r} ({token}), is not in the stop set: a rollout that writes "
         f"it goes on to the limit; add it to eos_token_id in generation_config.json of {pair.student.folder}"
@@ -102,17 +102,26 @@ def ends_outside(pair: Pair, *, chat: bool) -> list[str]:
     ]
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that a chat template puts behind an answer; None where there is none, or nothing to tell by."""
+def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
+    """The special token that each chat template in use puts behind an answer; None where there is none.
+
+    Nothing of a template that refuses or is not there: that is told where prompts are looked at.
+    """
     answer = "An answer."
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    found: dict[str, int | None] = {}
+    if not data.chat:
+        return found
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # what a template raises of its own is told where prompts are looked at
-        return None
-    behind = text.rpartition(answer)[2].strip()
-    ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
-    return next((token for token in ids if token in tokenizer.all_special_ids), None)
+        templates = Templates(tokenizer, data)
+        for name in templates.names:
+            text = templates.apply(messages, {}, "a trial", name=name, add_generation_prompt=False)
+            behind = text.rpartition(answer)[2].strip()
+            ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+            found[name] = next((token for token in ids if token in tokenizer.all_special_ids), None)
+    except ConfigError:
+        pass
+    return found
 
 
 def _check_devices(config: Config, found: Findings) -> None:
@@ -135,20 +144,22 @@ def _check_prompts(config: Config, found: Findings) -> None:
             # Of a data set the reading itself has looked at every row.
             read = min(_PROMPTS_READ, source.count or _PROMPTS_READ)
             longest = max(len(source.prompt(index)) for index in range(read))
-            warning = "" if source.count is None else Renderer(source.tokenizer, config.data).warning
         except DataMissing as error:
             found.unchecked.append(f"{what.strip()}: {error}; a run needs it")
         except (ConfigError, ModelError) as error:
             found.problems.append(str(error))
         else:
             found.lines.append(f"{what} {_told(config, source, name)}; the longest of {read} has {longest} tokens")
-            found.lines += [f"warning    {warning}"] if warning and name is None else []
+            of = f"eval.data.{name}: " if name else ""
+            lines = [f"warning    {of}{text}" for text in source.notes]
+            # What is said of the template itself is the same for a benchmark.
+            found.lines += [line for line in lines if line.replace(of, "") not in found.lines]
 
 
 def _told(config: Config, source: TaskSource, name: str | None) -> str:
     if source.count is None:
         return f"task {config.data.task!r}"
-    skipped = f", {source.skipped} more are too long and left out" if source.skipped else ""
+    skipped = f", {source.skipped} more are left out" if source.skipped else ""
     if name is None:
         return f"{source.count} rows of {config.data.path}{skipped}, judged by {config.data.verifier}"
     one = config.eval.data[name]

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -428,13 +428,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from ops import bench, bench_idle
 
     config = _load(arguments)
-    measure = {
+    measure: dict[str, Callable[[Config, int], dict[str, Any]]] = {
         "engine": bench.engine,
         "head": bench.head,
         "loop": bench.loop,
         "idle": partial(bench_idle.idle, workers=arguments.workers),
-    }[arguments.what]
-    print(json.dumps(measure(config, arguments.repeats), indent=2))
+    }
+    print(json.dumps(measure[arguments.what](config, arguments.repeats), indent=2))
     return 0
 
 

@@ -105,6 +105,8 @@ def _problems(config: Config) -> list[_Problems]:
     found = []
     for name, one in settings.data.items():
         source = TaskSource(config, "eval", name)
+        for note in source.notes:
+            log.warning("eval.data.%s: %s", name, note)
         rows = source.count or 0
         found.append(_Problems(name, source, min(one.problems or rows, rows), one.k or settings.k))
     return found

@@ -245,6 +245,8 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     broker = make_app(config.redis, "feeder")
     source = TaskSource(config)
     source.note_data(config.run_dir)
+    for note in source.notes:
+        log.warning("data: %s", note)
     source.prepare()
     away = Episode(log)
     feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key, away))

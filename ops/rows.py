@@ -43,8 +43,11 @@ def require(package: str, extra: str, *, wanted_by: str) -> None:
         raise ConfigError(f"{wanted_by} needs the package {package}: pip install 'katana-distill[{extra}]'")
 
 
-def read_rows(path: str | Path, columns: frozenset[str] | None = None) -> Iterator[Row]:
-    """Every row of a file or folder; of Parquet and Arrow `columns` alone are read (None: all).
+def read_rows(
+    path: str | Path, columns: frozenset[str] | None = None, optional: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    """Every row of a file or folder; of Parquet and Arrow `columns` alone are read (None: all), and those of `optional`
+    that are there.
 
     Raises:
         DataMissing: there is no such file or folder.
@@ -55,7 +58,7 @@ def read_rows(path: str | Path, columns: frozenset[str] | None = None) -> Iterat
             yield from _read_jsonl(file)
         else:
             require("pyarrow", "data", wanted_by=str(file))
-            yield from _read_batches(file, columns)
+            yield from _read_batches(file, columns, optional)
 
 
 def _found(path: str | Path) -> list[Path]:
@@ -148,7 +151,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _parse(raw: bytes, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(raw, object_pairs_hook=_once)
+        row = json.loads(raw, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
@@ -156,7 +159,7 @@ def _parse(raw: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names are all different: of two values under one name nobody can say which was meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -165,15 +168,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_batches(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
+def _read_batches(path: Path, columns: frozenset[str] | None, optional: frozenset[str]) -> Iterator[Row]:
     pyarrow = importlib.import_module("pyarrow")
     number = 0
     try:
         with pyarrow.memory_map(str(path)) as source:
-            for batch in _batches(source, path, columns):
+            for batch in _batches(source, path, columns, optional):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", {name: _unpadded(value) for name, value in row.items()}
     except ConfigError:
         raise
     except (pyarrow.ArrowException, *_UNREADABLE) as error:
@@ -181,19 +184,36 @@ def _read_batches(path: Path, columns: frozenset[str] | None) -> Iterator[Row]:
         raise ConfigError(f"{path}: cannot be read{behind} ({error!s:.200})") from error
 
 
-def _batches(source: Any, path: Path, columns: frozenset[str] | None) -> Iterator[Any]:
+def _unpadded(value: Any, *, inside: bool = False) -> Any:
+    """A list's mappings without what is not in them. All share one type, so each has every key that any of them has:
+    the arguments of one tool in the calls of all others. A mapping that is no list's (a column of its own) stays."""
+    if isinstance(value, list):
+        return [_unpadded(one, inside=True) for one in value]
+    if inside and isinstance(value, dict):
+        return {name: _unpadded(one, inside=True) for name, one in value.items() if one is not None}
+    return value
+
+
+def _batches(source: Any, path: Path, columns: frozenset[str] | None, optional: frozenset[str]) -> Iterator[Any]:
     """Record batches of at most _ROWS_AT_A_TIME rows, with the wanted columns alone."""
     if path.suffix in _PARQUET:
         file = importlib.import_module("pyarrow.parquet").ParquetFile(source)
-        _check_columns(columns, file.schema_arrow.names, path)
-        yield from file.iter_batches(_ROWS_AT_A_TIME, columns=None if columns is None else sorted(columns))
+        wanted = _wanted(columns, optional, file.schema_arrow.names, path)
+        yield from file.iter_batches(_ROWS_AT_A_TIME, columns=wanted)
         return
     reader = importlib.import_module("pyarrow.ipc").open_stream(source)
-    _check_columns(columns, reader.schema.names, path)
+    wanted = _wanted(columns, optional, reader.schema.names, path)
     for batch in reader:
-        wanted = batch if columns is None else batch.select(sorted(columns))
-        for first in range(0, wanted.num_rows, _ROWS_AT_A_TIME):
-            yield wanted.slice(first, _ROWS_AT_A_TIME)
+        chosen = batch if wanted is None else batch.select(wanted)
+        for first in range(0, chosen.num_rows, _ROWS_AT_A_TIME):
+            yield chosen.slice(first, _ROWS_AT_A_TIME)
+
+
+def _wanted(columns: frozenset[str] | None, optional: frozenset[str], known: list[str], path: Path) -> list[str] | None:
+    """Columns to read; None: all. Raises ConfigError where one of `columns` is not there, or any of them twice."""
+    wanted = None if columns is None else columns | (optional & set(known))
+    _check_columns(wanted, known, path)
+    return None if wanted is None else sorted(wanted)
 
 
 def _check_columns(wanted: frozenset[str] | None, known: list[str], path: Path) -> None:

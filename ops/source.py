@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from common.config import Benchmark, Config, ConfigError
+from common.config import Benchmark, Config, ConfigError, Data
 from common.messages import Ints
 from common.pretrained import find_model, load_tokenizer, read_facts, text_of
-from ops.rundir import read_json, write_json
+from common.weights import write_atomically
+from ops.rundir import read_json, versions, write_json
 from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
 from ops.tasks.dataset import Dataset, Layout
+from ops.tasks.origin import differences
 from ops.tasks.verifiers import find_verifier
 
+# All of `data` but what only says how often a prompt is used, and what makes problems of no rows.
+_MAKE_PROMPTS = frozenset(Data.model_fields) - {"task", "options", "num_generations"}
+_RENDERS = {"transformers": "transformers", "commit": "Katana's commit"}
 TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
 
 
@@ -53,6 +58,8 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
         None if data.verifier == "none" else where.answer_key or data.answer_key,
         data.max_prompt_length,
         skip_too_long=data.too_long == "skip",
+        skip_special=data.special_tokens == "skip",
+        beside=tuple(data.template_columns) if data.chat else (),
     )
     return Dataset(
         layout,
@@ -96,6 +103,7 @@ class TaskSource:
     def __init__(self, config: Config, split: Split = "train", benchmark: str | None = None) -> None:
         self._split, self._seed = split, config.seed
         self._limit = config.data.max_prompt_length
+        self._data, self._student = config.data, config.student.model
         folder = find_model(config.student.model, weights=False)
         self.tokenizer = load_tokenizer(folder)
         self._encode = Encoder(self.tokenizer, chat=config.data.chat)
@@ -114,22 +122,58 @@ class TaskSource:
             self._task.rehearse()
 
     def note_data(self, folder: Path) -> None:
-        """Put on record in a run's run.json which rows it uses; nothing for a task without rows.
+        """Put on record in a run's run.json (and, by row, in data.rows) which rows it uses; nothing for a task without.
 
-        Raises ConfigError where other ones are on record: a run that goes on with them is neither run.
+        Raises ConfigError where other ones are on record, saying what differs: a run that goes on with them is neither
+        run.
         """
         if not isinstance(self._task, Dataset):
             return
         noted = read_json(folder / "run.json")
-        found = {"rows": self._task.count, "digest": self._task.digest}
-        if noted.get("data", found) != found:
+        found = self._record(self._task)
+        before = noted.get("data", found)
+        if not isinstance(before, dict):
             raise ConfigError(
-                f"data.path: prompts or answers are not those that this run began with ({found['rows']} rows, then "
-                f"{noted['data']['rows']}; {folder / 'run.json'}); put the former data back, or begin a run of another "
-                f"name"
+                f"{folder / 'run.json'}: data is {type(before).__name__}, not what a run notes of its data"
             )
-        if "data" not in noted:
+        if any(before.get(name) != found[name] for name in ("rows", "digest")):
+            raise ConfigError(self._changed(self._task, noted, found, folder))
+        if "files" not in noted.get("data", {}):  # the first start, or a folder of before there were any
+            write_atomically(folder / "data.rows", self._task.origin.write)
             write_json(folder / "run.json", noted | {"data": found})
+
+    def _record(self, task: Dataset) -> dict[str, Any]:
+        """Rows and digest decide; all else is for saying what has changed when they have."""
+        keys = {f"data.{name}": value for name, value in self._data.model_dump().items() if name in _MAKE_PROMPTS}
+        return {
+            "rows": task.count,
+            "digest": task.digest,
+            "files": task.origin.files,
+            "left_out": task.left_out,
+            "template": task.template,
+            "keys": {"student.model": self._student, **keys},
+        }
+
+    def _changed(self, task: Dataset, noted: dict[str, Any], found: dict[str, Any], folder: Path) -> str:
+        before = noted["data"]
+        told = differences(before, found)
+        if first := task.origin.first_difference(folder / "data.rows"):
+            told.append(first)
+        if "files" not in before:
+            told.append("what, this folder of an older version does not say")
+        # The same files through the same template: then what renders them is another version, or wrote a date.
+        was, now = noted.get("versions", {}), versions()
+        told += [
+            f"{what} was {was[name]}, now {now[name]}"
+            for name, what in _RENDERS.items()
+            if was.get(name, now[name]) != now[name]
+        ]
+        told += [note for note in task.notes if "date" in note]
+        return (
+            f"data.path: prompts or answers are not those that this run began with ({before.get('rows')} rows, now "
+            f"{found['rows']}; {folder / 'run.json'}): {'; '.join(told)}. Put the former data back, or begin a run of "
+            f"another name"
+        )
 
     @property
     def count(self) -> int | None:
@@ -138,8 +182,13 @@ class TaskSource:
 
     @property
     def skipped(self) -> int:
-        """Rows of a data set that were left out as too long."""
-        return self._task.skipped if isinstance(self._task, Dataset) else 0
+        """Rows of a data set that were left out."""
+        return sum(self._task.left_out.values()) if isinstance(self._task, Dataset) else 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of a data set before it is used; whoever loads one says it once."""
+        return self._task.notes if isinstance(self._task, Dataset) else []
 
     def problem(self, index: int) -> Problem:
         """Problem `index` of the split."""

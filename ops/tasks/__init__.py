@@ -17,6 +17,10 @@ class PromptTooLong(ConfigError):
     """A prompt of more than data.max_prompt_length tokens."""
 
 
+class SpecialToken(ConfigError):
+    """A row of a chat that spells a special token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One problem: the text a model is shown, and the text its answer must equal."""

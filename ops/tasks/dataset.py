@@ -14,17 +14,19 @@ import os
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from common.config import ConfigError
 from ops.rows import Row, column, read_rows
-from ops.tasks import Problem, PromptTooLong, Split
+from ops.tasks import Problem, PromptTooLong, SpecialToken, Split
+from ops.tasks.origin import Origin
 from ops.tasks.verifiers import Verifier, answer_end, gold, rehearse
 
 _ROUNDS = 4
+_NAMED = 3  # rows that are named of those left out
 _ROWS_AT_A_TIME = 256  # tokenized together, which is several times as fast as one by one
 
 
@@ -37,6 +39,8 @@ class Layout:
     answer_key: str | None
     max_prompt_length: int
     skip_too_long: bool = False
+    skip_special: bool = False
+    beside: tuple[str, ...] = ()  # columns that go to the chat template where a row has them
 
     @property
     def columns(self) -> frozenset[str] | None:
@@ -59,8 +63,7 @@ class _Spool:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def add(self, record: list[str]) -> None:
-        raw = json.dumps(record).encode()
+    def add(self, raw: bytes) -> None:
         self._hash.update(b"%d:%b" % (len(raw), raw))
         self._file.write(raw)
         self._ends.append(self._ends[-1] + len(raw))
@@ -78,6 +81,42 @@ class _Spool:
         return record
 
 
+class Render(Protocol):
+    """Makes a prompt's text."""
+
+    def __call__(self, value: Any, place: str, columns: Mapping[str, Any]) -> str:
+        """The text of a row's value. Raises ConfigError, which names the row's place; SpecialToken."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of the rows rendered so far."""
+        ...
+
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None where there are none."""
+        ...
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Rows that are not used: how many, and the places of the first."""
+
+    rows: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        self.rows += 1
+        if len(self.first) < _NAMED:
+            self.first.append(place)
+
+    def told(self, why: str) -> str:
+        """ "3 rows spell a special token and are left out: rows.jsonl, line 2; …" """
+        more = "; …" if self.rows > len(self.first) else ""
+        return f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} {why}: {'; '.join(self.first)}{more}"
+
+
 class Dataset:
     """A data set on disk as a task. The split `train` is shuffled, epoch after epoch; `eval` is in the file's order.
 
@@ -88,38 +127,52 @@ class Dataset:
         self,
         layout: Layout,
         *,
-        render: Callable[[Any, str], str],
+        render: Render,
         lengths: Callable[[list[str]], list[int]],
         verifier: Verifier,
     ) -> None:
-        """`render` makes a prompt's text of a row's value and its place, `lengths` counts the tokens of texts."""
+        """`lengths` counts the tokens of texts."""
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
-        self._spool, self.skipped = _Spool(), 0
-        rows = read_rows(layout.path, layout.columns)
+        self._spool, self._too_long, self._special = _Spool(), LeftOut(), LeftOut()
+        self.origin = Origin()
+        rows = read_rows(layout.path, layout.columns, frozenset(layout.beside))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):
-            for record in self._records(batch):
-                self._spool.add(record)
+            for place, record in self._records(batch):
+                raw = json.dumps(record).encode()
+                self._spool.add(raw)
+                self.origin.add(place, raw)
         self._spool.done()
         if not len(self._spool):
             raise ConfigError(
                 f"{layout.path}: there is no row in it"
-                + (f" of at most {layout.max_prompt_length} tokens" if self.skipped else "")
+                + (f" of at most {layout.max_prompt_length} tokens" if self._too_long.rows else "")
+                + (" without a special token" if self._special.rows else "")
             )
 
-    def _records(self, rows: list[Row]) -> Iterator[list[str]]:
-        """Prompt and answer of each row that is used."""
+    def _records(self, rows: list[Row]) -> Iterator[tuple[str, list[str]]]:
+        """Place, prompt and answer of each row that is used."""
         layout = self._layout
-        prompts = []
+        used: list[tuple[Row, str]] = []
         for place, row in rows:
-            prompts.append(self._render(column(row, layout.prompt_key, place), place))
-            _check_text(prompts[-1], "prompt", place)
-        for (place, row), prompt, tokens in zip(rows, prompts, self._lengths(prompts), strict=True):
+            columns = {name: row[name] for name in layout.beside if row.get(name) is not None}
+            try:
+                prompt = self._render(column(row, layout.prompt_key, place), place, columns)
+            except SpecialToken:
+                if not layout.skip_special:
+                    raise
+                self._special.add(place)
+                continue
+            _check_text(prompt, "prompt", place)
+            used.append(((place, row), prompt))
+        lengths = self._lengths([prompt for _, prompt in used]) if used else []
+        for ((place, row), prompt), tokens in zip(used, lengths, strict=True):
             if not tokens:
                 raise ConfigError(f"{place}: the prompt has no token")
             if tokens <= layout.max_prompt_length:
-                yield [prompt, "" if layout.answer_key is None else _answer(row, layout.answer_key, place)]
+                answer = "" if layout.answer_key is None else _answer(row, layout.answer_key, place)
+                yield place, [prompt, answer]
             elif layout.skip_too_long:
-                self.skipped += 1
+                self._too_long.add(place)
             else:
                 raise PromptTooLong(
                     f"{place}: the prompt has {tokens} tokens, data.max_prompt_length is {layout.max_prompt_length}: "
@@ -130,6 +183,26 @@ class Dataset:
     def count(self) -> int:
         """Rows in use: the problems of one epoch."""
         return len(self._spool)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rows that are not used, by reason."""
+        return {"too_long": self._too_long.rows, "special_tokens": self._special.rows}
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said before anything runs: rows that are left out, what the template does not read."""
+        notes = list(self._render.notes)
+        if self._too_long.rows:
+            notes.append(self._too_long.told(f"of more than {self._layout.max_prompt_length} tokens left out"))
+        if self._special.rows:
+            notes.append(self._special.told("left out for a special token in the text"))
+        return notes
+
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None where there are none."""
+        return self._render.template
 
     @property
     def digest(self) -> str:

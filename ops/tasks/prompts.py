@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jinja2 import TemplateError
-
 from common.config import ConfigError, Data
+from ops.tasks import SpecialToken
+from ops.tasks.templates import Message, Templates, read_beside, special_text
+from ops.tasks.unread import Unread
 
-Message = dict[str, Any]  # role, content, and whatever else the template reads
-# What a template may raise of its own: of a wrong index, name, sum or type.
-_RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_ASKED: list[Message] = [{"role": "user", "content": "?"}]
 
 
 class Renderer:
     """Renders prompts as `data` says.
 
-    Raises ConfigError where chat is wanted and the tokenizer has no template, or one that knows not all of
-    data.template_options. Templates come with the model; transformers runs them in Jinja's sandbox.
+    Raises ConfigError where chat is wanted and the tokenizer has no template, or one that does not do what `data` asks
+    of it. Templates come with the model; transformers runs them in Jinja's sandbox.
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
-        self._tokenizer, self._data = tokenizer, data
+        self._data = data
         if not data.chat:
             return
-        if not tokenizer.chat_template:
-            raise ConfigError("data.chat: the student's tokenizer has no chat template (chat_template.jinja)")
-        for name in data.template_options:
-            if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
-                raise ConfigError(f"data.template_options.{name}: the student's chat template has no such switch")
-        self._special = re.compile("|".join(map(re.escape, sorted(_special_texts(tokenizer)))) or r"(?!)")
+        self._templates = Templates(tokenizer, data)
+        self._unread = Unread(self._templates)
+        self._special = special_text(tokenizer)
+        self._check_config()
 
     @property
-    def warning(self) -> str:
-        """What may be wrong with the chat template; empty where nothing is."""
+    def notes(self) -> list[str]:
+        """What may be wrong with the chat template, and what it took no notice of in the rows rendered so far."""
         if not self._data.chat:
-            return ""
-        asked: list[Message] = [{"role": "user", "content": "?"}]
-        if self._apply(asked, "a trial", True) != self._apply(asked, "a trial", False):
-            return ""
-        return "the chat template takes no notice of add_generation_prompt: does it end where the answer begins?"
+            return []
+        notes = [*self._unread.notes]
+        for name in self._templates.names:
+            text = self._trial(name)
+            if text is None:
+                continue
+            if text == self._trial(name, add_generation_prompt=False):
+                notes.append(
+                    "the chat template takes no notice of add_generation_prompt: does it end where the answer begins?"
+                )
+            # In its place something that cannot be called: a template that calls it fails, or writes something else.
+            if text != self._trial(name, strftime_now=""):
+                notes.append(
+                    "the chat template writes today's date: on another day the prompts are others, and a run cannot be "
+                    "resumed; give it a date by data.template_options (date_string, where the template has it)"
+                )
+        return list(dict.fromkeys(notes))
 
-    def __call__(self, value: Any, place: str) -> str:
-        """The text of a prompt. Raises ConfigError, with the row's place."""
+    @property
+    def template(self) -> str | None:
+        """A digest of the chat templates in use; None without chat."""
+        return self._templates.digest if self._data.chat else None
+
+    def __call__(self, value: Any, place: str, columns: Mapping[str, Any] | None = None) -> str:
+        """The text of a prompt; `columns`: those of data.template_columns that the row has.
+
+        Raises ConfigError, with the row's place; SpecialToken where the row spells one.
+        """
         if isinstance(value, str):
             text = value + self._data.prompt_suffix
             if not value.strip():
                 raise ConfigError(f"{place}: the prompt is empty")
             if not self._data.chat:
                 return text
-            return self._templated([{"role": "user", "content": text}], place)
+            return self._templated([{"role": "user", "content": text}], place, columns or {})
         if not isinstance(value, list):
             raise ConfigError(
                 f"{place}: the prompt ({self._data.prompt_key!r}) is {type(value).__name__}; "
@@ -58,7 +75,7 @@ class Renderer:
             )
         if not self._data.chat:
             raise ConfigError(f"{place}: the prompt is a list of messages, which needs data.chat: true")
-        return self._templated(self._suffixed(_messages(value, place), place), place)
+        return self._templated(self._suffixed(_messages(value, place), place), place, columns or {})
 
     def _suffixed(self, messages: list[Message], place: str) -> list[Message]:
         last = messages[-1]
@@ -68,37 +85,67 @@ class Renderer:
             raise ConfigError(f"{place}: the last message has no content")
         return [*messages[:-1], {**last, "content": last["content"] + self._data.prompt_suffix}]
 
-    def _templated(self, messages: list[Message], place: str) -> str:
-        for message in messages:
-            if found := self._special.search(message["content"] or ""):
-                raise ConfigError(
-                    f"{place}: the prompt has {found[0]!r} in it, which the tokenizer takes for a special token, not "
-                    f"for text; leave that row out, or write it otherwise"
+    def _templated(self, messages: list[Message], place: str, columns: Mapping[str, Any]) -> str:
+        beside = read_beside(columns, self._templates.reserved, place)
+        for where, text in _texts(messages, beside):
+            if found := self._special.search(text):
+                raise SpecialToken(
+                    f"{place}: {where} has {found[0]!r} in it, which the tokenizer takes for a special token, not for "
+                    f"text; write it otherwise, or leave such rows out by data.special_tokens: skip"
                 )
         system = self._data.system_prompt
-        if system is not None and messages[0]["role"] != "system":
+        own = int(system is not None and messages[0]["role"] != "system")
+        if own:
             messages = [{"role": "system", "content": system}, *messages]
-        text = self._apply(messages, place, True)
+        text = self._templates.apply(messages, beside, place)
         if not text.strip():
             raise ConfigError(f"{place}: the chat template makes nothing of the prompt")
+        self._unread.look(messages, beside, place, text, own)
         return text
 
-    def _apply(self, messages: list[Message], place: str, add_generation_prompt: bool) -> str:
+    def _check_config(self) -> None:
+        """What the config itself puts into every prompt."""
+        for key in ("system_prompt", "prompt_suffix"):
+            if found := self._special.search(getattr(self._data, key) or ""):
+                raise ConfigError(
+                    f"data.{key}: has {found[0]!r} in it, which the tokenizer takes for a special token, not for text; "
+                    f"write it otherwise"
+                )
+        system = self._data.system_prompt
+        for name in self._templates.names if system is not None else ():
+            told, other = ([{"role": "system", "content": text}, *_ASKED] for text in (system, f"x{system}x"))
+            text = self._trial(name, told)
+            if text is not None and text == self._trial(name, other):
+                raise ConfigError("data.system_prompt: the chat template takes no notice of a message of the system")
+
+    def _trial(self, name: str, messages: list[Message] = _ASKED, **changed: Any) -> str | None:
+        """None where the template refuses it; what it says against rows is told with the row."""
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._data.template_options,
-            )
-        except _RAISED as error:
-            raise ConfigError(f"{place}: the chat template refuses the prompt ({error!s:.200})") from error
-        return text
+            return self._templates.apply(messages, {}, "a trial", name=name, **changed)
+        except ConfigError:
+            return None
 
 
-def _special_texts(tokenizer: Any) -> set[str]:
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return {text for text in added | set(tokenizer.all_special_tokens) if text}
+def _texts(messages: list[Message], beside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text that a template is handed of a row, and what it is part of."""
+    for number, message in enumerate(messages, start=1):
+        for name, value in message.items():
+            where = "the prompt" if name == "content" else f"{name} of message {number}"
+            yield from ((where, text) for text in (name, *_strings(value)))
+    for name, value in beside.items():
+        yield from ((name, text) for text in _strings(value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            yield str(name)
+            yield from _strings(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
 
 
 def _content(value: Any, place: str) -> str | None:

@@ -16,13 +16,14 @@ from data_sets import AIME, DAPO, FORMATS, GSM8K, MATH, Rows, put_rows, put_tiny
 from samples import make_config
 
 from common.config import Config, ConfigError, Data
-from common.pretrained import PACKAGE_ROOT, load_tokenizer
+from common.pretrained import PACKAGE_ROOT, ModelError, load_tokenizer
 from ops.check import check
 from ops.rows import DataMissing, read_rows
 from ops.source import TaskSource
-from ops.tasks import PromptTooLong
+from ops.tasks import PromptTooLong, SpecialToken
 from ops.tasks.dataset import shuffled
 from ops.tasks.prompts import Renderer
+from ops.tasks.templates import Templates
 
 SHIPPED = {"model": "ops/models/student"}
 
@@ -420,7 +421,7 @@ def test_check_warns_of_a_template_without_a_generation_prompt(
     assert not any("add_generation_prompt" in line for line in check(config).lines)
     template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
     bare = other_student(config, tiny, tmp_path / "student", template=template)
-    assert Renderer(TaskSource(bare).tokenizer, bare.data).warning
+    assert any("add_generation_prompt" in note for note in TaskSource(bare).notes)
     found = check(bare)
     assert not found.problems
     assert sum("takes no notice of add_generation_prompt" in line for line in found.lines) == 1
@@ -450,10 +451,114 @@ def test_the_data_of_a_run_are_on_record(begin: Callable[..., Config], tmp_path:
         assert noted["run_key"] == "k"
         assert noted["data"]["rows"] == 2
     put_rows(tmp_path / "rows", [AIME[0], {**AIME[1], "answer": 74}], "jsonl")
-    with pytest.raises(ConfigError, match=r"are not those that this run began with \(2 rows, then 2; .*run.json\)"):
+    with pytest.raises(ConfigError, match=r"are not those that this run began with \(2 rows, now 2; .*run.json\)"):
         TaskSource(config).note_data(tmp_path)
     assert json.loads(record.read_text()) == noted
     TaskSource(make_config(tmp_path, student=SHIPPED, teacher=SHIPPED)).note_data(tmp_path)  # a task without rows
+
+
+def test_a_change_of_the_data_says_what_changed(begin: Callable[..., Config], tmp_path: Path) -> None:
+    def put(name: str, *prompts: str) -> None:
+        put_rows(tmp_path / "rows" / name, [{"prompt": text, "answer": "1"} for text in prompts], "jsonl")
+
+    def refusal(**data: Any) -> str:
+        changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        with pytest.raises(ConfigError) as caught:
+            TaskSource(changed).note_data(folder)
+        told = str(caught.value)
+        assert told.startswith("data.path: prompts or answers are not those that this run began with (")
+        assert told.endswith("Put the former data back, or begin a run of another name")
+        return told
+
+    put("a", "p1", "p2")
+    put("b", "p3", "p4", "too long")
+    config = begin(tmp_path / "rows", max_prompt_length=2, too_long="skip")
+    folder = put_run(tmp_path / "run")
+    TaskSource(config).note_data(folder)
+    noted = json.loads((folder / "run.json").read_text())["data"]
+    assert [(one["name"], one["rows"]) for one in noted["files"]] == [("a.jsonl", 2), ("b.jsonl", 2)]
+    assert noted["left_out"] == {"too_long": 1, "special_tokens": 0}
+    assert (folder / "data.rows").read_text().splitlines()[0] == "# a.jsonl"
+    assert len((folder / "data.rows").read_text().splitlines()) == 2 + 4
+
+    put("b", "p3", "p5", "too long")
+    told = refusal()
+    assert (
+        "b.jsonl had 2 rows in use, now 2 (102 bytes as before); the first row that differs is b.jsonl, line 2." in told
+    )
+    assert "a.jsonl" not in told
+    put("b", "new", "p3", "p4", "too long")
+    put("b", "p3", "p4", "p5")
+    told = refusal()
+    assert "b.jsonl had 2 rows in use, now 3" in told
+    assert "1 rows were left out by too_long, now 0" in told
+    assert "the 4 former rows are as they were, and more follow, from b.jsonl, line 3 on" in told
+    (tmp_path / "rows" / "b.jsonl").unlink()
+    told = refusal()
+    assert "(4 rows, now 2;" in told
+    assert "b.jsonl is gone (2 rows)" in told
+    assert "all 2 rows are as they were, and those that followed, from b.jsonl, line 1 on, are gone" in told
+    put("c", "p3", "p4")
+    assert TaskSource(config).note_data(folder) is None  # another name, the same prompts: nothing has changed
+    put("c", "x", "p4")
+    told = refusal()
+    assert "c.jsonl is new (2 rows)" in told
+    assert "the first row that differs is c.jsonl, line 1, formerly b.jsonl, line 1" in told
+    assert "data.prompt_suffix was '', now '!'" in refusal(prompt_suffix="!", max_prompt_length=3)
+    (folder / "data.rows").write_bytes(b"\xff")
+    assert "the first row" not in refusal()
+    assert json.loads((folder / "run.json").read_text())["data"] == noted
+
+
+def test_another_chat_template_or_version_is_said_to_be_what_changed(
+    begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    path = put_rows(tmp_path / "rows", [{"prompt": "3?", "answer": "1"}], "jsonl")
+    config = other_student(begin(path, chat=True), tiny, tmp_path / "student")
+    folder = put_run(tmp_path / "run")
+    (folder / "run.json").write_text('{"run_key": "k", "versions": {"transformers": "1.0", "commit": "abc"}}')
+    TaskSource(config).note_data(folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ strftime_now('%Y') }}"
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError) as caught:
+        TaskSource(config).note_data(folder)
+    told = str(caught.value)
+    for words in (
+        "the student's chat template is another one",
+        "bytes as before",
+        "transformers was 1.0, now",
+        "Katana's commit was abc, now",
+        "the chat template writes today's date",
+    ):
+        assert words in told
+
+
+def test_a_run_of_before_goes_on_and_is_told_what_it_can_be(begin: Callable[..., Config], tmp_path: Path) -> None:
+    config = begin(put_rows(tmp_path / "rows", AIME, "jsonl"), prompt_key="problem")
+    folder, source = put_run(tmp_path / "run"), TaskSource(config)
+    source.note_data(folder)
+    whole = json.loads((folder / "run.json").read_text())
+    old = {"run_key": "k", "data": {name: whole["data"][name] for name in ("rows", "digest")}}
+    (folder / "data.rows").unlink()
+    (folder / "run.json").write_text(json.dumps(old))
+    source.note_data(folder)  # the same rows: it goes on, and can tell from now on
+    assert json.loads((folder / "run.json").read_text()) == whole
+    assert (folder / "data.rows").is_file()
+    (folder / "data.rows").unlink()
+    (folder / "run.json").write_text(json.dumps(old))
+    put_rows(tmp_path / "rows", AIME[:1], "jsonl")
+    with pytest.raises(ConfigError, match=r"\(2 rows, now 1; .*\): what, this folder of an older version does not say"):
+        TaskSource(config).note_data(folder)
+    (folder / "run.json").write_text('{"data": 5}')
+    with pytest.raises(ConfigError, match=r"run.json: data is int, not what a run notes"):
+        TaskSource(config).note_data(folder)
+
+
+def test_the_digest_of_a_run_s_data_is_fixed_for_ever(begin: Callable[..., Config], tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    folder = put_run(tmp_path / "run")
+    TaskSource(begin(path, prompt_key="problem")).note_data(folder)
+    assert json.loads((folder / "run.json").read_text())["data"]["digest"] == "30332a82080d2cb8cad562702dd48ddc"
 
 
 @pytest.mark.parametrize(
@@ -498,18 +603,31 @@ def test_the_feeder_s_source_of_rows_needs_no_torch(begin: Callable[..., Config]
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE_ROOT, timeout=60, check=True)
 
 
+# --- what a chat template is handed ---
+
 READS_ALL = (
+    "{% for d in documents or [] %}DOC {{ d.text }}{% endfor %}"
+    "{% for t in tools or [] %}TOOL {{ t | tojson }}{% endfor %}"
     "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}]{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{{ effort }}{% endif %}"
 )
+READS_CONTENT = "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% endfor %}"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+OTHER_CALL = {"type": "function", "function": {"name": "neg", "arguments": {"b": 4}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "integer"}}}}
+OTHER_TOOL = {"type": "function", "function": {"name": "neg", "parameters": {"b": {"type": "integer"}}}}
+ASK: dict[str, Any] = {"role": "user", "content": "3+4?"}
 
 
-def rendered(messages: list[dict[str, Any]]) -> str:
+def rendered(messages: list[dict[str, Any]], template: Any = READS_ALL, **columns: Any) -> str:
+    return renderer(template)(messages, "row 1", columns)
+
+
+def renderer(template: Any, /, **data: Any) -> Renderer:
     tokenizer = load_tokenizer(PACKAGE_ROOT / "ops" / "models" / "student")
-    tokenizer.chat_template = READS_ALL
-    return Renderer(tokenizer, Data(task="dataset", path="x", chat=True))(messages, "row 1")
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, Data(task="dataset", path="x", chat=True, **data))
 
 
 def test_the_template_is_handed_whole_messages() -> None:
@@ -518,7 +636,7 @@ def test_the_template_is_handed_whole_messages() -> None:
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "nd?"}]},
     ]
-    assert rendered(messages) == "[user ada]3+4?[assistant]CALL add[user]and?[assistant]"
+    assert rendered(messages) == '[user ada]3+4?[assistant]CALL add{"a": 3}[user]and?[assistant]'
 
 
 @pytest.mark.parametrize(
@@ -532,3 +650,285 @@ def test_the_template_is_handed_whole_messages() -> None:
 def test_content_that_no_text_model_takes_is_refused(content: object, told: str) -> None:
     with pytest.raises(ConfigError, match=f"row 1: message 1.*{told}"):
         rendered([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("stored", [list, json.dumps], ids=["list", "text"])
+def test_columns_beside_the_prompt_go_to_the_template(
+    form: str, stored: Callable[[Any], Any], begin: Callable[..., Config], tiny: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, ASK], "tools": stored([TOOL])},
+        {"prompt": [ASK, {"role": "assistant", "content": None, "tool_calls": [OTHER_CALL]}, ASK]},
+        {"prompt": [ASK], "tools": stored([OTHER_TOOL]), "documents": [{"text": "d"}]},
+        {"prompt": [ASK], "tools": stored([]), "chat_template_kwargs": {"effort": "high"}},
+    ]
+    bare = {"answer": "1", "tools": None, "documents": None, "chat_template_kwargs": None}
+    path = put_rows(tmp_path / "rows", [bare | row for row in rows], form)
+    config = other_student(begin(path, chat=True), tiny, tmp_path / "student", template=READS_ALL)
+    source = TaskSource(config.model_copy(update={"data": config.data.model_copy(update={"max_prompt_length": 900})}))
+    # Parquet and Arrow give every call all arguments of all calls, and every tool all parameters: none of it is there.
+    assert sorted(texts(source, 4)) == sorted(
+        [
+            f'TOOL {json.dumps(TOOL)}[user]3+4?[assistant]CALL add{{"a": 3}}[user]3+4?[assistant]',
+            '[user]3+4?[assistant]CALL neg{"b": 4}[user]3+4?[assistant]',
+            f"DOC dTOOL {json.dumps(OTHER_TOOL)}[user]3+4?[assistant]",
+            "[user]3+4?[assistant]high",
+        ]
+    )
+    none = config.data.model_copy(update={"max_prompt_length": 900, "template_columns": []})
+    assert not any("TOOL" in text for text in texts(TaskSource(config.model_copy(update={"data": none})), 4))
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"tools": "{oops"}, "row 1: tools is text that is no JSON"),
+        ({"tools": '[{"a": 1, "a": 2}]'}, "'a' stands in one object twice"),
+        (
+            {"tools": {"add": 1}},
+            "row 1: tools is dict; allowed: a list of mappings, or that as JSON text; if it is not",
+        ),
+        ({"tools": ["add"]}, "row 1: tools is a list with str in it"),
+        ({"documents": [{}]}, "row 1: documents is a list with an empty mapping in it"),
+        ({"chat_template_kwargs": [1]}, "row 1: chat_template_kwargs is a list with int in it; allowed: a mapping"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no switch of a template"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is no switch of a template"),
+    ],
+)
+def test_columns_that_no_template_takes_are_refused(columns: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered([ASK], **columns)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", "null", "[]", []])
+def test_a_column_with_nothing_in_it_is_none(empty: object) -> None:
+    assert rendered([ASK], tools=empty) == "[user]3+4?[assistant]"
+
+
+# --- what a chat template takes no notice of ---
+
+
+def test_what_may_be_lost_is_said_once_with_the_rows_that_have_it() -> None:
+    render = renderer(READS_ALL)
+    thinks = {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
+    for number in range(5):
+        render([{**ASK, "name": "ada"}, thinks, ASK], f"row {number}", {"chat_template_kwargs": {"pace": number}})
+    render([ASK], "row 6", {"chat_template_kwargs": {"effort": "low"}})
+    assert render.notes == [
+        "the chat template takes no notice of reasoning_content in messages of the assistant: 5 rows have it, looked "
+        "at in the first 3",
+        "the chat template takes no notice of chat_template_kwargs.pace: 5 rows have it, looked at in the first 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "columns", "words"),
+    [
+        (READS_CONTENT, [ASK], {"tools": [TOOL]}, "takes no notice of the column tools; another template may"),
+        (READS_CONTENT, [ASK], {"documents": [{"text": "d"}]}, "the column documents; another template may"),
+        (
+            READS_CONTENT,
+            [ASK, {"role": "assistant", "content": "I add.", "tool_calls": [CALL]}, ASK],
+            {},
+            "row 1: the chat template takes no notice of tool_calls in messages of the assistant (message 2)",
+        ),
+        (
+            READS_ALL.replace("m.content or ''", "'' if m.tool_calls else m.content"),
+            [ASK, {"role": "assistant", "content": "I add.", "tool_calls": [CALL]}, ASK],
+            {},
+            "no notice of content beside tool_calls in messages of the assistant (message 2)",
+        ),
+        (
+            "{% for m in messages if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+            [ASK, {"role": "tool", "content": "7"}, ASK],
+            {},
+            "no notice of content in messages of the tool (message 2)",
+        ),
+        ("[{{ messages[-1].content }}]", [ASK, ASK, ASK], {}, "content in messages of the user (message 1)"),
+    ],
+)
+def test_a_conversation_that_would_be_broken_is_refused(
+    template: str, messages: list[dict[str, Any]], columns: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered(messages, template, **columns)
+    assert words in str(caught.value)
+
+
+def test_nothing_is_lost_where_there_is_nothing() -> None:
+    calls_alone = READS_ALL.replace("m.content or ''", "'' if m.tool_calls else m.content")
+    messages = [ASK, {"role": "assistant", "content": " ", "tool_calls": [CALL], "refusal": "", "audio": []}, ASK]
+    render = renderer(calls_alone)
+    render(messages, "row 1")
+    assert render.notes == []
+
+
+def test_only_the_first_rows_are_rendered_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    render, calls = renderer(READS_ALL), []
+    apply = Templates.apply
+    monkeypatch.setattr(Templates, "apply", lambda *args, **named: calls.append(1) or apply(*args, **named))
+    for _ in range(50):
+        render([{**ASK, "name": "ada"}], "a row", {"tools": [TOOL]})
+    assert len(calls) == 50 + 3 * 3  # name, content, tools
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", True),
+        (READS_CONTENT, False),
+    ],
+)
+def test_a_system_prompt_that_the_template_ignores_is_refused(template: str, told: bool) -> None:
+    if not told:
+        renderer(template, system_prompt="Think.")
+        return
+    with pytest.raises(ConfigError, match=r"data.system_prompt: the chat template takes no notice"):
+        renderer(template, system_prompt="Think.")
+
+
+def test_a_template_that_writes_the_date_is_said() -> None:
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    assert any("writes today's date" in note for note in renderer(dated + READS_ALL).notes)
+    assert not renderer(dated + READS_ALL, template_options={"date_string": "1 May"}).notes
+    assert not renderer(READS_ALL).notes
+
+
+def test_check_and_loading_say_what_is_not_read(begin: Callable[..., Config], tmp_path: Path) -> None:
+    rows = [{"prompt": [{**ASK, "name": "ada"}], "answer": "1"}]
+    path = put_rows(tmp_path / "rows", rows, "jsonl")
+    config = begin(path, chat=True)
+    told = "the chat template takes no notice of name in messages of the user: 1 row has it, looked at in the first 1"
+    assert TaskSource(config).notes == [told]
+    found = check(config)
+    assert not found.problems
+    assert found.lines.count(f"warning    {told}") == 1
+
+
+# --- special tokens ---
+
+
+def test_special_tokens_are_looked_for_in_all_that_the_template_is_handed() -> None:
+    tokenizer = load_tokenizer(PACKAGE_ROOT / "ops" / "models" / "student")
+    special = tokenizer.all_special_tokens[0]
+    call = {"type": "function", "function": {"name": "add", "arguments": {special: 3}}}
+    for messages, columns, where in [
+        ([{**ASK, "content": f"a{special}"}], {}, "the prompt"),
+        ([{**ASK, "name": special}], {}, "name of message 1"),
+        ([{**ASK, "role": special}, ASK], {}, "role of message 1"),
+        ([ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, ASK], {}, "tool_calls of message 2"),
+        ([ASK], {"tools": json.dumps([{"name": special}])}, "tools"),
+        ([ASK], {"documents": [{"text": special}]}, "documents"),
+        ([ASK], {"chat_template_kwargs": {"effort": special}}, "chat_template_kwargs"),
+    ]:
+        with pytest.raises(SpecialToken) as caught:
+            rendered(messages, **columns)
+        assert str(caught.value).startswith(f"row 1: {where} has {special!r} in it")
+        assert "data.special_tokens: skip" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"system_prompt": "Be <|end|> brief."}, "data.system_prompt: has '<|end|>' in it"),
+        ({"prompt_suffix": " <|user|>"}, "data.prompt_suffix: has '<|user|>' in it"),
+        ({"template_options": {"enable_thinking": "<|end|>"}}, "data.template_options.enable_thinking: has '<|end|>'"),
+        ({"template_options": {"add_generation_prompt": False}}, "'add_generation_prompt' is no switch"),
+    ],
+)
+def test_the_config_s_own_text_is_looked_at_too(
+    change: dict[str, Any], words: str, begin: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = put_rows(tmp_path / "rows", AIME, "jsonl")
+    config = begin(path, prompt_key="problem", chat=True, **change)
+    with pytest.raises(ConfigError) as caught:
+        TaskSource(config)
+    assert words in str(caught.value)
+    assert any(words in problem for problem in check(config).problems)
+
+
+def test_rows_that_spell_a_special_token_are_left_out_and_said(begin: Callable[..., Config], tmp_path: Path) -> None:
+    good = [{"prompt": f"p{number}", "answer": "1"} for number in range(2)]
+    bad = [{"prompt": f"<|end|>{number}", "answer": "1"} for number in range(5)]
+    path = put_rows(tmp_path / "rows", [bad[0], good[0], *bad[1:], good[1]], "jsonl")
+    config = begin(path, chat=True, special_tokens="skip")
+    source = TaskSource(config)
+    assert (source.count, source.skipped) == (2, 5)
+    note = f"5 rows left out for a special token in the text: {path}, line 1; {path}, line 3; {path}, line 4; …"
+    assert source.notes == [note]
+    assert f"warning    {note}" in check(config).lines
+    # What is on record is what is used.
+    source.note_data(put_run(tmp_path / "run"))
+    put_rows(tmp_path / "rows", good, "jsonl")
+    TaskSource(config).note_data(tmp_path / "run")
+    put_rows(tmp_path / "rows", bad, "jsonl")
+    with pytest.raises(ConfigError, match="there is no row in it without a special token"):
+        TaskSource(config)
+    with pytest.raises(ValueError, match="special_tokens: skip needs chat: true"):
+        begin(path, special_tokens="skip")
+
+
+def put_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "run.json").write_text('{"run_key": "k"}')
+    return folder
+
+
+# --- templates by name ---
+
+
+def test_a_template_is_chosen_by_name_as_transformers_does_or_as_the_config_says() -> None:
+    named = {"default": "D{{ messages[0].content }}", "tool_use": READS_ALL, "rag": "R{{ messages[0].content }}"}
+    render = renderer(named)
+    assert render([ASK], "a row") == "D3+4?"
+    assert render([ASK], "a row", {"tools": [TOOL]}).startswith("TOOL")
+    assert renderer(named, template="rag")([ASK], "a row") == "R3+4?"
+    with pytest.raises(ConfigError, match="column tools"):  # the one that is named is for rows with tools too
+        renderer(named, template="default")([ASK], "a row", {"tools": [TOOL]})
+    assert renderer("D{{ messages[0].content }}", template="default")([ASK], "a row") == "D3+4?"
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "words"),
+    [
+        (
+            {"default": "D", "rag": "R"},
+            "rga",
+            "data.template: 'rga' is no chat template of the student's; there are: def",
+        ),
+        ("D", "rag", "data.template: 'rag' is no chat template of the student's; there are: default"),
+        ({"tool_use": "T", "rag": "R"}, None, "chat templates by name (rag, tool_use) and none of them is 'default'"),
+        ({"default": 5}, None, "the student's chat template 'default' is int, not text"),
+        (None, "rag", "has no chat template"),
+    ],
+)
+def test_a_template_that_is_not_there_or_not_clear(template: Any, name: str | None, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        renderer(template, template=name)
+    assert words in str(caught.value)
+
+
+def test_templates_by_name_from_a_folder(begin: Callable[..., Config], tiny: Path, tmp_path: Path) -> None:
+    path = put_rows(tmp_path / "rows", [{"prompt": "3?", "answer": "1"}], "jsonl")
+    named = {"rag": "R{{ messages[0].content }}", "plain": "P{{ messages[0].content }}<|end|>"}
+    config = other_student(begin(path, chat=True), tiny, tmp_path / "student", template=named)
+    (tmp_path / "student" / "chat_template.jinja").unlink()  # of the model that was copied
+    assert (tmp_path / "student" / "additional_chat_templates" / "rag.jinja").is_file()
+    [problem] = check(config).problems
+    assert "(plain, rag) and none of them is 'default'" in problem
+    chosen = config.model_copy(update={"data": config.data.model_copy(update={"template": "plain"})})
+    assert texts(TaskSource(chosen), 1) == ["P3?<|end|>"]
+
+
+def test_a_list_of_templates_without_their_text(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": [{"name": "default"}]}))
+    with pytest.raises(
+        ModelError, match=r"the tokenizer cannot be loaded: KeyError 'template'; look at tokenizer_conf"
+    ):
+        load_tokenizer(folder)

@@ -1,0 +1,160 @@
+"""Where the rows in use came from, and, of two such records, what differs.
+
+A run keeps one: in run.json by file, in data.rows by row. It is never what decides whether the data are the same (that
+is the digest of all prompts and answers); it only says where to look when they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+_NAMED = 3  # files and keys that are named of those that differ
+
+
+@dataclass(slots=True)
+class _File:
+    path: str
+    rows: int = 0
+    hash: Any = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+
+
+@dataclass(slots=True, weakref_slot=True)
+class Origin:
+    """Takes down the rows as they are read: of each its place and 4 bytes of digest, in a temporary file."""
+
+    _files: list[_File] = field(default_factory=list)
+    _listing: Any = field(default_factory=tempfile.TemporaryFile)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self._listing.close)
+
+    def add(self, place: str, record: bytes) -> None:
+        """A row in use: `place` as `ops.rows` tells it, "train.jsonl, line 3"."""
+        path, _, number = place.rpartition(", ")
+        if not self._files or self._files[-1].path != path:
+            self._files.append(_File(path))
+            self._listing.write(f"# {Path(path).name}\n".encode())
+        file = self._files[-1]
+        file.rows += 1
+        file.hash.update(b"%d:%b" % (len(record), record))
+        self._listing.write(f"{number} {hashlib.blake2b(record, digest_size=4).hexdigest()}\n".encode())
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """Name, size, rows in use and their digest, of each file that has any."""
+        return [
+            {
+                "name": Path(file.path).name,
+                "bytes": _size(file.path),
+                "rows": file.rows,
+                "digest": file.hash.hexdigest(),
+            }
+            for file in self._files
+        ]
+
+    def write(self, path: Path) -> None:
+        """The listing, row by row."""
+        self._listing.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(self._listing, file)
+
+    def first_difference(self, path: Path) -> str:
+        """The first row that is another in a listing written before; empty where that cannot be told."""
+        self._listing.seek(0)
+        try:
+            with path.open("rb") as file:
+                return _first_difference(file, self._listing)
+        except (OSError, ValueError):  # not there, or not what was written: then there is less to say
+            return ""
+
+
+def _size(path: str) -> int | None:
+    try:
+        return Path(path).expanduser().stat().st_size
+    except OSError:
+        return None
+
+
+def _first_difference(before: Iterator[bytes], after: Iterator[bytes]) -> str:
+    """Raises ValueError for what is no listing."""
+    for number, (old, new) in enumerate(zip_longest(_rows(before), _rows(after)), start=1):
+        if old is None and new is not None:
+            return f"the {number - 1:,} former rows are as they were, and more follow, from {new[0]} on"
+        if new is None and old is not None:
+            return f"all {number - 1:,} rows are as they were, and those that followed, from {old[0]} on, are gone"
+        if old is not None and new is not None and old[1] != new[1]:
+            where = f"{new[0]}" if old[0] == new[0] else f"{new[0]}, formerly {old[0]}"
+            return f"the first row that differs is {where}"
+    return ""
+
+
+def _rows(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+    """Place and digest of each row of a listing."""
+    name = ""
+    for raw in lines:
+        line = raw.decode().rstrip("\n")
+        if line.startswith("# "):
+            name = line[2:]
+            continue
+        number, gap, digest = line.rpartition(" ")
+        if not gap:
+            raise ValueError(f"no line of a listing: {line!r:.60}")
+        yield f"{name}, {number}", digest
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What two records of data differ in, as far as the former one has it: a run's folder may be an older one's."""
+    found = _keys(before.get("keys"), after["keys"])
+    if before.get("template", after["template"]) != after["template"]:
+        found.append("the student's chat template is another one")
+    found += _files(before.get("files"), after["files"])
+    for why, rows in after["left_out"].items():
+        was = _mapping(before.get("left_out")).get(why, rows)
+        if was != rows:
+            found.append(f"{was} rows were left out by {why}, now {rows}")
+    return found
+
+
+def _keys(before: Any, after: dict[str, Any]) -> list[str]:
+    old = _mapping(before)
+    changed = [key for key in after if key in old and old[key] != after[key]]
+    return _some([f"{key} was {old[key]!r:.80}, now {after[key]!r:.80}" for key in changed], "keys")
+
+
+def _files(before: Any, after: list[dict[str, Any]]) -> list[str]:
+    old = {str(one.get("name")): one for one in before if isinstance(one, dict)} if isinstance(before, list) else None
+    if old is None:
+        return []
+    new = {one["name"]: one for one in after}
+    told = [f"{name} is gone ({old[name].get('rows')} rows)" for name in old if name not in new]
+    told += [f"{name} is new ({one['rows']} rows)" for name, one in new.items() if name not in old]
+    if not told and list(old) != list(new):
+        told.append(f"the files' order was {', '.join(old)}, now {', '.join(new)}")
+    for name, one in new.items():
+        was = old.get(name, one)
+        if was.get("digest") == one["digest"]:
+            continue
+        sizes = (
+            f"{was.get('bytes')} bytes, now {one['bytes']}"
+            if was.get("bytes") != one["bytes"]
+            else f"{one['bytes']} bytes as before"
+        )
+        told.append(f"{name} had {was.get('rows')} rows in use, now {one['rows']} ({sizes})")
+    return _some(told, "files")
+
+
+def _some(told: list[str], what: str) -> list[str]:
+    more = len(told) - _NAMED
+    return told if more <= 0 else [*told[:_NAMED], f"and {more} more {what}"]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

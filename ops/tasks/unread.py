@@ -1,0 +1,145 @@
+"""What of the data a chat template takes no notice of: found by rendering the first rows that have it without it.
+
+Decided for each key of a role's messages and each column by itself, on the first LOOKED_AT rows that have it: to render
+every row once more for every key would take many times as long as the reading itself. What carries the conversation
+(tool calls, tools, documents, a content) and is not read there refuses that row; the rest is counted, to be said once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import ConfigError
+from ops.tasks.templates import Message, Templates
+
+LOOKED_AT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """Something that rows have: a key of a role's messages, or a column; by template, as each reads its own."""
+
+    template: str
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A row without it, or, of a content, with another one."""
+
+    key: _Key
+    messages: list[Message]
+    beside: Mapping[str, Any]
+    refused: str = ""  # where and what to do, for what must not be lost
+
+
+class Unread:
+    """Looks at rows as they are rendered, and says at the end what was not read."""
+
+    def __init__(self, templates: Templates) -> None:
+        self._templates = templates
+        self._rows: Counter[_Key] = Counter()
+        self._read: set[_Key] = set()
+
+    def look(self, messages: list[Message], beside: Mapping[str, Any], place: str, text: str, own: int = 0) -> None:
+        """Look at a row that was rendered as `text`; the first `own` messages are the config's.
+
+        Raises ConfigError where the template ignores what the conversation cannot do without.
+        """
+        template = self._templates.name(beside)
+        keys = list(dict.fromkeys(_Key(template, told) for told in _kinds(messages[own:], beside)))
+        self._rows.update(keys)
+        if all(self._rows[key] > LOOKED_AT for key in keys):
+            return
+        for trial in _trials(template, messages, beside, own):
+            if self._rows[trial.key] > LOOKED_AT:
+                continue
+            if self._rendered(trial) != text:
+                self._read.add(trial.key)
+            elif trial.refused:
+                raise ConfigError(f"{place}: the chat template takes no notice of {trial.refused}")
+
+    @property
+    def notes(self) -> list[str]:
+        """What is in the data and was never read."""
+        several = len(self._templates.names) > 1
+        return [
+            f"the chat template{f' {key.template!r}' if several else ''} takes no notice of {key.told}: "
+            f"{_count(rows)} it, looked at in the first {min(rows, LOOKED_AT)}"
+            for key, rows in self._rows.items()
+            if key not in self._read
+        ]
+
+    def _rendered(self, trial: _Trial) -> str | None:
+        """None where the template cannot do without: it reads what is missing."""
+        try:
+            return self._templates.apply(trial.messages, trial.beside, "", name=trial.key.template)
+        except ConfigError:
+            return None
+
+
+def _count(rows: int) -> str:
+    return "1 row has" if rows == 1 else f"{rows:,} rows have"
+
+
+def _says(value: Any) -> bool:
+    """Whether there is anything to lose: many data sets write "" and [] where there is nothing."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != [] and value != {}
+
+
+def _kind(message: Message, name: str) -> str:
+    """A content beside tool calls is a kind of its own: some templates write the calls alone."""
+    beside = " beside tool_calls" if name == "content" and message.get("tool_calls") else ""
+    return f"{name}{beside} in messages of the {message['role']}"
+
+
+def _kinds(messages: list[Message], beside: Mapping[str, Any]) -> Iterator[str]:
+    for message in messages:
+        yield from (_kind(message, name) for name, value in message.items() if name != "role" and _says(value))
+    for name, value in beside.items():
+        yield from (f"{name}.{switch}" for switch in value) if name == "chat_template_kwargs" else (f"column {name}",)
+
+
+def _trials(template: str, messages: list[Message], beside: Mapping[str, Any], own: int) -> Iterator[_Trial]:
+    others: dict[tuple[str, str], str] = {}  # keys that may be lost, by role: from all its messages at once
+    for place, message in enumerate(messages):
+        for name, value in message.items():
+            if place < own or name == "role" or not _says(value):
+                continue
+            if name not in ("content", "tool_calls"):
+                others[message["role"], name] = _kind(message, name)
+                continue
+            changed = {**message, "content": f"x{value}x"} if name == "content" else _without(message, name)
+            yield _Trial(
+                _Key(template, _kind(message, name)),
+                [*messages[:place], changed, *messages[place + 1 :]],
+                beside,
+                f"{_kind(message, name)} (message {place - own + 1}), so the conversation would be broken; another "
+                f"template may (data.template), or leave it out of the data",
+            )
+    for (role, name), told in others.items():
+        left = [_without(message, name) if message["role"] == role else message for message in messages]
+        yield _Trial(_Key(template, told), left, beside)
+    yield from _trials_of_columns(template, messages, beside)
+
+
+def _trials_of_columns(template: str, messages: list[Message], beside: Mapping[str, Any]) -> Iterator[_Trial]:
+    for name, value in beside.items():
+        if name == "chat_template_kwargs":
+            for switch in value:
+                left = {**beside, name: _without(value, switch)}
+                yield _Trial(_Key(template, f"{name}.{switch}"), messages, left)
+            continue
+        yield _Trial(
+            _Key(template, f"column {name}"),
+            messages,
+            _without(beside, name),
+            f"the column {name}; another template may (data.template), or leave {name} out of data.template_columns",
+        )
+
+
+def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key != name}
