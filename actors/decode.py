@@ -10,7 +10,7 @@ So prefill needs no logits, and a new, a resumed and a running rollout are the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.outcomes import check_stop_ids, log_outcomes, sample, student_support, support_size, uniforms
-from actors.slots import IntArray, SlotModel, padded, rectangles
+from actors.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
 
 Finish = Literal["eos", "length"]
 
@@ -163,6 +163,23 @@ class Decoder:
         self._keys[slot], self._used[slot] = None, False
         return int(self._known[slot] - self._prompt[slot])
 
+    def discard(self, key: str) -> int:
+        """`remove` of a rollout on which the model failed, with all that it left in the cache."""
+        slot = self._slot[key]
+        self._model.clear(np.array([slot]))
+        return self.remove(key)
+
+    def economize(self) -> int:
+        """Prefill half as many tokens in a step from now on: how many that is; 0 where they are few already."""
+        if self._prefill_tokens < 2 * FEWEST_TOKENS:
+            return 0
+        self._prefill_tokens //= 2
+        return self._prefill_tokens
+
+    def prove(self) -> None:
+        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
+        self_test(self._model.model, vocab_size=self._vocab_size)
+
     def hold(self, key: str) -> None:
         """Keep a rollout in its slot without decoding it (it is still prefilled). Raises KeyError."""
         self._held[self._slot[key]] = True
@@ -171,16 +188,21 @@ class Decoder:
         """Let a held rollout go on. Raises KeyError."""
         self._held[self._slot[key]] = False
 
-    def step(self) -> list[ClosedChunk]:
-        """Prefill a little, decode one token for every ready rollout; returns the chunks that are full or
-        final.
+    def step(self, only: Sequence[str] | None = None) -> list[ClosedChunk]:
+        """Prefill a little, decode one token for every ready rollout (of `only`, if given); returns the chunks that are
+        full or final.
 
-        A rollout whose prefill ends in this step is decoded in it. A rollout that ends leaves its slot.
-        Raises FloatingPointError where the model's logits are not numbers.
+        A rollout whose prefill ends in this step is decoded in it. A rollout that ends leaves its slot. Raises
+        FloatingPointError where the model's logits are not numbers, and whatever the model raises: no rollout has got
+        further then, and the step may be tried again.
         """
         self.steps += 1
-        self._prefill()
-        ready = np.flatnonzero(self._used & ~self._held & (self._cached + 1 == self._known))
+        at_work = self._used
+        if only is not None:
+            at_work = np.zeros_like(self._used)
+            at_work[[self._slot[key] for key in only]] = True
+        self._prefill(at_work)
+        ready = np.flatnonzero(at_work & ~self._held & (self._cached + 1 == self._known))
         return self._decode(ready) if len(ready) else []
 
     def close_chunks(self) -> list[ClosedChunk]:
@@ -201,9 +223,9 @@ class Decoder:
         """Slots whose open chunk is not empty."""
         return [slot for slot in self._slot.values() if self._known[slot] > self._chunk[slot]]
 
-    def _prefill(self) -> None:
+    def _prefill(self, at_work: NDArray[np.bool_]) -> None:
         left = self._known - 1 - self._cached
-        waiting = [slot for slot in self._slot.values() if left[slot] > 0]
+        waiting = [slot for slot in self._slot.values() if at_work[slot] and left[slot] > 0]
         if self._alone:
             # The prompt as for everyone; behind it one token a forward, which is how it was written.
             waiting = waiting[:1]

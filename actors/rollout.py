@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.blame import ALONE_AFTER, MOST_IN_A_ROW, EngineBroken, brief, step_or_part
 from actors.busy import BusyShare, Idling
 from actors.engine import ClosedChunk, Decoder
 from actors.weights import Weights, WeightsReader
@@ -42,7 +43,6 @@ _CONTROL_S = 0.01  # how often signals, credit and the policy pointer are looked
 _TALK_SHARE = 0.25  # of its time, at most, a worker that has something to write waits for Redis's answers
 _LONGEST_SILENCE_S = 0.5  # also after a trip that took long because Redis was away
 _LONGEST_IDLE_S = 2.0  # between two looks of a worker that has nothing to write
-_MAX_CLAIMS = 10  # a rollout taken from so many silent workers without progress is given up
 
 
 @dataclass(slots=True)
@@ -57,6 +57,7 @@ class _Writing:
     held: bool = False
     closed: list[tuple[ClosedChunk, int]] = field(default_factory=list)  # chunks to send, with their version
     refused: bool = False  # a full Redis has not taken the first of them
+    apart: bool = False  # waits while another is tried alone
 
     @property
     def final(self) -> bool:
@@ -77,6 +78,9 @@ class RolloutWorker:
         self._version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
+        self._alone: list[str] = []  # rollouts that are to be written by themselves, the others waiting
+        self._tried = ""  # the first of them, once that has been said
+        self._blamed: set[str] = set()  # rollouts that could not be written since a token was
         self._idle = Idling(_CONTROL_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         self._full = Episode(log)
         self._due: dict[str, float] = {}
@@ -104,19 +108,63 @@ class RolloutWorker:
         self._pulse.turn()
         if not self._talk():
             return False
-        if all(writing.held for writing in self._writing.values()):
+        self._try_alone()
+        if all(writing.held or writing.apart for writing in self._writing.values()):
             self._stop.wait(self._idle.pause_s)
             return True
         self._idle.worked()
-        with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
-            before = self._decoder.decoded_tokens
-            closed = self._decoder.step()
-        metrics.decode_tokens.labels("rollout").inc(self._decoder.decoded_tokens - before)
+        closed = self._write()
         self._close(closed)
         if closed and time.monotonic() >= self._talk_at:
             # Control goes with it: chunks may close at every step, and then this is the only word for a long time.
             return self._say(control=self._is_due("control", _CONTROL_S))
         return True
+
+    def _write(self) -> list[ClosedChunk]:
+        """One engine step. Of rollouts on which it fails an attempt is counted, and the others go on."""
+        before = self._decoder.decoded_tokens
+        with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
+            closed, failures = step_or_part(
+                self._decoder,
+                [rid for rid in self._decoder.busy if not self._writing[rid].apart],
+                may_economize=not self._config.deterministic,
+            )
+        written = self._decoder.decoded_tokens - before
+        metrics.decode_tokens.labels("rollout").inc(written)
+        if written:
+            self._blamed.clear()
+        for rid, error in failures:
+            self._blame(self._writing[rid], error)
+        return closed
+
+    def _blame(self, writing: _Writing, error: Exception) -> None:
+        """Count a failure against a rollout. Raises EngineBroken where it is this process that cannot write."""
+        self._blamed.add(writing.rid)
+        if len(self._blamed) >= MOST_IN_A_ROW:
+            raise EngineBroken(f"{len(self._blamed)} rollouts in a row cannot be written, the last: {brief(error)}")
+        try:
+            self._decoder.prove()
+        except Exception as broken:
+            raise EngineBroken(f"{brief(error)}; nor does the student pass its own test: {brief(broken)}") from error
+        self._decoder.discard(writing.rid)
+        self._forget(writing.rid)
+        self._plane.call("release", self._worker, writing.rid, writing.entry, writing.nonce)
+        self._give_up(writing.rid, brief(error), writing.entry)
+
+    def _try_alone(self) -> None:
+        """Of rollouts that may have ended their workers, one at a time is written, and nothing beside it, until a chunk
+        of it is stored; it is given up once it has ended so many that were writing nothing else."""
+        while self._alone and self._alone[0] != self._tried:
+            writing = self._writing[self._alone[0]]
+            begun, most = self._plane.attempt(writing.rid, "rollout"), self._config.liveness.max_attempts
+            if begun <= most:
+                self._tried = writing.rid
+            else:
+                self._forget(writing.rid)
+                reason = f"{begun - 1} workers ended while they wrote it, and nothing else"
+                self._give_up(writing.rid, reason, writing.entry, attempts=1)
+        for one in self._writing.values():
+            one.apart = bool(self._alone) and one.rid != self._tried
 
     def _talk(self) -> bool:
         """All that is due between this worker and Redis, in one round trip. False once the run is over.
@@ -197,10 +245,6 @@ class RolloutWorker:
         if taken.claims:
             metrics.claims.labels("prompts").inc()
             log.info("rollout %s taken over at token %d", taken.rid, taken.length)
-        if taken.claims > _MAX_CLAIMS:
-            reason = f"taken over {taken.claims} times without progress"
-            self._give_up(taken.rid, reason, taken.entry, attempts=1)
-            return
         head_bytes, scored, *chunks = fields
         if head_bytes is None:
             return  # ended between the two calls
@@ -226,6 +270,8 @@ class RolloutWorker:
             self._give_up(taken.rid, str(error), taken.entry)
             return
         self._writing[taken.rid] = writing
+        if taken.claims >= ALONE_AFTER:
+            self._alone.append(taken.rid)
         self._hold_or_release(writing)
 
     def _give_up(self, rid: str, reason: str, entry: bytes, attempts: int | None = None) -> None:
@@ -285,9 +331,15 @@ class RolloutWorker:
         generated = self._forget(rid) or (final.start + len(final.tokens) if final else 0)
         self._counts.append(("count", (rid, writing.nonce, generated)))
 
+    def _came_through(self, rid: str) -> None:
+        """It need not be tried alone any more: a chunk of it is stored, or it is not ours."""
+        if rid in self._alone:
+            self._alone.remove(rid)
+
     def _forget(self, rid: str) -> int:
         """Drop a rollout; how much of it was written."""
         writing = self._writing.pop(rid)
+        self._came_through(rid)
         if rid in self._decoder.busy:
             return self._decoder.remove(rid)
         last = writing.closed[-1][0] if writing.closed else None
@@ -349,6 +401,7 @@ class RolloutWorker:
             metrics.chunks_sent.inc()
             self._full.not_seen("Redis takes chunks again")
             writing.sent += 1
+            self._came_through(writing.rid)
             if chunk.finish:
                 del self._writing[writing.rid]
             else:
@@ -414,6 +467,7 @@ class RolloutWorker:
             for rid in self._decoder.busy:
                 self._decoder.remove(rid)
             self._writing.clear()
+            self._alone.clear()
         metrics.slots_busy.labels("rollout").set(0)
 
     def _say_alive(self) -> None:

@@ -19,9 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.outcomes import check_stop_ids, log_outcomes, on_support
-from actors.slots import IntArray, SlotModel, padded, rectangles, self_test
-
-_FEWEST_TOKENS = 32  # in one forward: below, memory is not what is short
+from actors.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ class Scorer:
 
     def economize(self) -> int:
         """Take half as many tokens in one forward from now on: how many that is; 0 where they are few already."""
-        if self._budget < 2 * _FEWEST_TOKENS:
+        if self._budget < 2 * FEWEST_TOKENS:
             return 0
         self._budget //= 2
         return self._budget

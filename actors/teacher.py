@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actors.blame import ALONE_AFTER, MOST_IN_A_ROW, EngineBroken, brief, out_of_memory
 from actors.busy import BusyShare, Idling
 from actors.engine import Scored, Scorer, ScoreRequest
 from actors.outcomes import support_size
@@ -36,13 +37,7 @@ from common.pulse import Pulse
 from common.streams import Entry, Plane, Roster, Stopping, shown
 
 log = logging.getLogger("katana.teacher")
-_ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends teachers
 _SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
-_MOST_IN_A_ROW = 5  # rollouts that cannot be scored, and nothing that can between them: it is not the rollouts
-
-
-class ScoringBroken(RuntimeError):
-    """This process cannot score, whatever it is given: another one may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +171,7 @@ class TeacherWorker:
         known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
         for stream, entry, takeovers in claimed:
             metrics.claims.labels("chunks").inc()
-            if takeovers >= _ALONE_AFTER:
+            if takeovers >= ALONE_AFTER:
                 self._alone.add(entry[1][b"rid"].decode("ascii", "replace"))
             if (stream, entry[0]) not in known:
                 self._note([(stream, entry)])
@@ -226,9 +221,9 @@ class TeacherWorker:
         scored, error = self._answers(requests)
         if error is None:
             self._store(loaded, scored)
-        elif _out_of_memory(error) and not self._config.deterministic and (tokens := self._scorer.economize()):
+        elif out_of_memory(error) and not self._config.deterministic and (tokens := self._scorer.economize()):
             # No rollout's fault: deterministic runs alone may not change what is computed at once.
-            log.warning("out of memory: at most %d tokens in a forward from now on (%s)", tokens, _brief(error))
+            log.warning("out of memory: at most %d tokens in a forward from now on (%s)", tokens, brief(error))
             self._score_or_part(loaded)
         elif len(rids := sorted({one.work.rid for one in loaded})) > 1:
             first = set(rids[: len(rids) // 2])
@@ -251,20 +246,20 @@ class TeacherWorker:
         return [], failed
 
     def _blame(self, loaded: list[_Loaded], error: Exception) -> None:
-        """Count a failure against a rollout. Raises ScoringBroken where it is this process that cannot score."""
+        """Count a failure against a rollout. Raises EngineBroken where it is this process that cannot score."""
         work = loaded[0].work
         if work.rid in self._alone:
             self._plane.attempt_over(work.rid, "teacher")
         self._blamed.add(work.rid)
-        if len(self._blamed) >= _MOST_IN_A_ROW:
-            raise ScoringBroken(f"{len(self._blamed)} rollouts in a row cannot be scored, the last: {_brief(error)}")
+        if len(self._blamed) >= MOST_IN_A_ROW:
+            raise EngineBroken(f"{len(self._blamed)} rollouts in a row cannot be scored, the last: {brief(error)}")
         try:
             self._scorer.prove()
         except Exception as broken:
-            raise ScoringBroken(f"{_brief(error)}; nor does the teacher pass its own test: {_brief(broken)}") from error
+            raise EngineBroken(f"{brief(error)}; nor does the teacher pass its own test: {brief(broken)}") from error
         self._alone.add(work.rid)
         self._waiting += [one.work for one in loaded[1:]]
-        self._give_up(work, _brief(error))
+        self._give_up(work, brief(error))
 
     def _load(self, work: list[_Work]) -> list[_Loaded]:
         """Read what the notices point at, in the order of seq, each chunk once; notices without work are taken off."""
@@ -401,18 +396,6 @@ class TeacherWorker:
             self._drop(work.rid)
         else:
             self._waiting.append(work)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether it says so, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
-    )
-
-
-def _brief(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:

@@ -1,4 +1,4 @@
--- teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts that nobody came back from
+-- rollout worker, teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts that nobody came back from
 -- Said before and after work on a rollout that may have ended the process of whoever worked on it last.
 local rid, role, what = ARGV[2], ARGV[3], ARGV[4]
 local field = 'begun:' .. role

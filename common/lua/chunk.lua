@@ -19,7 +19,7 @@ if seq > stored then return {'lost'} end
 if crowded(0.85) then return {'full'} end
 if finish ~= '' then finish_entry('prompts', 'rollout', state[5]) end
 redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 'chunks', seq + 1, 'length', length)
-redis.call('HDEL', h, 'attempts', 'claims')
+redis.call('HDEL', h, 'attempts', 'claims', 'begun:rollout')
 if finish ~= '' then redis.call('HSET', h, 'finish', finish) end
 local before = count_in(state[6])
 if before and before < tonumber(length) then count_generated(tonumber(length) - before) end

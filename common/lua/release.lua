@@ -4,7 +4,7 @@
 for i = 3, #ARGV, 3 do
   local rid, entry, nonce = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if redis.call('HGET', rollout(rid), 'owner') == nonce then
-    redis.call('HDEL', rollout(rid), 'owner')
+    redis.call('HDEL', rollout(rid), 'owner', 'begun:rollout')
     redis.call('XCLAIM', key('prompts'), 'rollout', 'nobody', 0, entry, 'IDLE', 86400000, 'JUSTID')
   end
 end

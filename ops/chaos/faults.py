@@ -315,12 +315,12 @@ def _poison(cluster: Cluster, rng: random.Random, scene: Scene, _: int) -> str:
     raise Missed("no rollout without a verdict was open")
 
 
-_DEAD_S = 90.0  # within which a rollout that cannot be scored or trained on is dead
+_DEAD_S = 90.0  # within which a rollout that cannot be written, scored or trained on is dead
 
 
 def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: str) -> str:
-    """Let no teacher score a rollout, or no learner train on it, and wait until it is dead of that."""
-    field, ready = ("verdict", b"head") if what == "score" else ("settled", b"verdict")
+    """Let nobody write or score a rollout, or train on it, and wait until it is dead of that."""
+    field, ready = ("settled", b"verdict") if what == "step" else ("verdict", b"head")
     record = cluster.plane.rollout(rid := rng.choice(sorted(cluster.open_rollouts() - scene.poisoned) or ["none"]))
     if record.get(ready) in (None, b"dead") or field.encode() in record:
         raise Missed("the rollout was not at the right place")
@@ -468,6 +468,7 @@ def _kinds() -> Iterator[Kind]:
     for stream in _JUNK:
         yield Kind(f"malformed-{stream}", partial(_malformed, stream=stream))
     yield Kind("poison-rollout", _poison)
+    yield Kind("poison-write", partial(_unusable, what="write"))
     yield Kind("poison-score", partial(_unusable, what="score"))
     yield Kind("poison-step", partial(_unusable, what="step"))
     yield Kind("slow-teacher", _slow_teacher, "teacher")

@@ -35,10 +35,10 @@ class Slow(Counting):
         super().__init__(clock=_NoClock(), chunk={"": 8}, length=10_000)
         self.sleeps_s = 0.0
 
-    def step(self) -> Any:
+    def step(self, only: Any = None) -> Any:
         sleeps_s, self.sleeps_s = self.sleeps_s, 0.0
         time.sleep(sleeps_s or 0.005)
-        return super().step()
+        return super().step(only)
 
 
 class _NoClock:
@@ -279,11 +279,17 @@ def test_weights_that_made_room_for_newer_ones_are_no_error(run: Run, monkeypatc
     assert (found[-1].version, refusals()) == (2, before)
 
 
-def test_weights_that_were_read_are_taken_although_newer_ones_have_come(run: Run) -> None:
+def test_weights_that_were_read_are_taken_although_newer_ones_have_come(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
     announce(run, 1)
+    gate = threading.Event()
+    load = actors.weights.load
+    monkeypatch.setattr(actors.weights, "load", lambda data: (gate.wait(20), load(data))[1])
     assert reader.newer(run.plane.policy(), 0) is None
     announce(run, 2)
+    gate.set()
     found: list[Any] = []
     until(lambda: bool(found.append(reader.newer(run.plane.policy(), 0)) or found[-1]))
     assert found[-1].version == 1

@@ -14,9 +14,10 @@ import torch
 from samples import Run, make_support
 from transformers import PreTrainedModel
 
+from actors.blame import EngineBroken
 from actors.models import load_model
 from actors.score import Scorer
-from actors.teacher import ScoringBroken, TeacherWorker
+from actors.teacher import TeacherWorker
 from common.messages import ChunkTokens, ScoreSupport, support_digest
 from common.pretrained import PACKAGE_ROOT, read_facts
 from ops.embedded import EmbeddedRedis
@@ -189,7 +190,7 @@ def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, te
     written(run, *rids)
     scorer = scorer_of(run, teacher)
     spoil(scorer, *rids, error=RuntimeError("no kernel image is available"))
-    with pytest.raises(ScoringBroken, match="5 rollouts in a row cannot be scored, the last: RuntimeError: no kernel"):
+    with pytest.raises(EngineBroken, match="5 rollouts in a row cannot be scored, the last: RuntimeError: no kernel"):
         steps(worker_of(run, scorer))
     assert run.entries("dead") == []
 
@@ -201,7 +202,7 @@ def test_a_teacher_that_fails_its_own_test_blames_no_rollout(run: Run) -> None:
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(ScoringBroken, match="not finite; nor does the teacher pass its own test"):
+    with pytest.raises(EngineBroken, match="not finite; nor does the teacher pass its own test"):
         steps(worker_of(run, scorer))
     assert (run.field("r1", "attempts"), run.entries("dead")) == (None, [])
 

@@ -84,11 +84,11 @@ class Counting:
     def close_chunks(self) -> list[ClosedChunk]:
         return [self._closed(key) for key in self.busy if self._known[key] > self._start[key]]
 
-    def step(self) -> list[ClosedChunk]:
+    def step(self, only: Sequence[str] | None = None) -> list[ClosedChunk]:
         self._clock.now += STEP_S
         closed = []
         for key in self.busy:
-            if key in self._held:
+            if key in self._held or (only is not None and key not in only):
                 continue
             self._known[key] += 1
             self.decoded_tokens += 1

@@ -75,7 +75,7 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {f"redis-{what}" for what in ("kill", "lose", "pause", "full", "small")}
     wanted |= {f"net-{what}" for what in ("delay", "duplicate", "swap", "cut")}
     wanted |= {f"malformed-{stream}" for stream in ("prompts", "chunks", "scores", "trajectories", "finished")}
-    wanted |= {f"poison-{what}" for what in ("rollout", "score", "step")}
+    wanted |= {f"poison-{what}" for what in ("rollout", "write", "score", "step")}
     wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift"}
     assert set(KINDS) == wanted
 
@@ -358,7 +358,7 @@ def test_the_config_of_the_harness_is_valid_and_keeps_the_default_liveness() -> 
         load(CHAOS, ["liveness.claim_s=1"])
 
 
-@pytest.mark.parametrize(("what", "field"), [("score", "verdict"), ("step", "settled")])
+@pytest.mark.parametrize(("what", "field"), [("write", "verdict"), ("score", "verdict"), ("step", "settled")])
 def test_what_is_made_unusable_must_be_dead_of_it(
     embedded_redis: EmbeddedRedis,
     start: Callable[..., Run],

@@ -1,4 +1,4 @@
-"""The shim that makes marked rollouts unusable strikes the product's own teacher and learner, and them alone."""
+"""The shim that makes marked rollouts unusable strikes the product's own engines and learner, and them alone."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ for rids in (["r1", "r3"], ["r1", "r2"], ["r4", "r1"]):
         scorer.discard(rids)
         print(error)
 """
+WRITE = """
+import sys
+import numpy as np
+from pathlib import Path
+from actors.decode import Decoder
+from actors.models import load_model
+model = load_model(Path(sys.argv[1]), dtype="float32", device="cpu", vocab_size=37)
+for alone in (False, True):
+    decoder = Decoder(model, slots=4, max_length=64, stop_ids=(1,), vocab_size=37, teacher_top_k=4, chunk_tokens=8,
+                      prefill_tokens=256, alone=alone)
+    for rid in ("r1", "r2", "r3"):
+        decoder.add(rid, np.array([5, 6, 7], np.int32), seed=1, max_new_tokens=50)
+    for only in (["r1"], ["r2"], ["r1", "r2"], ["r1", "r3"]):
+        try:
+            decoder.step(only)
+            decoder.step(only)
+            print("written")
+        except FloatingPointError as error:
+            print(error)
+"""
 STEP = """
 from types import SimpleNamespace
 import torch
@@ -57,6 +77,14 @@ def test_a_marked_rollout_cannot_be_scored_and_the_others_can(tmp_path: Path) ->
     (tmp_path / "score-r2").touch()
     teacher = str(PACKAGE_ROOT / "ops" / "models" / "teacher")
     assert said(SCORE, tmp_path, teacher) == ["scored", "r2: the teacher's logits are not finite", "scored"]
+
+
+@pytest.mark.slow
+def test_a_marked_rollout_cannot_be_written_and_the_others_can(tmp_path: Path) -> None:
+    (tmp_path / "write-r2").touch()
+    student = str(PACKAGE_ROOT / "ops" / "models" / "student")
+    fails = "the student's logits are not finite"
+    assert said(WRITE, tmp_path, student) == ["written", fails, fails, "written"] * 2
 
 
 @pytest.mark.slow

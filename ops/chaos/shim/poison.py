@@ -1,5 +1,6 @@
-"""Makes marked rollouts poisonous in the process that imports it: no teacher can score them, no learner step on them.
+"""Makes marked rollouts poisonous in the process that imports it: nobody can write or score them, or train on them.
 
+`$KATANA_CHAOS_POISON/write-<rid>`: the student's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/step-<rid>`: the student's logits for a micro-batch that holds it are not finite in the learner.
 A mark holds the ids of the processes that it has struck. What follows is the product's own: its forward has run, and
@@ -48,6 +49,32 @@ def _spoil_scores(score: Any) -> None:
     score.Scorer._score = spoilt
 
 
+def _spoil_writes(decode: Any) -> None:
+    inner = decode.Decoder._decode
+
+    def spoilt(self: Any, ready: Any) -> Any:
+        slots = [slot for slot in ready.tolist() if _marked("write", self._keys[slot])]
+        forward = self._model.forward
+
+        def infinite(rows: Any, *args: Any) -> Any:
+            with decode.torch.inference_mode():
+                logits = forward(rows, *args)
+                at_work = range(len(logits)) if rows is None else rows.tolist()
+                logits[[place for place, slot in enumerate(at_work) if slot in slots]] = math.nan
+                for layer in self._model._cache._slot_layers:
+                    layer.keys[slots] = math.nan
+            return logits
+
+        if slots:
+            self._model.forward = infinite
+        try:
+            return inner(self, ready)
+        finally:
+            self._model.__dict__.pop("forward", None)
+
+    decode.Decoder._decode = spoilt
+
+
 def _spoil_steps(train: Any) -> None:
     inner = train.kept_logits
 
@@ -82,5 +109,9 @@ class _After:
 
 
 def begin() -> None:
-    for name, act in (("actors.score", _spoil_scores), ("learner.train", _spoil_steps)):
+    for name, act in (
+        ("actors.decode", _spoil_writes),
+        ("actors.score", _spoil_scores),
+        ("learner.train", _spoil_steps),
+    ):
         sys.meta_path.insert(0, _After(name, act))
