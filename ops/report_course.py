@@ -149,7 +149,8 @@ def _draw_ages(axes: Any, run: Run) -> None:
             if ages:
                 label = f"{name}: {_mean_length(ended[fate])}" if dropped else name
                 axes.bar(ages, [counts[name][age] for age in ages], color=colour, width=0.8, label=label)
-        axes.axvline(run.config.learner.max_staleness + 0.5, color=INK, linewidth=1.2, linestyle=":", label="limit")
+        limit, top = run.config.learner.max_staleness + 0.5, 0.68 if dropped else 1.0  # beneath the legend
+        axes.axvline(limit, ymax=top, color=INK, linewidth=1.2, linestyle=":", label="limit")
         axes.set_xlabel("versions between oldest token and step")
         axes.set_ylabel("trajectories")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
