@@ -64,6 +64,14 @@ def test_generated_is_kept_and_detection_and_overshoot(a: int, b: int, generated
     assert one.tokens_trainable == keep
 
 
+@pytest.mark.parametrize(("ending", "trained"), [("trained", 3), ("dropped", 0), ("dead", 0)])
+def test_what_there_was_to_train_on_is_the_verdicts_whatever_became_of_it(ending: str, trained: int) -> None:
+    """Not what is before the cut: a control rollout may be trained on whole."""
+    verdict = make_verdict(keep=2, train=3)
+    one = line_of(verdict, ending=ending, reason="", generated=7, staleness=1, active=True, correct=None)
+    assert (one.tokens_kept, one.tokens_trained, one.tokens_trainable) == (2, trained, 3)
+
+
 def test_the_ledgers_field_names_the_reason_of_a_drop() -> None:
     assert line(ending="dropped", reason="stale").ledger_field == "dropped:stale"
     assert line(ending="dead", reason="arbiter").ledger_field == "dead"

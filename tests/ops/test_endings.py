@@ -197,3 +197,17 @@ def test_the_page_says_it_in_words_and_numbers(tmp_path: Path) -> None:
     assert cells == ["7", "0.034", "7", "192.0", "0.000", "192.0", "0.000"]
     # The plot of the staleness too: in its legend, as text.
     assert "trained: mean 128 tokens" in page and "dropped: mean 192 tokens" in page
+
+
+def test_the_page_of_a_run_with_older_books_says_what_they_have(tmp_path: Path) -> None:
+    """Of what was dropped they have what was written, and no more."""
+    fill(tmp_path, config=CONFIG)
+    old = [{name: value for name, value in one.items() if name != "tokens_trainable"} for one in BIASED]
+    write_lines(tmp_path / "rollouts.jsonl", old)
+    (tmp_path / "traces.jsonl").unlink()
+    page = write_html(tmp_path).read_text()
+    row = page.partition("<th scope=row>stale</th>")[2].partition("</tr>")[0]
+    cells = [cell.partition("<")[0] for cell in row.split("<td class=number>")[1:]]
+    assert cells == ["7", "0.034", "7", "–", "–", "192.0", "0.000"]
+    assert "against 128.0 ± 30.4 written" in page and "to train on;" not in page
+    assert "dropped: mean 192 tokens written" in page
