@@ -4,7 +4,8 @@
 who wrote which chunk. Both are on disk before the line in `rollouts.jsonl` is, and hold nothing that is not booked.
 
 Per rollout, in tokens: generated = kept + detection + overshoot, with detection = trigger - keep and overshoot =
-generated - trigger. `tokens_trained` is what the learner was given, 0 for a rollout that was dropped.
+generated - trigger. `tokens_trained` is what the learner was given, 0 of one that was dropped; `tokens_trainable`
+what its verdict hands on, whatever became of it after: so one sees how long what was left out would have been.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class BookLine:
     admitted_unix_s: float | None = None
     verdict_unix_s: float | None = None
     ended_unix_s: float | None = None
+    # None where there was no verdict, and in books that are older than this field.
+    tokens_trainable: int | None = None
 
     @property
     def ledger_field(self) -> str:
@@ -65,6 +68,11 @@ class BookLine:
 def ledger_field(ending: str, reason: str) -> str:
     """trained | dead | dropped:REASON, as the ledger counts them."""
     return f"dropped:{reason}" if ending == "dropped" else ending
+
+
+def fate(line: dict[str, Any]) -> str:
+    """What became of a booked rollout, in a word: trained, dead, or why it was dropped."""
+    return str(line["reason"] if line["ending"] == "dropped" else line["ending"])
 
 
 def line_of(
@@ -99,6 +107,7 @@ def line_of(
         policy_version_last=verdict.last_version,
         staleness=staleness,
         correct=correct,
+        tokens_trainable=verdict.train,
     )
 
 
@@ -316,6 +325,10 @@ def count(line: dict[str, Any]) -> None:
         metrics.rollout_kept.labels(arm, reason).observe(line["tokens_kept"])
     if line["ending"] == "dropped":
         metrics.trajectories_dropped.labels(line["reason"]).inc()
+    if fate(line) != "lost":  # what it had written was lost with Redis's data
+        metrics.ended_length.labels(fate(line)).observe(line["tokens_generated"])
+    if line.get("tokens_trainable") is not None:
+        metrics.ended_trainable.labels(fate(line)).observe(line["tokens_trainable"])
     if arm == "treated" and reason not in ENDS_BY_ITSELF and reason != "unfinished":
         metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
 

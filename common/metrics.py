@@ -59,6 +59,12 @@ tokens_overshoot = _counter("rollout_tokens_overshoot_total", "Tokens written af
 rollout_length = _histogram("rollout_length_tokens", "Tokens written, compared rollouts", _LENGTHS, "arm", "reason")
 rollout_kept = _histogram("rollout_kept_tokens", "Tokens kept, compared rollouts", _LENGTHS, "arm", "reason")
 trajectories_dropped = _counter("trajectories_dropped_total", "Rollouts dropped, by reason", "reason")
+# By what became of a rollout: trained, dead, or why it was dropped. What takes long is dropped as stale more often than
+# what does not; these say how much longer it was than what was trained on.
+ended_length = _histogram("ended_length_tokens", "Tokens written, by what became of a rollout", _LENGTHS, "reason")
+ended_trainable = _histogram(
+    "ended_trainable_tokens", "Tokens to train on, by what became of a rollout", _LENGTHS, "reason"
+)
 stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet taken off", "stream")
 stream_oldest_pending = _gauge("stream_oldest_pending_seconds", "Age of the oldest pending entry", "stream")
 rollouts_open = _gauge("rollouts_open", "Rollouts admitted and not booked")

@@ -16,6 +16,7 @@ from typing import IO
 from common.config import Config, ConfigError
 from common.weights import write_text
 from ops import compare_grid as grids
+from ops import endings
 from ops.compare_data import FIGURES, Result, read_result
 from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid
 from ops.compare_runs import Interrupts, Process, last_words, run_cells, start_run
@@ -189,7 +190,8 @@ class Work:
         result = read_result(self._folder, cell)
         accuracy, tokens = (_written(result, name) for name in ("avg_at_k", "tokens_generated"))
         seconds = time.monotonic() - self._began[cell]
-        return f"done, avg@{result.k or 'k'} {accuracy}, {tokens} tokens generated, {seconds:.0f} s"
+        warned = "".join(f"; WARNING: {endings.words(one)}" for one in result.unfair)
+        return f"done, avg@{result.k or 'k'} {accuracy}, {tokens} tokens generated, {seconds:.0f} s{warned}"
 
     def _log(self, cell: Cell) -> Path:
         return self._folder / "logs" / f"{cell.name}.log"

@@ -12,7 +12,7 @@ from typing import Any
 from actors.books import compared, read_lines
 from common.config import Config, ConfigError, load
 from ops import compare_drift as drift
-from ops import matching
+from ops import endings, matching
 from ops import report_data as data
 from ops.compare_grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
 from ops.rundir import read_json
@@ -50,6 +50,11 @@ FIGURES = {
         Figure("length_control", "control", ",.1f"),
         Figure("kept_treated", "kept", ",.1f"),
         Figure("length_saving", "saving", ".1f", " %", 100.0),
+        *(Figure(f"{fate}_share", fate.replace("_", " "), ".2f", " %", 100.0) for fate in endings.MEANINGS),
+        Figure("trainable_trained", "mean trained", ",.1f"),
+        Figure("trainable_stale", "mean stale", ",.1f"),
+        Figure("written_trained", "written: trained", ",.1f"),
+        Figure("written_stale", "written: stale", ",.1f"),
         *(
             Figure(f"{guard}_{when}", guard, ".3g" if guard == "threshold" else ".3f")
             for guard in drift.GUARDS
@@ -62,7 +67,7 @@ FIGURES = {
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens; `steps`:
-    the drift guards of the steps in which its policy could have cut."""
+    the drift guards of the steps in which its policy could have cut; `left_out`: what it did not train on."""
 
     cell: Cell
     config: Config
@@ -72,6 +77,12 @@ class Result:
     k: int | None
     problems: int | None
     evaluated_step: int | None
+    left_out: list[endings.LeftOut]
+
+    @property
+    def unfair(self) -> list[endings.LeftOut]:
+        """What was left out of its training and makes its sample another than the one that it wrote."""
+        return [one for one in self.left_out if one.warns]
 
     @property
     def policy(self) -> str:
@@ -140,16 +151,18 @@ def read_result(folder: Path, cell: Cell) -> Result:
         evaluations = sorted(read_lines(run / "eval.jsonl"), key=lambda line: int(line["step"]))
         curve = data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size))
         last = evaluations[-1] if evaluations else {}
+        ended = endings.by_ending(lines)
         steps = drift.judged(list(read_lines(run / "metrics.jsonl")), config.termination.policy)
         return Result(
             cell,
             config,
-            _figures(summary, last, lines) | drift.early_and_late(steps),
+            _figures(summary, last, lines) | _left_out_figures(ended) | drift.early_and_late(steps),
             curve,
             steps,
             last.get("k"),
             last.get("n"),
             last.get("step"),
+            endings.left_out(ended),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{run}: damaged ({error!r:.200}); expected the folder of a finished run") from error
@@ -170,6 +183,18 @@ def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[data.Lin
         "kept_treated": _mean(by_arm["treated"], "tokens_kept"),
         "length_saving": summary["length_saving"]["ratio"],
     }
+
+
+def _left_out_figures(ended: dict[str, endings.Ended]) -> dict[str, float | None]:
+    """Shares, 0 of what did not happen, and mean lengths of what was trained on and what was stale."""
+    figures: dict[str, float | None] = {
+        f"{fate}_share": ended[fate].share if fate in ended else 0.0 for fate in endings.MEANINGS
+    }
+    for fate in ("trained", "stale"):
+        one = ended.get(fate)
+        figures[f"trainable_{fate}"] = one.trainable.mean if one is not None and one.trainable is not None else None
+        figures[f"written_{fate}"] = one.generated.mean if one is not None and one.generated is not None else None
+    return figures
 
 
 def _mean(lines: Iterable[data.Line], name: str) -> float | None:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from common.weights import write_text
+from ops import endings
 from ops import report_plots as plots
 from ops.compare_data import FIGURES, Comparison, Figure, read_comparison, to_csv
 from ops.compare_drift import GUARDS
@@ -33,6 +34,13 @@ _CUTTING = (
     "length_control",
     "kept_treated",
     "length_saving",
+)
+_LEFT_OUT = (
+    *(f"{fate}_share" for fate in endings.MEANINGS),
+    "trainable_trained",
+    "trainable_stale",
+    "written_trained",
+    "written_stale",
 )
 _PAIRED = ("avg_at_k", "pass_at_k", "tokens_generated")
 _MATCHED_FIGURES = {"generated": "length_treated", "kept": "kept_treated"}
@@ -79,7 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 def all_tables(comparison: Comparison) -> list[Table]:
     """What is said of a comparison, in order."""
-    tables = [_results(comparison), _cutting(comparison), _drift(comparison)]
+    tables = [_results(comparison), _cutting(comparison), _left_out(comparison), _drift(comparison)]
     tables += [_pairs(comparison, one) for one in REFERENCES if comparison.of(one) and len(comparison.labels) > 1]
     if comparison.matches:
         tables.append(_matches(comparison))
@@ -98,6 +106,9 @@ def _results(comparison: Comparison) -> Table:
     if comparison.undone:
         names = ", ".join(f"{cell.name} ({comparison.states[cell]})" for cell in comparison.undone)
         notes.insert(0, f"NOT DONE, and left out everywhere: {names}.")
+    if any(result.unfair for result in comparison.results.values()):
+        names = ", ".join(cell.name for cell in sorted(comparison.results) if comparison.results[cell].unfair)
+        notes.insert(0, f"WARNING: trained on a sample that is not fair: {names}. See what was left out, below.")
     title = f"Results: {len(comparison.results)} runs, budget {budget}"
     return _by_row(comparison, title, _RESULT, notes)
 
@@ -109,6 +120,25 @@ def _cutting(comparison: Comparison) -> Table:
         "saving = 1 - treated / control."
     ]
     return _by_row(comparison, "What was cut", _CUTTING, notes)
+
+
+def _left_out(comparison: Comparison) -> Table:
+    meanings = ", ".join(f"{name} ({meaning})" for name, meaning in endings.MEANINGS.items())
+    notes = [
+        f"Shares of what was not trained on, of it and the trained: {meanings}. Then mean tokens of trained and "
+        f"stale ones: to train on (what the learner was given, or would have been: the sample), and written (how long "
+        f"it took). What takes long is stale first: a row that loses much of it trains on shorter texts than it wrote, "
+        f"and one whose policy shortens its rollouts loses less: at equal steps they differ by more than the policy."
+    ]
+    for cell in sorted(comparison.results):
+        notes += [f"WARNING, {cell.name}: {endings.words(one)}." for one in comparison.results[cell].unfair]
+    if len(notes) > 1:
+        notes.append(
+            f"Warned of is more than {endings.NEGLIGIBLE:.0%} stale, dead or lost whose mean lengths a fair sample has "
+            f"less than once in 100 times, or are not on record. A higher `learner.max_staleness`, fewer rollouts at a "
+            f"time (`feeder.concurrency`) or more teachers make them fewer."
+        )
+    return _by_row(comparison, "What was left out of the training", _LEFT_OUT, notes)
 
 
 def _drift(comparison: Comparison) -> Table:

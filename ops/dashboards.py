@@ -89,6 +89,11 @@ def mean(histogram: str, by: str = "", window: str = RATE_INTERVAL, **labels: st
     return f"{rate(f'{histogram}_sum', by, window, **labels)} / {rate(f'{histogram}_count', by, window, **labels)}"
 
 
+def lifetime_mean(histogram: str, by: str) -> str:
+    """The mean of all that a histogram has seen, apart by a label."""
+    return f"{_sum(by)}({of(f'{histogram}_sum')}) / {_sum(by)}({of(f'{histogram}_count')})"
+
+
 def total(metric: str, **labels: str) -> str:
     """A counter since the run began; 0, not nothing, for one whose label has not been counted yet."""
     return f"(sum({of(metric, **labels)}) or {_zero()})"
@@ -522,6 +527,19 @@ _STALENESS = Row(
                 Query(f"sum by (reason) ({of('trajectories_dropped_total')})", "{{reason}}"),
                 Query(total("trajectories_dropped_total"), "all"),
             ),
+        ),
+        Panel(
+            "Length to train on",
+            "Mean since the run began, by ending: what was trained on, and what would have been. Where stale is above "
+            "trained, long ones are left out, and what is trained on is no fair sample.",
+            "suffix: tokens",
+            (Query(lifetime_mean("ended_trainable_tokens", "reason"), "{{reason}}"),),
+        ),
+        Panel(
+            "Length written",
+            "Mean since the run began, by what became of the rollouts; of those that were never judged, so far.",
+            "suffix: tokens",
+            (Query(lifetime_mean("ended_length_tokens", "reason"), "{{reason}}"),),
         ),
     ),
 )

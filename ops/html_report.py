@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 
 from common.config import Config
 from common.weights import write_atomically
+from ops import endings
 from ops import report_data as data
 from ops import report_plots as plots
 from ops.reading import Reading, Words, readings_from_folder
@@ -132,7 +133,7 @@ def page(run: Run, drawn: dict[str, str]) -> str:
         "script_hash": f"sha256-{digest}",
         "name": escape(run.config.name),
         "headline": escape(headline(run)),
-        "figures": f"<div>{_facts(run)}</div><div>{_arms(run)}{_evaluations(run)}</div>",
+        "figures": f"<div>{_facts(run)}</div><div>{_arms(run)}{_endings(run)}{_evaluations(run)}</div>",
         "plots": "\n".join(_figure(name, drawn[name]) for name in plots.PLOTS),
         "shown": escape(_shown(run, len(chosen))),
         "data": _inert(table_data(run, chosen)),
@@ -179,6 +180,7 @@ def _facts(run: Run) -> str:
         ("length saving", _saving_text(run.saving)),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),
+        *(("left out", endings.words(one)) for one in endings.left_out(endings.by_ending(run.lines))),
     ]
     body = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
     return f"<table><caption>The run</caption><tbody>{body}</tbody></table>"
@@ -222,6 +224,17 @@ def _arms(run: Run) -> str:
     counts = [sum(totals[arm][name] for arm in ARMS) for name in list(names)[:-1]]
     mean = counts[1] / counts[0] if counts[0] else None
     return _table("Tokens", ["", *names.values()], [*rows, ["both", *counts, mean]])
+
+
+def _endings(run: Run) -> str:
+    """What became of the rollouts, and how long they were; a dash where it is not on record."""
+    heads = ["", "rollouts", "share", "at the limit", "to train on", "± sd", "written", "± sd"]
+    rows = []
+    for one in endings.by_ending(run.lines).values():
+        known = [(None, None) if found is None else (found.mean, found.sd) for found in (one.trainable, one.generated)]
+        share = one.rollouts / len(run.lines)
+        rows.append([one.fate, one.rollouts, share, one.at_limit, *(number for pair in known for number in pair)])
+    return _table("Endings, mean tokens", heads, rows) if rows else ""
 
 
 def _evaluations(run: Run) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 from common.config import Config
 from common.policies import written
 from common.streams import Plane
+from ops import endings
 from ops.summary import ARMS, length_saving
 from ops.tail import Tail, last_lines
 
@@ -240,5 +241,6 @@ def describe(summary: dict[str, Any], config: Config) -> str:
             f"ledger: admitted {ledger['admitted']} = trained {ledger['trained']} + dropped {dropped} "
             f"+ dead {ledger['dead']} + open {ledger['open']}"
         )
+    lines += [f"left out: {endings.words(one)}" for one in endings.left_out(endings.from_json(summary["endings"]))]
     lines.append(f"folder: {config.run_dir} (summary.json, report.html, model/)")
     return "\n".join(lines)

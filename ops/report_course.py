@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
+from ops import endings
 from ops import report_data as data
 from ops import report_series as series
 from ops.report_panels import (
@@ -142,17 +143,28 @@ def _draw_ages(axes: Any, run: Run) -> None:
     else:
         dropped = counts["dropped"].total()
         say_title(axes, f"Staleness: {percent(dropped / total)} dropped" if dropped else "Staleness: none dropped")
-        for name, colour in (("trained", GREEN), ("dropped", VERMILLION)):
+        ended = endings.by_ending(run.lines)
+        for name, fate, colour in (("trained", "trained", GREEN), ("dropped", "stale", VERMILLION)):
             ages = sorted(counts[name])
             if ages:
-                axes.bar(ages, [counts[name][age] for age in ages], color=colour, width=0.8, label=name)
-        axes.axvline(run.config.learner.max_staleness + 0.5, color=INK, linewidth=1.2, linestyle=":", label="limit")
+                label = f"{name}: {_mean_length(ended[fate])}" if dropped else name
+                axes.bar(ages, [counts[name][age] for age in ages], color=colour, width=0.8, label=label)
+        limit, top = run.config.learner.max_staleness + 0.5, 0.68 if dropped else 1.0  # beneath the legend
+        axes.axvline(limit, ymax=top, color=INK, linewidth=1.2, linestyle=":", label="limit")
         axes.set_xlabel("versions between oldest token and step")
         axes.set_ylabel("trajectories")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(0, 1.4 * max(max(seen.values(), default=0) for seen in counts.values()))
-        axes.legend(frameon=False, fontsize=12, loc="upper left", ncol=2, labelcolor=INK)
+        room = 1.75 if dropped else 1.4  # for the legend
+        axes.set_ylim(0, room * max(max(seen.values(), default=0) for seen in counts.values()))
+        axes.legend(frameon=False, fontsize=12, loc="upper left", ncol=1 if dropped else 2, labelcolor=INK)
         plain(axes)
+
+
+def _mean_length(ended: endings.Ended) -> str:
+    """To train on, where that is on record: what was too old was longer, as a rule."""
+    if ended.trainable is not None:
+        return f"mean {ended.trainable.mean:.0f} tokens"
+    return f"mean {ended.generated.mean:.0f} tokens written" if ended.generated is not None else "length unknown"
 
 
 def _draw_ages_by_step(axes: Any, run: Run) -> None:

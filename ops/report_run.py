@@ -20,7 +20,7 @@ from ops.summary import Saving, length_saving
 _SAMPLED_TRACES = 400
 _Types = dict[str, Any]
 _NUMBER = int | float
-_LATE = frozenset({"admitted_unix_s", "verdict_unix_s", "ended_unix_s"})  # old books lack them
+_LATE = frozenset({"admitted_unix_s", "verdict_unix_s", "ended_unix_s", "tokens_trainable"})  # old books lack them
 _STEP: _Types = {"step": int, "policy_version": int}
 _EVALUATION: _Types = {"step": int, "policy_version": int, "k": int, "n": int, "avg@k": _NUMBER, "pass@k": _NUMBER}
 

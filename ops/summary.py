@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from actors.books import compared, read_lines
 from common.weights import write_text
+from ops import endings
 from ops.bootstrap import interval, resampled_sums
 
 ARMS = ("treated", "control")
@@ -77,6 +78,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "wall_s": json.loads(wall_file.read_text())["wall_s"] if wall_file.exists() else None,
         "arms": {arm: arm_totals(lines, arm) for arm in ARMS},
         "length_saving": {"ratio": saving.ratio, "low": saving.low, "high": saving.high},
+        "endings": endings.to_json(endings.by_ending(lines)),
         "finish_reasons": dict(sorted(Counter(line["finish_reason"] for line in lines).items())),
         "eval": sorted(evaluations, key=lambda line: line["policy_version"]),
         "ledger": ledger,

@@ -48,6 +48,7 @@ def line(**changes: Any) -> dict[str, Any]:
         "admitted_unix_s": None,
         "verdict_unix_s": None,
         "ended_unix_s": None,
+        "tokens_trainable": 10,
     }
     return fields | changes
 
@@ -197,6 +198,7 @@ def _rollout(
         admitted_unix_s=begin,
         verdict_unix_s=begin + float(rng.random()),
         ended_unix_s=begin + 2.0,
+        tokens_trainable=keep,
     )
     divergence = np.exp(rng.normal(-4.0, 2.0, total))
     traced = trace_line(divergence.tolist(), keep, trigger, arm, rid, rng.integers(0, ids, total).tolist())

@@ -209,10 +209,12 @@ def _line_fits(line: BookLine, trace: Trace | None) -> Iterator[Violation]:
         "tokens_kept": trace.keep,
         "tokens_detection": trace.trigger - trace.keep,
         "tokens_trained": trace.train if line.ending == "trained" else 0,
+        "tokens_trainable": trace.train,
     }
     for name, number in wanted.items():
-        if getattr(line, name) != number:
-            detail = f"{name} {getattr(line, name)} on record, {number} by its verdict"
+        found = getattr(line, name)
+        if found is not None and found != number:  # None: not in books older than the field
+            detail = f"{name} {found} on record, {number} by its verdict"
             yield Violation("within_verdict", line.rid, detail)
 
 

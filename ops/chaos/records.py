@@ -231,6 +231,7 @@ def _book_line(tree: Any) -> BookLine:
     for name in _TEXTS:
         _text(tree, name)
     _optional(line.staleness, int, "staleness")
+    _optional(line.tokens_trainable, int, "tokens_trainable")
     _optional(line.threshold, float, "threshold")
     _optional(line.min_window, float, "min_window")
     return line

@@ -61,6 +61,15 @@ def test_generated_is_kept_and_detection_and_overshoot(a: int, b: int, generated
     assert one.tokens_generated == one.tokens_kept + one.tokens_detection + one.tokens_overshoot
     assert min(one.tokens_kept, one.tokens_detection, one.tokens_overshoot) >= 0
     assert one.tokens_trained == (keep if ending == "trained" else 0)
+    assert one.tokens_trainable == keep
+
+
+@pytest.mark.parametrize(("ending", "trained"), [("trained", 3), ("dropped", 0), ("dead", 0)])
+def test_what_there_was_to_train_on_is_the_verdicts_whatever_became_of_it(ending: str, trained: int) -> None:
+    """Not what is before the cut: a control rollout may be trained on whole."""
+    verdict = make_verdict(keep=2, train=3)
+    one = line_of(verdict, ending=ending, reason="", generated=7, staleness=1, active=True, correct=None)
+    assert (one.tokens_kept, one.tokens_trained, one.tokens_trainable) == (2, trained, 3)
 
 
 def test_the_ledgers_field_names_the_reason_of_a_drop() -> None:
@@ -72,7 +81,7 @@ def test_an_unjudged_rollouts_line() -> None:
     one = unjudged_line("r1", "control", 5, ending="dropped", reason="run_end", generated=9)
     assert (one.arm, one.problem, one.finish_reason, one.active) == ("control", 5, "unfinished", False)
     assert one.tokens_generated == one.tokens_kept + one.tokens_detection + one.tokens_overshoot == 9
-    assert one.tokens_trained == 0
+    assert (one.tokens_trained, one.tokens_trainable) == (0, None)
 
 
 def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
@@ -219,6 +228,48 @@ def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
     assert mean == {"treated": (40 + 8 + 30) / 3, "control": 60}
     saving = length_saving(list(read_lines(tmp_path / "rollouts.jsonl")))
     assert saving.ratio == 1 - mean["treated"] / mean["control"]
+
+
+def test_the_metrics_tell_how_long_was_what_was_trained_on_and_what_was_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one without a verdict nobody knows what it would have given, of a lost one not even what it wrote."""
+    for name in ("ended_length", "ended_trainable"):
+        monkeypatch.setattr(metrics, name, Histogram(name, "", ["reason"], registry=None))
+    books = Books(tmp_path, record_traces=False)
+    stale, empty = {"ending": "dropped", "reason": "stale"}, {"ending": "dropped", "reason": "empty"}
+    judged = [line("r1"), line("r2", generated=9), line("r3", generated=30, **stale), line("r4", **empty)]
+    judged[3] = replace(judged[3], tokens_trainable=0)
+    judged.append(replace(line("r5", generated=40, **stale), tokens_trainable=None))  # of older books
+    unjudged = [
+        unjudged_line(rid, "treated", 0, ending=ending, reason=reason, generated=generated)
+        for rid, ending, reason, generated in (
+            ("r6", "dropped", "run_end", 12),
+            ("r7", "dropped", "lost", 0),
+            ("r8", "dead", "rollout", 5),
+        )
+    ]
+    books.write([Booking(one) for one in (*judged, *unjudged)])
+    books.close()
+
+    def seen(histogram: Any) -> dict[str, tuple[float, float]]:
+        """Reason → how many, and tokens of all together."""
+        values = {(one.labels["reason"], one.name): one.value for one in next(iter(histogram.collect())).samples}
+        name = histogram._name
+        return {
+            reason: (values[reason, f"{name}_count"], values[reason, f"{name}_sum"])
+            for reason, kind in values
+            if kind == f"{name}_count"
+        }
+
+    assert seen(metrics.ended_length) == {
+        "trained": (2, 16),
+        "stale": (2, 70),
+        "empty": (1, 7),
+        "run_end": (1, 12),
+        "dead": (1, 5),
+    }
+    assert seen(metrics.ended_trainable) == {"trained": (2, 4), "stale": (1, 2), "empty": (1, 0)}
 
 
 @pytest.mark.parametrize(("reason", "observed"), [("fixed", 1), ("kl_trap", 1), ("eos", 0), ("length", 0)])

@@ -47,6 +47,8 @@ EXPECTED = {
     "learner_loss_nats": ("gauge", ()),
     "learner_idle_ratio": ("gauge", ()),
     "trajectories_dropped": ("counter", ("reason",)),
+    "ended_length_tokens": ("histogram", ("reason",)),
+    "ended_trainable_tokens": ("histogram", ("reason",)),
     "stream_outstanding": ("gauge", ("stream",)),
     "stream_oldest_pending_seconds": ("gauge", ("stream",)),
     "rollouts_open": ("gauge", ()),

@@ -332,6 +332,10 @@ def other_tokens_trained_in_the_books(folder: Folder) -> None:
     folder.line(1)["tokens_trained"] -= 1
 
 
+def other_tokens_to_train_on_in_the_books(folder: Folder) -> None:
+    folder.line(7)["tokens_trainable"] -= 1  # dropped as stale
+
+
 def dropped_and_trained_in_the_books(folder: Folder) -> None:
     folder.line(9)["tokens_trained"] = 6
 
@@ -340,7 +344,8 @@ def a_later_cut(folder: Folder) -> None:
     """One token more is kept, and all the rest is made to agree."""
     folder.trace(1).update(keep=CUT_TO + 1, train=CUT_TO + 1)
     line = folder.line(1)
-    line.update(tokens_kept=CUT_TO + 1, tokens_trained=CUT_TO + 1, tokens_detection=line["tokens_detection"] - 1)
+    line.update(dict.fromkeys(("tokens_kept", "tokens_trained", "tokens_trainable"), CUT_TO + 1))
+    line["tokens_detection"] -= 1
     folder.trained[0]["tokens"][1] = CUT_TO + 1
     folder.trained[0]["digests"][1] = row_digest(np.arange(CUT_TO + 1, dtype=np.int32) + 1)
     folder.count()
@@ -510,6 +515,7 @@ BREAKS: dict[str, list[Callable[[Folder], None]]] = {
         a_control_rollout_trained_whole,
         tokens_that_nobody_accounts_for,
         other_tokens_trained_in_the_books,
+        other_tokens_to_train_on_in_the_books,
         dropped_and_trained_in_the_books,
     ],
     "verdict_replayed": [
@@ -725,6 +731,7 @@ def test_other_policies_are_replayed_too(honest: Folder, policy: str, tokens: in
             finish_reason="fixed",
             tokens_kept=tokens,
             tokens_trained=tokens,
+            tokens_trainable=tokens,
             tokens_overshoot=folder.line(0)["tokens_generated"] - tokens,
         )
         folder.trained[0].update(tokens=[tokens], digests=[row_digest(np.arange(tokens, dtype=np.int32))])

@@ -38,7 +38,7 @@ def fill(config: Config) -> None:
     for number in range(BATCH * STEPS):
         arm = "control" if number % 4 == 0 else "treated"
         fields: dict[str, Any] = {"rid": f"r{number}", "arm": arm, "problem": number, "active": policy != "none"}
-        fields |= {"tokens_generated": 40, "tokens_kept": 40, "tokens_trained": 40}
+        fields |= {"tokens_generated": 40, "tokens_kept": 40, "tokens_trained": 40, "tokens_trainable": 40}
         if arm == "treated" and number % 2 and policy != "none":
             fields |= {"finish_reason": "cut", "tokens_generated": 26, "tokens_kept": 20, "tokens_trained": 20}
             fields |= {"tokens_detection": 4, "tokens_overshoot": 2}
@@ -456,7 +456,7 @@ def test_the_report_is_made_from_the_folders_alone_and_twice_the_same(
     assert len(runner.started) == 9
     check_csv(first["compare.csv"].decode())
     page = first["compare.html"].decode()
-    assert page.count("<table>") == 6 and "<svg" in page and "http:" not in page
+    assert page.count("<table>") == 7 and "<svg" in page and "http:" not in page
     assert first["compare.png"].startswith(b"\x89PNG")
 
 
@@ -492,6 +492,62 @@ def test_the_tables_by_hand(tmp_path: Path, runner: Runner, call: Callable[..., 
     # 0.100, 0.101, 0.102; half = 4.3027 · 0.001 / √3.
     expected = ["avg@4", "kat", "3", "+0.101", "+0.099 to +0.103", "+0.100 to +0.102", "3 0 0", "higher"]
     assert [part.strip() for part in pair.strip("| ").split("|")] == expected
+
+
+def drop_as_stale(run: Path, count: int, tokens: int) -> None:
+    """Besides what a run has trained on."""
+    lines = [json.loads(text) for text in (run / "rollouts.jsonl").read_text().splitlines()]
+    changes = {"ending": "dropped", "reason": "stale", "finish_reason": "length", "staleness": 9, "tokens_trained": 0}
+    lengths = dict.fromkeys(("tokens_generated", "tokens_kept", "tokens_trainable"), tokens)
+    lines += [line(rid=f"r{len(lines) + one}", active=False, **changes, **lengths) for one in range(count)]
+    write_lines(run / "rollouts.jsonl", lines)
+    write_summary(run)
+
+
+def test_a_run_that_trained_on_a_sample_that_is_not_fair_is_named(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seven that ran to 192 in one run; as many of 40 tokens, and two of 192 (a hundredth), in two others."""
+    stale = {"none-s1": (7, 192), "none-s0": (7, 40), "kat-s0": (2, 192)}
+
+    def end(config: Config, log: Path) -> int:
+        fill(config)
+        if config.name in stale:
+            drop_as_stale(config.run_dir, *stale[config.name])
+        return 0
+
+    runner._end = end  # type: ignore[method-assign]
+    assert call() == 0
+    out = capsys.readouterr().out
+    ended = {one.split("] ")[1].split(":")[0]: one for one in out.splitlines() if ": done, " in one}
+    named = [cell for cell, said in ended.items() if "WARNING" in said]
+    assert named == ["none-s1"]
+    words = "stale (older than learner.max_staleness when its turn came): 7, 3.4% of them and the trained"
+    assert (
+        f"WARNING: {words}. Mean tokens (± sd) against the trained: 192.0 ± 0.0 against 40.0 ± 0.0" in ended["none-s1"]
+    )
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert text.strip().split("\n![")[0].strip() in out
+    assert "WARNING: trained on a sample that is not fair: none-s1. See" in text
+    assert text.count("WARNING, ") == 1 and f"WARNING, none-s1: {words}" in text
+    assert "WARNING, none-s1: " in (tmp_path / "grid" / "compare.html").read_text()
+    rows = {
+        row["row"] + row["seed"]: row
+        for row in csv.DictReader((tmp_path / "grid/compare.csv").read_text().splitlines())
+    }
+    assert float(rows["none1"]["stale_share"]) == pytest.approx(7 / 207)
+    names = ("trainable_trained", "trainable_stale", "written_trained", "written_stale", "run_end_share")
+    assert [rows["none1"][name] for name in names] == ["40.0", "192.0", "40.0", "192.0", "0.0"]
+    assert [rows["kat1"][name] for name in names] == ["30.0", "", "33.0", "", "0.0"]
+
+
+def test_where_little_was_left_out_nothing_is_warned_of(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call() == 0
+    assert "WARNING" not in capsys.readouterr().out
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert "WARNING" not in text and "## What was left out of the training" in text
 
 
 def test_the_share_called_by_chance_has_two_digits(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
