@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.engine import check_full_attention, self_test
@@ -29,10 +28,14 @@ def load_model(folder: Path, *, dtype: str, device: str, vocab_size: int) -> Pre
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    except Exception as error:  # the code of a model may raise anything over a config that it did not expect
+        raise ModelError(f"{folder}: cannot be loaded ({_brief(error)})") from error
     check_full_attention(model.config)
     model = model.to(device).eval().requires_grad_(False)
     self_test(model, vocab_size=vocab_size)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -12,3 +12,6 @@ for _name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
     os.environ.pop(_name, None)
 # matplotlib refuses to be imported where it does not know the backend. Here pictures are files, drawn by Agg.
 os.environ["MPLBACKEND"] = "agg"
+# Celery takes its loader, a config module and URLs from there. Here all of that comes from the config file.
+for _name in [name for name in os.environ if name.startswith("CELERY_")]:
+    del os.environ[_name]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -530,8 +529,9 @@ def _load(folder: Path, config: Config) -> Any:
             trust_remote_code=False,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    except Exception as error:  # the code of a model may raise anything over a config that it did not expect
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
     widen_head(model)
     # Dropout would make p_θ of the same token differ between worker and learner.
     return model.to(config.learner.device).eval()

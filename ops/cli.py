@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import locale
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -315,8 +316,18 @@ def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
     return load(path, [*arguments.overrides, *more, *where], import_policy=arguments.command in _JUDGES)
 
 
+def _in_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale has another encoding: run files and messages are UTF-8, and
+    the processes that are started from here are to read and write them alike."""
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    if argv is None:
+        _in_utf8()
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 from samples import make_config
 
 from actors.engines import engines_for
-from common.pretrained import PACKAGE_ROOT
+from actors.models import load_model
+from common.pretrained import PACKAGE_ROOT, ModelError
 
 
 def test_engines_are_kept_for_the_same_models_and_not_for_one_that_was_written_over(tmp_path: Path) -> None:
@@ -25,3 +29,24 @@ def test_engines_are_kept_for_the_same_models_and_not_for_one_that_was_written_o
     second = engines_for(config)
     assert second is not first
     assert engines_for(config) is second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "odd",
+    [{"hidden_act": "nonsense"}, {"head_dim": "wide"}, {"layer_types": ["full_attention"]}, {"vocab_size": -1}],
+    ids=str,
+)
+def test_a_config_that_a_model_s_code_fails_on_is_said_with_the_folder(tmp_path: Path, odd: dict[str, Any]) -> None:
+    from learner.train import _load
+
+    folder = tmp_path / "odd"
+    shutil.copytree(PACKAGE_ROOT / "ops" / "models" / "student", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    for load in (
+        lambda: load_model(folder, dtype="float32", device="cpu", vocab_size=37),
+        lambda: _load(folder, make_config(tmp_path)),
+    ):
+        with pytest.raises(ModelError, match=f"{folder}: cannot be loaded \\([A-Za-z]+: "):
+            load()

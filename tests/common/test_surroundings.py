@@ -35,3 +35,38 @@ def test_metrics_of_several_processes_in_files_are_not_ours(tmp_path: Path, name
 def test_pictures_need_no_backend(backend: str) -> None:
     done = run(DRAW, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CELERY_CONFIG_MODULE", "nothing_here"),
+        ("CELERY_LOADER", "nothing.here"),
+        ("CELERY_BROKER_URL", "redis://nowhere:1/0"),
+        ("CELERY_RESULT_BACKEND", "nowhere://"),
+    ],
+)
+def test_settings_of_another_celery_are_not_ours(name: str, value: str) -> None:
+    """Also of a worker that is started as `celery -A actors.app worker`."""
+    ask = "app.loader.import_default_modules(); print(app.conf.broker_url, app.conf.result_backend)"
+    for first in ("from actors.app import app", "from celery import Celery; from actors.app import app"):
+        done = run(f"{first}; {ask}", **{name: value})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["redis://localhost:6379/1", "None"]
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "LANG": "C"}])
+def test_another_encoding_of_the_locale_changes_no_file_and_no_message(tmp_path: Path, locale: dict[str, str]) -> None:
+    """PYTHONUTF8=0 keeps Python from turning the C locale into UTF-8 by itself, as it does not with a Latin-1 one."""
+    config = tmp_path / "größe.yaml"
+    shipped = (ROOT / "ops" / "experiments" / "demo.yaml").read_text(encoding="utf-8")
+    config.write_text(f"# Größe η\n{shipped}", encoding="utf-8")
+    done = subprocess.run(
+        [Path(sys.executable).parent / "katana", "check", config],
+        env=os.environ | locale | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "η 0.6" in done.stdout.decode("utf-8")
