@@ -52,8 +52,9 @@ def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.parametrize("times", [1, 8])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
+def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, number: signal.Signals, times: int) -> None:
     run = subprocess.Popen(
         [*COMMAND.split(), f"--basetemp={tmp_path / 'inner'}"],
         cwd=ROOT,
@@ -63,7 +64,9 @@ def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, numbe
     )
     pid = pytest_of(run.pid)
     [mark] = [one for one in marks() if one.startswith(f"{pid}-")]
-    run.send_signal(number)
+    for _ in range(times):
+        run.send_signal(number)  # to a process that has ended: nothing
+        time.sleep(0.2)
     assert run.wait(60) != 0
     assert marked(mark) == []
 
