@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(run)
     former = run.add_mutually_exclusive_group()
     former.add_argument(
-        "--resume", action="store_true", help="go on in the run's folder; README: which keys may change"
+        "--resume", action="store_true", help="go on in the run's folder; docs/running.md: which keys may change"
     )
     former.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
 
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument("run", type=Path, help="the run's folder, for example runs/demo")
 
     known = commands.add_parser("keys", help="every config key with its default and meaning")
-    known.add_argument("--markdown", action="store_true", help="as the table in the README")
+    known.add_argument("--markdown", action="store_true", help="as the table in docs/configuration.md")
     return parser
 
 
