@@ -9,29 +9,24 @@ chunks. All of them are on record, so whoever has the record comes to the same v
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import os
-import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from common import policy_names
+from common.config import Config, ConfigError, Termination
 from common.draws import fraction
+from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut
-
-if TYPE_CHECKING:
-    from common.config import Termination
-
-OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-
 
 # All that Python itself raises for a mistake in somebody's code. `sys.exit()` would end Katana without a word.
 _MISTAKES = (
@@ -52,10 +47,6 @@ _MISTAKES = (
     TypeError,
     ValueError,
 )
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be used. The message says what is wrong and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,19 +276,9 @@ def extremes(settings: Termination) -> Kat:
     return Kat(**_windows(settings), threshold=None, inverse=find(settings.policy).looks_high)
 
 
-def check_name(name: str) -> None:
-    """Raises PolicyError unless it is a policy's name or has the form of one of your own. Imports nothing."""
-    if name in POLICIES or OWN.fullmatch(name):
-        return
-    near = difflib.get_close_matches(name, POLICIES, n=1)
-    hint = f" (the nearest is {near[0]!r})" if near else ""
-    allowed = f"{', '.join(POLICIES)}, or package.module:ClassName"
-    raise PolicyError(f"no such policy{hint}; allowed: {allowed}; found {name[:80]!r}")
-
-
 def find(name: str) -> type[Policy]:
     """The class by its name; one of your own is imported. Raises PolicyError."""
-    check_name(name)
+    policy_names.check(name)
     if name in POLICIES:
         return POLICIES[name]
     module_name, _, class_name = name.partition(":")
@@ -332,6 +313,17 @@ def _told(error: BaseException, module_name: str) -> str:
     own = [one for one in places if one.filename.removesuffix(".py").endswith(module_name.replace(".", "/"))]
     place = (own or places)[-1]
     return f"{type(error).__name__}: {error}"[:200] + f", {os.path.basename(place.filename)} line {place.lineno}"
+
+
+def check_policy(config: Config, *, source: str) -> None:
+    """Import the policy, a custom one too, and make one object of it: for commands that judge, or start what does.
+
+    Raises ConfigError, with `source` before it.
+    """
+    try:
+        check(config.termination, config.rollout.max_completion_length)
+    except PolicyError as error:
+        raise ConfigError(f"{source}: termination.policy: {error}") from error
 
 
 def check(settings: Termination, max_tokens: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from common.config import Config, ConfigError
+from common.policies import check_policy
 from common.weights import write_text
 from ops import compare_grid as grids
 from ops import endings
@@ -81,7 +82,9 @@ def _planned(folder: Path, base: Config, asked: Grid, tokens: int | None) -> tup
     what is there already is not the same experiment."""
     grid = grids.joined(folder, asked)
     labels = {row.label for row in asked.rows}
-    configs = {row.label: grids.row_config(base, row, tokens, import_policy=row.label in labels) for row in grid.rows}
+    configs = {row.label: grids.row_config(base, row, tokens) for row in grid.rows}
+    for label in labels:  # of a row that is not run now, a custom policy is not imported
+        check_policy(configs[label], source=f"row {label!r}")
     work = Work(folder, configs)
     work.check_there(grid)
     return grid, work, work.todo(asked)

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import policies
+from common import policies, policy_names
 from common.config import ConfigError, Termination, load, parse
 from common.draws import fraction, rollout_seed
 from common.policies import (
     POLICIES,
     Policy,
-    PolicyError,
     Progress,
     Situation,
     drawn_position,
@@ -26,6 +25,7 @@ from common.policies import (
     unit_of,
     written,
 )
+from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, Kat, MinimaBuffer
 
 OWN = "own_policy:Halved"
@@ -246,38 +246,40 @@ def test_a_policy_that_fails_when_it_is_made_is_refused(mistake: int, said: str)
         policies.check(rule("own_policy:Unwilling", options={"mistake": mistake}), 64)
 
 
-def test_load_imports_the_policy_and_parse_does_not(tmp_path: Path) -> None:
+def test_reading_a_config_imports_no_policy(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(LEAST + "termination: {policy: 'own_policy:Halved', options: {head: 4, share: 0.5}}\n")
+    policies.check_policy(load(path), source="c.yaml")
     assert load(path).termination.options == {"head": 4.0, "share": 0.5}
-    gone = LEAST + "termination: {policy: 'gone.for_good:Halved'}\n"
-    assert parse(gone).termination.policy == "gone.for_good:Halved"
-    path.write_text(gone)
-    assert load(path, import_policy=False).termination.policy == "gone.for_good:Halved"
-    with pytest.raises(ConfigError, match=r"termination\.policy: 'gone\.for_good:Halved': the module cannot be"):
-        load(path)
+    path.write_text(LEAST + "termination: {policy: 'gone.for_good:Halved'}\n")
+    config = load(path)
+    assert config.termination.policy == "gone.for_good:Halved"
+    told = r"^c\.yaml: termination\.policy: 'gone\.for_good:Halved': the module cannot be"
+    with pytest.raises(ConfigError, match=told):
+        policies.check_policy(config, source="c.yaml")
 
 
-def test_settings_that_a_policy_refuses_are_an_error_at_load(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
+def test_settings_that_a_policy_refuses_are_an_error_where_it_is_imported() -> None:
+    config = parse(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
     with pytest.raises(ConfigError, match=r"refuses these settings \(KeyError: 'head'"):
-        load(path)
+        policies.check_policy(config, source="c.yaml")
 
 
-def test_what_is_calibrated_on_the_control_arm_needs_one() -> None:
+def test_the_names_that_a_config_knows_are_those_of_the_classes() -> None:
+    assert tuple(POLICIES) == policy_names.BUILT_IN
+
+
+def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(policies.Calibrated):
         def __init__(self, settings: Termination, situation: Situation) -> None: ...
 
         def feed(self, divergence: Any) -> None: ...
 
-    POLICIES["mine"] = Mine
-    try:
-        with pytest.raises(PolicyError, match="control_fraction is 0"):
-            policies.check(rule("mine", control_fraction=0), 64)
-        policies.check(rule("mine", control_fraction=0, calibrate_on="all"), 64)
-    finally:
-        del POLICIES["mine"]
+    monkeypatch.setattr("own_policy.Mine", Mine, raising=False)
+    mine = "own_policy:Mine"
+    with pytest.raises(PolicyError, match="control_fraction is 0"):
+        policies.check(rule(mine, control_fraction=0), 64)
+    policies.check(rule(mine, control_fraction=0, calibrate_on="all"), 64)
 
 
 @pytest.mark.parametrize(
