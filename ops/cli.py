@@ -546,7 +546,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         return compare.report(compare.grid_folder(config, name))
     budget = resolved_budget(arguments.budget, config)
     request = compare.Request(
-        arguments.policies, arguments.variant, arguments.seeds, budget, arguments.overrides, arguments.jobs
+        arguments.policies,
+        arguments.variant,
+        arguments.seeds,
+        budget,
+        arguments.overrides,
+        arguments.jobs,
+        arguments.config.parent,
     )
     return compare.compare(config, name, request)
 

@@ -35,6 +35,7 @@ class Request:
     budget: str
     overrides: Sequence[str] = ()  # in the config already
     jobs: int = 1
+    folder: Path = Path()  # of the config, where files of custom policies are looked for
 
 
 def grid_folder(config: Config, name: str | None) -> Path:
@@ -53,7 +54,7 @@ def compare(base: Config, name: str | None, request: Request) -> int:
     if tokens is not None and any(item.partition("=")[0].strip() == "learner.max_steps" for item in request.overrides):
         raise ConfigError("--set learner.max_steps: with --budget tokens:N it is the tokens that end a run")
     grids.check_base(base, tokens)
-    rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants))
+    rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants, request.folder))
     asked = Grid(rows, grids.read_seeds(request.seeds), request.budget)
     _, work, todo = _planned(folder, base, asked, tokens)
     work.check_rows(todo)

@@ -11,6 +11,7 @@ that is asked for now.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,13 @@ def resolved_budget(text: str, base: Config) -> str:
     return f"tokens:{base.learner.max_generated_tokens}"
 
 
-def read_rows(names: str, variants: Sequence[str]) -> tuple[Row, ...]:
-    """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError."""
-    rows = [_policy_row(name.strip()) for name in names.split(",") if name.strip()]
-    rows += [_variant_row(text) for text in variants]
+def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tuple[Row, ...]:
+    """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError.
+
+    `folder`: that of the config, where files of custom policies are looked for first.
+    """
+    rows = [_policy_row(name.strip(), folder) for name in names.split(",") if name.strip()]
+    rows += [_variant_row(text, folder) for text in variants]
     labels = [row.label for row in rows]
     if not rows:
         raise ConfigError("--policies: names no policy")
@@ -125,15 +129,25 @@ def read_rows(names: str, variants: Sequence[str]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _policy_row(name: str) -> Row:
+def _policy_row(name: str, folder: Path = Path()) -> Row:
     try:
         policy_names.check(name)
     except policy_names.PolicyError as error:
         raise ConfigError(f"--policies {name!r:.80}: {error}") from error
-    return Row(_label(name.replace(":", "."), f"--policies {name!r:.80}"), (f"termination.policy={name}",))
+    where, class_name = policy_names.split(name)
+    label = f"{Path(where).stem}.{class_name}" if policy_names.in_file(name) else name.replace(":", ".")
+    return Row(_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
 
 
-def _variant_row(text: str) -> Row:
+def _located(change: str, folder: Path) -> str:
+    """A change with the absolute path of the policy's file, if it names one: the grid may be asked from elsewhere."""
+    key, _, name = change.partition("=")
+    if key.strip() != "termination.policy" or not policy_names.in_file(name.strip()):
+        return change
+    return f"termination.policy={json.dumps(policy_names.located(name.strip(), folder))}"
+
+
+def _variant_row(text: str, folder: Path) -> Row:
     where = f"--variant {text!r:.80}"
     label, _, rest = text.partition(":")
     # A comma inside a value, as in {a: 1, b: 2}, stands before no key.
@@ -148,7 +162,7 @@ def _variant_row(text: str) -> Row:
         raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
     if label in policy_names.BUILT_IN:
         raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
-    return Row(_label(label, where), changes)
+    return Row(_label(label, where), tuple(_located(change, folder) for change in changes))
 
 
 def _label(text: str, where: str) -> str:

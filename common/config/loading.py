@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from common import policy_names
 from common.config.sections import Benchmark, Config, Redis, Section
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -31,6 +32,9 @@ class ConfigError(ValueError):
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and put `a.b=c` overrides on top. Imports no policy: whoever judges does (`common.policies`).
 
+    A policy that is named by its file gets the file's absolute path: it is looked for beside the config, then in the
+    working directory.
+
     Raises:
         ConfigError: unreadable file, broken YAML, unknown key (names the nearest), wrong type or value.
     """
@@ -38,7 +42,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse(raw, overrides, source=str(path))
+    return _with_policy_located(parse(raw, overrides, source=str(path)), path.parent)
+
+
+def _with_policy_located(config: Config, folder: Path) -> Config:
+    rule = config.termination
+    policy = policy_names.located(rule.policy, folder)
+    if policy == rule.policy:
+        return config
+    return config.model_copy(update={"termination": rule.model_copy(update={"policy": policy})})
 
 
 def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
@@ -229,6 +241,8 @@ def check_resume(before: Config, after: Config) -> None:
     """Raises ConfigError when a resumed run would change a key that its record depends on."""
     old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
     allowed = resumable(deterministic=before.deterministic)
+    if policy_names.same(before.termination.policy, after.termination.policy):
+        old["termination.policy"] = new["termination.policy"]
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in allowed]
     if changed:
         raise ConfigError(

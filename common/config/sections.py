@@ -142,7 +142,8 @@ class Termination(Section):
     policy: str = Field(
         "kat",
         description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, `kat`, "
-        "`kat_absolute`, `kat_inverse`, or one of your own, `package.module:ClassName` (docs/policies.md).",
+        "`kat_absolute`, `kat_inverse`, or a custom one, `path/to/file.py:ClassName` or `package.module:ClassName` "
+        "(docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens behind it out of the loss."
