@@ -25,7 +25,7 @@ from typing import ClassVar, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from common import policy_names
+from common import own_packages, policy_names
 from common.config import Config, ConfigError, Termination
 from common.draws import fraction
 from common.policy_names import PolicyError
@@ -288,7 +288,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
         raise PolicyError(
             f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
             f"runs a feeder or an arbiter (PYTHONPATH, or an installed package), or be named by its file, "
-            f"path/to/file.py:{policy_names.split(name)[1]}"
+            f"path/to/file.py:{policy_names.split(name)[1]}{_hint(error)}"
         ) from error
     except _MISTAKES as error:
         raise _refused(name, "module", error) from error
@@ -329,7 +329,15 @@ def _refused(name: str, kind: str, error: BaseException) -> PolicyError:
     if isinstance(error, SyntaxError):
         where = f"line {error.lineno} of the {kind}" if error.lineno else f"the {kind}"
         return PolicyError(f"{name!r}: {where} is no Python ({error.msg})")
-    return PolicyError(f"{name!r}: the {kind} fails when it is imported ({_told(error, name)})")
+    return PolicyError(f"{name!r}: the {kind} fails when it is imported ({_told(error, name)}){_hint(error)}")
+
+
+def _hint(error: BaseException) -> str:
+    """Where a module was looked for in one of our packages, as one of a package of the same name."""
+    if not isinstance(error, ImportError) or not own_packages.is_ours(error.name):
+        return ""
+    taken = str(error.name).partition(".")[0]
+    return f"; {taken!r} is a package of Katana: give yours another name"
 
 
 def _told(error: BaseException, name: str) -> str:
