@@ -1,0 +1,10 @@
+"""The roles around the rollouts. `celery -A actors.app worker` begins here, where another `common` may lie about."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).absolute().parents[1]))
+from common import own_packages
+
+del sys.path[0]
+own_packages.find_first()

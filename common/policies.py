@@ -1,7 +1,7 @@
 """The policies that may end a rollout early, by the name that `termination.policy` gives. No Redis, no clock, no torch.
 
 A policy is one class. An object of it judges one rollout: it is made from the settings and a `Situation`, and fed the
-rollout's divergences in order. One of your own is named `package.module:ClassName`; docs/policies.md shows how.
+rollout's divergences in order. A custom one is named by its file or its module; docs/policies.md shows how.
 
 Invariant: a verdict is a function of the settings, the situation and the divergences, however these were cut into
 chunks. All of them are on record, so whoever has the record comes to the same verdict.
@@ -9,8 +9,9 @@ chunks. All of them are on record, so whoever has the record comes to the same v
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -19,43 +20,20 @@ import traceback
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from common import own_packages, policy_names
+from common.config import Config, ConfigError, Termination
 from common.draws import fraction
+from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut
 
-if TYPE_CHECKING:
-    from common.config import Termination
-
-OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-
-
-# All that Python itself raises for a mistake in somebody's code. `sys.exit()` would end Katana without a word.
-_MISTAKES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    NameError,
-    OSError,
-    ReferenceError,
-    RuntimeError,
-    StopIteration,
-    SystemExit,
-    TypeError,
-    ValueError,
-)
-
-
-class PolicyError(ValueError):
-    """A policy that cannot be used. The message says what is wrong and what is allowed."""
+# Whatever somebody's code raises, of a class of its own too, is its mistake to be shown. `sys.exit()` would end Katana
+# without a word.
+_MISTAKES = (Exception, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,27 +263,19 @@ def extremes(settings: Termination) -> Kat:
     return Kat(**_windows(settings), threshold=None, inverse=find(settings.policy).looks_high)
 
 
-def check_name(name: str) -> None:
-    """Raises PolicyError unless it is a policy's name or has the form of one of your own. Imports nothing."""
-    if name in POLICIES or OWN.fullmatch(name):
-        return
-    near = difflib.get_close_matches(name, POLICIES, n=1)
-    hint = f" (the nearest is {near[0]!r})" if near else ""
-    allowed = f"{', '.join(POLICIES)}, or package.module:ClassName"
-    raise PolicyError(f"no such policy{hint}; allowed: {allowed}; found {name[:80]!r}")
-
-
 def find(name: str) -> type[Policy]:
-    """The class by its name; one of your own is imported. Raises PolicyError."""
-    check_name(name)
+    """The class by its name; a custom one is imported. Raises PolicyError."""
+    policy_names.check(name)
     if name in POLICIES:
         return POLICIES[name]
-    module_name, _, class_name = name.partition(":")
-    module = _imported(name, module_name)
+    where, class_name = policy_names.split(name)
+    file = policy_names.in_file(name)
+    module = _from_file(name, where) if file else _imported(name, where)
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Policy):
         what = "has no such class" if found is None else "holds something else under that name"
-        raise PolicyError(f"{name!r}: the module {what}; allowed: a subclass of common.policies.Policy")
+        kind = "file" if file else "module"
+        raise PolicyError(f"{name!r}: the {kind} {what}; allowed: a subclass of common.policies.Policy")
     if missing := getattr(found, "__abstractmethods__", None):
         raise PolicyError(f"{name!r}: the class lacks {', '.join(sorted(missing))}")
     return found
@@ -317,21 +287,78 @@ def _imported(name: str, module_name: str) -> ModuleType:
     except ImportError as error:
         raise PolicyError(
             f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
-            f"runs a feeder or an arbiter (PYTHONPATH, or an installed package)"
+            f"runs a feeder or an arbiter (PYTHONPATH, or an installed package), or be named by its file, "
+            f"path/to/file.py:{policy_names.split(name)[1]}{_hint(error)}"
         ) from error
-    except SyntaxError as error:
-        where = f"line {error.lineno} of the module" if error.lineno else "the module"
-        raise PolicyError(f"{name!r}: {where} is no Python ({error.msg})") from error
     except _MISTAKES as error:
-        raise PolicyError(f"{name!r}: the module fails when it is imported ({_told(error, module_name)})") from error
+        raise _refused(name, "module", error) from error
 
 
-def _told(error: BaseException, module_name: str) -> str:
-    """What went wrong, and in which line of the module; of another one where that is not on the way."""
+def _from_file(name: str, path: str) -> ModuleType:
+    """A module under a name that nothing else has. What lies beside the file can be imported by it, behind all that is
+    on the Python path."""
+    module_name = _module_name(path)
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if not os.path.isfile(path):
+        raise PolicyError(
+            f"{name!r}: there is no such file; a path that is not absolute is looked for beside the config, then in "
+            f"the working directory, and every host that runs a feeder or an arbiter needs the file at the same place"
+        )
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # its name ends with .py
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except _MISTAKES as error:
+        del sys.modules[module_name]
+        raise _refused(name, "file", error) from error
+    return module
+
+
+def _module_name(path: str) -> str:
+    whole = os.path.abspath(path)
+    stem = re.sub(r"\W", "_", os.path.basename(whole).removesuffix(".py"))
+    return f"katana_policy_{stem}_{hashlib.sha256(os.fsencode(whole)).hexdigest()[:12]}"
+
+
+def _refused(name: str, kind: str, error: BaseException) -> PolicyError:
+    if isinstance(error, SyntaxError):
+        where = f"line {error.lineno} of the {kind}" if error.lineno else f"the {kind}"
+        return PolicyError(f"{name!r}: {where} is no Python ({error.msg})")
+    return PolicyError(f"{name!r}: the {kind} fails when it is imported ({_told(error, name)}){_hint(error)}")
+
+
+def _hint(error: BaseException) -> str:
+    """Where a module was looked for in one of our packages, as one of a package of the same name."""
+    if not isinstance(error, ImportError) or not own_packages.is_ours(error.name):
+        return ""
+    taken = str(error.name).partition(".")[0]
+    return f"; {taken!r} is a package of Katana: give yours another name"
+
+
+def _told(error: BaseException, name: str) -> str:
+    """What went wrong, and in which line of the policy's file; of another one where that is not on the way."""
     places = traceback.extract_tb(error.__traceback__)
-    own = [one for one in places if one.filename.removesuffix(".py").endswith(module_name.replace(".", "/"))]
-    place = (own or places)[-1]
-    return f"{type(error).__name__}: {error}"[:200] + f", {os.path.basename(place.filename)} line {place.lineno}"
+    where, _ = policy_names.split(name)
+    own = where.removesuffix(".py") if policy_names.in_file(name) else where.replace(".", "/")
+    place = ([one for one in places if one.filename.removesuffix(".py").endswith(own)] or places)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what[:200]}, {os.path.basename(place.filename)} line {place.lineno}"
+
+
+def check_policy(config: Config, *, source: str) -> None:
+    """Import the policy, a custom one too, and make one object of it: for commands that judge, or start what does.
+
+    Raises ConfigError, with `source` before it.
+    """
+    try:
+        check(config.termination, config.rollout.max_completion_length)
+    except PolicyError as error:
+        raise ConfigError(f"{source}: termination.policy: {error}") from error
 
 
 def check(settings: Termination, max_tokens: int) -> None:
@@ -348,9 +375,7 @@ def check(settings: Termination, max_tokens: int) -> None:
     try:
         policy(settings, Situation(number=None, seed=0, max_tokens=max_tokens))
     except _MISTAKES as error:
-        raise PolicyError(
-            f"{settings.policy!r} refuses these settings ({_told(error, settings.policy.partition(':')[0])})"
-        ) from error
+        raise PolicyError(f"{settings.policy!r} refuses these settings ({_told(error, settings.policy)})") from error
 
 
 def unit_of(name: str) -> str:
@@ -358,7 +383,8 @@ def unit_of(name: str) -> str:
     the config, has done so, and "" elsewhere, as for whoever looks at the folder of another's run."""
     if name in POLICIES:
         return POLICIES[name].unit
-    module, _, class_name = name.partition(":")
+    where, class_name = policy_names.split(name)
+    module = _module_name(where) if policy_names.in_file(name) else where
     found = getattr(sys.modules.get(module), class_name, None)
     return found.unit if isinstance(found, type) and issubclass(found, Policy) else ""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import policies
+from common import policies, policy_names
 from common.config import Config, ConfigError, Data, Loss
 from common.pretrained import (
     HubUnavailable,
@@ -266,7 +266,7 @@ def _is_calibrated(policy: str) -> bool:
     when the config was read."""
     try:
         return issubclass(policies.find(policy), policies.Calibrated)
-    except policies.PolicyError:
+    except policy_names.PolicyError:
         return False
 
 

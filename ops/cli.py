@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config, ConfigError, keys, load
+from common.policy_names import PolicyError
 from common.pretrained import ModelError
 
 _EPILOG = """\
@@ -32,7 +33,7 @@ exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
 
 # What may be asked of a run that is there: its folder stands for the config in it.
 _OF_A_RUN = ("check", "dead", "health", "top", "watch")
-# What judges rollouts, or starts what does: only there is a policy of one's own imported.
+# What judges rollouts, or starts what does: only there is a custom policy imported.
 _JUDGES = ("arbiter", "chaos", "check", "compare", "feeder", "run", "soak")
 
 
@@ -313,7 +314,12 @@ def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
     if own and (folder / "run.json").is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
-    return load(path, [*arguments.overrides, *more, *where], import_policy=arguments.command in _JUDGES)
+    config = load(path, [*arguments.overrides, *more, *where])
+    if arguments.command in _JUDGES:
+        from common.policies import check_policy
+
+        check_policy(config, source=str(path))
+    return config
 
 
 def _in_utf8() -> None:
@@ -331,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _dispatch(arguments)
-    except (ConfigError, ModelError) as error:
+    except (ConfigError, ModelError, PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
@@ -540,7 +546,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         return compare.report(compare.grid_folder(config, name))
     budget = resolved_budget(arguments.budget, config)
     request = compare.Request(
-        arguments.policies, arguments.variant, arguments.seeds, budget, arguments.overrides, arguments.jobs
+        arguments.policies,
+        arguments.variant,
+        arguments.seeds,
+        budget,
+        arguments.overrides,
+        arguments.jobs,
+        arguments.config.parent,
     )
     return compare.compare(config, name, request)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from common.config import Config, ConfigError
+from common.policies import check_policy
 from common.weights import write_text
 from ops import compare_grid as grids
 from ops import endings
@@ -34,6 +35,7 @@ class Request:
     budget: str
     overrides: Sequence[str] = ()  # in the config already
     jobs: int = 1
+    folder: Path = Path()  # of the config, where files of custom policies are looked for
 
 
 def grid_folder(config: Config, name: str | None) -> Path:
@@ -52,7 +54,7 @@ def compare(base: Config, name: str | None, request: Request) -> int:
     if tokens is not None and any(item.partition("=")[0].strip() == "learner.max_steps" for item in request.overrides):
         raise ConfigError("--set learner.max_steps: with --budget tokens:N it is the tokens that end a run")
     grids.check_base(base, tokens)
-    rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants))
+    rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants, request.folder))
     asked = Grid(rows, grids.read_seeds(request.seeds), request.budget)
     _, work, todo = _planned(folder, base, asked, tokens)
     work.check_rows(todo)
@@ -81,7 +83,9 @@ def _planned(folder: Path, base: Config, asked: Grid, tokens: int | None) -> tup
     what is there already is not the same experiment."""
     grid = grids.joined(folder, asked)
     labels = {row.label for row in asked.rows}
-    configs = {row.label: grids.row_config(base, row, tokens, import_policy=row.label in labels) for row in grid.rows}
+    configs = {row.label: grids.row_config(base, row, tokens) for row in grid.rows}
+    for label in labels:  # of a row that is not run now, a custom policy is not imported
+        check_policy(configs[label], source=f"row {label!r}")
     work = Work(folder, configs)
     work.check_there(grid)
     return grid, work, work.todo(asked)

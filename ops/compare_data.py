@@ -144,7 +144,7 @@ def _realised(source: Path, made: Path) -> tuple[str, bool | None]:
 def read_result(folder: Path, cell: Cell) -> Result:
     """A done cell of a comparison's folder. Raises ConfigError for a damaged one."""
     run = folder / cell.name
-    config = load(run / "config.yaml", import_policy=False)
+    config = load(run / "config.yaml")
     summary = read_json(run / "summary.json")
     try:
         lines = list(read_lines(run / "rollouts.jsonl"))

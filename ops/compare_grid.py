@@ -11,6 +11,7 @@ that is asked for now.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actors.books import read_lines
-from common import policies
-from common.config import Config, ConfigError, check_policy, load, parse
+from common import policy_names
+from common.config import Config, ConfigError, load, parse
 from ops.matching import matched_config
 from ops.rundir import read_json, write_json
 
@@ -112,10 +113,13 @@ def resolved_budget(text: str, base: Config) -> str:
     return f"tokens:{base.learner.max_generated_tokens}"
 
 
-def read_rows(names: str, variants: Sequence[str]) -> tuple[Row, ...]:
-    """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError."""
-    rows = [_policy_row(name.strip()) for name in names.split(",") if name.strip()]
-    rows += [_variant_row(text) for text in variants]
+def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tuple[Row, ...]:
+    """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError.
+
+    `folder`: that of the config, where files of custom policies are looked for first.
+    """
+    rows = [_policy_row(name.strip(), folder) for name in names.split(",") if name.strip()]
+    rows += [_variant_row(text, folder) for text in variants]
     labels = [row.label for row in rows]
     if not rows:
         raise ConfigError("--policies: names no policy")
@@ -125,15 +129,25 @@ def read_rows(names: str, variants: Sequence[str]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _policy_row(name: str) -> Row:
+def _policy_row(name: str, folder: Path = Path()) -> Row:
     try:
-        policies.check_name(name)
-    except policies.PolicyError as error:
+        policy_names.check(name)
+    except policy_names.PolicyError as error:
         raise ConfigError(f"--policies {name!r:.80}: {error}") from error
-    return Row(_label(name.replace(":", "."), f"--policies {name!r:.80}"), (f"termination.policy={name}",))
+    where, class_name = policy_names.split(name)
+    label = f"{Path(where).stem}.{class_name}" if policy_names.in_file(name) else name.replace(":", ".")
+    return Row(_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
 
 
-def _variant_row(text: str) -> Row:
+def _located(change: str, folder: Path) -> str:
+    """A change with the absolute path of the policy's file, if it names one: the grid may be asked from elsewhere."""
+    key, _, name = change.partition("=")
+    if key.strip() != "termination.policy" or not policy_names.in_file(name.strip()):
+        return change
+    return f"termination.policy={json.dumps(policy_names.located(name.strip(), folder))}"
+
+
+def _variant_row(text: str, folder: Path) -> Row:
     where = f"--variant {text!r:.80}"
     label, _, rest = text.partition(":")
     # A comma inside a value, as in {a: 1, b: 2}, stands before no key.
@@ -146,9 +160,9 @@ def _variant_row(text: str) -> Row:
             raise ConfigError(f"{where}: {key} is the grid's own and cannot differ by row")
     if label == MATCHED:
         raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
-    if label in policies.POLICIES:
+    if label in policy_names.BUILT_IN:
         raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
-    return Row(_label(label, where), changes)
+    return Row(_label(label, where), tuple(_located(change, folder) for change in changes))
 
 
 def _label(text: str, where: str) -> str:
@@ -234,7 +248,7 @@ def missing(folder: Path) -> str:
     """
     if not (folder / "summary.json").is_file():
         return "no summary.json"
-    evaluates = load(folder / "config.yaml", import_policy=False).eval.every_steps > 0
+    evaluates = load(folder / "config.yaml").eval.every_steps > 0
     summary = read_json(folder / "summary.json")
     try:
         steps = [int(line["step"]) for line in read_lines(folder / "eval.jsonl")]
@@ -278,11 +292,8 @@ def check_base(base: Config, tokens: int | None) -> None:
         )
 
 
-def row_config(base: Config, row: Row, tokens: int | None, *, import_policy: bool = True) -> Config:
-    """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError.
-
-    `import_policy` False: of a row that is not run now, a policy of the user's own is not imported.
-    """
+def row_config(base: Config, row: Row, tokens: int | None) -> Config:
+    """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError."""
     matched = row.label == MATCHED
     source = f"row {row.label!r}"
     changes = (f"termination.policy={MATCHED_TO}",) if matched else row.changes
@@ -293,8 +304,6 @@ def row_config(base: Config, row: Row, tokens: int | None, *, import_policy: boo
         steps = -(-tokens // config.learner.batch_size)
         budget = (f"learner.max_generated_tokens={tokens}", f"learner.max_steps={steps}")
         config = parse(config.to_yaml(), budget, source=source)
-    if import_policy:
-        check_policy(config, source=source)
     return config
 
 
@@ -334,7 +343,7 @@ def check_cell(row: Config, cell: Cell, folder: Path) -> None:
 
 def check_same(folder: Path, wanted: Config, ignored: Sequence[str] = ()) -> None:
     """Raises ConfigError, with the keys, where a cell's folder has another config than the one wanted."""
-    there = load(folder / "config.yaml", import_policy=False)
+    there = load(folder / "config.yaml")
     skipped = {"name", "runs_dir", *ignored}  # a grid may be moved
     differing = [
         f"{key} is {was!r:.60} there and {now!r:.60} now"

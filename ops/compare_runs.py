@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from common import own_packages
 from common.config import ConfigError
 from ops.compare_grid import Cell
 from ops.embedded import end_with_parent
@@ -121,7 +121,7 @@ def start_run(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=own_packages.environment() | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             preexec_fn=end_with_parent(),
         )

@@ -151,7 +151,7 @@ class Folder:
     def closed_ledger(self) -> dict[str, int] | None:
         """Counts of a finished run, named as in Redis; None for one that has steps to do or rollouts open."""
         try:
-            learner = load(self._folder / "config.yaml", import_policy=False).learner
+            learner = load(self._folder / "config.yaml").learner
             ledger = json.loads((self._folder / "ledger.json").read_bytes())
             dropped = {f"dropped:{reason}": int(many) for reason, many in ledger["dropped"].items()}
             counts = {name: int(ledger[name]) for name in ("admitted", "trained", "dead", "open")}

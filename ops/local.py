@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from common import own_packages
 from common.config import Config, ConfigError, parse
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
 from ops.embedded import EmbeddedRedis, end_with_parent
@@ -134,7 +135,7 @@ class LocalRun:
         arguments = [sys.executable, "-m", "ops.cli", child.role, str(config_file)]
         for item in [*overrides, "metrics.port=0"]:
             arguments += ["--set", item]
-        environment = os.environ | {
+        environment = own_packages.environment() | {
             "OMP_NUM_THREADS": str(child.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",

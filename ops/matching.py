@@ -237,7 +237,7 @@ def _config(folder: Path) -> Config:
     """The config of a run. Raises ConfigError, also where the folder is no run's."""
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / "config.yaml", import_policy=False)
+    return load(folder / "config.yaml")
 
 
 def _arms(folder: Path) -> tuple[Arm, Arm]:

@@ -14,7 +14,7 @@ from textwrap import fill
 
 from common import policies
 from common.config import ConfigError, Termination, load
-from common.policies import Calibrated
+from common.policies import Calibrated, check_policy
 from common.weights import write_text
 from ops.replay_answers import judged
 from ops.replay_plot import Point, draw
@@ -47,6 +47,7 @@ def replay(folder: Path, sets: Sequence[str] = (), sweeps: Sequence[str] = (), a
     pairs = [_pair("--set", item) for item in sets]
     swept = _swept(sweeps, {key for key, _ in pairs})
     record = read_record(folder, arm)
+    check_policy(record.config, source=str(folder / "config.yaml"))
     settings = [*_own(record), *_chosen(folder, record, pairs, swept)]
     verdicts = _verdicts(Replay(record), settings)
     answers, missing = judged(record, verdicts, folder)
@@ -138,7 +139,9 @@ def _chosen(
     for combination in itertools.product(*swept) if swept or pairs else ():
         wanted = [*pairs, *combination]
         overrides = ["termination.shadow=false", "termination.apply=stop", *(f"{key}={value}" for key, value in wanted)]
-        settings = load(folder / "config.yaml", overrides).termination
+        config = load(folder / "config.yaml", overrides)
+        check_policy(config, source=str(folder / "config.yaml"))
+        settings = config.termination
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
         if why := _unknowable(record, settings):

@@ -67,7 +67,7 @@ def _read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder / 'traces.jsonl'}: damaged ({type(error).__name__}: {error})") from error
     return Run(
         folder=folder,
-        config=load(folder / "config.yaml", import_policy=False),
+        config=load(folder / "config.yaml"),
         lines=lines,
         steps=_records(folder / "metrics.jsonl", _STEP),
         evaluations=_records(folder / "eval.jsonl", _EVALUATION),

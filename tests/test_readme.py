@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import RESUMABLE, keys, parse
+from common.config import keys, parse
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,10 +58,6 @@ def test_every_field_of_a_finished_rollout_is_described() -> None:
 
     described = text("docs/run-folder.md")
     assert not [name for name in BookLine.__dataclass_fields__ if f"`{name}`" not in described]
-
-
-def test_resumable_keys_are_keys() -> None:
-    assert {name for name, _, _ in keys()} >= RESUMABLE
 
 
 def test_no_machine_s_path_in_tracked_text() -> None:

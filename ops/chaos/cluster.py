@@ -31,6 +31,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from actors.books import read_lines
+from common import own_packages
 from common.config import Config, ConfigError, parse
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
@@ -188,9 +189,10 @@ class Cluster:
 
     def _environment(self) -> dict[str, str]:
         shim = str(Path(__file__).parent / "shim")
-        path = os.pathsep.join([shim, *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = own_packages.environment()
+        path = os.pathsep.join([shim, *filter(None, [ours["PYTHONPATH"]])])
         shim_sees = {"KATANA_CHAOS_CLOCK": str(self.clocks), "KATANA_CHAOS_POISON": str(self.poison)}
-        return os.environ | shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        return ours | shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
     @property
     def log_path(self) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import MAX_CONFIG_BYTES, RESUMABLE, Config, ConfigError, check_resume, keys, load, parse
+from common.config import MAX_CONFIG_BYTES, Config, ConfigError, check_resume, keys, load, parse, resumable
 from common.pretrained import PACKAGE_ROOT
 
 LEAST = "student: {model: s}\nteacher: {model: t}\n"
@@ -436,8 +436,13 @@ def test_a_deterministic_run_may_not_change_the_order_of_its_sums(key: str) -> N
         check_resume(before, parse(LEAST))
 
 
-def test_every_resumable_key_exists() -> None:
-    assert {name for name, _, _ in keys()} >= RESUMABLE
+def test_what_decides_an_order_of_sums_is_not_resumable_where_runs_are_deterministic() -> None:
+    assert resumable(deterministic=False) - resumable(deterministic=True) == {
+        "rollout.threads",
+        "teacher.threads",
+        "learner.threads",
+        "learner.micro_batch_tokens",
+    }
 
 
 # --- who a role is to Redis ---

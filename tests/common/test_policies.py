@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import policies
-from common.config import ConfigError, Termination, load, parse
+from common import policies, policy_names
+from common.config import ConfigError, Termination, check_resume, load, parse
 from common.draws import fraction, rollout_seed
 from common.policies import (
     POLICIES,
     Policy,
-    PolicyError,
     Progress,
     Situation,
     drawn_position,
@@ -26,6 +27,7 @@ from common.policies import (
     unit_of,
     written,
 )
+from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, Kat, MinimaBuffer
 
 OWN = "own_policy:Halved"
@@ -246,38 +248,40 @@ def test_a_policy_that_fails_when_it_is_made_is_refused(mistake: int, said: str)
         policies.check(rule("own_policy:Unwilling", options={"mistake": mistake}), 64)
 
 
-def test_load_imports_the_policy_and_parse_does_not(tmp_path: Path) -> None:
+def test_reading_a_config_imports_no_policy(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(LEAST + "termination: {policy: 'own_policy:Halved', options: {head: 4, share: 0.5}}\n")
+    policies.check_policy(load(path), source="c.yaml")
     assert load(path).termination.options == {"head": 4.0, "share": 0.5}
-    gone = LEAST + "termination: {policy: 'gone.for_good:Halved'}\n"
-    assert parse(gone).termination.policy == "gone.for_good:Halved"
-    path.write_text(gone)
-    assert load(path, import_policy=False).termination.policy == "gone.for_good:Halved"
-    with pytest.raises(ConfigError, match=r"termination\.policy: 'gone\.for_good:Halved': the module cannot be"):
-        load(path)
+    path.write_text(LEAST + "termination: {policy: 'gone.for_good:Halved'}\n")
+    config = load(path)
+    assert config.termination.policy == "gone.for_good:Halved"
+    told = r"^c\.yaml: termination\.policy: 'gone\.for_good:Halved': the module cannot be"
+    with pytest.raises(ConfigError, match=told):
+        policies.check_policy(config, source="c.yaml")
 
 
-def test_settings_that_a_policy_refuses_are_an_error_at_load(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
+def test_settings_that_a_policy_refuses_are_an_error_where_it_is_imported() -> None:
+    config = parse(LEAST + "termination: {policy: 'own_policy:Halved'}\n")
     with pytest.raises(ConfigError, match=r"refuses these settings \(KeyError: 'head'"):
-        load(path)
+        policies.check_policy(config, source="c.yaml")
 
 
-def test_what_is_calibrated_on_the_control_arm_needs_one() -> None:
+def test_the_names_that_a_config_knows_are_those_of_the_classes() -> None:
+    assert tuple(POLICIES) == policy_names.BUILT_IN
+
+
+def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(policies.Calibrated):
         def __init__(self, settings: Termination, situation: Situation) -> None: ...
 
         def feed(self, divergence: Any) -> None: ...
 
-    POLICIES["mine"] = Mine
-    try:
-        with pytest.raises(PolicyError, match="control_fraction is 0"):
-            policies.check(rule("mine", control_fraction=0), 64)
-        policies.check(rule("mine", control_fraction=0, calibrate_on="all"), 64)
-    finally:
-        del POLICIES["mine"]
+    monkeypatch.setattr("own_policy.Mine", Mine, raising=False)
+    mine = "own_policy:Mine"
+    with pytest.raises(PolicyError, match="control_fraction is 0"):
+        policies.check(rule(mine, control_fraction=0), 64)
+    policies.check(rule(mine, control_fraction=0, calibrate_on="all"), 64)
 
 
 @pytest.mark.parametrize(
@@ -331,3 +335,129 @@ def test_the_unit_of_a_policy_that_is_not_imported_is_not_made_up() -> None:
     assert unit_of("gone.for_good:Halved") == ""
     assert written(0.5, "gone.for_good:Halved") == "0.5"
     assert unit_of("own_policy:NotAClass") == ""
+
+
+# --- by file ---
+
+MINE = """
+from common.policies import NonePolicy
+from common.termination import Cut
+
+class Mine(NonePolicy):
+    unit = "tokens"
+
+Other = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose policies are forgotten afterwards."""
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "policy.py").write_text(MINE)
+    path, known = list(sys.path), set(sys.modules)
+    yield tmp_path
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name not in known]:
+        del sys.modules[name]
+
+
+def test_a_file_is_looked_for_beside_the_config_then_in_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "else").mkdir()
+    monkeypatch.chdir(folder / "else")
+    config = folder / "c.yaml"
+    config.write_text(LEAST + "termination: {policy: 'my/policy.py:Mine'}\n")
+    beside = f"{folder}/my/policy.py:Mine"
+    assert load(config).termination.policy == beside
+    (folder / "else" / "my").mkdir()
+    (folder / "else" / "my" / "policy.py").write_text("")
+    assert load(config).termination.policy == beside
+    (folder / "my" / "policy.py").rename(folder / "my" / "moved.py")
+    assert load(config).termination.policy == f"{folder}/else/my/policy.py:Mine"
+    assert load(config, ["termination.policy=../my/moved.py:Mine"]).termination.policy == f"{folder}/my/moved.py:Mine"
+    assert load(config, [f"termination.policy={beside}"]).termination.policy == beside
+    stored = load(config).to_yaml()
+    monkeypatch.chdir(folder)
+    assert parse(stored) == parse(parse(stored).to_yaml())
+    assert parse(stored).termination.policy == f"{folder}/else/my/policy.py:Mine"
+
+
+def test_a_policy_is_found_by_its_file_and_is_one_class_however_often_it_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{folder}/my/policy.py:Mine"
+    assert unit_of(name) == ""
+    found = find(name)
+    assert issubclass(found, Policy) and found.__name__ == "Mine"
+    monkeypatch.chdir(folder)
+    assert find("my/policy.py:Mine") is found
+    assert unit_of(name) == unit_of("./my/policy.py:Mine") == "tokens"
+    (folder / "policy.py").write_text(MINE)
+    assert find("policy.py:Mine") is not found
+
+
+def test_a_file_may_import_what_lies_beside_it_and_that_hides_nothing(folder: Path) -> None:
+    (folder / "my" / "beside_the_policy.py").write_text("from common.policies import NonePolicy as Base")
+    (folder / "my" / "json.py").write_text("raise AssertionError")
+    (folder / "my" / "common").mkdir()
+    (folder / "my" / "common" / "__init__.py").write_text("raise AssertionError")
+    (folder / "my" / "policy.py").write_text("import json, beside_the_policy\nclass P(beside_the_policy.Base): ...")
+    assert find(f"{folder}/my/policy.py:P").unit == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "class_name", "said"),
+    [
+        (None, "Mine", r"there is no such file; a path that is not absolute is looked for beside the config"),
+        (MINE, "Nothing", "the file has no such class"),
+        (MINE, "Other", "the file holds something else under that name"),
+        (MINE, "Cut", "a subclass of common.policies.Policy"),
+        (MINE + "from common.policies import Policy", "Policy", "lacks __init__, feed"),
+        ("x = 1\ny = 1 / 0\n", "P", r"\(ZeroDivisionError: division by zero, policy\.py line 2\)"),
+        (
+            "import nothing_like_it\n",
+            "P",
+            r"\(ModuleNotFoundError: No module named 'nothing_like_it', policy\.py line 1",
+        ),
+        ("class Boom(Exception): ...\nraise Boom('a\\nb')\n", "P", r"\(Boom: a b, policy\.py line 2\)"),
+        ("raise SystemExit(3)\n", "P", r"\(SystemExit: 3, policy\.py line 1\)"),
+        ("def f(:\n", "P", "line 1 of the file is no Python"),
+    ],
+)
+def test_a_file_that_gives_no_policy_is_refused_in_words(
+    folder: Path, text: str | None, class_name: str, said: str
+) -> None:
+    path = folder / "my" / "policy.py"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    name = f"{path}:{class_name}"
+    with pytest.raises(PolicyError, match=said) as caught:
+        find(name)
+    assert str(caught.value).startswith(f"{name!r}: ")
+    with pytest.raises(PolicyError, match=said):  # nothing of the first attempt is left
+        find(name)
+
+
+@pytest.mark.parametrize("name", ["a.py:B", "a b/ü.py:B", "/x/y.py:_B", "../a:b/c.py:B", "a.b.py:B", "~/a.py:B"])
+def test_names_of_files(name: str) -> None:
+    policy_names.check(name)
+    assert policy_names.in_file(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.py", "a.py:", ".py:B", "a/.py:B", "a.txt:B", "a.py:b c", "a.pyc:B/c", "a/b:C", "dir.py/:C"]
+)
+def test_what_names_no_file(name: str) -> None:
+    assert not policy_names.in_file(name)
+
+
+def test_a_run_whose_policy_moved_can_be_resumed() -> None:
+    before, moved, other = (
+        parse(LEAST + f"termination: {{policy: '{name}'}}\n") for name in ("/a/p.py:P", "/b/p.py:P", "/a/p.py:Q")
+    )
+    check_resume(before, moved)
+    with pytest.raises(ConfigError, match=r"termination\.policy: '/a/p.py:P' cannot become '/a/p.py:Q'"):
+        check_resume(before, other)

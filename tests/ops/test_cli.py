@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,35 @@ def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
         own = ("--set", f"termination.policy={name}", "--set", "termination.options={head: 4}")
         assert main(["check", DEMO, *own]) == 0
         assert f"{name}: {told}control arm 20%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "run", "feeder", "arbiter"])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the file has no such class"),
+        ("Mine = 3", "the file holds something else under that name"),
+        ("1 / 0", "the file fails when it is imported (ZeroDivisionError: division by zero, mine.py line 1)"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_that_gives_no_policy_ends_what_judges(
+    command: str,
+    text: str | None,
+    told: str,
+    tmp_path: Path,
+    runs: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    path = tmp_path / "elsewhere" / "mine.py"
+    path.parent.mkdir()
+    if text is not None:
+        path.write_text(text)
+    said = refused(capsys, command, DEMO, *runs, "--set", f"termination.policy={path}:Mine", "--set", "seed=3")
+    assert f"termination.policy: '{path}:Mine': {told}" in said
+    assert [one.name for one in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_check_says_what_it_could_not_check_without_the_hub(

@@ -412,6 +412,11 @@ def test_another_config_is_refused_before_anything_runs(
         (("--set", "learner.max_generated_tokens=900"), {}, "ask for --budget tokens:900"),
         (("--set", "eval.every_steps=0"), {}, "there is nothing to compare"),
         (("--set", "learner.max_step=3"), {}, "the nearest known one is 'learner.max_steps'"),
+        (
+            (),
+            {"policies": "none,gone_for_good:X"},
+            "row 'gone_for_good.X': termination.policy: 'gone_for_good:X': the module",
+        ),
         (("--variant", "early:termination.etta=0.1"), {}, "the nearest known one is 'termination.eta'"),
         (("--set", "teacher.model=/no/such"), {}, "row 'none': /no/such: there is no such folder"),
         (("--set", "termination.shadow=true"), {"policies": "random_matched"}, "needs policy kat, apply stop"),

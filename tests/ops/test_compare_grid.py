@@ -296,11 +296,17 @@ def test_a_budget_of_tokens_ends_every_row(base: Config) -> None:
         assert steps * learner.batch_size >= 1001
 
 
+def test_a_row_of_a_policy_in_a_file_is_called_after_it_and_finds_it_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "rule.py").write_text("")
+    found, variant = grids.read_rows("my/rule.py:P", ["own:termination.policy=my/rule.py:Q,loss.mode=x"], tmp_path)
+    assert found == Row("rule.P", (f'termination.policy="{tmp_path}/my/rule.py:P"',))
+    assert variant == Row("own", (f'termination.policy="{tmp_path}/my/rule.py:Q"', "loss.mode=x"))
+
+
 def test_settings_that_no_row_can_have_are_refused(base: Config) -> None:
     with pytest.raises(ConfigError, match=r"row 'early': unknown key 'termination\.etta'"):
         grids.row_config(base, row("early", "termination.etta=0.1"), None)
-    with pytest.raises(ConfigError, match=r"row 'mine'.*cannot be imported"):
-        grids.row_config(base, row("mine", "termination.policy=no_such_module:X"), None)
 
 
 def test_another_config_in_a_cell_is_refused_by_key(base: Config, tmp_path: Path) -> None:

@@ -1,40 +1,32 @@
-"""The one config tree: read once from YAML, `--set a.b=c` on top, validated whole, frozen, passed down.
+"""The sections of the config tree: every key with its default, its limits and its meaning. How a file becomes one of
+these stands in `loading.py`.
 
-Every key carries its meaning in its `Field` description; the README's table is made from these, and a test
-compares the two.
+A key's meaning is its `Field` description; the README's table is made from these, and a test compares the two. What
+`--resume` may change is marked on the key.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
-from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from common import policies
+from common import policy_names
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 TemplateColumn = Literal["tools", "documents", "chat_template_kwargs"]
-MAX_CONFIG_BYTES = 1 << 20
-# PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
-# 2001-99-99 a ValueError, a character beyond Unicode an OverflowError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
-_MAX_NUMBER_LENGTH = 400
-_MAX_PROBLEMS = 20  # shown at once
+
+# A key that `--resume` may change: where and how long things run. All others decide what is already on record.
+_RESUMABLE: dict[str, JsonValue] = {"resumable": "always"}
+# The same, but it decides in which order floats are summed.
+_UNLESS_DETERMINISTIC: dict[str, JsonValue] = {"resumable": "unless deterministic"}
 
 
-class ConfigError(ValueError):
-    """A config that cannot be used. The message says what is wrong, where, and what is allowed."""
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -47,24 +39,27 @@ class _Section(BaseModel):
         return self
 
 
-S = TypeVar("S", bound=_Section)
-
-
-class Student(_Section):
+class Student(Section):
     model: str = Field(description="Student: a local folder or a hub id of a causal LM.")
 
 
-class Teacher(_Section):
+class Teacher(Section):
     model: str = Field(description="Teacher: a local folder or a hub id; its tokenizer must equal the student's.")
     dtype: Dtype = Field("float32", description="Teacher's dtype.")
-    device: str = Field("cpu", description="Teacher's device: cpu, cuda, cuda:1 …")
-    threads: int = Field(1, ge=1, description="torch threads of a teacher worker (CPU).")
-    workers: int = Field(1, ge=1, description="Teacher workers that `katana run` starts on this machine.")
-    slots: int = Field(32, ge=1, description="Rollouts whose KV cache a teacher worker keeps.")
+    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Teacher's device: cpu, cuda, cuda:1 …")
+    threads: int = Field(
+        1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of a teacher worker (CPU)."
+    )
+    workers: int = Field(
+        1, ge=1, json_schema_extra=_RESUMABLE, description="Teacher workers that `katana run` starts on this machine."
+    )
+    slots: int = Field(
+        32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts whose KV cache a teacher worker keeps."
+    )
     prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one forward pass.")
 
 
-class Data(_Section):
+class Data(Section):
     task: str = Field("arithmetic", description="`arithmetic` (built in), or `dataset`: rows of `data.path`.")
     options: dict[str, int] = Field(default_factory=dict, description="Sizes handed to the task `arithmetic`.")
     path: str | None = Field(
@@ -120,12 +115,16 @@ class Data(_Section):
         return self
 
 
-class Rollout(_Section):
+class Rollout(Section):
     dtype: Dtype = Field("float32", description="Student's dtype while it writes; weights are published in it.")
-    device: str = Field("cpu", description="Device of a rollout worker.")
-    threads: int = Field(1, ge=1, description="torch threads of a rollout worker (CPU).")
-    workers: int = Field(1, ge=1, description="Rollout workers that `katana run` starts on this machine.")
-    slots: int = Field(32, ge=1, description="Rollouts a worker writes at a time.")
+    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of a rollout worker.")
+    threads: int = Field(
+        1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of a rollout worker (CPU)."
+    )
+    workers: int = Field(
+        1, ge=1, json_schema_extra=_RESUMABLE, description="Rollout workers that `katana run` starts on this machine."
+    )
+    slots: int = Field(32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts a worker writes at a time.")
     prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one filling forward pass.")
     chunk_tokens: int = Field(16, ge=1, description="Tokens of a full chunk.")
     max_unscored_chunks: int = Field(2, ge=1, description="Chunks a rollout may be ahead of the teacher.")
@@ -139,11 +138,12 @@ class Rollout(_Section):
     )
 
 
-class Termination(_Section):
+class Termination(Section):
     policy: str = Field(
         "kat",
         description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, `kat`, "
-        "`kat_absolute`, `kat_inverse`, or one of your own, `package.module:ClassName` (docs/policies.md).",
+        "`kat_absolute`, `kat_inverse`, or a custom one, `path/to/file.py:ClassName` or `package.module:ClassName` "
+        "(docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens behind it out of the loss."
@@ -188,7 +188,7 @@ class Termination(_Section):
     @field_validator("policy")
     @classmethod
     def _check_policy(cls, name: str) -> str:
-        policies.check_name(name)
+        policy_names.check(name)
         return name
 
     @field_validator("hazard")
@@ -222,7 +222,7 @@ class Termination(_Section):
         return self
 
 
-class Loss(_Section):
+class Loss(Section):
     mode: Literal["reverse_kl_topk_tail", "reverse_kl_sampled"] = Field(
         "reverse_kl_topk_tail", description="Loss on a kept token."
     )
@@ -244,22 +244,30 @@ class Loss(_Section):
     )
 
 
-class Learner(_Section):
+class Learner(Section):
     dtype: Dtype = Field(
         "float32",
         description="Dtype that the learner computes in, float32 or bfloat16; parameters and moments are float32.",
     )
-    device: str = Field("cpu", description="Device of the learner.")
-    threads: int = Field(1, ge=1, description="torch threads of the learner (CPU).")
-    max_steps: int = Field(100, ge=1, description="Optimizer steps of the run, at most.")
+    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of the learner.")
+    threads: int = Field(
+        1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of the learner (CPU)."
+    )
+    max_steps: int = Field(100, ge=1, json_schema_extra=_RESUMABLE, description="Optimizer steps of the run, at most.")
     max_generated_tokens: int | None = Field(
         None,
         ge=1,
+        json_schema_extra=_RESUMABLE,
         description="The run ends with the step at which the rollout workers have written so many tokens, kept or not, "
         "in both arms; learning rate and warm-up follow this count, not the steps. null: max_steps alone.",
     )
     batch_size: int = Field(32, ge=1, description="Trajectories of a step.")
-    micro_batch_tokens: int = Field(8192, ge=1, description="Most padded tokens in one forward and backward.")
+    micro_batch_tokens: int = Field(
+        8192,
+        ge=1,
+        json_schema_extra=_UNLESS_DETERMINISTIC,
+        description="Most padded tokens in one forward and backward.",
+    )
     learning_rate: float = Field(1e-6, gt=0, description="AdamW: peak learning rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_ratio: float = Field(
@@ -295,12 +303,17 @@ class Learner(_Section):
         return dtype
 
 
-class Checkpoints(_Section):
-    every_steps: int = Field(10, ge=1, description="Steps between checkpoints; only they acknowledge what was trained.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+class Checkpoints(Section):
+    every_steps: int = Field(
+        10,
+        ge=1,
+        json_schema_extra=_RESUMABLE,
+        description="Steps between checkpoints; only they acknowledge what was trained.",
+    )
+    keep: int = Field(2, ge=1, json_schema_extra=_RESUMABLE, description="Checkpoints kept.")
 
 
-class Benchmark(_Section):
+class Benchmark(Section):
     """One of `eval.data`. What is null is as in `data` and `eval`."""
 
     path: str = Field(description="As data.path.")
@@ -310,8 +323,10 @@ class Benchmark(_Section):
     k: int | None = Field(None, ge=1, description="null: eval.k.")
 
 
-class Eval(_Section):
-    every_steps: int = Field(25, ge=0, description="Steps between evaluations; 0: none at all.")
+class Eval(Section):
+    every_steps: int = Field(
+        25, ge=0, json_schema_extra=_RESUMABLE, description="Steps between evaluations; 0: none at all."
+    )
     problems: int = Field(64, ge=1, description="Held-out problems.")
     k: int = Field(4, ge=1, description="Samples a problem, for avg@k and pass@k.")
     data: dict[str, Benchmark] = Field(
@@ -321,9 +336,9 @@ class Eval(_Section):
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the evaluation.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass of the evaluation.")
-    device: str = Field("cpu", description="Device of the evaluator.")
-    threads: int = Field(1, ge=1, description="torch threads of the evaluator (CPU).")
-    slots: int = Field(64, ge=1, description="Samples written at a time.")
+    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of the evaluator.")
+    threads: int = Field(1, ge=1, json_schema_extra=_RESUMABLE, description="torch threads of the evaluator (CPU).")
+    slots: int = Field(64, ge=1, json_schema_extra=_RESUMABLE, description="Samples written at a time.")
 
     @field_validator("data")
     @classmethod
@@ -334,9 +349,12 @@ class Eval(_Section):
         return data
 
 
-class Feeder(_Section):
+class Feeder(Section):
     concurrency: int | None = Field(
-        None, ge=1, description="Rollouts being written at a time; null: 1.25 × the slots of the live workers."
+        None,
+        ge=1,
+        json_schema_extra=_RESUMABLE,
+        description="Rollouts being written at a time; null: 1.25 × the slots of the live workers.",
     )
     record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
     record_audit: bool = Field(False, description="Write who wrote which chunk to audit.jsonl, for the checker.")
@@ -348,21 +366,37 @@ _REDIS_URL = re.compile(
 _TLS_FILES = ("ca_file", "cert_file", "key_file")
 
 
-class Redis(_Section):
-    url: str | None = Field(None, description="Data Redis; null: an own embedded one (`katana run` only).")
-    broker_url: str | None = Field(None, description="Celery's broker; null: database 1 of `url`.")
+class Redis(Section):
+    url: str | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="Data Redis; null: an own embedded one (`katana run` only)."
+    )
+    broker_url: str | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="Celery's broker; null: database 1 of `url`."
+    )
     username: str | None = Field(
-        None, description="ACL user of both; `{role}` in it stands for the role; null: the default user."
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="ACL user of both; `{role}` in it stands for the role; null: the default user.",
     )
     password_file: str | None = Field(
-        None, description="File whose first line is the password of both; may contain `{role}`."
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="File whose first line is the password of both; may contain `{role}`.",
     )
     ca_file: str | None = Field(
-        None, description="`rediss://`: PEM file of the authority that signed the servers' certificates."
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="`rediss://`: PEM file of the authority that signed the servers' certificates.",
     )
-    cert_file: str | None = Field(None, description="`rediss://`: PEM file of a certificate to show to the servers.")
-    key_file: str | None = Field(None, description="`rediss://`: PEM file of the key to `cert_file`.")
-    maxmemory_mb: int = Field(512, ge=20, description="Memory limit of the embedded Redis.")
+    cert_file: str | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="`rediss://`: PEM file of a certificate to show to the servers."
+    )
+    key_file: str | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="`rediss://`: PEM file of the key to `cert_file`."
+    )
+    maxmemory_mb: int = Field(
+        512, ge=20, json_schema_extra=_RESUMABLE, description="Memory limit of the embedded Redis."
+    )
     shards: int = Field(16, ge=1, le=1024, description="Chunk streams.")
 
     @field_validator("url", "broker_url")
@@ -413,20 +447,31 @@ class Redis(_Section):
         return {name: value and value.replace("{role}", role) for name, value in filled.items()}
 
 
-class Liveness(_Section):
-    heartbeat_s: float = Field(2.0, gt=0, description="Seconds between a worker's heartbeats.")
-    claim_s: float = Field(8.0, gt=0, description="Silent seconds after which another worker takes over.")
+class Liveness(Section):
+    heartbeat_s: float = Field(
+        2.0, gt=0, json_schema_extra=_RESUMABLE, description="Seconds between a worker's heartbeats."
+    )
+    claim_s: float = Field(
+        8.0, gt=0, json_schema_extra=_RESUMABLE, description="Silent seconds after which another worker takes over."
+    )
     busy_s: float = Field(
         600.0,
         gt=0,
+        json_schema_extra=_RESUMABLE,
         description="How long a worker or the learner may be at one piece of work (a forward, reading weights, a "
         "checkpoint) and still say that it lives.",
     )
-    lease_s: float = Field(3.0, gt=0, description="Lease of feeder and arbiter.")
-    learner_lease_s: float = Field(10.0, gt=0, description="Lease of the learner; renewed between micro-batches.")
-    shift_s: float = Field(3600.0, gt=0, description="Longest Celery shift.")
-    max_attempts: int = Field(3, ge=1, description="Failures without progress before a rollout is dead.")
-    redis_wait_s: float = Field(60.0, gt=0, description="How long a role waits for a Redis that does not answer.")
+    lease_s: float = Field(3.0, gt=0, json_schema_extra=_RESUMABLE, description="Lease of feeder and arbiter.")
+    learner_lease_s: float = Field(
+        10.0, gt=0, json_schema_extra=_RESUMABLE, description="Lease of the learner; renewed between micro-batches."
+    )
+    shift_s: float = Field(3600.0, gt=0, json_schema_extra=_RESUMABLE, description="Longest Celery shift.")
+    max_attempts: int = Field(
+        3, ge=1, json_schema_extra=_RESUMABLE, description="Failures without progress before a rollout is dead."
+    )
+    redis_wait_s: float = Field(
+        60.0, gt=0, json_schema_extra=_RESUMABLE, description="How long a role waits for a Redis that does not answer."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Liveness:
@@ -443,16 +488,25 @@ class Liveness(_Section):
         return self
 
 
-class Metrics(_Section):
-    host: str = Field("127.0.0.1", description="Address that metrics are served on.")
-    port: int = Field(0, ge=0, le=65535, description="Port of a role started alone; 0: any free one.")
+class Metrics(Section):
+    host: str = Field("127.0.0.1", json_schema_extra=_RESUMABLE, description="Address that metrics are served on.")
+    port: int = Field(
+        0, ge=0, le=65535, json_schema_extra=_RESUMABLE, description="Port of a role started alone; 0: any free one."
+    )
 
 
-class Config(_Section):
+class Config(Section):
     """The whole tree. Build it with `load`."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the run.")
-    runs_dir: str = Field("runs", description="Where runs' folders lie; shared by all hosts.")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        json_schema_extra=_RESUMABLE,
+        description="Name of the run.",
+    )
+    runs_dir: str = Field(
+        "runs", json_schema_extra=_RESUMABLE, description="Where runs' folders lie; shared by all hosts."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data, arms, sampling and torch.")
     deterministic: bool = Field(
         False,
@@ -473,7 +527,9 @@ class Config(_Section):
     liveness: Liveness = Field(default_factory=Liveness)
     metrics: Metrics = Field(default_factory=Metrics)
     tracking: list[Tracker] = Field(
-        default_factory=list, description="Experiment trackers to show the run in: `tensorboard`, `wandb`."
+        default_factory=list,
+        json_schema_extra=_RESUMABLE,
+        description="Experiment trackers to show the run in: `tensorboard`, `wandb`.",
     )
 
     @field_validator("tracking")
@@ -538,280 +594,3 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def load(path: Path, overrides: Sequence[str] = (), *, import_policy: bool = True) -> Config:
-    """Read a YAML config and put `a.b=c` overrides on top.
-
-    `import_policy` False: a policy of the user's own is not imported, for looking at a run from elsewhere.
-
-    Raises:
-        ConfigError: unreadable file, broken YAML, unknown key (names the nearest), wrong type or value, a policy that
-            cannot be imported.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    config = parse(raw, overrides, source=str(path))
-    if import_policy:
-        check_policy(config, source=str(path))
-    return config
-
-
-def check_policy(config: Config, *, source: str) -> None:
-    """Import the policy, one of the user's own too, and make one object of it. Raises ConfigError."""
-    try:
-        policies.check(config.termination, config.rollout.max_completion_length)
-    except policies.PolicyError as error:
-        raise ConfigError(f"{source}: termination.policy: {error}") from error
-
-
-def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """`load` for text at hand (a run's `config.yaml`, the config key of a run in Redis)."""
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{source}: {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
-    try:
-        tree = _read_yaml(raw)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: a config is a mapping of sections, found {type(tree).__name__}")
-    for item in overrides:
-        _override(tree, item)
-    return _validated(Config, tree, source)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without what makes a few bytes cost minutes or gigabytes: merge keys multiply what they name, and numbers
-    of base 60 (1:1:1…) grow with the square of their length."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "'<<' is not allowed: write the section out")
-        super().flatten_mapping(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
-        return mapping
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_NUMBER_LENGTH:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"a number of more than {_MAX_NUMBER_LENGTH} characters", node.start_mark
-            )
-        return super().construct_scalar(node)
-
-
-def _read_yaml(text: bytes | str) -> Any:
-    """Raises one of _YAML_ERRORS."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def redis_settings(values: dict[str, Any], *, source: str) -> Redis:
-    """The section `redis` by itself, as a worker's environment gives it. Raises ConfigError."""
-    return _validated(Redis, values, source)
-
-
-def _validated(model: type[S], tree: dict[str, Any], source: str) -> S:
-    try:
-        return model.model_validate(_widen(tree, model))
-    except ValidationError as error:
-        problems = error.errors()
-        lines = [_explain(problem) for problem in problems[:_MAX_PROBLEMS]]
-        if len(problems) > _MAX_PROBLEMS:
-            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more")
-        raise ConfigError(f"{source}: " + "\n".join(lines)) from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: nested too deep") from error
-
-
-def _widen(value: Any, model: Any) -> Any:
-    """YAML reads `1e-6` as text and `1` as an integer: both stand for a float where a float is wanted."""
-    if not isinstance(value, dict):
-        return value
-    result: dict[Any, Any] = {}
-    for name, item in value.items():
-        field = model.model_fields.get(name) if isinstance(name, str) else None
-        if field is None:
-            result[name] = item
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            result[name] = _widen(item, field.annotation)
-        elif field.annotation in (float, float | None) and isinstance(item, int | str) and not isinstance(item, bool):
-            result[name] = _as_float(item)
-        else:
-            result[name] = item
-    return result
-
-
-def _as_float(item: int | str) -> float | int | str:
-    try:
-        return float(item)
-    except (ValueError, OverflowError):
-        return item
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    path, equals, text = item.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f"--set {item!r}: expected section.key=value, for example learner.max_steps=20")
-    try:
-        value = _read_yaml(text)
-    except _YAML_ERRORS as error:
-        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from error
-    *sections, last = path.strip().split(".")
-    node = tree
-    for section in sections:
-        found = node.get(section, {})
-        if not isinstance(found, dict):
-            raise ConfigError(f"--set {item!r}: {section!r} is not a section")
-        # A copy: YAML's aliases make one dict of several sections.
-        node[section] = node = dict(found)
-    node[last] = value
-
-
-def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "config"
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        return f"unknown key {where!r}{_nearest(where)}"
-    if kind == "missing":
-        return f"{where}: missing; this key has no default"
-    if kind == "value_error":
-        return (
-            f"{where}: {str(problem['msg']).removeprefix('Value error, ')}"
-            if problem["loc"]
-            else str(problem["msg"]).removeprefix("Value error, ")
-        )
-    return f"{where}: {problem['msg']}, found {_shown(problem['input'])}"
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value, however large it is: aliases can make a short YAML an endless tree."""
-    try:
-        return reprlib.repr(value)[:80]
-    except ValueError:
-        return "a number with thousands of digits"
-
-
-@cache
-def _names() -> list[str]:
-    return [name for name, _, _ in keys()]
-
-
-def _nearest(where: str) -> str:
-    if where.startswith("eval.data."):  # a benchmark: its name is anyone's
-        return f"; a benchmark has the keys {', '.join(Benchmark.model_fields)}"
-    known = _names()
-    sections = sorted({name.rpartition(".")[0] for name in known} - {""})
-    last = where.rpartition(".")[2]
-    for name in known:
-        if "." in where and name.rpartition(".")[2] == last:
-            return f"; the nearest known one is {name!r}"
-    same_depth = known if "." in where else sections + [name for name in known if "." not in name]
-    found = difflib.get_close_matches(where, same_depth, n=1, cutoff=0.6)
-    if found:
-        return f"; the nearest known one is {found[0]!r}"
-    found = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1, cutoff=0.6)
-    if found:
-        match = next(name for name in known if name.rpartition(".")[2] == found[0])
-        return f"; the nearest known one is {match!r}"
-    return f"; known sections: {', '.join(sections)}"
-
-
-def keys() -> Iterator[tuple[str, str, str]]:
-    """Every key as (dotted name, default as YAML text, meaning), in the order of the tree."""
-    yield from _keys(Config, "")
-
-
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-            continue
-        default = field.get_default(call_default_factory=True)
-        text = "required" if field.is_required() else yaml.safe_dump(default, default_flow_style=True).split("\n")[0]
-        yield f"{prefix}{name}", text, field.description or ""
-
-
-# Keys that `--resume` may change: where and how long things run. All others decide what is already on record.
-# (A new learner.max_steps or max_generated_tokens stretches a cosine schedule from the next step on.)
-RESUMABLE = frozenset(
-    {
-        "name",
-        "runs_dir",
-        "tracking",
-        "learner.max_steps",
-        "learner.max_generated_tokens",
-        "learner.threads",
-        "learner.device",
-        "learner.micro_batch_tokens",
-        "rollout.workers",
-        "rollout.threads",
-        "rollout.device",
-        "rollout.slots",
-        "teacher.workers",
-        "teacher.threads",
-        "teacher.device",
-        "teacher.slots",
-        "checkpoints.every_steps",
-        "checkpoints.keep",
-        "eval.every_steps",
-        "eval.device",
-        "eval.threads",
-        "eval.slots",
-        "feeder.concurrency",
-        "redis.url",
-        "redis.broker_url",
-        "redis.username",
-        "redis.password_file",
-        "redis.ca_file",
-        "redis.cert_file",
-        "redis.key_file",
-        "redis.maxmemory_mb",
-        "metrics.host",
-        "metrics.port",
-        "liveness.heartbeat_s",
-        "liveness.claim_s",
-        "liveness.busy_s",
-        "liveness.lease_s",
-        "liveness.learner_lease_s",
-        "liveness.shift_s",
-        "liveness.max_attempts",
-        "liveness.redis_wait_s",
-    }
-)
-
-
-# Of these, what decides in which order floats are summed.
-_NOT_IF_DETERMINISTIC = frozenset(
-    {"rollout.threads", "teacher.threads", "learner.threads", "learner.micro_batch_tokens"}
-)
-
-
-def check_resume(before: Config, after: Config) -> None:
-    """Raises ConfigError when a resumed run would change a key that its record depends on."""
-    old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
-    allowed = RESUMABLE - _NOT_IF_DETERMINISTIC if before.deterministic else RESUMABLE
-    changed = [key for key in old | new if old.get(key) != new.get(key) and key not in allowed]
-    if changed:
-        raise ConfigError(
-            "; ".join(f"{key}: {old.get(key)!r} cannot become {new.get(key)!r} on --resume" for key in changed)
-            + f". Keys that may change: {', '.join(sorted(allowed))}"
-        )
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and name not in ("options", "hazard"):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

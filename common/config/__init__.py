@@ -1,0 +1,58 @@
+"""The one config tree: read once, validated whole, frozen, passed down.
+
+Every key stands in `sections.py`, how a file is read in `loading.py`.
+"""
+
+from common.config.loading import (
+    MAX_CONFIG_BYTES,
+    ConfigError,
+    check_resume,
+    keys,
+    load,
+    parse,
+    redis_settings,
+    resumable,
+)
+from common.config.sections import (
+    Benchmark,
+    Checkpoints,
+    Config,
+    Data,
+    Eval,
+    Feeder,
+    Learner,
+    Liveness,
+    Loss,
+    Metrics,
+    Redis,
+    Rollout,
+    Student,
+    Teacher,
+    Termination,
+)
+
+__all__ = [
+    "MAX_CONFIG_BYTES",
+    "Benchmark",
+    "Checkpoints",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Eval",
+    "Feeder",
+    "Learner",
+    "Liveness",
+    "Loss",
+    "Metrics",
+    "Redis",
+    "Rollout",
+    "Student",
+    "Teacher",
+    "Termination",
+    "check_resume",
+    "keys",
+    "load",
+    "parse",
+    "redis_settings",
+    "resumable",
+]
