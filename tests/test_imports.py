@@ -80,7 +80,8 @@ def test_module_starts_without_torch(module: str) -> None:
 
 
 def test_all_of_common_starts_without_torch_and_celery() -> None:
-    names = [f"common.{path.stem}" for path in (ROOT / "common").glob("*.py") if path.stem != "__init__"]
+    paths = [path.relative_to(ROOT) for path in (ROOT / "common").rglob("*.py") if path.stem != "__init__"]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
     found = modules_after("\n".join(f"import {name}" for name in names))
     assert set(names) <= found
     assert not {"torch", "transformers", "celery", "kombu"} & found
