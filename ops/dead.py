@@ -36,6 +36,7 @@ from common.messages import (
 )
 from common.pretrained import ModelError
 from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
+from common.wire.scripts import SentBack
 from ops.chaos.cluster import left_by_harness
 from ops.embedded import EmbeddedRedis
 from ops.reading import find_tokenizer
@@ -56,12 +57,12 @@ _NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
 _TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
 _KEPT = {"there": "its record is kept", "open": "it is not in the books yet", "gone": "its record is gone"}
 _REFUSED = {
-    b"absent": "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis was "
-    "asked twice because its first answer was lost. Look at the list",
-    b"open": "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
-    b"none": "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it did "
-    "not die. There is nothing to send back",
-    b"ended": "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
+    SentBack.ABSENT: "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis "
+    "was asked twice because its first answer was lost. Look at the list",
+    SentBack.OPEN: "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
+    SentBack.NONE: "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it "
+    "did not die. There is nothing to send back",
+    SentBack.ENDED: "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
     "(--resume --set learner.max_steps=N)",
 }
 
@@ -137,7 +138,7 @@ def send_back(config: Config, source: Path, entry: str) -> None:
             raise ConfigError(f"{entry}: the letter names no rollout, so nothing can be sent back; --drop removes it")
         record = plane.rollout(letter.rid)
         problem = _problem(letter.rid, record, config) if record else 0
-        _decide(plane, letter, str(problem))
+        _decide(plane, letter, problem)
     print(f"{letter.rid}: problem {problem} is sent back; the feeder admits it as a new rollout when there is room")
 
 
@@ -145,13 +146,13 @@ def drop(config: Config, source: Path, entry: str) -> None:
     """Remove a letter, and the record of the rollout that died by it, for good. Raises ConfigError."""
     with _opened(config, source) as (_, plane):
         letter = _letter(plane, entry)
-        _decide(plane, letter, "")
+        _decide(plane, letter, None)
     print(f"removed {entry}" + (f" and the record of rollout {letter.rid}" if letter.rid else ""))
 
 
-def _decide(plane: Plane, letter: Letter, problem: str) -> None:
-    answer = bytes(plane.call("again", letter.entry, letter.rid, problem)[0])
-    if answer != b"ok":
+def _decide(plane: Plane, letter: Letter, problem: int | None) -> None:
+    answer = plane.send_back(letter.entry, letter.rid, problem)
+    if answer is not SentBack.OK:
         raise ConfigError(_REFUSED[answer].format(entry=letter.entry, rid=letter.rid))
 
 
