@@ -402,14 +402,14 @@ class RolloutWorker:
     def _take_reply(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # behind one that was not taken
-        if stored.word is scripts.Chunk.FULL:
+        if stored.word is scripts.ChunkAnswer.FULL:
             metrics.chunks_refused.inc()
             self._full.seen("Redis is full: chunks wait until what is trained or ended is taken off")
             writing.refused = True
             self._hold_or_release(writing)
             return
         del writing.closed[0]
-        if stored.word is scripts.Chunk.OK:
+        if stored.word is scripts.ChunkAnswer.OK:
             metrics.chunks_sent.inc()
             self._full.not_seen("Redis takes chunks again")
             writing.sent += 1
@@ -420,7 +420,7 @@ class RolloutWorker:
                 self._learn_scored(writing, stored.scored)
             return
         metrics.chunks_fenced.inc()
-        if stored.word is scripts.Chunk.ENDED:
+        if stored.word is scripts.ChunkAnswer.ENDED:
             self._end(writing.rid, chunk)
         else:
             self._forget(writing.rid)

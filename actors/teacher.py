@@ -37,7 +37,7 @@ from common.pulse import Pulse
 from common.streams import Plane, Roster, Stopping, shown
 from common.wire import scripts
 from common.wire.record import divergence_field, support_field, tokens_field
-from common.wire.scripts import Entry, Score
+from common.wire.scripts import Entry, ScoreAnswer
 
 log = logging.getLogger("katana.teacher")
 _SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
@@ -368,14 +368,14 @@ class TeacherWorker:
             calls.append(scripts.score(work.shard, work.entry, work.rid, work.seq, divergence, support))
         for one, reply in zip(good, self._plane.call_all(calls), strict=True):
             self._scored_tokens += len(one.tokens.tokens)
-            if reply is Score.OK:
+            if reply is ScoreAnswer.OK:
                 metrics.chunks_scored.inc()
-            elif reply is Score.DUPLICATE:
+            elif reply is ScoreAnswer.DUPLICATE:
                 metrics.chunks_duplicate.inc()
             self._blamed.clear()
             self._alone.discard(one.work.rid)
             self._latest[one.work.rid] = one.record
-            if reply is Score.ENDED or one.tokens.finish:
+            if reply is ScoreAnswer.ENDED or one.tokens.finish:
                 self._drop(one.work.rid)
         if len(self._latest) > 4 * self._config.teacher.slots:  # evicted since, and perhaps over
             self._latest = {rid: record for rid, record in self._latest.items() if self._scorer.cached(rid) >= 0}

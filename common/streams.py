@@ -107,6 +107,16 @@ class Backlog:
     streams: dict[str, tuple[int, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class RecordState:
+    """A rollout: admitted and not booked, its record there; attempts and claims as stored (b"": none)."""
+
+    open: bool
+    there: bool
+    attempts: bytes
+    claims: bytes
+
+
 @dataclass(slots=True)
 class Roster:
     """Who of a role is not silent, as Redis last told it. `silence_s`: who says nothing for so long is off it."""
@@ -504,6 +514,32 @@ class Plane:
     def requests(self, count: int) -> list[Entry]:
         """The oldest of those that operators sent back, as entries of `again`."""
         return list(self.patiently(lambda: self.client.xrange(self.key("again"), count=count), "again"))
+
+    def requests_waiting(self) -> int:
+        """How many were sent back and have not been admitted anew."""
+        return int(self.patiently(lambda: self.client.xlen(self.key("again")), "again"))
+
+    def dead_letters(self, first: str, last: str, count: int) -> list[Entry]:
+        """Entries of `dead` from one id to another."""
+        key = self.key("dead")
+        return list(self.patiently(lambda: self.client.xrange(key, first, last, count=count), "dead letters"))
+
+    def record_states(self, rids: Sequence[str]) -> list[RecordState]:
+        """Where rollouts are, and what counts against them, in one round trip."""
+
+        def once() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            for rid in rids:
+                pipe.sismember(self.key("open"), rid)
+                pipe.exists(self.key(f"rollout:{rid}"))
+                pipe.hmget(self.key(f"rollout:{rid}"), ["attempts", "claims"])
+            return list(pipe.execute())
+
+        answers = self.patiently(once, "rollouts")
+        return [
+            RecordState(bool(is_open), bool(there), attempts or b"", claims or b"")
+            for is_open, there, (attempts, claims) in zip(answers[::3], answers[1::3], answers[2::3], strict=True)
+        ]
 
     def now_s(self) -> float:
         """Redis's clock."""

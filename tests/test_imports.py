@@ -80,8 +80,8 @@ def test_module_starts_without_torch(module: str) -> None:
 
 
 def test_all_of_common_starts_without_torch_and_celery() -> None:
-    paths = [path.relative_to(ROOT) for path in (ROOT / "common").rglob("*.py") if path.stem != "__init__"]
-    names = [".".join(path.with_suffix("").parts) for path in paths]
+    paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "common").rglob("*.py"))
+    names = [".".join(path.parts) for path in paths if path.name != "__init__"]
     found = modules_after("\n".join(f"import {name}" for name in names))
     assert set(names) <= found
     assert not {"torch", "transformers", "celery", "kombu"} & found

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
+TOKENS = "t"  # ChunkTokens, by the rollout worker
+SUPPORT = "p"  # ChunkSupport, by the rollout worker
+DIVERGENCE = "d"  # ScoreDivergence, by the teacher worker
+SCORES = "q"  # ScoreSupport, by the teacher worker
+_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{DIVERGENCE}{SCORES}]):([0-9]{{1,9}})".encode())
+
 
 def tokens_field(seq: int) -> str:
-    """ChunkTokens, by the rollout worker."""
-    return f"t:{seq}"
+    return f"{TOKENS}:{seq}"
 
 
 def support_field(seq: int) -> str:
-    """ChunkSupport, by the rollout worker."""
-    return f"p:{seq}"
+    return f"{SUPPORT}:{seq}"
 
 
 def divergence_field(seq: int) -> str:
-    """ScoreDivergence, by the teacher worker."""
-    return f"d:{seq}"
+    return f"{DIVERGENCE}:{seq}"
 
 
 def scores_field(seq: int) -> str:
-    """ScoreSupport, by the teacher worker."""
-    return f"q:{seq}"
+    return f"{SCORES}:{seq}"
+
+
+def part_of(field: bytes) -> tuple[str, int] | None:
+    """Of which kind a field is, by its name as stored, and of which chunk; None for one of the whole rollout."""
+    found = _FIELD.fullmatch(field)
+    return (found[1].decode(), int(found[2])) if found else None
 
 
 def holds_tokens(field: bytes) -> bool:
-    """Whether a field of a record, by its name as Redis tells it, is of this kind."""
-    return field.startswith(b"t:")
+    """Whether a field is, or was meant to be, the tokens of a chunk."""
+    return field.startswith(f"{TOKENS}:".encode())

@@ -89,7 +89,7 @@ class SentBack(Enum):
     ENDED = "ended"
 
 
-class Chunk(Enum):
+class ChunkAnswer(Enum):
     OK = "ok"
     ENDED = "ended"
     LOST = "lost"
@@ -116,7 +116,7 @@ class Published(Enum):
     OLD = "old"
 
 
-class Score(Enum):
+class ScoreAnswer(Enum):
     OK = "ok"
     DUPLICATE = "duplicate"
     ENDED = "ended"
@@ -167,7 +167,7 @@ class Ending(NamedTuple):
 class Stored:
     """`scored`: of an "ok" the chunks of the rollout that have been scored, as stored."""
 
-    word: Chunk
+    word: ChunkAnswer
     scored: bytes | None = None
 
 
@@ -314,8 +314,8 @@ def chunk(
     """`length`: tokens in all."""
 
     def read(reply: list[Any]) -> Stored:
-        word = _word(Chunk, reply)
-        return Stored(word, reply[1] if word is Chunk.OK else None)
+        word = _word(ChunkAnswer, reply)
+        return Stored(word, reply[1] if word is ChunkAnswer.OK else None)
 
     return Call("chunk", (rid, nonce, seq, tokens, support, shard, length, finish or ""), read)
 
@@ -357,9 +357,9 @@ def claim(stream: str, consumer: str, idle_ms: int, most: int) -> Call[Claimed]:
     return Call("claim", (stream, consumer, idle_ms, most), read)
 
 
-def score(shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes) -> Call[Score]:
+def score(shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes) -> Call[ScoreAnswer]:
     """`support`: the teacher's log-probabilities."""
-    return Call("score", (shard, entry, rid, seq, divergence, support), lambda reply: _word(Score, reply))
+    return Call("score", (shard, entry, rid, seq, divergence, support), lambda reply: _word(ScoreAnswer, reply))
 
 
 # --- workers and others ----------------------------------------------------------------------------------------

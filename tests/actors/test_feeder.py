@@ -21,7 +21,6 @@ from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_by
 from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
 from common.streams import Lease, LeaseLost, create_run
-from common.wire.scripts import Admitted, Fenced
 from ops.embedded import EmbeddedRedis
 
 
@@ -227,9 +226,9 @@ def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callab
     assert desk.run.ledger() == {"admitted": 20}
 
 
-def refused(calls: Sequence[Fenced[Any]]) -> list[Admitted]:
+def refused(calls: Sequence[Any]) -> list[Any]:
     """What a full Redis answers to admissions; nothing where there are none."""
-    return [Admitted.FULL for call in calls if call.script == "admit"]
+    return [actors.feeder.Admitted.FULL for call in calls if call.script == "admit"]
 
 
 def test_a_full_redis_stops_admission_until_it_has_room(

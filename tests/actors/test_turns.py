@@ -22,7 +22,6 @@ from actors.rollout import RolloutWorker
 from common.messages import Ints
 from common.metrics import REGISTRY
 from common.weights import publish
-from common.wire.scripts import Call
 from ops.embedded import EmbeddedRedis
 
 SLOTS, LENGTH, STEP_S, TRIP_S = 4, 64, 0.02, 0.001
@@ -125,11 +124,11 @@ class Turns:
     ) -> None:
         self.run, self.clock, self.trip_s = run, Clock(), TRIP_S
         self.decoder = Counting(self.clock, chunk, length)
-        self.trips: list[Sequence[Call[Any]]] = []
+        self.trips: list[Sequence[Any]] = []
         monkeypatch.setattr(actors.rollout, "time", self.clock)
         call_all = run.plane.call_all
 
-        def timed(calls: Sequence[Call[Any]]) -> list[Any]:
+        def timed(calls: Sequence[Any]) -> list[Any]:
             self.trips.append(calls)
             self.clock.now += self.trip_s
             return call_all(calls)

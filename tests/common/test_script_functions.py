@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     "book": (scripts.book("rid", "ledger field", [b"rollout's pending entries"]), None, {}),
     "chunk": (
         scripts.chunk("rid", "nonce", 1, b"encoded tokens", b"encoded support", 2, 3, "finish"),
-        scripts.Chunk,
+        scripts.ChunkAnswer,
         {1: "seq", 2: "shard", 3: "tokens in all"},
     ),
     "claim": (scripts.claim("stream", "consumer", 1, 2), None, {1: "idle ms", 2: "most entries"}),
@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "score": (
         scripts.score(1, b"entry", "rid", 2, b"encoded divergence", b"encoded teacher log-probabilities"),
-        scripts.Score,
+        scripts.ScoreAnswer,
         {1: "shard", 2: "seq"},
     ),
     "seen": (
@@ -156,8 +156,8 @@ def test_words_are_those_of_the_header(name: str) -> None:
         ("attempt", [b"ok", 2], 2),
         ("book", [b"ok", 1], True),
         ("book", [b"ok", 0], False),
-        ("chunk", [b"ok", b"3"], scripts.Stored(scripts.Chunk.OK, b"3")),
-        ("chunk", [b"full"], scripts.Stored(scripts.Chunk.FULL)),
+        ("chunk", [b"ok", b"3"], scripts.Stored(scripts.ChunkAnswer.OK, b"3")),
+        ("chunk", [b"full"], scripts.Stored(scripts.ChunkAnswer.FULL)),
         ("claim", [b"lost"], scripts.Claimed([], lost=True)),
         ("claim", [b"ok", [b"1-1", [b"rid", b"r1"], 2]], scripts.Claimed([((b"1-1", {b"rid": b"r1"}), 2)])),
         ("count", [b"lost"], scripts.Counted.LOST),
@@ -166,7 +166,7 @@ def test_words_are_those_of_the_header(name: str) -> None:
         ("lease", [b"held"], scripts.Leased.HELD),
         ("publish", [b"ok"], scripts.Publication(scripts.Published.OK, 1)),
         ("publish", [b"old", 7], scripts.Publication(scripts.Published.OLD, 7)),
-        ("score", [b"duplicate"], scripts.Score.DUPLICATE),
+        ("score", [b"duplicate"], scripts.ScoreAnswer.DUPLICATE),
         ("seen", [b"ok", b"3", b"t1", b"t2"], scripts.Sight(b"3", ["t1", "t2"])),
         ("settle", [b"ok", 1], 1),
         ("sweep", [b"ok", 4], 4),
@@ -221,4 +221,8 @@ def test_fields_of_a_chunk_are_those_that_the_scripts_write() -> None:
     named = {f"{kind}:" for kind in re.findall(r"'([a-z]):' \.\. seq", text)}
     functions = (record.tokens_field, record.support_field, record.divergence_field, record.scores_field)
     assert {field(7) for field in functions} == {f"{kind}7" for kind in named}
-    assert record.holds_tokens(record.tokens_field(7).encode())
+    assert [record.part_of(field(7).encode()) for field in functions] == [
+        (kind, 7) for kind in (record.TOKENS, record.SUPPORT, record.DIVERGENCE, record.SCORES)
+    ]
+    assert [record.part_of(name) for name in (b"head", b"t:", b"t:x", b"xt:7", b"t:1234567890")] == [None] * 5
+    assert [record.holds_tokens(name) for name in (b"t:7", b"t:x", b"d:7", b"threshold")] == [True, True, False, False]
