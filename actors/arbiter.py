@@ -10,7 +10,6 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +21,9 @@ from common.policies import Policy, Progress, Situation
 from common.streams import Lease, Plane, shown, unix_s
 from common.termination import Cut, Kat, MinimaBuffer
 from common.weights import BadWeights, read_pointer
+from common.wire import scripts
+from common.wire.record import divergence_field, tokens_field
+from common.wire.scripts import Fenced, Judged
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks asked for in one look
@@ -80,7 +82,7 @@ class Arbiter:
         self._version = self._step = 0
         self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
         # Verdicts (None: only to acknowledge) that the look at hand has come to, with the last notice of each.
-        self._due: list[tuple[Sequence[str | int | bytes], tuple[Verdict, bytes] | None]] = []
+        self._due: list[tuple[Fenced[Judged], tuple[Verdict, bytes] | None]] = []
         self._recent: deque[bool] = deque(maxlen=256)
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -132,8 +134,7 @@ class Arbiter:
         return announced[0].version if announced else 0
 
     def _load_minima(self) -> None:
-        stored = self._plane.patiently(lambda: self._plane.client.lrange(self._plane.key("minima"), 0, -1), "minima")
-        self._minima = MinimaBuffer(self._settings.buffer_size, (float(value) for value in stored))
+        self._minima = MinimaBuffer(self._settings.buffer_size, self._plane.minima())
 
     def _note(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> set[str]:
         touched = set()
@@ -177,8 +178,7 @@ class Arbiter:
 
     def _unjudged(self) -> list[str]:
         """Rollouts without a verdict, in the order of admission."""
-        names = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
-        rids = sorted(name.decode() for name in names)
+        rids = self._plane.open_rollouts()
         answers = self._plane.fields((rid, ["head", "verdict"]) for rid in rids)
         return [rid for rid, (head, verdict) in zip(rids, answers, strict=True) if head and verdict is None]
 
@@ -206,7 +206,8 @@ class Arbiter:
 
     def _wanted(self, track: _Track) -> list[str]:
         first = len(track.chunks)
-        chunks = [f"{kind}:{seq}" for seq in range(first, first + _AHEAD) for kind in "td"]
+        seqs = range(first, first + _AHEAD)
+        chunks = [name for seq in seqs for name in (tokens_field(seq), divergence_field(seq))]
         return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
 
     def _advance(self, rid: str, values: list[bytes | None]) -> bool:
@@ -273,7 +274,7 @@ class Arbiter:
 
     def _acknowledge(self, rid: str) -> None:
         track = self._tracks.pop(rid)
-        self._due.append((self._arguments(rid, b"", 0, False, None, track.entries), None))
+        self._due.append((self._call(rid, b"", 0, False, None, track.entries), None))
 
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
@@ -285,19 +286,19 @@ class Arbiter:
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
-        call = self._arguments(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
+        call = self._call(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
         self._due.append((call, (verdict, track.entries[-1])))
 
     def _send_due(self) -> None:
         """Give the verdicts of this look, in their order, in one round trip."""
         due, self._due = self._due, []
         failed = self._plane.failed_calls
-        replies = self._lease.call_each("verdict", [call for call, _ in due]) if due else []
-        words = [(one, reply[0]) for (_, one), reply in zip(due, replies, strict=True) if one is not None]
-        if any(word != b"ok" for _, word in words):
+        replies = self._lease.call_all([call for call, _ in due]) if due else []
+        words = [(one, word) for (_, one), word in zip(due, replies, strict=True) if one is not None]
+        if any(word is not Judged.OK for _, word in words):
             self._load_minima()
         # After an answer that was lost, a verdict of ours is found to be there.
-        ours = (b"ok", b"duplicate") if self._plane.failed_calls != failed else (b"ok",)
+        ours = (Judged.OK, Judged.DUPLICATE) if self._plane.failed_calls != failed else (Judged.OK,)
         self._observe([one for one, word in words if word in ours])
 
     def _verdict(
@@ -342,20 +343,11 @@ class Arbiter:
         source = self._settings.calibrate_on
         return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.cut)
 
-    def _arguments(
+    def _call(
         self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
-    ) -> Sequence[str | int | bytes]:
-        threshold = self.threshold
-        return (
-            rid,
-            verdict,
-            train,
-            int(stop),
-            "" if minimum is None else repr(minimum),
-            self._settings.buffer_size,
-            "inactive" if threshold is None else repr(threshold),
-            *entries,
-        )
+    ) -> Fenced[Judged]:
+        size, threshold = self._settings.buffer_size, self.threshold
+        return scripts.verdict(rid, verdict, train, stop, minimum, size, threshold, entries)
 
     def _show_threshold(self) -> None:
         metrics.kat_buffer_size.set(len(self._minima))
@@ -367,8 +359,7 @@ class Arbiter:
         self._show_threshold()
         now = 0.0
         if any(verdict.cut for verdict, _ in given):
-            seconds, micros = self._plane.patiently(self._plane.client.time, "time")
-            now = seconds + micros / 1e6
+            now = self._plane.now_s()
         for verdict, entry in given:
             self._observe_one(verdict, entry, now)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from common import metrics
 from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
+from common.wire.record import divergence_field, holds_tokens, tokens_field
 
 log = logging.getLogger("katana.books")
 # Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
@@ -254,7 +255,7 @@ def audit_of(rid: str, record: dict[bytes, bytes]) -> dict[str, Any]:
     """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
     owners = record.get(b"owners", b"").decode("ascii", "replace").split()
     threshold = record.get(b"threshold")
-    chunks, stored = record.get(b"chunks", b"0"), sum(name.startswith(b"t:") for name in record)
+    chunks, stored = record.get(b"chunks", b"0"), sum(map(holds_tokens, record))
     return {
         "rid": rid,
         "owners": [
@@ -278,8 +279,8 @@ def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
 
 def _audited_chunk(record: dict[bytes, bytes], seq: int) -> dict[str, Any]:
     try:
-        chunk = ChunkTokens.decode(record.get(b"t:%d" % seq, b""))
-        scored = record.get(b"d:%d" % seq)
+        chunk = ChunkTokens.decode(record.get(tokens_field(seq).encode(), b""))
+        scored = record.get(divergence_field(seq).encode())
         divergence = None if scored is None else row_digest(ScoreDivergence.decode(scored).divergence)
     except MessageError as error:
         return {"seq": seq, "broken": str(error)}

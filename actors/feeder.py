@@ -35,6 +35,8 @@ from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes,
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
 from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_text
+from common.wire import scripts
+from common.wire.scripts import Admitted
 
 log = logging.getLogger("katana.feeder")
 _ROOM_S = 0.25  # between two looks at a Redis that was short of memory
@@ -150,14 +152,12 @@ class Feeder:
             self._books = Books(
                 self._config.run_dir, record_traces=feeder.record_traces, record_audit=feeder.record_audit
             )
-        client, key = self._plane.client, self._plane.key
-        self._read_ledger()
-        cursor = self._plane.patiently(lambda: client.get(key("cursor")), "cursor")
-        self._cursor = int(cursor or 0)
+        self._ledger = self._plane.ledger()
+        self._cursor = self._plane.cursor()
         known = _admitted_on_disk(self._config.run_dir, self._books)
         if self._cursor < known:
             self._restore(known)
-        rids = sorted(rid.decode() for rid in self._plane.patiently(lambda: client.smembers(key("open")), "open"))
+        rids = self._plane.open_rollouts()
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
         self._running = {rid for rid, (verdict,) in zip(rids, verdicts, strict=True) if verdict is None}
         self._adopt()
@@ -168,9 +168,9 @@ class Feeder:
 
     def _restore(self, cursor: int) -> None:
         """Redis knows less than the books: it lost the run. Go on behind what was admitted; what was open is lost."""
-        alive = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
+        alive = set(self._plane.open_rollouts())
         rids = [rid_of(index) for index in range(cursor)]
-        lost = [rid for rid in rids if rid not in self._books.booked and rid.encode() not in alive]
+        lost = [rid for rid in rids if rid not in self._books.booked and rid not in alive]
         log.warning(
             "Redis lost this run: %d of %d admitted rollouts are booked, %d are lost",
             cursor - len(lost) - len(alive),
@@ -190,9 +190,8 @@ class Feeder:
         lines = read_lines(self._config.run_dir / "rollouts.jsonl")
         generated = sum(line["tokens_generated"] for line in lines)
         # These have a count of their own in their records, to which their writers may be adding.
-        unbooked = [rid for rid in alive if rid.decode() not in self._books.booked]
-        ledger = (part for item in self._ledger.items() for part in item)
-        self._lease.call("restore", cursor, generated, len(unbooked), *unbooked, *ledger)
+        unbooked = [rid for rid in alive if rid not in self._books.booked]
+        self._lease.call(scripts.restore(cursor, generated, unbooked, self._ledger))
 
     def _finish(self) -> None:
         """The learner is done: free the writers, hear them out for a moment, drop what is in flight."""
@@ -206,12 +205,11 @@ class Feeder:
                 self._note(entry, values)
         self._adopt()
         self._book_ready(wait_s=0.0)
-        names = self._plane.patiently(lambda: self._plane.client.smembers(self._plane.key("open")), "open")
-        left = {rid: self._rollouts.get(rid, _Open()) for rid in sorted(name.decode() for name in names)}
+        left = {rid: self._rollouts.get(rid, _Open()) for rid in self._plane.open_rollouts()}
         for rollout in left.values():
             rollout.ending = rollout.ending or ("dropped", "run_end", None)
         self._book(left)
-        self._lease.call("close", *(part for pair in self._plane.groups for part in pair))
+        self._lease.call(scripts.close(self._plane.groups))
 
     def _write_ledger(self) -> None:
         """Unless another feeder, which took over from this one, has written a later one. Needs no Redis."""
@@ -332,18 +330,15 @@ class Feeder:
     def _settle(self, endings: list[tuple[str, str, list[bytes]]]) -> None:
         """Rollouts by their ledger field, with what is pending of each."""
         failed = self._plane.failed_calls
-        replies = self._lease.call_each("book", [(rid, name, *entries) for rid, name, entries in endings])
+        booked = self._lease.call_all([scripts.book(*ending) for ending in endings])
         if self._plane.failed_calls != failed:
-            self._read_ledger()  # a call that came through and whose answer was lost says "before" the second time
+            self._ledger = (
+                self._plane.ledger()
+            )  # a call that came through and whose answer was lost says "before" the second time
             return
-        for (_, name, _), reply in zip(endings, replies, strict=True):
-            if reply[1] == 1:
+        for (_, name, _), fresh in zip(endings, booked, strict=True):
+            if fresh:
                 self._ledger[name] = self._ledger.get(name, 0) + 1
-
-    def _read_ledger(self) -> None:
-        client, key = self._plane.client, self._plane.key("ledger")
-        ledger = self._plane.patiently(lambda: client.hgetall(key), "ledger")
-        self._ledger = {name.decode(): int(value) for name, value in ledger.items()}
 
     def _line(self, rid: str, rollout: _Open, facts: list[bytes | None]) -> BookLine:
         head, length, entry = facts
@@ -402,8 +397,7 @@ class Feeder:
         count = self._lacking(step, covered)
         if count <= 0 or self._fitting(count) < count:  # whole, or its parts would be judged by other thresholds
             return 0
-        threshold = self._plane.patiently(lambda: self._plane.client.get(self._plane.key("threshold")), "threshold")
-        return self._admit_next(count, step, threshold or b"inactive")
+        return self._admit_next(count, step, self._plane.threshold())
 
     def _lacking(self, step: int, covered: int) -> int:
         """(step + 1) · batch - (trained + waiting); 0 while there is a rollout whose verdict has not been read."""
@@ -426,17 +420,17 @@ class Feeder:
         sent_back = self._sent_back(count)
         heads, calls = [], []
         for place in range(count):
-            request = sent_back[place] if place < len(sent_back) else ()
-            head = self._head(self._cursor + place, step, *request[1:])
+            request = sent_back[place] if place < len(sent_back) else None
+            head = self._head(self._cursor + place, step, request and request[1])
             heads.append(head)
-            calls.append((head.rid, head.encode(), self._cursor + place + 1, threshold, *request))
-        for admitted, (head, reply) in enumerate(zip(heads, self._lease.call_each("admit", calls), strict=True)):
+            calls.append(scripts.admit(head.rid, head.encode(), self._cursor + place + 1, threshold, request))
+        for admitted, (head, word) in enumerate(zip(heads, self._lease.call_all(calls), strict=True)):
             # Behind one that was refused, all are: each follows the one before.
-            if reply[0] == b"behind" and admitted == 0:
+            if word is Admitted.BEHIND and admitted == 0:
                 raise RunGone("Redis has forgotten the newest admissions: the feeder must begin anew from its books")
-            if reply[0] == b"full":  # others fill it: of this run's own there was room
+            if word is Admitted.FULL:  # others fill it: of this run's own there was room
                 self._say_short(self._plane.memory())
-            if reply[0] != b"ok":
+            if word is not Admitted.OK:
                 return admitted
             self._cursor += 1
             self._running.add(head.rid)
@@ -445,9 +439,8 @@ class Feeder:
 
     def _sent_back(self, count: int) -> list[tuple[bytes, int]]:
         """Entry and problem of the oldest requests in `again`; one that cannot be admitted is given up."""
-        client, key = self._plane.client, self._plane.key("again")
         found = []
-        for entry, values in self._plane.patiently(lambda: client.xrange(key, count=count), "again"):
+        for entry, values in self._plane.requests(count):
             try:
                 problem = read_number(values.get(b"problem"), "again.problem")
                 self._source.prompt(problem)
@@ -544,34 +537,19 @@ class Feeder:
 
         Redis's memory and the dead letters with them.
         """
-        groups = dict(self._plane.groups)
-
-        def ask() -> list[Any]:
-            pipe = self._plane.client.pipeline(transaction=False)
-            pipe.time()
-            pipe.info("memory")
-            pipe.xlen(self._plane.key("dead"))
-            for name, group in groups.items():
-                pipe.xlen(self._plane.key(name))
-                pipe.xpending(self._plane.key(name), group)
-            return list(pipe.execute(raise_on_error=False))
-
-        (seconds, _), memory, dead, *answers = self._plane.patiently(ask, "streams")
-        if not isinstance(memory, Exception):
-            limit = memory.get("maxmemory") or float("inf")
-            metrics.redis_memory.set(memory["used_memory"] / limit)
+        backlog = self._plane.backlog()
+        if backlog.memory is not None:
+            limit = backlog.memory.get("maxmemory") or float("inf")
+            metrics.redis_memory.set(backlog.memory["used_memory"] / limit)
             metrics.config_value.labels("redis_maxmemory_bytes").set(limit)
-        if not isinstance(dead, Exception):
-            metrics.stream_outstanding.labels("dead").set(dead)
+        if backlog.dead is not None:
+            metrics.stream_outstanding.labels("dead").set(backlog.dead)
         length: Counter[str] = Counter()
         oldest: dict[str, float] = {}
-        for name, size, pending in zip(groups, answers[::2], answers[1::2], strict=True):
-            if isinstance(size, Exception) or isinstance(pending, Exception):
-                continue  # a group that was lost: whoever reads it makes it again
+        for name, (size, oldest_s) in backlog.streams.items():
             stream = name.partition(":")[0]
             length[stream] += size
-            first = int(pending["min"].split(b"-")[0]) / 1000 if pending["pending"] else float(seconds)
-            oldest[stream] = max(oldest.get(stream, 0.0), seconds - first)
+            oldest[stream] = max(oldest.get(stream, 0.0), oldest_s)
         for stream in oldest:
             metrics.stream_outstanding.labels(stream).set(length[stream])
             metrics.stream_oldest_pending.labels(stream).set(oldest[stream])

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -36,13 +35,27 @@ from common.messages import (
     support_digest,
 )
 from common.pulse import Pulse
-from common.streams import Call, Plane, RedisUnavailable, RunGone, Stopping, Taken
+from common.streams import Plane, RedisUnavailable, RunGone, Stopping
+from common.wire import scripts
+from common.wire.record import tokens_field
+from common.wire.scripts import Beat, Call, Counted, Given, Ownership, Stored, Written
 
 log = logging.getLogger("katana.rollout")
 _CONTROL_S = 0.01  # how often signals, credit and the policy pointer are looked at, and rollouts for free slots
 _TALK_SHARE = 0.25  # of its time, at most, a worker that has something to write waits for Redis's answers
 _LONGEST_SILENCE_S = 0.5  # also after a trip that took long because Redis was away
 _LONGEST_IDLE_S = 2.0  # between two looks of a worker that has nothing to write
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A rollout that this worker now owns. `claims`: how often it was taken from a silent worker without progress."""
+
+    rid: str
+    entry: bytes
+    chunks: int
+    length: int
+    claims: int
 
 
 @dataclass(slots=True)
@@ -60,6 +73,10 @@ class _Writing:
     apart: bool = False  # waits while another is tried alone
 
     @property
+    def owned(self) -> Written:
+        return Written(self.rid, self.entry, self.nonce)
+
+    @property
     def final(self) -> bool:
         """It has left its slot: its last chunk is to be sent."""
         return bool(self.closed) and self.closed[-1][0].finish is not None
@@ -72,7 +89,7 @@ class RolloutWorker:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._weights = WeightsReader(config.run_dir / "weights")
         self._writing: dict[str, _Writing] = {}
-        self._counts: list[Call] = []  # what stopped rollouts came to, to be sent
+        self._counts: list[Call[Counted]] = []  # what stopped rollouts came to, to be sent
         self._done: list[bytes] = []  # signals that have been read
         self._talk_at = 0.0
         self._version = self._step = -1
@@ -148,7 +165,7 @@ class RolloutWorker:
             raise EngineBroken(f"{brief(error)}; nor does the student pass its own test: {brief(broken)}") from error
         self._decoder.discard(writing.rid)
         self._forget(writing.rid)
-        self._plane.call("release", self._worker, writing.rid, writing.entry, writing.nonce)
+        self._release(writing.owned)
         self._give_up(writing.rid, brief(error), writing.entry)
 
     def _try_alone(self) -> None:
@@ -184,25 +201,22 @@ class RolloutWorker:
             for one in self._writing.values():
                 one.refused = False
         sent = [(one, *pair) for one in self._writing.values() if not one.refused for pair in one.closed]
-        counts = len(self._counts)
-        calls = self._chunk_calls(sent) + self._counts
+        counts = list(self._counts)
         asked = [one for one in self._writing.values() if everyone or one.held] if control else []
-        if control:
-            calls.append(self._beat_call(asked))
+        beats = [self._beat_call(asked)] if control else []
         nonce = secrets.token_hex(8)
-        if free:
-            calls.append(self._take_call(nonce, free))
+        takes = [self._take_call(nonce, free)] if free else []
         began = time.monotonic()
-        replies = self._plane.call_all(calls)
+        stored, _, told, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
         now = time.monotonic()
         longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
         self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
-        del self._counts[:counts]
-        for (one, chunk, _), reply in zip(sent, replies, strict=False):
-            self._take_reply(one, chunk, reply)
-        if control:
-            self._take_control(asked, replies[len(sent) + counts])
-        return not free or self._take(replies[-1], nonce)
+        del self._counts[: len(counts)]
+        for (one, chunk, _), answer in zip(sent, stored, strict=True):
+            self._take_reply(one, chunk, answer)
+        for beat in told:
+            self._take_control(asked, beat)
+        return all(self._take(reply, nonce) for reply in given)
 
     def _free(self) -> int:
         """Slots to be filled; none while Redis is full."""
@@ -212,36 +226,37 @@ class RolloutWorker:
 
     # --- what comes in -----------------------------------------------------------------------------------------
 
-    def _take_call(self, nonce: str, free: int) -> Call:
+    def _take_call(self, nonce: str, free: int) -> Call[Given]:
         claim = self._plane.may_claim and self._is_due("claim", self._config.liveness.heartbeat_s)
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
-        return "take", (self._worker, nonce, free, idle_ms, self._claim_from)
+        return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from)
 
-    def _take(self, reply: list[Any], nonce: str) -> bool:
+    def _take(self, given: Given, nonce: str) -> bool:
         """Begin the rollouts that Redis gave. False once the run is over."""
-        if reply[0] == b"ended":
+        if given.ended:
             return False
-        self._claim_from = reply[1]
+        self._claim_from = given.claim_from
         taken = []
-        for rid, entry, chunks, length, claims in reply[2:]:
+        for offer in given.offers:
             known, most = "", self._config.max_length  # a chunk has at least a token
             try:
-                known = read_rid(rid)
-                if claims is None:
+                known = read_rid(offer.rid)
+                if offer.claims is None:
                     raise MessageError("rollout.claims: not a number")
-                stored = read_number(chunks, "rollout.chunks", high=most)
-                taken.append(Taken(known, entry, stored, read_number(length, "rollout.length", high=most), int(claims)))
+                chunks = read_number(offer.chunks, "rollout.chunks", high=most)
+                length = read_number(offer.length, "rollout.length", high=most)
+                taken.append(_Taken(known, offer.entry, chunks, length, offer.claims))
             except MessageError as error:
                 if known:
-                    self._plane.call("release", self._worker, known, entry, nonce)
-                self._give_up(known, str(error), entry)
-        names = [(one.rid, ["head", "scored", *(f"t:{seq}" for seq in range(one.chunks))]) for one in taken]
+                    self._release(Written(known, offer.entry, nonce))
+                self._give_up(known, str(error), offer.entry)
+        names = [(one.rid, ["head", "scored", *map(tokens_field, range(one.chunks))]) for one in taken]
         for one, fields in zip(taken, self._plane.fields(names), strict=True):
             self._start(one, nonce, fields)
         metrics.slots_busy.labels("rollout").set(len(self._decoder.busy))
         return True
 
-    def _start(self, taken: Taken, nonce: str, fields: list[bytes | None]) -> None:
+    def _start(self, taken: _Taken, nonce: str, fields: list[bytes | None]) -> None:
         if taken.claims:
             metrics.claims.labels("prompts").inc()
             log.info("rollout %s taken over at token %d", taken.rid, taken.length)
@@ -256,7 +271,7 @@ class RolloutWorker:
             done = read_number(scored or b"0", "rollout.scored")
             writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, done)
             if not self._has_weights_of(head.step):
-                self._plane.call("release", self._worker, taken.rid, taken.entry, nonce)
+                self._release(Written(taken.rid, taken.entry, nonce))
                 return
             self._decoder.add(
                 taken.rid,
@@ -266,7 +281,7 @@ class RolloutWorker:
                 generated=_join(chunks),
             )
         except (MessageError, ValueError) as error:
-            self._plane.call("release", self._worker, taken.rid, taken.entry, nonce)
+            self._release(Written(taken.rid, taken.entry, nonce))
             self._give_up(taken.rid, str(error), taken.entry)
             return
         self._writing[taken.rid] = writing
@@ -280,39 +295,39 @@ class RolloutWorker:
         if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
             metrics.dead_letters.labels("rollout").inc()
 
-    def _beat_call(self, asked: list[_Writing]) -> Call:
-        args = [part for one in asked for part in (one.rid, one.entry, one.nonce)]
-        return "beat", (self._worker, self._signal, len(self._done), *self._done, *args)
+    def _release(self, *written: Written) -> None:
+        """Hand rollouts back: whoever comes next takes them at once."""
+        self._plane.call(scripts.release(self._worker, written))
 
-    def _take_control(self, asked: list[_Writing], reply: list[Any]) -> None:
+    def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
+        return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
+
+    def _take_control(self, asked: list[_Writing], beat: Beat) -> None:
         """Signals, weights, and what was scored, ended, or taken away of those that were asked about."""
-        _, signals, pointer, *words = reply
-        self._done = [entry for entry, _ in signals]
-        for entry, values in signals:
+        self._done = [entry for entry, _ in beat.signals]
+        for entry, rid in beat.signals:
             self._signal = entry
-            rid = dict(zip(values[::2], values[1::2], strict=True)).get(b"rid", b"").decode("ascii", "replace")
             if rid in self._writing:
                 self._end(rid)
-        for one, word in zip(asked, words, strict=True):
+        for one, standing in zip(asked, beat.standings, strict=True):
             if self._writing.get(one.rid) is not one:
                 continue  # ended by one of its own chunks, or by a signal
-            if word == b"ended":
+            if standing.ownership is Ownership.ENDED:
                 self._end(one.rid)
-            elif word == b"lost":
+            elif standing.ownership is Ownership.LOST:
                 self._forget(one.rid)
             else:
-                self._learn_scored(one, word)
+                self._learn_scored(one, standing.scored)
         # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
         if not self._config.deterministic:
-            words_of = [part.decode("ascii", "replace") for part in pointer]
-            self._follow(dict(zip(words_of[::2], words_of[1::2], strict=True)), wait=self._version < 0)
+            self._follow(beat.policy, wait=self._version < 0)
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
             writing.scored = read_number(scored or b"0", "rollout.scored")
         except MessageError as error:
             self._forget(writing.rid)
-            self._plane.call("release", self._worker, writing.rid, writing.entry, writing.nonce)
+            self._release(writing.owned)
             self._give_up(writing.rid, str(error), writing.entry)
             return
         self._hold_or_release(writing)
@@ -329,7 +344,7 @@ class RolloutWorker:
         """The rollout has its verdict: free the slot; how much was written, the chunk at hand included, is reported."""
         writing = self._writing[rid]
         generated = self._forget(rid) or (final.start + len(final.tokens) if final else 0)
-        self._counts.append(("count", (rid, writing.nonce, generated)))
+        self._counts.append(scripts.count(rid, writing.nonce, generated))
 
     def _came_through(self, rid: str) -> None:
         """It need not be tried alone any more: a chunk of it is stored, or it is not ours."""
@@ -354,18 +369,16 @@ class RolloutWorker:
                 writing.closed.append((chunk, self._version))
                 self._hold_or_release(writing)
 
-    def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call]:
+    def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call[Stored]]:
         """Calls for chunks, those of one rollout in their order."""
         ahead: Counter[str] = Counter()
-        calls: list[Call] = []
+        calls: list[Call[Stored]] = []
         for one, chunk, version in sent:
-            calls.append(("chunk", self._arguments(one, chunk, version, one.sent + ahead[one.rid])))
+            calls.append(self._chunk_call(one, chunk, version, one.sent + ahead[one.rid]))
             ahead[one.rid] += 1
         return calls
 
-    def _arguments(
-        self, writing: _Writing, chunk: ClosedChunk, version: int, seq: int
-    ) -> tuple[str | int | bytes, ...]:
+    def _chunk_call(self, writing: _Writing, chunk: ClosedChunk, version: int, seq: int) -> Call[Stored]:
         support = ChunkSupport(
             support_ids=chunk.support_ids,
             support_logprobs=chunk.support_logprobs,
@@ -384,20 +397,19 @@ class RolloutWorker:
         ).encode()
         length = chunk.start + len(chunk.tokens)
         shard = self._plane.shard_of(writing.rid)
-        return writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish or ""
+        return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
 
-    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, reply: list[Any]) -> None:
-        word = reply[0]
+    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # behind one that was not taken
-        if word == b"full":
+        if stored.word is scripts.ChunkAnswer.FULL:
             metrics.chunks_refused.inc()
             self._full.seen("Redis is full: chunks wait until what is trained or ended is taken off")
             writing.refused = True
             self._hold_or_release(writing)
             return
         del writing.closed[0]
-        if word == b"ok":
+        if stored.word is scripts.ChunkAnswer.OK:
             metrics.chunks_sent.inc()
             self._full.not_seen("Redis takes chunks again")
             writing.sent += 1
@@ -405,10 +417,10 @@ class RolloutWorker:
             if chunk.finish:
                 del self._writing[writing.rid]
             else:
-                self._learn_scored(writing, reply[1])
+                self._learn_scored(writing, stored.scored)
             return
         metrics.chunks_fenced.inc()
-        if word == b"ended":
+        if stored.word is scripts.ChunkAnswer.ENDED:
             self._end(writing.rid, chunk)
         else:
             self._forget(writing.rid)
@@ -458,9 +470,8 @@ class RolloutWorker:
                 self._close(self._decoder.close_chunks())
             self._say(control=False)
             self._plane.call_all(self._counts)  # of rollouts that those answers ended
-            args = [part for one in self._writing.values() for part in (one.rid, one.entry, one.nonce)]
-            if args:
-                self._plane.call("release", self._worker, *args)
+            if self._writing:
+                self._release(*(one.owned for one in self._writing.values()))
         except (Stopping, RunGone, RedisUnavailable) as error:
             log.warning("not handed back, another worker will claim after a while: %s", error)
         finally:

@@ -34,7 +34,10 @@ from common.messages import (
     support_digest,
 )
 from common.pulse import Pulse
-from common.streams import Entry, Plane, Roster, Stopping, shown
+from common.streams import Plane, Roster, Stopping, shown
+from common.wire import scripts
+from common.wire.record import divergence_field, support_field, tokens_field
+from common.wire.scripts import Entry, ScoreAnswer
 
 log = logging.getLogger("katana.teacher")
 _SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
@@ -264,14 +267,11 @@ class TeacherWorker:
     def _load(self, work: list[_Work]) -> list[_Loaded]:
         """Read what the notices point at, in the order of seq, each chunk once; notices without work are taken off."""
         work = sorted({(one.rid, one.seq): one for one in reversed(work)}.values(), key=lambda one: (one.rid, one.seq))
-        answers = self._plane.fields(
-            (one.rid, ["head", "verdict", f"d:{one.seq}", f"t:{one.seq}", f"p:{one.seq}", f"t:{one.seq - 1}"])
-            for one in work
-        )
+        answers = self._plane.fields((one.rid, _wanted(one.seq)) for one in work)
         loaded, over = [], []
         for one, (head, verdict, done, tokens, support, before) in zip(work, answers, strict=True):
             if head is None or verdict is not None or done is not None or tokens is None:
-                over.append((one.shard, one.entry, one.rid, one.seq, b"", b""))
+                over.append(scripts.score(one.shard, one.entry, one.rid, one.seq, b"", b""))
                 if verdict is not None or head is None:
                     self._drop(one.rid)
                 continue
@@ -279,7 +279,7 @@ class TeacherWorker:
                 loaded.append(self._decode(one, head, tokens, support or b"", before))
             except MessageError as error:
                 self._give_up(one, str(error))
-        self._plane.call_each("score", over)  # nothing to score any more: the script only takes the notices off
+        self._plane.call_all(over)  # nothing to score any more: the script only takes the notices off
         return loaded
 
     def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes, before: bytes | None) -> _Loaded:
@@ -336,7 +336,7 @@ class TeacherWorker:
         seqs, start = range(one.work.seq), one.tokens.start
         if len(seqs) > start:  # a chunk has at least a token
             raise MessageError(f"{start} tokens cannot be {len(seqs)} chunks")
-        names = ["head", "verdict", *(f"t:{seq}" for seq in seqs)]
+        names = ["head", "verdict", *map(tokens_field, seqs)]
         head, verdict, *stored = self._plane.fields([(one.work.rid, names)])[0]
         if head is None or verdict is not None:  # over meanwhile: anything of the right length serves
             return np.zeros(start, np.int32)  # its score is refused
@@ -365,17 +365,17 @@ class TeacherWorker:
                 self._give_up(work, str(error))
                 continue
             good.append(one)
-            calls.append((work.shard, work.entry, work.rid, work.seq, divergence, support))
-        for one, reply in zip(good, self._plane.call_each("score", calls), strict=True):
+            calls.append(scripts.score(work.shard, work.entry, work.rid, work.seq, divergence, support))
+        for one, reply in zip(good, self._plane.call_all(calls), strict=True):
             self._scored_tokens += len(one.tokens.tokens)
-            if reply[0] == b"ok":
+            if reply is ScoreAnswer.OK:
                 metrics.chunks_scored.inc()
-            elif reply[0] == b"duplicate":
+            elif reply is ScoreAnswer.DUPLICATE:
                 metrics.chunks_duplicate.inc()
             self._blamed.clear()
             self._alone.discard(one.work.rid)
             self._latest[one.work.rid] = one.record
-            if reply[0] == b"ended" or one.tokens.finish:
+            if reply is ScoreAnswer.ENDED or one.tokens.finish:
                 self._drop(one.work.rid)
         if len(self._latest) > 4 * self._config.teacher.slots:  # evicted since, and perhaps over
             self._latest = {rid: record for rid, record in self._latest.items() if self._scorer.cached(rid) >= 0}
@@ -396,6 +396,11 @@ class TeacherWorker:
             self._drop(work.rid)
         else:
             self._waiting.append(work)
+
+
+def _wanted(seq: int) -> list[str]:
+    """What a notice points at, and the chunk before it."""
+    return ["head", "verdict", divergence_field(seq), tokens_field(seq), support_field(seq), tokens_field(seq - 1)]
 
 
 def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:

@@ -48,7 +48,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -57,6 +57,8 @@ from redis.retry import Retry
 from common import metrics
 from common.config import Config, ConfigError
 from common.footprint import RECORDS_AT_A_TIME
+from common.wire import scripts
+from common.wire.scripts import Call, Entry, Failed, Fenced, Leased, SentBack
 
 log = logging.getLogger("katana.streams")
 RUNS = "katana:runs"
@@ -73,8 +75,11 @@ _MAY_PASS = (
 )
 _DISK_FULL = "MISCONF"  # how a server whose append-only file cannot be written refuses writes, until it can
 T = TypeVar("T")
-Entry = tuple[bytes, dict[bytes, bytes]]
-Call = tuple[str, Sequence[Any]]  # a script and its arguments
+R = TypeVar("R")
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
 
 
 class RedisUnavailable(ConnectionError):
@@ -94,14 +99,22 @@ class Stopping(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A rollout that a worker now owns. `claims`: how often it was taken from a silent worker without progress."""
+class Backlog:
+    """`memory`: as Redis tells it. `streams`: by name the entries outstanding and the age of the oldest pending one."""
 
-    rid: str
-    entry: bytes
-    chunks: int
-    length: int
-    claims: int
+    memory: dict[str, Any] | None
+    dead: int | None
+    streams: dict[str, tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordState:
+    """A rollout: admitted and not booked, its record there; attempts and claims as stored (b"": none)."""
+
+    open: bool
+    there: bool
+    attempts: bytes
+    claims: bytes
 
 
 @dataclass(slots=True)
@@ -116,13 +129,6 @@ class Roster:
 def _source(name: str) -> str:
     folder = files("common") / "lua"
     return (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
-
-
-_SCRIPTS = (
-    *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "verdict"),
-    *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
-    *("seen", "gone", "sweep"),
-)
 
 
 def connect(
@@ -222,54 +228,59 @@ class Plane:
         self.failed_calls = 0
         self._last_read: dict[tuple[str, str], bytes] = {}  # (stream, consumer) -> id
         self._unsure: set[tuple[str, str]] = set()  # read whose answer never came
-        self._scripts = {name: client.register_script(_source(name)) for name in _SCRIPTS}
+        self._scripts = {name: client.register_script(_source(name)) for name in scripts.NAMES}
 
     def key(self, name: str) -> str:
         return self.prefix + name
 
     # --- calls that survive a Redis that is away ---------------------------------------------------------------
 
-    def call(self, script: str, *args: Any) -> list[Any]:
+    def call(self, call: Call[R]) -> R:
         """Run a script until Redis has answered. Raises RunGone, RedisUnavailable, Stopping."""
-        return self.call_each(script, [args])[0]
+        return self.call_all([call])[0]
 
-    def call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Run a script once for each list of arguments, in one round trip; replies in the same order.
+    def call_all(self, calls: Sequence[Call[R]]) -> list[R]:
+        """Run scripts in one round trip; replies in the same order.
 
         Each call is atomic by itself. All are sent again if the answer was lost: scripts are fenced.
         """
-        return self.call_all([(script, args) for args in calls])
 
-    def call_all(self, calls: Sequence[Call]) -> list[list[Any]]:
-        """Like `call_each`, with a script of its own for each call."""
-
-        def once() -> list[Any]:
+        def once() -> list[list[Any]]:
             answers = self._evaluate(calls)
             if any("NOGROUP" in str(answer) for answer in answers if isinstance(answer, Exception)):
                 self._recreate_groups()
                 answers = self._evaluate(calls)
-            return [_reply(answer) for answer in answers]
+            return [scripts.answered(answer) for answer in answers]
 
-        replies = self.patiently(once, " ".join(dict.fromkeys(script for script, _ in calls))) if calls else []
-        if any(reply[0] == b"gone" for reply in replies):
+        replies = self.patiently(once, " ".join(dict.fromkeys(call.script for call in calls))) if calls else []
+        if any(map(scripts.run_is_gone, replies)):
             raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
-        return replies
+        return [call.read(reply) for call, reply in zip(calls, replies, strict=True)]
 
-    def _evaluate(self, calls: Sequence[Call]) -> list[Any]:
+    def trip(
+        self, a: Sequence[Call[A]], b: Sequence[Call[B]], c: Sequence[Call[C]], d: Sequence[Call[D]]
+    ) -> tuple[list[A], list[B], list[C], list[D]]:
+        """Calls of several kinds in one round trip, in this order; the replies by kind."""
+        calls: list[Call[Any]] = [*a, *b, *c, *d]
+        replies = iter(self.call_all(calls))
+        first, second, third, fourth = (list(islice(replies, len(kind))) for kind in (a, b, c, d))
+        return first, second, third, fourth
+
+    def _evaluate(self, calls: Sequence[Call[Any]]) -> list[Any]:
         """Answers, exceptions among them. What found no script is run again, and that alone: the rest has happened."""
         answers: list[Any] = [None] * len(calls)
         left = list(range(len(calls)))
         for _ in range(2):
             pipe = self.client.pipeline(transaction=False)
             for place in left:
-                script, args = calls[place]
-                pipe.evalsha(self._scripts[script].sha, 1, self.key("run"), self.prefix, *args)
+                call = calls[place]
+                pipe.evalsha(self._scripts[call.script].sha, 1, self.key("run"), self.prefix, *call.args)
             for place, answer in zip(left, pipe.execute(raise_on_error=False), strict=True):
                 answers[place] = answer
             left = [place for place in left if isinstance(answers[place], redis.exceptions.NoScriptError)]
             if not left:
                 break
-            for script in {calls[place][0] for place in left}:
+            for script in {calls[place].script for place in left}:
                 self.client.script_load(self._scripts[script].script)  # a Redis that was started anew knows none
         return answers
 
@@ -398,22 +409,22 @@ class Plane:
             return []
         streams = [f"chunks:{shard}" for shard in (range(self.shards) if shards is None else shards)]
         idle_ms = int(idle_s * 1000)
-        replies = self.call_each("claim", [(stream, consumer, idle_ms, count) for stream in streams])
-        if any(reply[0] == b"lost" for reply in replies):
+        replies = self.call_all([scripts.claim(stream, consumer, idle_ms, count) for stream in streams])
+        if any(reply.lost for reply in replies):
             self.patiently(self._recreate_groups, "claim")  # what was claimed from the others is ours all the same
         return [
-            (stream, (entry, dict(zip(fields[::2], fields[1::2], strict=True))), takeovers)
+            (stream, entry, takeovers)
             for stream, reply in zip(streams, replies, strict=True)
-            for entry, fields, takeovers in reply[1:]
+            for entry, takeovers in reply.notices
         ]
 
     def attempt(self, rid: str, role: str) -> int:
         """Say that work on a rollout begins that may end this process; how often it has, and nobody came back."""
-        return int(self.call("attempt", rid, role, "begin")[1])
+        return self.call(scripts.attempt(rid, role, "begin"))
 
     def attempt_over(self, rid: str, role: str) -> None:
         """Say that this process has come through work on a rollout, whatever came of it."""
-        self.call("attempt", rid, role, "over")
+        self.call(scripts.attempt(rid, role, "over"))
 
     def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
         """Fields of several rollouts' hashes in one round trip."""
@@ -458,8 +469,16 @@ class Plane:
         """Report a rollout or notice that could not be read; True when it was given up. `at`: stream, group, entry."""
         stream, group, entry = at or ("", "", b"")
         report = secrets.token_hex(8)
-        reply = self.call("fail", rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry, report)
-        return bool(reply[0] == b"dead")
+        call = scripts.fail(rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry, report)
+        return self.call(call).word is Failed.DEAD
+
+    def reopen(self, config: str) -> None:
+        """Go on with a run, by this resolved config."""
+        self.call(scripts.reopen(config))
+
+    def send_back(self, entry: str, rid: str, problem: int | None) -> SentBack:
+        """Take a dead letter off with its rollout's record; with a problem, have the feeder admit that anew."""
+        return self.call(scripts.again(entry, rid, problem))
 
     def memory(self) -> dict[str, Any]:
         """What Redis says of its memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more. A user who may not
@@ -468,6 +487,88 @@ class Plane:
             return dict(self.patiently(lambda: self.client.info("memory"), "memory"))
         except redis.exceptions.NoPermissionError:
             return {"used_memory": 0, "maxmemory": 0}
+
+    # --- the run's state ---------------------------------------------------------------------------------------
+
+    def open_rollouts(self) -> list[str]:
+        """Rollouts that are admitted and not booked, by their ids."""
+        return sorted(rid.decode() for rid in self.patiently(lambda: self.client.smembers(self.key("open")), "open"))
+
+    def cursor(self) -> int:
+        """How many rollouts were admitted so far."""
+        return int(self.patiently(lambda: self.client.get(self.key("cursor")), "cursor") or 0)
+
+    def ledger(self) -> dict[str, int]:
+        ledger = self.patiently(lambda: self.client.hgetall(self.key("ledger")), "ledger")
+        return {name.decode(): int(value) for name, value in ledger.items()}
+
+    def minima(self) -> list[float]:
+        """The buffer of window minima, oldest first."""
+        stored = self.patiently(lambda: self.client.lrange(self.key("minima"), 0, -1), "minima")
+        return [float(value) for value in stored]
+
+    def threshold(self) -> bytes:
+        """The one in force for new rollouts, as it is stored: a number or "inactive"."""
+        return self.patiently(lambda: self.client.get(self.key("threshold")), "threshold") or b"inactive"
+
+    def requests(self, count: int) -> list[Entry]:
+        """The oldest of those that operators sent back, as entries of `again`."""
+        return list(self.patiently(lambda: self.client.xrange(self.key("again"), count=count), "again"))
+
+    def requests_waiting(self) -> int:
+        """How many were sent back and have not been admitted anew."""
+        return int(self.patiently(lambda: self.client.xlen(self.key("again")), "again"))
+
+    def dead_letters(self, first: str, last: str, count: int) -> list[Entry]:
+        """Entries of `dead` from one id to another."""
+        key = self.key("dead")
+        return list(self.patiently(lambda: self.client.xrange(key, first, last, count=count), "dead letters"))
+
+    def record_states(self, rids: Sequence[str]) -> list[RecordState]:
+        """Where rollouts are, and what counts against them, in one round trip."""
+
+        def once() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            for rid in rids:
+                pipe.sismember(self.key("open"), rid)
+                pipe.exists(self.key(f"rollout:{rid}"))
+                pipe.hmget(self.key(f"rollout:{rid}"), ["attempts", "claims"])
+            return list(pipe.execute())
+
+        answers = self.patiently(once, "rollouts")
+        return [
+            RecordState(bool(is_open), bool(there), attempts or b"", claims or b"")
+            for is_open, there, (attempts, claims) in zip(answers[::3], answers[1::3], answers[2::3], strict=True)
+        ]
+
+    def now_s(self) -> float:
+        """Redis's clock."""
+        seconds, micros = self.patiently(self.client.time, "time")
+        return float(seconds + micros / 1e6)
+
+    def backlog(self) -> Backlog:
+        """What waits in the streams, with Redis's memory, in one round trip. Left out is what Redis did not tell."""
+        groups = self.groups
+
+        def ask() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            pipe.time()
+            pipe.info("memory")
+            pipe.xlen(self.key("dead"))
+            for name, group in groups:
+                pipe.xlen(self.key(name))
+                pipe.xpending(self.key(name), group)
+            return list(pipe.execute(raise_on_error=False))
+
+        (seconds, _), memory, dead, *answers = self.patiently(ask, "streams")
+        streams: dict[str, tuple[int, float]] = {}
+        for (name, _), size, pending in zip(groups, answers[::2], answers[1::2], strict=True):
+            if isinstance(size, Exception) or isinstance(pending, Exception):
+                continue  # a group that was lost: whoever reads it makes it again
+            oldest_s = max(0.0, seconds - unix_s(pending["min"])) if pending["pending"] else 0.0
+            streams[name] = size, oldest_s
+        told, dead_letters = (None if isinstance(one, Exception) else one for one in (memory, dead))
+        return Backlog(told, dead_letters, streams)
 
     # --- policy, workers ---------------------------------------------------------------------------------------
 
@@ -492,34 +593,35 @@ class Plane:
         One try, safe from any thread: whoever says it says it again at the next heartbeat.
         """
         silence_ms = int(roster.silence_s * 1000) if roster else 0
-        told = [part for pair in {"role": role, **facts}.items() for part in pair]
-        reply = self.once("seen", worker, role, silence_ms, roster.revision if roster else b"", *told)
-        if roster and reply and reply[0] == b"ok" and reply[1] != roster.revision:
+        told = {"role": role, **facts}.items()
+        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", told))
+        if roster and sight and sight.revision != roster.revision:
             # Names first: another thread that sees this revision sees no older names.
-            roster.names = [name.decode("ascii", "replace") for name in reply[2:]]
-            roster.revision = reply[1]
+            roster.names = sight.names
+            roster.revision = sight.revision
 
     def gone(self, worker: str, *, role: str, streams: Sequence[str] = ()) -> None:
         """Say that a worker no longer lives; `streams`: those that it read as one of its role's group."""
-        self.once("gone", worker, role, *streams)
+        self.once(scripts.gone(worker, role, streams))
 
     def sweep(self, silent_s: float) -> int:
         """Take off the names of workers that were killed, once others have taken over what they held; how many."""
         pairs = [("prompts", "rollout"), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
-        return int(self.call("sweep", int(silent_s * 1000), *(part for pair in pairs for part in pair))[1])
+        return self.call(scripts.sweep(int(silent_s * 1000), pairs))
 
-    def once(self, script: str, *args: Any) -> list[Any] | None:
+    def once(self, call: Call[R]) -> R | None:
         """Run a script once; its reply, or None where there was none. Raises nothing that a Redis may do."""
         try:
-            (answer,) = self._evaluate([(script, args)])
+            (answer,) = self._evaluate([call])
         except (redis.exceptions.RedisError, OSError) as error:
             answer = error
         if isinstance(answer, _MAY_PASS):
             return None
         if isinstance(answer, Exception):
-            log.warning("%s was refused: %s", script, answer)
+            log.warning("%s was refused: %s", call.script, answer)
             return None
-        return list(answer)
+        reply = scripts.answered(answer)
+        return None if scripts.run_is_gone(reply) else call.read(reply)
 
     def live(self, within_s: float) -> dict[str, dict[str, str]]:
         """Workers seen within so many seconds (Redis's clock), with what they said of themselves."""
@@ -552,7 +654,7 @@ class Lease:
     def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
         """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
         began = time.monotonic()
-        while self._plane.call("lease", self._role, self.token, self._ms, "take")[0] != b"ok":
+        while self._plane.call(self._call("take")) is not Leased.OK:
             if time.monotonic() - began > wait_s + self._ms / 1000:
                 raise LeaseLost(f"another {self._role} is at work on this run")
             if stop.wait(0.1):
@@ -566,7 +668,7 @@ class Lease:
             self._renew()
 
     def _renew(self) -> None:
-        if self._plane.call("lease", self._role, self.token, self._ms, "renew")[0] != b"ok":
+        if self._plane.call(self._call("renew")) is not Leased.OK:
             raise LeaseLost(f"another {self._role} took over this run")
         self._renew_at = time.monotonic() + self._ms / 3000
 
@@ -574,7 +676,7 @@ class Lease:
         """Renew once, beside the loop of a holder that may be at one long piece of work. Safe from any thread; a lease
         that somebody else has is left to him, and the loop finds out."""
         metrics.turned(self._role)
-        self._plane.once("lease", self._role, self.token, self._ms, "renew")
+        self._plane.once(self._call("renew"))
 
     @contextlib.contextmanager
     def exclusively(self, path: Path) -> Iterator[None]:
@@ -587,25 +689,26 @@ class Lease:
             self._renew()
             yield
 
-    def call(self, script: str, *args: Any) -> list[Any]:
+    def call(self, call: Fenced[R]) -> R:
         """A script of this role alone; a lease that merely ran out is renewed. Raises LeaseLost."""
-        return self._fenced(script, self.token, *args)
+        return self.call_all([call])[0]
 
-    def call_each(self, script: str, calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Like `call`, once for each list of arguments, in their order, in one round trip."""
-        replies: list[list[Any]] = []
+    def call_all(self, calls: Sequence[Fenced[R]]) -> list[R]:
+        """Like `call`, for each of these in their order, in one round trip."""
+        replies: list[R] = []
         for _ in range(3):
-            replies += self._plane.call_each(script, [(self.token, *args) for args in calls[len(replies) :]])
-            done = next((place for place, reply in enumerate(replies) if reply[0] == b"lost"), len(calls))
-            if done == len(calls):
+            fenced = [call.by(self._role, self.token) for call in calls[len(replies) :]]
+            for reply in self._plane.call_all(fenced):
+                if reply is None:
+                    break  # those behind a refusal may have come through, and are fenced: in order, they are run again
+                replies.append(reply)
+            if len(replies) == len(calls):
                 return replies
-            # Those behind a refusal may have come through, and are fenced: in order, they are run again.
-            del replies[done:]
             self._renew()
         raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
 
-    def advance(self, what: str, value: str | int) -> None:
-        self._fenced("advance", self._role, self.token, what, value)
+    def advance(self, what: Literal["step", "covered", "learning", "state"], value: str | int) -> None:
+        self.call(scripts.advance(what, value))
 
     def adopt(self, stream: str, group: str) -> list[Entry]:
         """Take over what former holders of this lease were given and have not acknowledged, in the stream's order.
@@ -616,8 +719,8 @@ class Lease:
         failed = self._plane.failed_calls
         found: list[Entry] = []
         while True:
-            entries = self._fenced("adopt", self._role, self.token, stream, group, _ADOPT_AT_A_TIME)[1:]
-            found += [(entry, dict(zip(values[::2], values[1::2], strict=True))) for entry, values in entries]
+            entries = self.call(scripts.adopt(stream, group, _ADOPT_AT_A_TIME))
+            found += entries
             if len(entries) < _ADOPT_AT_A_TIME:
                 if self._plane.failed_calls != failed:
                     # A call whose answer was lost may have made entries ours, which the next one does not name.
@@ -628,17 +731,12 @@ class Lease:
     def adoption_due(self) -> bool:
         return time.monotonic() >= self._adopt_at
 
-    def _fenced(self, script: str, *args: Any) -> list[Any]:
-        for _ in range(3):
-            reply = self._plane.call(script, *args)
-            if reply[0] != b"lost":
-                return reply
-            self._renew()
-        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
-
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
-            self._plane.call("lease", self._role, self.token, self._ms, "drop")
+            self._plane.call(self._call("drop"))
+
+    def _call(self, mode: Literal["take", "renew", "drop"]) -> Call[Leased]:
+        return scripts.lease(self._role, self.token, self._ms, mode)
 
 
 def unix_s(entry: bytes) -> float:
@@ -664,15 +762,6 @@ def locked(path: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator
                 meanwhile()
                 time.sleep(0.02)
         yield
-
-
-def _reply(answer: Any) -> list[Any]:
-    """A script's reply; refused for want of memory it is ["full"], other errors are raised."""
-    if isinstance(answer, redis.exceptions.ResponseError) and "OOM" in str(answer):
-        return [b"full"]
-    if isinstance(answer, Exception):
-        raise answer
-    return list(answer)
 
 
 def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None) -> Plane:

@@ -24,10 +24,12 @@ from common.messages import (
     read_rid,
 )
 from common.streams import Lease, Plane, shown
+from common.wire import scripts
+from common.wire.record import scores_field, support_field, tokens_field
+from common.wire.scripts import Ending
 from learner.batch import Trajectory
 from learner.drift import repetition
 
-Ending = tuple[bytes, str, str, str, str | int]  # entry, rid, ending, reason, staleness
 log = logging.getLogger("katana.intake")
 
 
@@ -80,15 +82,14 @@ class Intake:
         log.warning("trajectory %s is set aside: %s", rid, reason)
         metrics.dead_letters.labels("learner").inc()
         self._plane.fail(rid, "learner", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
-        self.settle([(one.entry, rid, "dead", "learner", "")])
+        self.settle([Ending(one.entry, rid, "dead", "learner")])
 
     def settle(self, endings: list[Ending]) -> None:
         """Take trajectories off with their endings: they cannot come again."""
         for begin in range(0, len(endings), 64):
-            flat = [part for ending in endings[begin : begin + 64] for part in ending]
-            self._lease.call("settle", *flat)
-        self._held.difference_update(ending[0] for ending in endings)
-        self._known.difference_update(ending[1] for ending in endings)
+            self._lease.call(scripts.settle(endings[begin : begin + 64]))
+        self._held.difference_update(ending.entry for ending in endings)
+        self._known.difference_update(ending.rid for ending in endings)
 
     def _drop_stale(self, version: int) -> None:
         stale = [one for one in self._waiting if version - one.trajectory.oldest_version > self._max_staleness]
@@ -101,7 +102,7 @@ class Intake:
             self.dropped[one.trajectory.arm] += 1
         self.settle(
             [
-                (one.entry, one.trajectory.rid, "dropped", "stale", version - one.trajectory.oldest_version)
+                Ending(one.entry, one.trajectory.rid, "dropped", "stale", version - one.trajectory.oldest_version)
                 for one in stale
             ]
         )
@@ -125,7 +126,7 @@ class Intake:
         if entry in self._held:
             return ""  # a group that was lost and made again delivers anew what is in our hands
         if rid in self._covered:
-            self.settle([(entry, rid, "trained", "", "")])
+            self.settle([Ending(entry, rid, "trained")])
             return ""
         return rid
 
@@ -161,7 +162,7 @@ class Intake:
         log.warning("trajectory %s cannot be read: %s", rid, reason)
         metrics.dead_letters.labels("trajectories").inc()
         self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
-        self.settle([(entry, rid, "dead", "trajectories", "")])
+        self.settle([Ending(entry, rid, "dead", "trajectories")])
 
 
 def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
@@ -172,11 +173,15 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
     supports: list[ChunkSupport] = []
     teachers: list[ScoreSupport] = []
     read = 0
+
+    def part(name: str) -> bytes:
+        return record.get(name.encode(), b"")
+
     while read < verdict.train:
         seq = len(chunks)
-        chunk = ChunkTokens.decode(record.get(b"t:%d" % seq, b""))
-        support = ChunkSupport.decode(record.get(b"p:%d" % seq, b""))
-        teacher = ScoreSupport.decode(record.get(b"q:%d" % seq, b""))
+        chunk = ChunkTokens.decode(part(tokens_field(seq)))
+        support = ChunkSupport.decode(part(support_field(seq)))
+        teacher = ScoreSupport.decode(part(scores_field(seq)))
         if not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs) or chunk.start != read:
             raise MessageError(f"chunk {seq}: its parts do not fit each other")
         chunks.append(chunk)

@@ -33,6 +33,8 @@ from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
 from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
+from common.wire import scripts
+from common.wire.scripts import Ending, Published
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
@@ -467,10 +469,10 @@ class Learner:
             if self._wants_eval(ref):
                 _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
             retain(folder, self._config.learner.max_staleness + 2)
-        reply = self._lease.call("publish", ref.version, self.step_count, ref.file, ref.sha256)
-        if reply[0] == b"old":
+        answer = self._lease.call(scripts.publish(ref.version, self.step_count, ref.file, ref.sha256))
+        if answer.word is Published.OLD:
             # A higher one stands there, or this one does (our script ran, its answer was lost): go past it.
-            self.version = int(reply[1])
+            self.version = answer.version
             self.publish()
             return
         metrics.policy_version.labels("learner").set(self.version)
@@ -490,7 +492,7 @@ class Learner:
         # Before the trajectories are taken off: the feeder may count too many in flight for a moment, never too few.
         self._lease.advance("covered", self.step_count)
         self._intake.settle(
-            [(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in self._since_checkpoint]
+            [Ending(one.entry, one.trajectory.rid, "trained", staleness=lag) for one, lag in self._since_checkpoint]
         )
         self._since_checkpoint = []
         self._generated.covered(self.step_count)

@@ -18,6 +18,7 @@ from actors.teacher import TeacherWorker
 from common.config import Config, parse
 from common.streams import Lease, connect, create_run, new_run_key, open_plane
 from common.weights import publish
+from common.wire import scripts
 from ops.bench import machine, spread
 from ops.embedded import EmbeddedRedis
 
@@ -61,7 +62,7 @@ def _measure(config: Config, repeats: int, workers: int) -> dict[str, Any]:
     lease = Lease(plane, "learner", 3600.0)
     lease.take(stop)
     ref = publish(config.run_dir / "weights", 0, lambda path: save_file({"none": zeros(1)}, path))
-    lease.call("publish", 0, 0, ref.file, ref.sha256)
+    lease.call(scripts.publish(0, 0, ref.file, ref.sha256))
     context = multiprocessing.get_context("spawn")  # this process has threads: a fork of it could hang
     over = context.Event()
     processes = [

@@ -36,6 +36,8 @@ from common.messages import (
 )
 from common.pretrained import ModelError
 from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
+from common.wire.record import DIVERGENCE, SCORES, SUPPORT, TOKENS, part_of
+from common.wire.scripts import SentBack
 from ops.chaos.cluster import left_by_harness
 from ops.embedded import EmbeddedRedis
 from ops.reading import find_tokenizer
@@ -44,24 +46,23 @@ from ops.rundir import lock, read_run_key
 
 Decoder = Callable[[list[int]], str]
 _AT_A_TIME = 500
-_CHUNK_FIELD = re.compile(rb"([tpdq]):([0-9]{1,9})")
 # The parts of a chunk: record, and the array that has one row a token.
-_PARTS: dict[bytes, tuple[Any, str]] = {
-    b"t": (ChunkTokens, "tokens"),
-    b"p": (ChunkSupport, "sampled_logprobs"),
-    b"d": (ScoreDivergence, "divergence"),
-    b"q": (ScoreSupport, "sampled_logprobs"),
+_PARTS: dict[str, tuple[Any, str]] = {
+    TOKENS: (ChunkTokens, "tokens"),
+    SUPPORT: (ChunkSupport, "sampled_logprobs"),
+    DIVERGENCE: (ScoreDivergence, "divergence"),
+    SCORES: (ScoreSupport, "sampled_logprobs"),
 }
 _NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
 _TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
 _KEPT = {"there": "its record is kept", "open": "it is not in the books yet", "gone": "its record is gone"}
 _REFUSED = {
-    b"absent": "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis was "
-    "asked twice because its first answer was lost. Look at the list",
-    b"open": "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
-    b"none": "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it did "
-    "not die. There is nothing to send back",
-    b"ended": "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
+    SentBack.ABSENT: "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis "
+    "was asked twice because its first answer was lost. Look at the list",
+    SentBack.OPEN: "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
+    SentBack.NONE: "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it "
+    "did not die. There is nothing to send back",
+    SentBack.ENDED: "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
     "(--resume --set learner.max_steps=N)",
 }
 
@@ -100,7 +101,7 @@ def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
             when = f"{letter.at:%Y-%m-%d %H:%M:%S}" if letter.at else "?"
             gone = f"{letter.rid} ({facts['record']})" if facts["record"] in ("gone", "open") else letter.rid
             print(_row(letter.entry, when, letter.stage, gone or "–", facts["attempts"] or "–", letter.reason, width))
-        waiting = 0 if as_json else plane.patiently(lambda: plane.client.xlen(plane.key("again")), "again")
+        waiting = 0 if as_json else plane.requests_waiting()
         if not as_json and not count:
             print(f"no dead letters in run {plane.run_key}")
         if waiting:
@@ -137,7 +138,7 @@ def send_back(config: Config, source: Path, entry: str) -> None:
             raise ConfigError(f"{entry}: the letter names no rollout, so nothing can be sent back; --drop removes it")
         record = plane.rollout(letter.rid)
         problem = _problem(letter.rid, record, config) if record else 0
-        _decide(plane, letter, str(problem))
+        _decide(plane, letter, problem)
     print(f"{letter.rid}: problem {problem} is sent back; the feeder admits it as a new rollout when there is room")
 
 
@@ -145,13 +146,13 @@ def drop(config: Config, source: Path, entry: str) -> None:
     """Remove a letter, and the record of the rollout that died by it, for good. Raises ConfigError."""
     with _opened(config, source) as (_, plane):
         letter = _letter(plane, entry)
-        _decide(plane, letter, "")
+        _decide(plane, letter, None)
     print(f"removed {entry}" + (f" and the record of rollout {letter.rid}" if letter.rid else ""))
 
 
-def _decide(plane: Plane, letter: Letter, problem: str) -> None:
-    answer = bytes(plane.call("again", letter.entry, letter.rid, problem)[0])
-    if answer != b"ok":
+def _decide(plane: Plane, letter: Letter, problem: int | None) -> None:
+    answer = plane.send_back(letter.entry, letter.rid, problem)
+    if answer is not SentBack.OK:
         raise ConfigError(_REFUSED[answer].format(entry=letter.entry, rid=letter.rid))
 
 
@@ -255,7 +256,7 @@ def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
     """All of them with what is known of their rollouts, see `_standings`; a page of the stream at a time."""
     begin = "-"
     while True:
-        found = _range(plane, begin, "+", _AT_A_TIME)
+        found = plane.dead_letters(begin, "+", _AT_A_TIME)
         letters = [_read(entry, values) for entry, values in found]
         yield from zip(letters, _standings(plane, letters), strict=True)
         if len(found) < _AT_A_TIME:
@@ -263,18 +264,11 @@ def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
         begin = "(" + found[-1][0].decode()
 
 
-def _range(plane: Plane, first: str, last: str, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    def once() -> list[tuple[bytes, dict[bytes, bytes]]]:
-        return list(plane.client.xrange(plane.key("dead"), first, last, count=count))
-
-    return plane.patiently(once, "dead letters")
-
-
 def _letter(plane: Plane, entry: str) -> Letter:
     """Raises ConfigError when there is no such letter."""
     if not re.fullmatch("[0-9]{1,19}-[0-9]{1,19}", entry):
         raise ConfigError(f"{entry!r}: not the entry of a letter, which is like 1763841234567-0; see the list")
-    found = _range(plane, entry, entry, 1)
+    found = plane.dead_letters(entry, entry, 1)
     if not found:
         raise ConfigError(f"{entry}: no such letter in run {plane.run_key}; was it sent back or removed already?")
     return _read(*found[0])
@@ -292,29 +286,14 @@ def _read(entry: bytes, values: dict[bytes, bytes]) -> Letter:
 def _standings(plane: Plane, letters: list[Letter]) -> list[dict[str, str]]:
     """Of each letter's rollout: its `record` is there, open (it is not booked yet), gone, or '' where the letter names
     none; attempts and claims as far as the record tells."""
-
-    def once() -> list[Any]:
-        pipe = plane.client.pipeline(transaction=False)
-        for letter in letters:
-            pipe.sismember(plane.key("open"), letter.rid)
-            pipe.hmget(plane.key(f"rollout:{letter.rid}"), ["attempts", "claims"])
-            pipe.exists(plane.key(f"rollout:{letter.rid}"))
-        return list(pipe.execute())
-
-    answers = plane.patiently(once, "rollouts")
-    facts = []
-    for letter, is_open, (attempts, claims), there in zip(
-        letters, answers[::3], answers[1::3], answers[2::3], strict=True
-    ):
-        record = "open" if is_open else "there" if there else "gone"
-        facts.append(
-            {
-                "record": record if letter.rid else "",
-                "attempts": _plain(attempts or b""),
-                "claims": _plain(claims or b""),
-            }
-        )
-    return facts
+    return [
+        {
+            "record": ("open" if one.open else "there" if one.there else "gone") if letter.rid else "",
+            "attempts": _plain(one.attempts),
+            "claims": _plain(one.claims),
+        }
+        for letter, one in zip(letters, plane.record_states([letter.rid for letter in letters]), strict=True)
+    ]
 
 
 def _as_dict(letter: Letter, facts: dict[str, str]) -> dict[str, Any]:
@@ -388,8 +367,8 @@ def _read_record(record: dict[bytes, bytes]) -> tuple[dict[bytes, Any], list[tup
 
 def _place(name: bytes) -> tuple[int, bytes]:
     """Numbers and words first, then chunk by chunk."""
-    found = _CHUNK_FIELD.fullmatch(name)
-    return (int(found[2]), name) if found else (-1, name)
+    part = part_of(name)
+    return (part[1], name) if part else (-1, name)
 
 
 def _read_field(name: bytes, value: bytes) -> Any:
@@ -402,11 +381,12 @@ def _read_field(name: bytes, value: bytes) -> Any:
         return read_number(value, name.decode())
     if name in _TEXTS:
         return _plain(value)
-    found = _CHUNK_FIELD.fullmatch(name)
-    if found is None:
+    part = part_of(name)
+    if part is None:
         raise MessageError("no field of a rollout")
-    record = _PARTS[found[1]][0].decode(value)
-    if getattr(record, "seq", int(found[2])) != int(found[2]):
+    kind, seq = part
+    record = _PARTS[kind][0].decode(value)
+    if getattr(record, "seq", seq) != seq:
         raise MessageError(f"it is chunk {record.seq}")
     return record
 
@@ -431,8 +411,9 @@ def _misfits(read: dict[bytes, Any]) -> Iterator[str]:
     """Parts of a chunk that can be read and do not belong together."""
     sizes: dict[int, dict[str, int]] = {}
     for name, value in read.items():
-        if found := _CHUNK_FIELD.fullmatch(name):
-            sizes.setdefault(int(found[2]), {})[_plain(name)] = len(getattr(value, _PARTS[found[1]][1]))
+        if part := part_of(name):
+            kind, seq = part
+            sizes.setdefault(seq, {})[_plain(name)] = len(getattr(value, _PARTS[kind][1]))
     for parts in sizes.values():
         if len(set(parts.values())) > 1:
             yield "tokens in " + ", ".join(f"{name} {size}" for name, size in parts.items())

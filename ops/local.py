@@ -122,7 +122,7 @@ class LocalRun:
         plane = open_plane(self._config, client, self._run_key)
         # What --resume may change must reach the workers, who read the config from Redis; a run that was done goes on
         # if there are more steps to do now.
-        plane.call("reopen", self._config.to_yaml())
+        plane.reopen(self._config.to_yaml())
         return plane
 
     # --- children ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from common.config import Config, ConfigError
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number
 from common.pretrained import ModelError, find_model, load_tokenizer, read_facts, text_of
+from common.wire.record import divergence_field, tokens_field
 
 Decode = Callable[[Sequence[int]], str]
 PARTS = ("kept", "detection", "overshoot")
@@ -418,7 +419,7 @@ def _decoded(record: Any, fields: Mapping[bytes, bytes], name: bytes, notes: lis
 def _chunks(fields: Mapping[bytes, bytes], notes: list[str]) -> Iterator[ChunkTokens]:
     """Stored chunks in order, up to the first that cannot be read."""
     for seq in range(_count(fields, b"chunks")):
-        chunk = _decoded(ChunkTokens, fields, b"t:%d" % seq, notes)
+        chunk = _decoded(ChunkTokens, fields, tokens_field(seq).encode(), notes)
         if chunk is None:
             return
         yield chunk
@@ -427,7 +428,7 @@ def _chunks(fields: Mapping[bytes, bytes], notes: list[str]) -> Iterator[ChunkTo
 def _divergence(chunk: ChunkTokens, fields: Mapping[bytes, bytes], notes: list[str]) -> Iterable[float | None]:
     """Of every token of a chunk; None for one that is not scored, or whose score does not fit."""
     unscored: list[float | None] = [None] * len(chunk.tokens)
-    name = b"d:%d" % chunk.seq
+    name = divergence_field(chunk.seq).encode()
     if name not in fields:
         return unscored
     score = _decoded(ScoreDivergence, fields, name, notes)

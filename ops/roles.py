@@ -222,7 +222,7 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     budget = config.learner.max_generated_tokens
     spent = budget is not None and plane.generated() >= budget
     if plane.steps()[0] < config.learner.max_steps and not spent:
-        plane.call("reopen", config.to_yaml())
+        plane.reopen(config.to_yaml())
     return run_key
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from common.messages import (
     support_digest,
 )
 from common.streams import Lease, Plane, create_run, new_run_key, open_plane
+from common.wire import scripts
+from common.wire.scripts import Argument, Call, Ending, Fenced, Written
 
 STAGES = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
 
@@ -118,9 +120,20 @@ def make_verdict(rid: str = "r1", **changes: Any) -> Verdict:
     return Verdict(**values | changes)
 
 
+def script(name: str, *args: Argument) -> Call[list[Any]]:
+    """A call as it is on the wire, also one that no role makes; its reply is what the script answered."""
+    return Call(name, args, list)
+
+
+def fenced(name: str, *args: Argument) -> Fenced[list[Any]]:
+    """Like `script`, of one that only the holder of a role's lease may run."""
+    return Fenced(name, args, list)
+
+
 @dataclass
 class Run:
-    """A run on a real Redis. Its methods call the scripts that feeder, workers, arbiter and learner call."""
+    """A run on a real Redis. Its methods call the scripts that feeder, workers, arbiter and learner call, and give
+    back what these answered, word first."""
 
     config: Config
     plane: Plane
@@ -138,8 +151,16 @@ class Run:
     def lease(self, role: str) -> Lease:
         if role not in self.leases:
             self.leases[role] = Lease(self.plane, role, 600.0)
-            assert self.plane.call("lease", role, self.leases[role].token, 600_000, "take") == [b"ok"]
+            assert self.plane.call(scripts.lease(role, self.leases[role].token, 600_000, "take")).value == "ok"
         return self.leases[role]
+
+    def by(self, role: str, call: Fenced[Any]) -> list[Any]:
+        """What a script of a role's holder answered."""
+        return self.lease(role).call(replace(call, read=list))
+
+    def raw(self, call: Call[Any]) -> list[Any]:
+        """What a script answered."""
+        return self.plane.call(replace(call, read=list))
 
     # --- feeder ---
 
@@ -147,15 +168,15 @@ class Run:
         """Once more for a rollout that was admitted is the same call once more."""
         number = self.numbers.setdefault(rid, len(self.numbers) + 1)
         head = make_head(rid, **changes)
-        return bytes(self.lease("feeder").call("admit", rid, head.encode(), number)[0])
+        return bytes(self.by("feeder", scripts.admit(rid, head.encode(), number))[0])
 
     def book(self, rid: str, ledger_field: str, *entries: bytes) -> list[Any]:
-        return self.lease("feeder").call("book", rid, ledger_field, *entries)
+        return self.by("feeder", scripts.book(rid, ledger_field, entries))
 
     # --- rollout worker ---
 
     def take(self, consumer: str = "w1", nonce: str = "n1", *, count: int = 8, idle_ms: int = 0) -> list[Any]:
-        reply = self.plane.call("take", consumer, nonce, count, idle_ms, "0-0")
+        reply = self.raw(scripts.take(consumer, nonce, count, idle_ms, b"0-0"))
         return reply[2:] if reply[0] == b"ok" else reply
 
     def chunk(
@@ -173,10 +194,12 @@ class Run:
         support = make_support(len(tokens))
         length = start + len(tokens)
         shard = self.plane.shard_of(rid)
-        return self.plane.call("chunk", rid, nonce, seq, record.encode(), support.encode(), shard, length, finish or "")
+        call = scripts.chunk(rid, nonce, seq, record.encode(), support.encode(), shard, length, finish)
+        return self.raw(call)
 
     def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
-        return bytes(self.plane.call("beat", consumer, "0-0", 0, rid, self.field(rid, "entry") or b"0-1", nonce)[3])
+        asked = [Written(rid, self.field(rid, "entry") or b"0-1", nonce)]
+        return bytes(self.raw(scripts.beat(consumer, b"0-0", [], asked))[3])
 
     # --- teacher ---
 
@@ -191,7 +214,8 @@ class Run:
         divergence = make_divergence(values, seq).encode()
         support = make_score_support(len(values)).encode()
         entry = self.notice(rid, seq)
-        return bytes(self.plane.call("score", self.plane.shard_of(rid), entry, rid, seq, divergence, support)[0])
+        shard = self.plane.shard_of(rid)
+        return bytes(self.raw(scripts.score(shard, entry, rid, seq, divergence, support))[0])
 
     # --- arbiter ---
 
@@ -213,8 +237,8 @@ class Run:
     ) -> bytes:
         body = make_verdict(rid, train=train).encode()
         given = self.score_entries() if entries is None else entries
-        args = (rid, body, train, int(stop), minimum, size, threshold, *given)
-        return bytes(self.lease("arbiter").call("verdict", *args)[0])
+        least, limit = float(minimum) if minimum else None, None if threshold == "inactive" else float(threshold)
+        return bytes(self.by("arbiter", scripts.verdict(rid, body, train, stop, least, size, limit, given))[0])
 
     # --- learner ---
 
@@ -225,7 +249,7 @@ class Run:
         return {values[b"rid"].decode(): entry for entry, values in pending}
 
     def settle(self, rid: str, entry: bytes, ending: str = "trained", reason: str = "") -> list[Any]:
-        return self.lease("learner").call("settle", entry, rid, ending, reason, 0)
+        return self.by("learner", scripts.settle([Ending(entry, rid, ending, reason, 0)]))
 
     # --- looking ---
 
@@ -274,12 +298,13 @@ def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n
         tokens = make_tokens(range(n), seq=seq, start=at, finish=finish, writer="0" * 16).encode()
         shard = run.plane.shard_of(rid)
         wide = make_wide_support(n, k)
-        reply = run.plane.call("chunk", rid, nonce, seq, tokens, wide.encode(), shard, at + n, finish or "")
+        reply = run.raw(scripts.chunk(rid, nonce, seq, tokens, wide.encode(), shard, at + n, finish))
         if reply[0] != b"ok":
             return bytes(reply[0])
         scored = ScoreSupport(wide.support_logprobs, wide.tail_logprobs, wide.sampled_logprobs).encode()
         divergence = make_divergence([0.5] * n, seq).encode()
-        assert run.plane.call("score", shard, run.notice(rid, seq), rid, seq, divergence, scored)[0] == b"ok"
+        score = scripts.score(shard, run.notice(rid, seq), rid, seq, divergence, scored)
+        assert run.raw(score) == [b"ok"]
         at, seq = at + n, seq + 1
     return b"ok"
 

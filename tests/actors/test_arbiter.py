@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from samples import Run, make_divergence
+from samples import Run, fenced, make_divergence
 
 from actors.arbiter import Arbiter, PolicyBroken
 from actors.books import line_of, rid_of, trace_of
@@ -403,7 +403,7 @@ def test_mask_and_shadow_stop_nothing_and_record_the_cut(
 def test_a_schedule_follows_the_steps(begin: Callable[..., Run]) -> None:
     changes = {"policy": "scheduled", "fixed_tokens": 4, "scheduled_tokens": 8, "scheduled_steps": 4}
     run = begin(termination=changes)
-    assert run.lease("learner").call("publish", 9, 2, "v00000009.safetensors", "aa") == [b"ok"]
+    assert run.lease("learner").call(fenced("publish", 9, 2, "v00000009.safetensors", "aa")) == [b"ok"]
     Writing(run, "r1", [0.5] * 6).whole()
     judge(run)
     assert (verdict(run, "r1").keep, threshold(run)) == (4, "6.0")
@@ -484,7 +484,9 @@ def statements(run: Run, verdicts: list[Verdict]) -> dict[str, int]:
 
 
 def publish(run: Run, version: int) -> None:
-    assert run.lease("learner").call("publish", version, version, f"v{version:08d}.safetensors", "aa") == [b"ok"]
+    assert run.lease("learner").call(fenced("publish", version, version, f"v{version:08d}.safetensors", "aa")) == [
+        b"ok"
+    ]
 
 
 def test_the_rule_is_active_once_there_are_enough_minima_and_the_policy_is_warm(begin: Callable[..., Run]) -> None:
@@ -595,7 +597,7 @@ def test_a_verdict_waits_for_those_of_all_that_were_admitted_before(begin: Calla
 
 def test_warm_up_counts_steps_not_how_often_the_weights_were_announced(begin: Callable[..., Run]) -> None:
     run = begin(deterministic=True, termination={"min_calibration": 1, "warmup_steps": 2})
-    assert run.lease("learner").call("publish", 9, 1, "v00000009.safetensors", "aa") == [b"ok"]
+    assert run.lease("learner").call(fenced("publish", 9, 1, "v00000009.safetensors", "aa")) == [b"ok"]
     Writing(run, "r1", [0.5] * 6, step=1).whole()
     judge(run)
     assert threshold(run) == "inactive"

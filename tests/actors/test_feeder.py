@@ -6,13 +6,13 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import redis
-from samples import Run, make_verdict, write_whole
+from samples import Run, fenced, make_verdict, script, write_whole
 
 import actors.feeder
 from actors.books import read_lines, rid_of
@@ -79,15 +79,15 @@ class Desk:
         values = {"generated": 3, "cut": False, "finish_reason": "eos", "trigger": 3, "keep": 3, "train": 3} | changes
         body = make_verdict(rid, **values)
         args = (rid, body.encode(), body.train, 0, "", 4, "inactive")
-        assert self.run.lease("arbiter").call("verdict", *args)[0] == b"ok"
+        assert self.run.lease("arbiter").call(fenced("verdict", *args))[0] == b"ok"
 
     def count(self, rid: str, generated: int) -> None:
-        assert self.run.plane.call("count", rid, "n1", generated) == [b"ok"]
+        assert self.run.plane.call(script("count", rid, "n1", generated)) == [b"ok"]
 
     def settle(self, rid: str, ending: str = "trained", reason: str = "", staleness: int | str = 0) -> None:
         if rid not in self.taken:
             self.taken.update(self.run.trajectories())
-        reply = self.run.lease("learner").call("settle", self.taken.pop(rid), rid, ending, reason, staleness)
+        reply = self.run.lease("learner").call(fenced("settle", self.taken.pop(rid), rid, ending, reason, staleness))
         assert reply == [b"ok", 1]
 
     def die(self, rid: str) -> None:
@@ -226,20 +226,22 @@ def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callab
     assert desk.run.ledger() == {"admitted": 20}
 
 
+def refused(calls: Sequence[Any]) -> list[Any]:
+    """What a full Redis answers to admissions; nothing where there are none."""
+    return [actors.feeder.Admitted.FULL for call in calls if call.script == "admit"]
+
+
 def test_a_full_redis_stops_admission_until_it_has_room(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    each = desk.feeder._lease.call_each
-    full = [[b"full"]]
-    monkeypatch.setattr(
-        desk.feeder._lease, "call_each", lambda name, calls: full * len(calls) if name == "admit" else each(name, calls)
-    )
+    each = desk.feeder._lease.call_all
+    monkeypatch.setattr(desk.feeder._lease, "call_all", lambda calls: refused(calls) or each(calls))
     for _ in range(3):
         desk.feeder._room_at = 0.0
         desk.go_on()
     assert desk.run.ledger() == {}
     assert len([text for text in caplog.messages if "short of memory" in text]) == 1
-    monkeypatch.setattr(desk.feeder._lease, "call_each", each)
+    monkeypatch.setattr(desk.feeder._lease, "call_all", each)
     desk.feeder._room_at = 0.0
     desk.go_on()
     assert desk.take() == [f"r{number:09d}" for number in range(6)]
@@ -275,8 +277,8 @@ def small(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Calla
             "data": {"max_prompt_length": 8},
         }
         desks.append(SmallDesk(start(own_redis, **(defaults | overrides))))
-        for script in desks[-1].run.plane._scripts.values():  # part of what a server holds, and not of what is admitted
-            desks[-1].run.client.script_load(script.script)
+        for known in desks[-1].run.plane._scripts.values():  # part of what a server holds, and not of what is admitted
+            desks[-1].run.client.script_load(known.script)
         desks[-1].leave_room_for(rollouts)
         return desks[-1]
 
@@ -406,7 +408,7 @@ def test_a_batch_is_admitted_whole_once_the_one_before_is_judged_and_trained(
         desk.judge(rid, keep=0, train=0, generated=generated)
         assert admitted() == 4
     desk.die(first[3])
-    learner.call("publish", 7, 0, "v00000007.safetensors", "aa")  # again, by a learner that was started again
+    learner.call(fenced("publish", 7, 0, "v00000007.safetensors", "aa"))  # again, by a learner that was started again
     assert admitted() == 4  # one is still being written
     desk.run.client.set(desk.run.key("threshold"), "0.5")
     desk.judge(first[0])
@@ -417,7 +419,7 @@ def test_a_batch_is_admitted_whole_once_the_one_before_is_judged_and_trained(
     for rid in more:
         desk.judge(rid)
     assert admitted() == 7
-    learner.call("publish", 8, 1, "v00000008.safetensors", "aa")
+    learner.call(fenced("publish", 8, 1, "v00000008.safetensors", "aa"))
     assert admitted() == 11
     desk.count(first[1], 3)  # what is booked, and when, moves nothing
     second = desk.take()
@@ -429,12 +431,12 @@ def test_a_batch_is_admitted_whole_once_the_one_before_is_judged_and_trained(
         assert admitted() == 11
     for rid in second:
         desk.judge(rid)
-    learner.call("publish", 9, 2, "v00000009.safetensors", "aa")
+    learner.call(fenced("publish", 9, 2, "v00000009.safetensors", "aa"))
     assert admitted() == 15
     third = desk.take()
     for rid in third:
         desk.judge(rid)
-    learner.call("publish", 10, 3, "v00000010.safetensors", "aa")
+    learner.call(fenced("publish", 10, 3, "v00000010.safetensors", "aa"))
     assert admitted() == 15  # the run is over
 
 
@@ -678,13 +680,13 @@ def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(
 ) -> None:
     desk.go_on()
     desk.finish_run()
-    each = desk.feeder._lease.call_each
+    each = desk.feeder._lease.call_all
 
-    def crash_later(script: str, calls: Any) -> Any:
-        each(script, calls[:2])
+    def crash_later(calls: Any) -> Any:
+        each(calls[:2])
         raise Crash
 
-    monkeypatch.setattr(desk.feeder._lease, "call_each", crash_later)
+    monkeypatch.setattr(desk.feeder._lease, "call_all", crash_later)
     with pytest.raises(Crash):
         desk.feeder._finish()
     desk.kill()
@@ -838,7 +840,7 @@ def send_back(desk: Desk, rid: str) -> None:
     problem = desk.head(rid).problem
     for entry, values in desk.run.client.xrange(desk.run.key("dead")):
         if values[b"rid"] == rid.encode():
-            assert desk.run.plane.call("again", entry, rid, problem) == [b"ok"]
+            assert desk.run.plane.call(script("again", entry, rid, problem)) == [b"ok"]
 
 
 def test_what_is_sent_back_is_a_new_admission_of_the_same_problem(begin: Callable[..., Desk]) -> None:
@@ -878,16 +880,16 @@ def test_a_crash_around_the_script_admits_what_was_sent_back_once(
     send_back(desk, "r000000001")
     send_back(desk, "r000000002")
     desk.die("r000000003")
-    each = desk.feeder._lease.call_each
+    each = desk.feeder._lease.call_all
 
-    def dying(script: str, calls: Any) -> Any:
-        if script == "admit":
+    def dying(calls: Any) -> Any:
+        if any(call.script == "admit" for call in calls):
             if when == "after":
-                each(script, calls[:1])
+                each(calls[:1])
             raise Crash
-        return each(script, calls)
+        return each(calls)
 
-    monkeypatch.setattr(desk.feeder._lease, "call_each", dying)
+    monkeypatch.setattr(desk.feeder._lease, "call_all", dying)
     with pytest.raises(Crash):
         desk.go_on()
     assert len(desk.run.entries("again")) == (2 if when == "before" else 1)
@@ -904,14 +906,11 @@ def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.M
     desk.go_on()
     bury(desk, "r000000001")
     send_back(desk, "r000000001")
-    each = desk.feeder._lease.call_each
-    full = [[b"full"]]
-    monkeypatch.setattr(
-        desk.feeder._lease, "call_each", lambda name, calls: full * len(calls) if name == "admit" else each(name, calls)
-    )
+    each = desk.feeder._lease.call_all
+    monkeypatch.setattr(desk.feeder._lease, "call_all", lambda calls: refused(calls) or each(calls))
     bury(desk, "r000000002")
     assert len(desk.run.entries("again")) == 1
-    monkeypatch.setattr(desk.feeder._lease, "call_each", each)
+    monkeypatch.setattr(desk.feeder._lease, "call_all", each)
     desk.feeder._room_at = 0.0
     desk.go_on()
     assert desk.head("r000000007").problem == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import Run
+from samples import Run, fenced
 from test_turns import Counting
 
 import actors.weights
@@ -90,7 +90,7 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
 def announce(run: Run, version: int) -> Path:
     folder = run.config.run_dir / "weights"
     ref = publish(folder, version, lambda path: save_file({"weight": torch.zeros(2)}, path))
-    run.lease("learner").call("publish", version, version, ref.file, ref.sha256)
+    run.lease("learner").call(fenced("publish", version, version, ref.file, ref.sha256))
     return folder / ref.file
 
 
@@ -244,7 +244,7 @@ def test_an_idle_worker_asks_ever_less_and_finds_what_comes(run: Run) -> None:
 
     def counted(calls: Any) -> Any:
         nonlocal asked
-        asked += any(script == "take" for script, _ in calls)
+        asked += any(call.script == "take" for call in calls)
         return call_all(calls)
 
     run.plane.call_all = counted  # type: ignore[method-assign]

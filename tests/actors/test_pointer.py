@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from samples import Run
+from samples import Run, fenced
 
 from actors.arbiter import Arbiter
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
@@ -43,7 +43,7 @@ def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complain
 ) -> None:
     run = start(embedded_redis)
     arbiter = Arbiter(run.config, run.plane, threading.Event())
-    run.lease("learner").call("publish", 3, 30, "v00000003.safetensors", "aa")
+    run.lease("learner").call(fenced("publish", 3, 30, "v00000003.safetensors", "aa"))
     arbiter.run(until_idle=True)
     run.client.hset(run.key("policy"), "version", "new")
     run.admit()
@@ -68,7 +68,7 @@ def test_the_learner_leaves_a_version_that_is_no_number_out(
     facts = read_facts(student)
     learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
     assert learner._announced() == -1
-    run.lease("learner").call("publish", 3, 30, "v00000003.safetensors", "aa")
+    run.lease("learner").call(fenced("publish", 3, 30, "v00000003.safetensors", "aa"))
     assert learner._announced() == 3
     run.client.hset(run.key("policy"), "version", "new")
     assert learner._announced() == -1

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from samples import Run, make_support
+from samples import Run, make_support, script
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
@@ -70,7 +70,9 @@ def write(run: Run, rid: str, tokens: list[int], *, seq: int = 0, start: int = 0
     support.support_logprobs[0, 0] -= mark
     body = support.encode()
     chunk = ChunkTokens(seq, start, 0, None, "n1", support_digest(body), np.array(tokens, np.int32)).encode()
-    reply = run.plane.call("chunk", rid, "n1", seq, chunk, body, run.plane.shard_of(rid), start + len(tokens), "")
+    reply = run.plane.call(
+        script("chunk", rid, "n1", seq, chunk, body, run.plane.shard_of(rid), start + len(tokens), "")
+    )
     assert reply[0] == b"ok"
 
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import Run
+from samples import Run, fenced
 
 import actors.rollout
 from actors.decode import NO_TOKENS, ClosedChunk
 from actors.rollout import RolloutWorker
 from common.messages import Ints
 from common.metrics import REGISTRY
-from common.streams import Call
 from common.weights import publish
 from ops.embedded import EmbeddedRedis
 
@@ -125,11 +124,11 @@ class Turns:
     ) -> None:
         self.run, self.clock, self.trip_s = run, Clock(), TRIP_S
         self.decoder = Counting(self.clock, chunk, length)
-        self.trips: list[Sequence[Call]] = []
+        self.trips: list[Sequence[Any]] = []
         monkeypatch.setattr(actors.rollout, "time", self.clock)
         call_all = run.plane.call_all
 
-        def timed(calls: Sequence[Call]) -> list[list[Any]]:
+        def timed(calls: Sequence[Any]) -> list[Any]:
             self.trips.append(calls)
             self.clock.now += self.trip_s
             return call_all(calls)
@@ -155,7 +154,7 @@ class Turns:
 
     def beats(self, rid: str) -> int:
         """How often Redis was told that this rollout is being written."""
-        return sum(script == "beat" and rid in args for calls in self.trips for script, args in calls)
+        return sum(call.script == "beat" and rid in call.args for calls in self.trips for call in calls)
 
     def owned(self) -> set[str]:
         """Rollouts that Redis holds for given to a writer, without their end or verdict."""
@@ -219,7 +218,7 @@ def test_new_weights_are_swapped_in_although_chunks_close_at_every_step(
     turns.go(10)
     folder = turns.run.config.run_dir / "weights"
     ref = publish(folder, 1, lambda path: save_file({"weight": torch.zeros(2)}, path))
-    turns.run.lease("learner").call("publish", 1, 1, ref.file, ref.sha256)
+    turns.run.lease("learner").call(fenced("publish", 1, 1, ref.file, ref.sha256))
     turns.until(lambda: len(turns.decoder.swapped) == 1, turns=4)
     assert turns.worker._version == 1
 
@@ -254,7 +253,8 @@ def test_a_script_that_redis_does_not_know_makes_no_other_run_twice(
         if name != "count":
             turns.run.client.script_load(script.script)
     turns.until(lambda: "r0" in turns.counts(), turns=6)
-    together = [script for calls in turns.trips for script, _ in calls if any(one == "count" for one, _ in calls)]
+    trips = [[call.script for call in calls] for calls in turns.trips]
+    together = [name for names in trips if "count" in names for name in names]
     assert "take" in together, "the slot was filled by the trip that found no script"
     assert turns.owned() == set(turns.worker._writing) == set(turns.decoder.busy) == {"r1", "r2", "r3", "r4"}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import Run
+from samples import Run, fenced
 from transformers import PreTrainedModel
 
 from actors.engine import Decoder, Scorer
@@ -62,7 +62,7 @@ def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 
     state = {name: (tensor + change).contiguous() for name, tensor in own.items()}
     folder = run.config.run_dir / "weights"
     ref = publish(folder, version, lambda path: save_file(state, path))
-    run.lease("learner").call("publish", ref.version, step, ref.file, ref.sha256)
+    run.lease("learner").call(fenced("publish", ref.version, step, ref.file, ref.sha256))
     return folder / ref.file
 
 

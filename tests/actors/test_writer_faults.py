@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import Run
+from samples import Run, fenced
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
@@ -50,7 +50,7 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run], student: PreTr
     )
     state = {name: tensor for name, tensor in student.state_dict().items() if "lm_head" not in name}
     ref = publish(run.config.run_dir / "weights", 0, lambda path: save_file(state, path))
-    run.lease("learner").call("publish", 0, 0, ref.file, ref.sha256)
+    run.lease("learner").call(fenced("publish", 0, 0, ref.file, ref.sha256))
     for number, rid in enumerate(RIDS):
         run.admit(rid, seed=number, max_new_tokens=12)
     return run
@@ -138,7 +138,7 @@ def test_neighbours_of_what_cannot_be_written_are_written_as_they_would_have_bee
                   termination={"teacher_top_k": 8}, name="other")  # fmt: skip
     state = {name: tensor for name, tensor in student.state_dict().items() if "lm_head" not in name}
     ref = publish(other.config.run_dir / "weights", 0, lambda path: save_file(state, path))
-    other.lease("learner").call("publish", 0, 0, ref.file, ref.sha256)
+    other.lease("learner").call(fenced("publish", 0, 0, ref.file, ref.sha256))
     for number, rid in enumerate(RIDS):
         other.admit(rid, seed=number, max_new_tokens=12)
     spoilt = decoder_of(other, student)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import Run, make_config, make_verdict, write_whole
+from samples import Run, fenced, make_config, make_verdict, write_whole
 
 from common.config import Config, load
 from common.footprint import (
@@ -40,7 +40,7 @@ def to_the_verdict(run: Run, rid: str) -> None:
         rid, tokens=tokens, divergence=divergence, trigger=length, keep=length, train=length, generated=length
     )
     args = (rid, verdict.encode(), length, 0, "0.5", 16, "0.5", *run.score_entries())
-    assert run.lease("arbiter").call("verdict", *args)[0] == b"ok"
+    assert run.lease("arbiter").call(fenced("verdict", *args))[0] == b"ok"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import _server
-from samples import make_config, start_run
+from samples import make_config, script, start_run
 from test_run import DEMO, SMALL, check_books
 
 from actors.app import close_shifts, keep_shifts_open, make_app, serve_metrics, settings_from_environment
@@ -226,7 +226,7 @@ def test_an_operator_opens_looks_into_and_clears_a_run(guarded: Server, tmp_path
     assert run.plane.live(10) == {}
     assert run.plane.policy() == {}
     assert run.client.xlen(run.key("again")) == run.client.llen(run.key("minima")) == 0
-    assert run.plane.call("again", "1-1", "", "") == [b"absent"]
+    assert run.plane.call(script("again", "1-1", "", "")) == [b"absent"]
     assert run.client.exists(run.key("lease:feeder")) == 0
     assert run.client.unlink(*run.client.scan_iter("katana:*")) > 0
     assert not denials(guarded)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import Run, make_verdict
+from samples import Run, fenced, make_verdict
 from torch import Tensor
 
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
@@ -60,7 +60,9 @@ def _judged(run: Run, number: int) -> None:
     run.chunk(rid, finish="eos", tokens=tokens)
     run.score(rid)
     verdict = make_verdict(rid, train=3, keep=3, trigger=3, cut=False, first_version=0, last_version=0)
-    reply = run.lease("arbiter").call("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *run.score_entries())
+    reply = run.lease("arbiter").call(
+        fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *run.score_entries())
+    )
     assert reply[0] == b"ok"
 
 

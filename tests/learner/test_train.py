@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import Run, make_score_support, make_support, make_tokens, make_verdict
+from samples import Run, fenced, make_score_support, make_support, make_tokens, make_verdict, script
 
 import learner.train
 from common import metrics
@@ -76,7 +76,10 @@ def trajectory(run: Run, number: int, *, version: int = 0, arm: str = "treated")
         rid, arm=arm, train=3, keep=3, trigger=3, cut=arm == "treated", first_version=version, last_version=version
     )
     entries = run.score_entries()
-    assert run.lease("arbiter").call("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *entries)[0] == b"ok"
+    assert (
+        run.lease("arbiter").call(fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *entries))[0]
+        == b"ok"
+    )
     return rid
 
 
@@ -123,7 +126,7 @@ def test_a_checkpoint_that_takes_longer_than_the_lease_does_not_lose_it(
     def slowly(*args: Any, **kwargs: Any) -> Any:
         deadline = time.monotonic() + 1.2
         while time.monotonic() < deadline:
-            taken = run.plane.call("lease", "learner", "another", 300, "take")
+            taken = run.plane.call(script("lease", "learner", "another", 300, "take"))
             assert taken == [b"held"], "another learner took the run over"
             time.sleep(0.02)
         return save(*args, **kwargs)
@@ -135,7 +138,7 @@ def test_a_checkpoint_that_takes_longer_than_the_lease_does_not_lose_it(
         first.checkpoint()
     assert endings(run) == [("r0", "trained"), ("r1", "trained")]
     time.sleep(0.35)
-    assert run.plane.call("lease", "learner", "another", 300, "take") == [b"ok"], "nobody renews it any more"
+    assert run.plane.call(script("lease", "learner", "another", 300, "take")) == [b"ok"], "nobody renews it any more"
 
 
 def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(

@@ -50,7 +50,8 @@ def _acknowledge_early(train: Any) -> None:
         lags = [self.version - one.trajectory.oldest_version for one in batch]
         step(self, batch)
         pairs = zip(batch, lags, strict=True)
-        self._intake.settle([(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in pairs])
+        endings = [train.Ending(one.entry, one.trajectory.rid, "trained", "", lag) for one, lag in pairs]
+        self._intake.settle(endings)
 
     def checkpoint_without_settling(self: Any) -> None:
         self._intake.settle = lambda endings: None  # hides the method of its class

@@ -336,7 +336,7 @@ def test_an_answer_that_is_lost_sends_back_once_and_the_command_says_what_it_doe
 
     def losing(plane: dead.Plane, calls: Any) -> Any:
         answers = evaluate(plane, calls)
-        if calls[0][0] == "again" and not lost:
+        if calls[0].script == "again" and not lost:
             lost.append(answers)
             raise redis.exceptions.ConnectionError("lost")
         return answers

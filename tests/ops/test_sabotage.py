@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PLAYED = """
 import sys
 from pathlib import Path
-from samples import make_config, remove_run, start_run
+from samples import make_config, remove_run, script, start_run
 from common.streams import connect
 run = start_run(connect(sys.argv[1]), make_config(Path(sys.argv[2]), redis={"shards": 1}))
 rids = [f"r{number}" for number in range(1, 31)]
@@ -25,15 +25,15 @@ run.take(count=30)
 for rid in rids:
     run.chunk(rid)
 words = [run.chunk("r1", "stranger", seq=1, start=3)[0], run.beat("r1", "stranger")]
-words += [run.plane.call("count", "r1", "stranger", 6)[0]]
-run.plane.call("release", "w2", "r1", run.field("r1", "entry"), "stranger")
+words += [run.plane.call(script("count", "r1", "stranger", 6))[0]]
+run.plane.call(script("release", "w2", "r1", run.field("r1", "entry"), "stranger"))
 print(*(word.decode() for word in words), run.field("r1", "owner"), run.client.xlen(run.key("chunks:0")))
 remove_run(run)
 """
 TRAINED = """
 import sys, threading
 from pathlib import Path
-from samples import make_config, make_verdict, remove_run, start_run
+from samples import fenced, make_config, make_verdict, remove_run, start_run
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from common.streams import connect
 from learner.train import Learner
@@ -46,7 +46,8 @@ for rid in ("r1", "r2", "r3"):
     run.take()
     run.chunk(rid, finish="eos", tokens=(2, 3, 4))
     run.score(rid)
-    run.lease("arbiter").call("verdict", rid, make_verdict(rid).encode(), 2, 0, "", 4, "inactive", *run.score_entries())
+    verdict = (rid, make_verdict(rid).encode(), 2, 0, "", 4, "inactive", *run.score_entries())
+    run.lease("arbiter").call(fenced("verdict", *verdict))
 def new():
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(student)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from rich.console import Console
-from samples import Run, make_config, make_verdict, remove_run, start_run
+from samples import Run, fenced, make_config, make_verdict, remove_run, start_run
 
 from actors.books import Booking, Books, line_of
 from common.config import Config, ConfigError
@@ -80,7 +80,7 @@ def judge(run: Run, rid: str, text: str, *, keep: int, **changes: Any) -> None:
     values = {"tokens": np.array(ids, np.int32), "divergence": np.full(len(ids), 0.5, np.float32), "keep": keep}
     body = make_verdict(rid, **values | {"trigger": len(ids), "train": keep, "generated": len(ids)} | changes)
     entries = run.score_entries()
-    answer = run.lease("arbiter").call("verdict", rid, body.encode(), keep, 0, "", 4, "0.25", *entries)
+    answer = run.lease("arbiter").call(fenced("verdict", rid, body.encode(), keep, 0, "", 4, "0.25", *entries))
     assert answer == [b"ok"]
 
 

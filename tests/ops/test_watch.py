@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from samples import Run, make_verdict
+from samples import Run, fenced, make_verdict
 
 from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import Config, ConfigError
@@ -171,7 +171,9 @@ class Desk:
     def judge(self, rid: str = RID, **changes: Any) -> None:
         ids = ids_of("12+7=19")[:3]
         body = make_verdict(rid, **{"tokens": np.array(ids, np.int32)} | changes).encode()
-        answer = self.run.lease("arbiter").call("verdict", rid, body, 2, 1, "", 4, "0.25", *self.run.score_entries())
+        answer = self.run.lease("arbiter").call(
+            fenced("verdict", rid, body, 2, 1, "", 4, "0.25", *self.run.score_entries())
+        )
         assert answer == [b"ok"]
 
 

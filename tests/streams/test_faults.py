@@ -16,7 +16,7 @@ import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from samples import Run, make_config, start_run
+from samples import Run, fenced, make_config, script, start_run
 
 import common.streams
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
@@ -112,16 +112,16 @@ def test_a_full_redis_still_lets_work_be_finished(full: Run) -> None:
 def test_a_full_redis_keeps_its_leases(full: Run) -> None:
     feeder = full.lease("feeder")
     fill(full, 1.5)
-    assert full.plane.call("lease", "feeder", feeder.token, 5_000, "renew") == [b"ok"]
+    assert full.plane.call(script("lease", "feeder", feeder.token, 5_000, "renew")) == [b"ok"]
     assert 0 < full.client.pttl(full.key("lease:feeder")) <= 5_000
-    assert full.plane.call("lease", "arbiter", "new", 5_000, "take") == [b"ok"]
+    assert full.plane.call(script("lease", "arbiter", "new", 5_000, "take")) == [b"ok"]
 
 
 def test_a_full_redis_still_hears_that_a_run_is_over(full: Run) -> None:
     learner, feeder = full.lease("learner"), full.lease("feeder")
     fill(full, 1.5)
     learner.advance("step", 4)
-    assert learner.call("publish", 5, 4, "v00000005.safetensors", "aa") == [b"ok"]
+    assert learner.call(fenced("publish", 5, 4, "v00000005.safetensors", "aa")) == [b"ok"]
     feeder.advance("state", "ended")
     assert full.plane.policy()["version"] == "5"
     assert full.plane.state() == "ended"
@@ -131,7 +131,7 @@ def test_a_full_redis_takes_counts_and_gives_up_what_is_broken(full: Run) -> Non
     full.admit("r1")
     full.take()
     fill(full, 1.5)
-    assert full.plane.call("count", "r1", "n1", 9) == [b"ok"]
+    assert full.plane.call(script("count", "r1", "n1", 9)) == [b"ok"]
     assert not full.plane.fail("r1", "teacher", "why", max_attempts=2)
     assert full.plane.fail("r1", "teacher", "why", max_attempts=2)
     assert [one["kind"] for one in full.entries("finished")] == ["count", "ending"]
@@ -223,14 +223,14 @@ def test_of_calls_sent_together_each_runs_once_although_scripts_are_unknown(run:
         run.admit(rid)
     [[_, entry, *_]] = run.take("w1", "n1", count=1)
     run.client.script_flush()
-    for name, script in run.plane._scripts.items():
+    for name, known in run.plane._scripts.items():
         if unknown not in (name, "all"):
-            run.client.script_load(script.script)
+            run.client.script_load(known.script)
     count, beat, take = run.plane.call_all(
         [
-            ("count", ("r1", "n1", 9)),
-            ("beat", ("w1", "0-0", 0, "r1", entry, "n1")),
-            ("take", ("w1", "n2", 1, 0, "0-0")),
+            script("count", "r1", "n1", 9),
+            script("beat", "w1", "0-0", 0, "r1", entry, "n1"),
+            script("take", "w1", "n2", 1, 0, "0-0"),
         ]
     )
     assert (count, beat[0], beat[3:]) == ([b"ok"], b"ok", [b"0"])
@@ -389,7 +389,7 @@ def test_a_redis_that_stays_away_is_given_up_after_the_time_the_config_allows(
     assert 0.5 <= time.monotonic() - began < 2.5
     assert not run.plane.may_claim
     with pytest.raises(RedisUnavailable):
-        run.plane.call("take", "w", "n", 1, 0)
+        run.plane.call(script("take", "w", "n", 1, 0))
 
 
 def test_who_waits_for_redis_can_be_stopped(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_an_error_that_is_not_redis_being_away_is_not_waited_out(run: Run) -> No
     with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
         run.plane.rollout("r1")
     with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
-        run.plane.call("chunk", "r1", "n", 0, b"", b"", 0, 1, "")
+        run.plane.call(script("chunk", "r1", "n", 0, b"", b"", 0, 1, ""))
 
 
 @pytest.mark.parametrize("lost", ["groups", "streams"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from samples import Run
+from samples import Run, script
 
 from common.streams import Roster
 
@@ -50,7 +50,7 @@ def test_what_a_living_worker_hands_back_is_anybodys(run: Run) -> None:
     run.admit("r1")
     [[_, entry, *_]] = run.take("w1", "n1")
     run.plane.seen("w1", role="rollout")
-    run.plane.call("release", "w1", "r1", entry, "n1")
+    run.plane.call(script("release", "w1", "r1", entry, "n1"))
     [[rid, *_, claims]] = run.take("w2", "n2", idle_ms=60_000)
     assert (rid, claims) == (b"r1", 0)
 
@@ -62,13 +62,13 @@ def test_behind_many_that_are_held_the_silent_ones_are_found_a_page_at_a_time(ru
     assert len(run.take("dead", "n0", count=5)) == 5
     ms = idle(30)
     run.plane.seen("w1", role="rollout")
-    first = run.plane.call("take", "w2", "n2", 3, 1000 * ms, b"0-0")  # nothing is as idle as that
+    first = run.plane.call(script("take", "w2", "n2", 3, 1000 * ms, b"0-0"))  # nothing is as idle as that
     assert first[2:] == []
     assert first[1].startswith(b"(")
     found, at = [], b"0-0"
     for _ in range(4):
         run.plane.seen("w1", role="rollout")
-        _, at, *taken = run.plane.call("take", "w2", "n2", 3, ms, at)
+        _, at, *taken = run.plane.call(script("take", "w2", "n2", 3, ms, at))
         found += [one[0].decode() for one in taken]
     assert sorted(found) == [f"r{number}" for number in range(125, 130)]
 
@@ -92,7 +92,7 @@ def test_a_roster_is_told_when_somebody_came_or_went_and_not_otherwise(run: Run)
     assert (mine.names, sorted(yours.names)) == (["t1"], ["t1", "t2"])
     run.plane.seen("t1", role="teacher", roster=mine)
     assert sorted(mine.names) == ["t1", "t2"]
-    reply = run.plane.call("seen", "t1", "teacher", 60_000, mine.revision, "role", "teacher")
+    reply = run.plane.call(script("seen", "t1", "teacher", 60_000, mine.revision, "role", "teacher"))
     assert reply == [b"ok", mine.revision], "nothing more than that it is still that one"
     run.plane.gone("t2", role="teacher")
     run.plane.seen("t1", role="teacher", roster=mine)

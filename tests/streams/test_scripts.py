@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from samples import Run, make_head, make_score_support, make_verdict
+from samples import Run, fenced, make_head, make_score_support, make_verdict, script
 
 from common.streams import Lease, LeaseLost, Plane, RunGone, create_run, current_run
 from ops.embedded import EmbeddedRedis
@@ -43,7 +43,7 @@ def test_admitting_the_same_rollout_again_changes_nothing(run: Run) -> None:
 
 def test_without_the_lease_nothing_is_admitted(run: Run) -> None:
     run.lease("feeder")
-    assert run.plane.call("admit", "another token", "r1", make_head().encode(), 1) == [b"lost"]
+    assert run.plane.call(script("admit", "another token", "r1", make_head().encode(), 1)) == [b"lost"]
     assert run.client.exists(run.key("rollout:r1"), run.key("cursor")) == 0
 
 
@@ -104,7 +104,7 @@ def test_idle_rollouts_come_before_fresh_ones_and_share_the_count(run: Run) -> N
 def test_a_released_rollout_is_claimed_at_once_and_not_counted_as_a_claim(run: Run) -> None:
     run.admit("r1")
     [[_, entry, *_]] = run.take("w1", "n1")
-    assert run.plane.call("release", "w1", "r1", entry, "n1") == [b"ok"]
+    assert run.plane.call(script("release", "w1", "r1", entry, "n1")) == [b"ok"]
     assert run.field("r1", "owner") is None
     [[rid, *_, claims]] = run.take("w2", "n2", idle_ms=60_000)
     assert (rid, claims) == (b"r1", 0)
@@ -113,7 +113,7 @@ def test_a_released_rollout_is_claimed_at_once_and_not_counted_as_a_claim(run: R
 def test_only_the_owner_can_release(run: Run) -> None:
     run.admit("r1")
     [[_, entry, *_]] = run.take("w1", "n1")
-    run.plane.call("release", "w2", "r1", entry, "n2")
+    run.plane.call(script("release", "w2", "r1", entry, "n2"))
     assert run.field("r1", "owner") == b"n1"
     assert run.take("w3", "n3", idle_ms=60_000) == []
 
@@ -154,7 +154,7 @@ def test_a_count_of_claims_that_is_no_number_is_handed_out_as_none(run: Run, val
     [[rid, entry, chunks, _, claims]] = run.take("w2", "n2", idle_ms=idle_for(30))
     assert (rid, chunks, claims) == (b"r1", b"0", None)
     assert run.field("r1", "owner") == b"n2"
-    assert run.plane.call("release", "w2", "r1", entry, "n2") == [b"ok"]
+    assert run.plane.call(script("release", "w2", "r1", entry, "n2")) == [b"ok"]
     assert not run.plane.fail("r1", "rollout", "claims", max_attempts=3)
     assert run.field("r1", "attempts") == b"1"
 
@@ -297,9 +297,9 @@ def test_a_chunk_of_a_rollout_that_is_gone_is_refused(run: Run) -> None:
 def test_the_owners_count_reaches_the_books_and_nobody_elses(run: Run) -> None:
     run.admit("r1")
     run.take("w1", "n1")
-    assert run.plane.call("count", "r1", "n0", 9) == [b"lost"]
+    assert run.plane.call(script("count", "r1", "n0", 9)) == [b"lost"]
     assert run.entries("finished") == []
-    assert run.plane.call("count", "r1", "n1", 9) == [b"ok"]
+    assert run.plane.call(script("count", "r1", "n1", 9)) == [b"ok"]
     assert run.entries("finished") == [{"kind": "count", "rid": "r1", "generated": "9"}]
 
 
@@ -350,13 +350,13 @@ def test_refused_chunks_count_nothing(own_redis: EmbeddedRedis, start: Callable[
 
 def test_what_a_writer_could_no_longer_store_counts_once_with_its_final_count(run: Run) -> None:
     run.judged("r1")  # three tokens stored
-    assert run.plane.call("count", "r1", "n0", 9) == [b"lost"]
+    assert run.plane.call(script("count", "r1", "n0", 9)) == [b"lost"]
     assert run.plane.generated() == 3
     for _ in range(2):  # the second time because the answer was lost
-        assert run.plane.call("count", "r1", "n1", 9) == [b"ok"]
+        assert run.plane.call(script("count", "r1", "n1", 9)) == [b"ok"]
         assert run.plane.generated() == 9
     run.judged("r2")
-    assert run.plane.call("count", "r2", "n1", 3) == [b"ok"]  # all of it was stored
+    assert run.plane.call(script("count", "r2", "n1", 3)) == [b"ok"]  # all of it was stored
     assert run.plane.generated() == 12
 
 
@@ -368,7 +368,7 @@ def test_a_record_that_does_not_know_its_length_counts_nothing(run: Run, length:
     run.client.hset(name, "length", length) if length else run.client.hdel(name, "length")
     assert run.chunk("r1")[0] == b"ok"
     run.client.hset(name, "length", "many")
-    assert run.plane.call("count", "r1", "n1", 9) == [b"ok"]
+    assert run.plane.call(script("count", "r1", "n1", 9)) == [b"ok"]
     assert run.plane.generated() == 0
 
 
@@ -387,11 +387,11 @@ def test_a_restored_run_has_what_its_books_and_the_records_of_the_living_count(r
     run.take()
     run.chunk("r1", tokens=(4, 5))
     run.chunk("r2")
-    run.plane.call("count", "r2", "n1", 9)
+    run.plane.call(script("count", "r2", "n1", 9))
     run.client.hset(run.key("policy"), "generated", 1)
     restore = ("restore", 9, 100, 4, "r1", "r2", "r3", "nobody", "admitted", 9, "trained", 5)
     for _ in range(2):
-        assert run.lease("feeder").call(*restore) == [b"ok"]
+        assert run.lease("feeder").call(fenced(*restore)) == [b"ok"]
         assert run.plane.generated() == 111  # 100 + 2 + 9
         run.client.set(run.key("cursor"), 4)
     assert run.ledger() == {"admitted": 9, "trained": 5}
@@ -455,7 +455,7 @@ def test_a_score_behind_the_verdict_is_refused_and_its_notice_taken_off(run: Run
 
 def test_a_score_of_a_chunk_that_nobody_stored_is_refused(run: Run) -> None:
     run.admit("r1")
-    assert run.plane.call("score", 0, b"1-1", "r1", 5, b"d", b"q") == [b"ended"]
+    assert run.plane.call(script("score", 0, b"1-1", "r1", 5, b"d", b"q")) == [b"ended"]
     assert run.field("r1", "d:5") is None
     assert run.field("r1", "threshold") is None
 
@@ -526,7 +526,7 @@ def test_without_the_lease_there_is_no_verdict_and_nothing_is_taken_off(run: Run
     [entry] = run.score_entries()
     run.lease("arbiter")
     body = make_verdict("r1").encode()
-    assert run.plane.call("verdict", "x", "r1", body, 2, 0, "", 4, "0.5", entry) == [b"lost"]
+    assert run.plane.call(script("verdict", "x", "r1", body, 2, 0, "", 4, "0.5", entry)) == [b"lost"]
     assert run.field("r1", "verdict") is None
     assert run.client.get(run.key("threshold")) is None
     assert run.pending("scores") == 1
@@ -535,7 +535,7 @@ def test_without_the_lease_there_is_no_verdict_and_nothing_is_taken_off(run: Run
 def test_notices_of_a_rollout_that_is_gone_are_taken_off_and_the_run_goes_on(run: Run) -> None:
     entry = run.client.xadd(run.key("scores"), {"rid": "booked"})
     run.score_entries()
-    assert run.lease("arbiter").call("verdict", "booked", "", 0, 0, "", 4, "inactive", entry)[0] == b"absent"
+    assert run.lease("arbiter").call(fenced("verdict", "booked", "", 0, 0, "", 4, "inactive", entry))[0] == b"absent"
     assert run.entries("scores") == []
     assert run.client.exists(run.key("rollout:booked")) == 0
 
@@ -555,7 +555,7 @@ def test_settling_twice_ends_a_trajectory_once(run: Run) -> None:
 def test_one_call_settles_several(run: Run) -> None:
     entries = [run.judged(rid) for rid in ("r1", "r2")]
     reply = run.lease("learner").call(
-        "settle", entries[0], "r1", "trained", "", 2, entries[1], "r2", "dropped", "stale", 5
+        fenced("settle", entries[0], "r1", "trained", "", 2, entries[1], "r2", "dropped", "stale", 5)
     )
     assert reply == [b"ok", 2]
     endings = [(one["rid"], one["ending"], one["staleness"]) for one in run.entries("finished") if "ending" in one]
@@ -565,7 +565,7 @@ def test_one_call_settles_several(run: Run) -> None:
 def test_without_the_lease_nothing_is_settled(run: Run) -> None:
     entry = run.judged("r1")
     run.lease("learner")
-    assert run.plane.call("settle", "x", entry, "r1", "trained", "", 0) == [b"lost"]
+    assert run.plane.call(script("settle", "x", entry, "r1", "trained", "", 0)) == [b"lost"]
     assert run.pending("trajectories") == 1
 
 
@@ -601,7 +601,7 @@ def test_a_dead_rollouts_record_stays_for_its_operator(run: Run) -> None:
 
 def test_without_the_lease_nothing_is_booked(run: Run) -> None:
     run.admit("r1")
-    assert run.plane.call("book", "x", "r1", "trained") == [b"lost"]
+    assert run.plane.call(script("book", "x", "r1", "trained")) == [b"lost"]
     assert run.ledger() == {"admitted": 1}
 
 
@@ -674,17 +674,17 @@ def request(run: Run) -> bytes:
 
 def resend(run: Run, rid: str, entry: bytes, cursor: int) -> bytes:
     args = (rid, make_head(rid, problem=7).encode(), cursor, "", entry, 7)
-    return bytes(run.lease("feeder").call("admit", *args)[0])
+    return bytes(run.lease("feeder").call(fenced("admit", *args))[0])
 
 
 def test_what_is_sent_back_becomes_a_request_and_letter_and_record_go_with_it(run: Run) -> None:
     entry = buried(run)
-    assert run.plane.call("again", entry, "r1", "7") == [b"ok"]
+    assert run.plane.call(script("again", entry, "r1", "7")) == [b"ok"]
     assert run.entries("again") == [{"rid": "r1", "problem": "7"}]
     assert run.entries("dead") == []
     assert run.plane.rollout("r1") == {}
     assert run.ledger() == {"admitted": 1, "dead": 1}
-    assert run.plane.call("again", entry, "r1", "7") == [b"absent"]
+    assert run.plane.call(script("again", entry, "r1", "7")) == [b"absent"]
     assert len(run.entries("again")) == 1
 
 
@@ -692,10 +692,10 @@ def test_of_two_letters_on_one_rollout_only_one_sends_it_back(run: Run) -> None:
     first = buried(run)
     run.plane.fail("r1", "teacher", "why", max_attempts=1)
     [_, (second, _)] = run.client.xrange(run.key("dead"))
-    assert run.plane.call("again", second, "r1", "7") == [b"ok"]
-    assert run.plane.call("again", first, "r1", "7") == [b"none"]
+    assert run.plane.call(script("again", second, "r1", "7")) == [b"ok"]
+    assert run.plane.call(script("again", first, "r1", "7")) == [b"none"]
     assert len(run.entries("again")) == 1
-    assert run.plane.call("again", first, "r1", "") == [b"ok"]
+    assert run.plane.call(script("again", first, "r1", "")) == [b"ok"]
     assert run.entries("dead") == []
 
 
@@ -704,7 +704,7 @@ def test_a_rollout_is_booked_before_it_is_sent_back_or_removed(run: Run, problem
     run.admit("r1")
     run.plane.fail("r1", "rollout", "why", max_attempts=1)
     [(entry, _)] = run.client.xrange(run.key("dead"))
-    assert run.plane.call("again", entry, "r1", problem) == [b"open"]
+    assert run.plane.call(script("again", entry, "r1", problem)) == [b"open"]
     assert run.field("r1", "head") is not None
     assert (len(run.entries("dead")), run.entries("again")) == (1, [])
 
@@ -712,9 +712,9 @@ def test_a_rollout_is_booked_before_it_is_sent_back_or_removed(run: Run, problem
 def test_a_run_that_is_over_takes_nothing_back_and_lets_it_be_removed(run: Run) -> None:
     entry = buried(run)
     run.lease("learner").advance("state", "trained")
-    assert run.plane.call("again", entry, "r1", "7") == [b"ended"]
+    assert run.plane.call(script("again", entry, "r1", "7")) == [b"ended"]
     assert run.field("r1", "head") is not None
-    assert run.plane.call("again", entry, "r1", "") == [b"ok"]
+    assert run.plane.call(script("again", entry, "r1", "")) == [b"ok"]
     assert (run.entries("dead"), run.entries("again")) == ([], [])
     assert run.plane.rollout("r1") == {}
 
@@ -723,14 +723,14 @@ def test_a_letter_on_a_notice_is_removed_by_itself(run: Run) -> None:
     run.admit("r1")
     run.plane.fail("", "scores", "no id", max_attempts=1)
     [(entry, _)] = run.client.xrange(run.key("dead"))
-    assert run.plane.call("again", entry, "", "7") == [b"none"]
-    assert run.plane.call("again", entry, "", "") == [b"ok"]
+    assert run.plane.call(script("again", entry, "", "7")) == [b"none"]
+    assert run.plane.call(script("again", entry, "", "")) == [b"ok"]
     assert run.entries("dead") == []
     assert run.field("r1", "head") is not None
 
 
 def test_admission_takes_the_request_off_once(run: Run) -> None:
-    run.plane.call("again", buried(run), "r1", "7")
+    run.plane.call(script("again", buried(run), "r1", "7"))
     entry = request(run)
     assert resend(run, "r2", entry, 2) == b"ok"
     assert run.entries("again") == []
@@ -757,7 +757,7 @@ def test_a_full_redis_keeps_the_request(own_redis: EmbeddedRedis, start: Callabl
     run = start(own_redis)
     entry = buried(run)
     run.client.config_set("maxmemory", int(run.client.info("memory")["used_memory"] / share))
-    assert run.plane.call("again", entry, "r1", "7") == [b"ok"]  # it takes off more than it adds
+    assert run.plane.call(script("again", entry, "r1", "7")) == [b"ok"]  # it takes off more than it adds
     assert resend(run, "r2", request(run), 2) == b"full"
     assert run.plane.rollout("r2") == {}
     run.client.config_set("maxmemory", 0)
@@ -770,16 +770,16 @@ def test_a_full_redis_keeps_the_request(own_redis: EmbeddedRedis, start: Callabl
 
 def test_the_policy_version_never_goes_back(run: Run) -> None:
     learner = run.lease("learner")
-    assert learner.call("publish", 3, 30, "v00000003.safetensors", "aa") == [b"ok"]
-    assert learner.call("publish", 3, 31, "other", "bb") == [b"old", 3]
-    assert learner.call("publish", 2, 31, "other", "bb") == [b"old", 3]
+    assert learner.call(fenced("publish", 3, 30, "v00000003.safetensors", "aa")) == [b"ok"]
+    assert learner.call(fenced("publish", 3, 31, "other", "bb")) == [b"old", 3]
+    assert learner.call(fenced("publish", 2, 31, "other", "bb")) == [b"old", 3]
     assert run.plane.policy() == {"version": "3", "step": "30", "file": "v00000003.safetensors", "sha256": "aa"}
-    assert learner.call("publish", 4, 31, "v00000004.safetensors", "bb") == [b"ok"]
+    assert learner.call(fenced("publish", 4, 31, "v00000004.safetensors", "bb")) == [b"ok"]
     assert run.plane.policy()["version"] == "4"
 
 
 def test_without_the_lease_nothing_is_published(run: Run) -> None:
-    assert run.plane.call("publish", "x", 1, 1, "file", "aa") == [b"lost"]
+    assert run.plane.call(script("publish", "x", 1, 1, "file", "aa")) == [b"lost"]
     assert run.plane.policy() == {}
 
 
@@ -788,7 +788,7 @@ def test_step_and_state_are_advanced_by_the_holder_of_the_lease_alone(run: Run) 
     assert run.plane.policy() == {"step": "12"}
     run.lease("feeder").advance("state", "ended")
     assert run.plane.state() == "ended"
-    assert run.plane.call("advance", "learner", "x", "step", 13) == [b"lost"]
+    assert run.plane.call(script("advance", "learner", "x", "step", 13)) == [b"lost"]
     assert run.plane.policy() == {"step": "12"}
 
 
@@ -797,7 +797,7 @@ def test_step_and_state_are_advanced_by_the_holder_of_the_lease_alone(run: Run) 
 
 def test_a_lease_has_one_holder_until_it_is_dropped(run: Run) -> None:
     def call(token: str, mode: str, ms: int = 60_000) -> bytes:
-        return bytes(run.plane.call("lease", "learner", token, ms, mode)[0])
+        return bytes(run.plane.call(script("lease", "learner", token, ms, mode))[0])
 
     assert call("a", "take") == b"ok"
     assert call("a", "take") == b"ok"
@@ -812,7 +812,7 @@ def test_a_lease_has_one_holder_until_it_is_dropped(run: Run) -> None:
 
 def test_a_lease_that_ran_out_is_renewed_only_while_nobody_took_it(run: Run) -> None:
     def call(token: str, mode: str, ms: int) -> bytes:
-        return bytes(run.plane.call("lease", "learner", token, ms, mode)[0])
+        return bytes(run.plane.call(script("lease", "learner", token, ms, mode))[0])
 
     call("a", "take", 20)
     time.sleep(0.04)
@@ -829,7 +829,7 @@ def test_a_call_of_a_slow_holder_renews_and_goes_through(run: Run) -> None:
     lease = Lease(run.plane, "feeder", 0.05)
     lease.take(run.plane._stop)
     time.sleep(0.08)
-    assert lease.call("admit", "r1", make_head().encode(), 1) == [b"ok"]
+    assert lease.call(fenced("admit", "r1", make_head().encode(), 1)) == [b"ok"]
 
 
 def test_a_call_of_a_former_holder_raises_and_writes_nothing(run: Run) -> None:
@@ -839,7 +839,7 @@ def test_a_call_of_a_former_holder_raises_and_writes_nothing(run: Run) -> None:
     new = Lease(run.plane, "feeder", 60.0)
     new.take(run.plane._stop)
     with pytest.raises(LeaseLost):
-        old.call("admit", "r1", make_head().encode(), 1)
+        old.call(fenced("admit", "r1", make_head().encode(), 1))
     with pytest.raises(LeaseLost):
         old.advance("state", "ended")
     with pytest.raises(LeaseLost):
@@ -847,7 +847,7 @@ def test_a_call_of_a_former_holder_raises_and_writes_nothing(run: Run) -> None:
     old.drop()
     assert run.plane.state() == "open"
     assert run.plane.rollout("r1") == {}
-    assert new.call("admit", "r1", make_head().encode(), 1) == [b"ok"]
+    assert new.call(fenced("admit", "r1", make_head().encode(), 1)) == [b"ok"]
 
 
 def test_a_lease_that_is_kept_by_another_is_not_waited_for_without_end(run: Run) -> None:
@@ -894,9 +894,9 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))
     for name, args in calls.items():
         with pytest.raises(RunGone, match=r"does not know the run"):
-            run.plane.call(name, *args)
+            run.plane.call(script(name, *args))
     with pytest.raises(RunGone):
-        learner.call("publish", 1, 1, "f", "s")
+        learner.call(fenced("publish", 1, 1, "f", "s"))
     assert set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")) == before
     assert run.plane.state() is None
 
@@ -912,14 +912,14 @@ def test_an_admission_that_arrives_late_admits_nothing_even_when_its_rollout_is_
 def test_an_admission_behind_which_others_are_missing_is_refused(run: Run) -> None:
     """Redis lost what was admitted last."""
     run.admit("r1")
-    assert run.lease("feeder").call("admit", "r9", make_head("r9").encode(), 9) == [b"behind"]
+    assert run.lease("feeder").call(fenced("admit", "r9", make_head("r9").encode(), 9)) == [b"behind"]
     assert run.plane.rollout("r9") == {}
 
 
 def test_a_late_restore_changes_nothing(run: Run) -> None:
     for number in range(1, 4):
         run.admit(f"r{number}")
-    run.lease("feeder").call("restore", 2, 50, 0, "admitted", 2)
+    run.lease("feeder").call(fenced("restore", 2, 50, 0, "admitted", 2))
     assert (run.ledger(), run.plane.generated()) == ({"admitted": 3}, 0)
     assert run.client.get(run.key("cursor")) == b"3"
 
@@ -927,17 +927,17 @@ def test_a_late_restore_changes_nothing(run: Run) -> None:
 def test_a_report_that_arrives_twice_counts_once(run: Run) -> None:
     run.admit("r1")
     args = ("r1", "teacher", "why", 3, b"", "", "", b"", "report-1")
-    assert [run.plane.call("fail", *args) for _ in range(3)] == [[b"again", 1]] * 3
-    assert run.plane.call("fail", *args[:-1], "report-2") == [b"again", 2]
+    assert [run.plane.call(script("fail", *args)) for _ in range(3)] == [[b"again", 1]] * 3
+    assert run.plane.call(script("fail", *args[:-1], "report-2")) == [b"again", 2]
     last = (*args[:-1], "report-3")
-    assert [run.plane.call("fail", *last) for _ in range(2)] == [[b"dead"]] * 2
+    assert [run.plane.call(script("fail", *last)) for _ in range(2)] == [[b"dead"]] * 2
     assert len(run.entries("dead")) == 1
 
 
 def test_a_malformed_notice_that_is_reported_twice_is_one_dead_letter(run: Run) -> None:
     entry = run.client.xadd(run.key("scores"), {"junk": "1"})
     args = ("", "scores", "why", 1, b"", "scores", "arbiter", entry, "report")
-    assert [run.plane.call("fail", *args) for _ in range(2)] == [[b"dead"]] * 2
+    assert [run.plane.call(script("fail", *args)) for _ in range(2)] == [[b"dead"]] * 2
     assert len(run.entries("dead")) == 1
 
 
@@ -945,7 +945,7 @@ def test_a_closed_run_has_empty_streams_and_its_groups(run: Run) -> None:
     run.judged("r1")
     run.admit("r2")
     run.take()
-    run.lease("feeder").call("close", *(part for pair in run.plane.groups for part in pair))
+    run.lease("feeder").call(fenced("close", *(part for pair in run.plane.groups for part in pair)))
     for stream, group in run.plane.groups:
         assert run.client.xlen(run.key(stream)) == 0
         assert run.client.xpending(run.key(stream), group)["pending"] == 0
@@ -988,7 +988,7 @@ def test_runs_do_not_see_each_other(run: Run) -> None:
     other = Plane(run.client, run.plane.run_key + "x", shards=4, wait_s=5, claim_pause_s=1)
     create_run(run.client, run.config, other.run_key)
     try:
-        assert other.call("take", "w", "n", 5, 0) == [b"ok"]
+        assert other.call(script("take", "w", "n", 5, 0)) == [b"ok"]
         assert other.rollout("r1") == {}
     finally:
         for name in list(run.client.scan_iter(other.prefix.replace("{", "[{]") + "*")):
@@ -1001,9 +1001,9 @@ def test_runs_do_not_see_each_other(run: Run) -> None:
 @pytest.mark.parametrize("junk", ["many", "", "1e9", "-3", "9" * 30])
 def test_a_junk_version_is_replaced_by_the_learners(run: Run, junk: str) -> None:
     run.client.hset(run.key("policy"), mapping={"version": junk, "step": "4"})
-    assert run.lease("learner").call("publish", 7, 3, "v00000007.safetensors", "00") == [b"ok"]
+    assert run.lease("learner").call(fenced("publish", 7, 3, "v00000007.safetensors", "00")) == [b"ok"]
     assert run.plane.policy()["version"] == "7"
-    assert run.lease("learner").call("publish", 6, 3, "v00000006.safetensors", "00")[0] == b"old"
+    assert run.lease("learner").call(fenced("publish", 6, 3, "v00000006.safetensors", "00"))[0] == b"old"
 
 
 def test_a_junk_count_of_attempts_begins_anew(run: Run) -> None:

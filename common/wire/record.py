@@ -1,0 +1,38 @@
+"""Names of the numbered fields of a rollout's record, `rollout:{rid}`: one of each kind a chunk."""
+
+from __future__ import annotations
+
+import re
+
+TOKENS = "t"  # ChunkTokens, by the rollout worker
+SUPPORT = "p"  # ChunkSupport, by the rollout worker
+DIVERGENCE = "d"  # ScoreDivergence, by the teacher worker
+SCORES = "q"  # ScoreSupport, by the teacher worker
+_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{DIVERGENCE}{SCORES}]):([0-9]{{1,9}})".encode())
+
+
+def tokens_field(seq: int) -> str:
+    return f"{TOKENS}:{seq}"
+
+
+def support_field(seq: int) -> str:
+    return f"{SUPPORT}:{seq}"
+
+
+def divergence_field(seq: int) -> str:
+    return f"{DIVERGENCE}:{seq}"
+
+
+def scores_field(seq: int) -> str:
+    return f"{SCORES}:{seq}"
+
+
+def part_of(field: bytes) -> tuple[str, int] | None:
+    """Of which kind a field is, by its name as stored, and of which chunk; None for one of the whole rollout."""
+    found = _FIELD.fullmatch(field)
+    return (found[1].decode(), int(found[2])) if found else None
+
+
+def holds_tokens(field: bytes) -> bool:
+    """Whether a field is, or was meant to be, the tokens of a chunk."""
+    return field.startswith(f"{TOKENS}:".encode())
