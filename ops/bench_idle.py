@@ -19,7 +19,7 @@ from common.config import Config, parse
 from common.streams import Lease, connect, create_run, new_run_key, open_plane
 from common.weights import publish
 from ops.bench import machine, spread
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 _SETTLE_S = 25.0  # until workers that found nothing ask as seldom as they do
 _MEASURE_S = 6.0

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from common.config import ConfigError
 from ops.compare_grid import Cell
-from ops.embedded import end_with_parent
 from ops.local import EXIT_OK
+from ops.reach.embedded import end_with_parent
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 40.0  # a run promises to stop within 20 s

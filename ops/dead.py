@@ -36,10 +36,10 @@ from common.messages import (
 )
 from common.pretrained import ModelError
 from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
-from ops.chaos.cluster import left_by_harness
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.left_over import left_by_harness
+from ops.reach.server import reach
 from ops.reading import find_tokenizer
-from ops.roles import reach
 from ops.rundir import lock, read_run_key
 
 Decoder = Callable[[list[int]], str]

@@ -16,11 +16,12 @@ from typing import IO, Any
 
 from common.config import Config, ConfigError, parse
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
-from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.failures import MOST, Failures, mark_of
 from ops.progress import Progress
+from ops.reach.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.server import reach
 from ops.report import write_report
-from ops.roles import RUN_KEY, WORKERS, reach
+from ops.roles import RUN_KEY, WORKERS
 from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
 from ops.summary import write_summary
 
@@ -265,7 +266,7 @@ def clean(folder: Path) -> str:
     """
     import shutil
 
-    from ops.chaos.cluster import left_by_harness
+    from ops.reach.left_over import left_by_harness
 
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")

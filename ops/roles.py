@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
 import os
 import signal
-import ssl
 import threading
 import time
 from pathlib import Path
@@ -25,29 +23,18 @@ from common.streams import (
     RedisUnavailable,
     RunGone,
     Stopping,
-    connect,
     create_run,
     current_run,
     open_plane,
 )
 from ops.devices import devices_of, problem_with
+from ops.reach.server import Unreachable, facts_of, memory_warning, reach, too_small
 from ops.rundir import open_folder
-from ops.server import facts_of, memory_warning, no_database, too_small, unusable
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
 WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
-_ON_BROKER = ("feeder", *WORKERS)
 _DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the names differ
-_OTHERWISE = {
-    "redis": "; or is it one with TLS, rediss://?",
-    "rediss": "; or is it one without TLS, redis://?",
-    "unix": "",
-}
-
-
-class Unreachable(ConfigError):
-    """A Redis that does not answer: it may be there a moment later."""
 
 
 def run_role(role: str, config: Config) -> int:
@@ -124,54 +111,6 @@ def _serve_metrics(config: Config) -> None:
     except OSError as error:
         raise ConfigError(f"metrics.host {host!r}, metrics.port {config.metrics.port}: {error.strerror}") from error
     log.info("metrics on http://%s:%d/metrics", host, port)
-
-
-def reach(config: Config, role: str = "operator") -> redis.Redis:
-    """A client of the config's Redis, as a role. Raises ConfigError when there is none or no run can work on it, also
-    on the broker where the role needs that; Unreachable, which is one too, when it does not answer."""
-    if config.redis.url is None:
-        raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
-    client = answering("redis.url", config.redis.url, config, role)
-    if role in _ON_BROKER:
-        with contextlib.suppress(Unreachable):  # whoever needs it goes on asking, and says so
-            answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
-    return client
-
-
-def answering(name: str, url: str, config: Config, role: str, wait_s: float = 10.0) -> redis.Redis:
-    """A client of a server that answers and that a run can work on. Raises ConfigError, Unreachable; `name` stands in
-    their messages."""
-    client = connect(url, **config.redis.access(role))
-    deadline = time.monotonic() + min(wait_s, config.liveness.redis_wait_s)
-    while True:
-        try:
-            client.ping()
-            wrong = unusable(facts_of(client))
-            break
-        except (redis.exceptions.RedisError, OSError) as error:
-            if refused := _refusal(error, role):
-                raise ConfigError(f"{name} {url!r}: {refused}") from error
-            if time.monotonic() >= deadline:
-                otherwise = _OTHERWISE[url.partition(":")[0]]
-                raise Unreachable(f"{name} {url!r}: Redis does not answer ({error}){otherwise}") from error
-            time.sleep(0.2)
-    if wrong:
-        raise ConfigError(f"{name} {url!r}: {wrong}")
-    return client
-
-
-def broker_name(config: Config) -> str:
-    """What the broker's URL is called in messages."""
-    return "redis.broker_url" if config.redis.broker_url else "redis.broker_url (not set: database 1 of redis.url)"
-
-
-def _refusal(error: Exception, role: str) -> str | None:
-    """What an answer means that will not change by waiting; None for those that may. Never says who or by what word."""
-    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
-        return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
-    if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
-        return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
-    return no_database(error)
 
 
 def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:

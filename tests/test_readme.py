@@ -28,9 +28,11 @@ def test_every_path_in_the_readme_exists() -> None:
 def test_every_module_has_a_caption_in_the_readmes_tree() -> None:
     captioned = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
     for folder in ("common", "actors", "learner", "ops"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             if path.name != "__init__.py":
-                assert path.stem in captioned, f"{path.relative_to(ROOT)} has no caption"
+                inside = path.relative_to(ROOT)
+                named = str(inside) if len(inside.parts) > 2 else path.name  # packages have modules of equal names
+                assert f"{named}`" in captioned, f"{inside} has no caption"
 
 
 def test_resumable_keys_are_keys() -> None:

@@ -13,7 +13,6 @@ import queue
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,16 +30,16 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from actors.books import read_lines
-from common.config import Config, ConfigError, parse
+from common.config import Config
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
-from ops.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.left_over import SOCKETS, beside
 from ops.rundir import read_run_key
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
 WORKERS = ("rollout", "teacher")
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-_SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 _SERVED_S = 60.0  # how long a fault waits for Redis to be started
 _RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five times within a minute
 
@@ -72,7 +71,7 @@ class Cluster:
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
-        self._sockets = Path(tempfile.mkdtemp(prefix=_SOCKETS))
+        self._sockets = Path(tempfile.mkdtemp(prefix=SOCKETS))
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
             Path(self.redis.url.removeprefix("unix://").partition("?")[0]),
@@ -366,55 +365,6 @@ class Cluster:
         """Rollouts of the steps behind `after`, up to `last`."""
         lines = read_lines(self.folder / "trained.jsonl")
         return {rid for line in lines if after < line["step"] <= last for rid in line["rids"]}
-
-
-def beside(folder: Path) -> Path:
-    """Where the harness keeps what is its own: outside a run's folder, since a fresh run wants an empty one."""
-    return folder.with_name(f"{folder.name}.redis")
-
-
-def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
-    """Whether a run was the harness's, and that has ended with the Redis that it had brought; the folder that it left
-    beside the run's, where that is still there.
-
-    Such a run's Redis will not come back, another's may merely be away. The harness uses sockets of its own in a
-    temporary folder, each for one run, and leaves its marks: its results in the run's folder (which move with it), and
-    beside it the config that it started the run by.
-    """
-    url = config.redis.url or ""
-    address = Path(url.removeprefix("unix://").partition("?")[0])
-    its_own = url.startswith("unix://") and address.parent.name.startswith(_SOCKETS)
-    if not its_own or _answers(address):
-        return False, None
-    left: Path | None = beside(folder)
-    if not _names(beside(folder), url):
-        left = None
-    marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
-    return marked or left is not None, left
-
-
-def _names(folder: Path, url: str) -> bool:
-    """Whether the harness's folder is that of the run on this Redis (and no run's folder, whatever its name)."""
-    path = folder / "config.yaml"
-    if not path.is_file() or (folder / "run.json").exists():
-        return False
-    try:
-        return parse(path.read_bytes(), source=str(path)).redis.url == url
-    except ConfigError:
-        return False
-
-
-def _answers(address: Path) -> bool:
-    """Whether anyone listens on a Unix socket. Whoever may not ask takes it that there is someone."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(1.0)
-        try:
-            client.connect(os.fspath(address))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:
-            return True
-    return True
 
 
 def order(entry: bytes) -> tuple[int, ...]:
