@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +14,7 @@ from typing import Protocol
 from common.config import ConfigError
 from ops.compare_grid import Cell
 from ops.local import EXIT_OK
-from ops.reach.embedded import end_with_parent
+from ops.reach.children import katana, start
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 40.0  # a run promises to stop within 20 s
@@ -114,17 +112,8 @@ def _stop(running: Sequence[Process], interrupts: Interrupts) -> None:
 
 
 def start_run(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """`katana run ARGUMENTS` in a session of its own, so that Ctrl-C reaches this process alone; output to `log`."""
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ops.cli", "run", *arguments],
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            preexec_fn=end_with_parent(),
-        )
+    """`katana run ARGUMENTS`; output to `log`."""
+    return start(katana("run", *arguments), log, {"PYTHONUNBUFFERED": "1"})
 
 
 def last_words(log: Path) -> str:

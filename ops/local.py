@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from common.config import Config, ConfigError
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
 from ops.failures import MOST, Failures, mark_of
 from ops.progress import Progress
-from ops.reach.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.children import end, katana, start
+from ops.reach.embedded import EmbeddedRedis
 from ops.reach.run import with_redis
 from ops.reach.server import reach
 from ops.report import write_report
@@ -71,7 +71,7 @@ class LocalRun:
             return self._run(began)
         finally:
             # 1. children, who still need Redis to hand back what they hold; 2. Redis, its file complete; 3. the lock.
-            self._stop_children(self._children)
+            self._stop_children()
             if self._redis is not None:
                 self._redis.stop()
             held.close()
@@ -101,10 +101,10 @@ class LocalRun:
                 "stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
                 file=sys.stderr,
             )
-            self._stop_children(self._children)
+            self._stop_children()
             print(f"stopped. {self._how_to_go_on()}", file=sys.stderr)
             return EXIT_INTERRUPTED
-        self._stop_children(self._children)
+        self._stop_children()
         write_json(self._folder / "busy.json", progress.busy_shares())
         summary = write_summary(self._folder)
         write_report(self._folder)
@@ -132,31 +132,20 @@ class LocalRun:
         overrides = [f"redis.url={self._config.redis.url}"]
         if self._config.redis.broker_url:
             overrides.append(f"redis.broker_url={self._config.redis.broker_url}")
-        arguments = [sys.executable, "-m", "ops.cli", child.role, str(config_file)]
-        for item in [*overrides, "metrics.port=0"]:
-            arguments += ["--set", item]
-        environment = os.environ | {
+        sets = [word for item in [*overrides, "metrics.port=0"] for word in ("--set", item)]
+        environment = {
             "OMP_NUM_THREADS": str(child.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             RUN_KEY: self._run_key,
         }
-        with self._log_file(child) as out:
-            child.log_from = out.seek(0, os.SEEK_END)
-            # A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
-            child.process = subprocess.Popen(
-                arguments,
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=end_with_parent(),
-            )
+        log_file = self._log_of(child)
+        log_file.parent.mkdir(exist_ok=True)
+        child.log_from = log_file.stat().st_size if log_file.exists() else 0
+        child.process = start(katana(child.role, str(config_file), *sets), log_file, environment)
 
-    def _log_file(self, child: _Child) -> IO[bytes]:
-        (self._folder / "logs").mkdir(exist_ok=True)
-        return (self._folder / "logs" / f"{child.name}.log").open("ab")
+    def _log_of(self, child: _Child) -> Path:
+        return self._folder / "logs" / f"{child.name}.log"
 
     def _watch(self) -> None:
         """Restart what died; raise ChildFailed for what will not get better."""
@@ -181,7 +170,7 @@ class LocalRun:
             self._start(child)
 
     def _last_words(self, child: _Child) -> str:
-        path = self._folder / "logs" / f"{child.name}.log"
+        path = self._log_of(child)
         with path.open("rb") as file:
             file.seek(child.log_from)
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -195,19 +184,9 @@ class LocalRun:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
         return all(child.done for child in self._children if child.role not in WORKERS)
 
-    def _stop_children(self, children: list[_Child]) -> None:
-        running = [child.process for child in children if child.process and child.process.poll() is None]
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_S
-        for process in running:
-            while process.poll() is None and time.monotonic() < deadline and self._interrupts < 2:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    def _stop_children(self) -> None:
+        running = [child.process for child in self._children if child.process]
+        end(running, _GRACE_S, at_once=lambda: self._interrupts > 1)
 
     def _on_signal(self, *_: Any) -> None:
         self._interrupts += 1

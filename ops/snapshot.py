@@ -22,9 +22,9 @@ from common.messages import MessageError, Verdict, read_rid
 from common.policies import unit_of
 from common.streams import GROUPS, unix_s
 from ops.growth import Folder, Rate, Saving
+from ops.reach.ports import Served, scrape, targets
 from ops.reach.run import Away, Outlook, Run
 from ops.reading import Words, texts_of
-from ops.scrape import Served, scrape, targets
 
 LEASED = ("feeder", "arbiter", "learner")
 _MOST_WORKERS = 256

@@ -90,7 +90,7 @@ def modules_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["actors.arbiter", "actors.feeder", "actors.books", "ops.source", "ops.summary", "ops.roles", "ops.reach.embedded"],
+    ["actors.arbiter", "actors.feeder", "actors.books", "ops.source", "ops.summary", "ops.roles", "ops.reach.run"],
 )
 def test_module_starts_without_torch(module: str) -> None:
     found = modules_after(f"import {module}")

@@ -14,7 +14,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,8 +32,10 @@ from actors.books import read_lines
 from common.config import Config
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
-from ops.reach.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.children import end, katana, start
+from ops.reach.embedded import EmbeddedRedis
 from ops.reach.left_over import SOCKETS, beside
+from ops.reach.run import with_redis
 from ops.rundir import read_run_key
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
@@ -100,17 +101,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.closing.set()
-        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
         for pid in [*self._extra, *(pid for role in ROLES for pid in self.pids(role))]:
-            _signal(pid, signal.SIGCONT)
-        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(25)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            _signal(pid, signal.SIGCONT)  # what a fault has stopped hears nothing else
+        end([*self._extra.values(), *([self.process] if self.process else [])], 25)
         for role in ROLES:
             for pid in self.pids(role):
                 _signal(pid, signal.SIGKILL)
@@ -170,26 +163,16 @@ class Cluster:
         source = self.folder / "config.yaml" if "--resume" in flags else self.beside / "config.yaml"
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
-            tree = self.config.model_dump()
-            tree["redis"] |= {"url": f"unix://{socket}?db=0", "broker_url": f"unix://{socket}?db=1"}
-            source.write_text(Config.model_validate(tree).to_yaml())
+            config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")
+            source.write_text(config.to_yaml())
         sets = [part for key, value in (overrides or {}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", "run", str(source), *sets, *flags],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment(),
-                start_new_session=True,
-                preexec_fn=end_with_parent(),
-            )
+        self.process = start(katana("run", str(source), *sets, *flags), self.log_path, self._environment())
 
     def _environment(self) -> dict[str, str]:
         shim = str(Path(__file__).parent / "shim")
         path = os.pathsep.join([shim, *filter(None, [os.environ.get("PYTHONPATH")])])
         shim_sees = {"KATANA_CHAOS_CLOCK": str(self.clocks), "KATANA_CHAOS_POISON": str(self.poison)}
-        return os.environ | shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        return shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
     @property
     def log_path(self) -> Path:
@@ -290,26 +273,14 @@ class Cluster:
     def replacement(self, role: str) -> Any:
         """A second process of a role, on the same run; ended on leaving."""
         self.check_open()
-        config = str(self.folder / "config.yaml")
-        with self.log_path.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", role, config, "--set", "metrics.port=0"],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        words = (role, str(self.folder / "config.yaml"), "--set", "metrics.port=0")
+        environment = self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"}
+        process = start(katana(*words), self.log_path, environment)
         self._extra[process.pid] = process
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end([process], 30)
             del self._extra[process.pid]
 
     # --- the run in Redis, past the proxy ----------------------------------------------------------------------
