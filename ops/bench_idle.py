@@ -20,7 +20,8 @@ from common.streams import Lease, connect, create_run, new_run_key, open_plane
 from common.weights import publish
 from common.wire import scripts
 from ops.bench import machine, spread
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.run import with_redis
 
 _SETTLE_S = 25.0  # until workers that found nothing ask as seldom as they do
 _MEASURE_S = 6.0
@@ -47,9 +48,8 @@ def idle(config: Config, repeats: int, *, workers: int = 1000) -> dict[str, Any]
         server = EmbeddedRedis(Path(folder) / "redis", maxmemory_mb=256)
         server.start()
         try:
-            tree = config.model_dump() | {"name": "bench", "runs_dir": folder}
-            tree["redis"] |= {"url": server.url, "broker_url": None}
-            return _measure(Config.model_validate(tree), repeats, workers) | {"machine": machine()}
+            there = config.model_copy(update={"name": "bench", "runs_dir": folder})
+            return _measure(with_redis(there, server.url, None), repeats, workers) | {"machine": machine()}
         finally:
             server.stop()
 

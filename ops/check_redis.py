@@ -9,8 +9,7 @@ import redis
 
 from common.config import Config, ConfigError
 from common.footprint import most_bytes
-from ops.roles import Unreachable, answering, broker_name, reach
-from ops.server import facts_of, memory_warning, too_small
+from ops.reach.server import Unreachable, answering, broker_name, facts_of, memory_warning, reach, too_small
 
 if TYPE_CHECKING:
     from ops.check import Findings

@@ -591,7 +591,7 @@ def _dead(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from ops.local import clean
+    from ops.clean import clean
 
     print(clean(arguments.run))
     return 0

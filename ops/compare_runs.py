@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from common import own_packages
 from common.config import ConfigError
 from ops.compare_grid import Cell
-from ops.embedded import end_with_parent
 from ops.local import EXIT_OK
+from ops.reach.children import katana, start
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 40.0  # a run promises to stop within 20 s
@@ -114,17 +112,8 @@ def _stop(running: Sequence[Process], interrupts: Interrupts) -> None:
 
 
 def start_run(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """`katana run ARGUMENTS` in a session of its own, so that Ctrl-C reaches this process alone; output to `log`."""
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "ops.cli", "run", *arguments],
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-            env=own_packages.environment() | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-            preexec_fn=end_with_parent(),
-        )
+    """`katana run ARGUMENTS`; output to `log`."""
+    return start(katana("run", *arguments), log, {"PYTHONUNBUFFERED": "1"})
 
 
 def last_words(log: Path) -> str:

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import redis
 
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError
 from common.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -35,14 +34,11 @@ from common.messages import (
     read_rid,
 )
 from common.pretrained import ModelError
-from common.streams import Plane, RedisUnavailable, RunGone, current_run, open_plane
+from common.streams import Plane
 from common.wire.record import DIVERGENCE, SCORES, SUPPORT, TOKENS, part_of
 from common.wire.scripts import SentBack
-from ops.chaos.cluster import left_by_harness
-from ops.embedded import EmbeddedRedis
+from ops.reach.run import opened
 from ops.reading import find_tokenizer
-from ops.roles import reach
-from ops.rundir import lock, read_run_key
 
 Decoder = Callable[[list[int]], str]
 _AT_A_TIME = 500
@@ -87,8 +83,9 @@ class Letter:
 
 
 def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
-    """Print what was given up, oldest first. Raises ConfigError, as the others do: see `_opened`."""
-    with _opened(config, source) as (_, plane):
+    """Print what was given up, oldest first. Raises ConfigError, as the others do: see `opened`."""
+    with opened(config, source) as run:
+        plane = run.plane
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         count = 0
         for letter, facts in _letters(plane):
@@ -110,8 +107,8 @@ def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
 
 def show(config: Config, source: Path, entry: str) -> None:
     """Print one letter whole, with what is left of its rollout. Raises ConfigError."""
-    folder = config.run_dir  # the run's own config may name another, where it was moved
-    with _opened(config, source) as (config, plane):
+    with opened(config, source) as run:
+        config, plane = run.config, run.plane
         letter = _letter(plane, entry)
         record = plane.rollout(letter.rid) if letter.rid else {}
         [facts] = _standings(plane, [letter])
@@ -125,14 +122,15 @@ def show(config: Config, source: Path, entry: str) -> None:
         ("shown", repr(letter.shown)),
     ]
     if record:
-        lines += _describe(record, _find_decoder(config, folder))
+        lines += _describe(record, _find_decoder(config, config.run_dir))
     for name, text in lines:
         print(f"{name:<11} {text}")
 
 
 def send_back(config: Config, source: Path, entry: str) -> None:
     """Have the feeder admit the problem of a dead rollout anew, exactly once. Raises ConfigError."""
-    with _opened(config, source) as (config, plane):
+    with opened(config, source) as run:
+        config, plane = run.config, run.plane
         letter = _letter(plane, entry)
         if not letter.rid:
             raise ConfigError(f"{entry}: the letter names no rollout, so nothing can be sent back; --drop removes it")
@@ -144,7 +142,8 @@ def send_back(config: Config, source: Path, entry: str) -> None:
 
 def drop(config: Config, source: Path, entry: str) -> None:
     """Remove a letter, and the record of the rollout that died by it, for good. Raises ConfigError."""
-    with _opened(config, source) as (_, plane):
+    with opened(config, source) as run:
+        plane = run.plane
         letter = _letter(plane, entry)
         _decide(plane, letter, None)
     print(f"removed {entry}" + (f" and the record of rollout {letter.rid}" if letter.rid else ""))
@@ -166,87 +165,6 @@ def _problem(rid: str, record: dict[bytes, bytes], config: Config) -> int:
         return read_number(rid[1:].encode(), "number") // config.data.num_generations
     except MessageError as error:
         raise ConfigError(f"{rid}: its head cannot be read, and nothing else tells its problem ({error})") from error
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(config: Config, source: Path) -> Iterator[tuple[Config, Plane]]:
-    """The config that the run works by, and its plane. `source`: the file that the config was read from.
-
-    Raises ConfigError: no such run, no Redis to be had, or it went away meanwhile.
-    """
-    with _reachable(config) as config:
-        client = reach(config)
-        try:
-            run_key = _run_key(client, config, source)
-            plane = open_plane(config, client, run_key)
-            raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
-            if not isinstance(raw, bytes):
-                raise ConfigError(f"Redis does not know the run {run_key!r}: its data was lost or cleaned")
-            shared = parse(raw, source=f"config of {run_key}")
-            yield shared.model_copy(update={"redis": config.redis}), plane
-        except (RunGone, RedisUnavailable, redis.exceptions.RedisError) as error:
-            raise ConfigError(str(error)) from error
-        finally:
-            client.close()
-
-
-def _run_key(client: redis.Redis, config: Config, source: Path) -> str:
-    """The id of the run whose folder the config lies in; for another config, of the run that has its name now."""
-    if source.resolve().parent == config.run_dir.resolve():
-        return read_run_key(config.run_dir)
-    run_key = current_run(client, config.name)
-    if run_key is None:
-        raise ConfigError(f"{config.redis.url}: Redis knows no run named {config.name!r}")
-    return run_key
-
-
-@contextlib.contextmanager
-def _reachable(config: Config) -> Iterator[Config]:
-    """The config with an address of its Redis. A run's own embedded one, or that which the fault harness left, is
-    started for as long as this lasts, where no run is at work. Raises ConfigError."""
-    _, left = left_by_harness(config.run_dir, config)
-    if config.redis.url is not None and left is None:
-        yield config
-        return
-    folder = left or config.run_dir / "redis"
-    if not folder.is_dir():
-        raise ConfigError(f"redis.url: not set, and there is no run with a Redis of its own in {config.run_dir}")
-    held = _hold(config.run_dir)
-    if held is None:
-        socket = folder.resolve() / "redis.sock"
-        if not socket.is_socket():
-            raise ConfigError(f"{config.run_dir}: a `katana run` is at work, but its Redis is not at {socket}")
-        yield _at(config, f"unix://{socket}?db=0")
-        return
-    with held:
-        server = EmbeddedRedis(folder, maxmemory_mb=config.redis.maxmemory_mb)
-        try:
-            _start(server)
-            yield _at(config, server.url)
-        finally:
-            server.stop()
-
-
-def _hold(folder: Path) -> IO[str] | None:
-    """The lock on a run's folder; None while a `katana run` is at work there."""
-    try:
-        return lock(folder)
-    except ConfigError:
-        return None
-
-
-def _start(server: EmbeddedRedis) -> None:
-    try:
-        server.start()
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _at(config: Config, url: str) -> Config:
-    return config.model_copy(update={"redis": config.redis.model_copy(update={"url": url})})
 
 
 # --- letters ----------------------------------------------------------------------------------------------------------

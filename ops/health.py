@@ -8,7 +8,7 @@ import redis
 
 from common.config import Config, ConfigError
 from common.streams import connect
-from ops.scrape import Target, scrape
+from ops.reach.ports import Target, scrape
 
 _ANSWER_S = 3.0
 _ON_THE_BROKER = ("feeder", "rollout", "teacher")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -12,17 +10,19 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from common import own_packages
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError
 from common.streams import Plane, RedisUnavailable, create_run, open_plane
-from ops.embedded import EmbeddedRedis, end_with_parent
 from ops.failures import MOST, Failures, mark_of
 from ops.progress import Progress
+from ops.reach.children import end, katana, start
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.run import with_redis
+from ops.reach.server import reach
 from ops.report import write_report
-from ops.roles import RUN_KEY, WORKERS, reach
-from ops.rundir import lock, open_folder, read_json, read_run_key, write_json
+from ops.roles import RUN_KEY, WORKERS
+from ops.rundir import lock, open_folder, read_json, write_json
 from ops.summary import write_summary
 
 log = logging.getLogger("katana.local")
@@ -71,7 +71,7 @@ class LocalRun:
             return self._run(began)
         finally:
             # 1. children, who still need Redis to hand back what they hold; 2. Redis, its file complete; 3. the lock.
-            self._stop_children(self._children)
+            self._stop_children()
             if self._redis is not None:
                 self._redis.stop()
             held.close()
@@ -101,10 +101,10 @@ class LocalRun:
                 "stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
                 file=sys.stderr,
             )
-            self._stop_children(self._children)
+            self._stop_children()
             print(f"stopped. {self._how_to_go_on()}", file=sys.stderr)
             return EXIT_INTERRUPTED
-        self._stop_children(self._children)
+        self._stop_children()
         write_json(self._folder / "busy.json", progress.busy_shares())
         summary = write_summary(self._folder)
         write_report(self._folder)
@@ -132,31 +132,20 @@ class LocalRun:
         overrides = [f"redis.url={self._config.redis.url}"]
         if self._config.redis.broker_url:
             overrides.append(f"redis.broker_url={self._config.redis.broker_url}")
-        arguments = [sys.executable, "-m", "ops.cli", child.role, str(config_file)]
-        for item in [*overrides, "metrics.port=0"]:
-            arguments += ["--set", item]
-        environment = own_packages.environment() | {
+        sets = [word for item in [*overrides, "metrics.port=0"] for word in ("--set", item)]
+        environment = {
             "OMP_NUM_THREADS": str(child.threads),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             RUN_KEY: self._run_key,
         }
-        with self._log_file(child) as out:
-            child.log_from = out.seek(0, os.SEEK_END)
-            # A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
-            child.process = subprocess.Popen(
-                arguments,
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=end_with_parent(),
-            )
+        log_file = self._log_of(child)
+        log_file.parent.mkdir(exist_ok=True)
+        child.log_from = log_file.stat().st_size if log_file.exists() else 0
+        child.process = start(katana(child.role, str(config_file), *sets), log_file, environment)
 
-    def _log_file(self, child: _Child) -> IO[bytes]:
-        (self._folder / "logs").mkdir(exist_ok=True)
-        return (self._folder / "logs" / f"{child.name}.log").open("ab")
+    def _log_of(self, child: _Child) -> Path:
+        return self._folder / "logs" / f"{child.name}.log"
 
     def _watch(self) -> None:
         """Restart what died; raise ChildFailed for what will not get better."""
@@ -181,7 +170,7 @@ class LocalRun:
             self._start(child)
 
     def _last_words(self, child: _Child) -> str:
-        path = self._folder / "logs" / f"{child.name}.log"
+        path = self._log_of(child)
         with path.open("rb") as file:
             file.seek(child.log_from)
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -195,19 +184,9 @@ class LocalRun:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
         return all(child.done for child in self._children if child.role not in WORKERS)
 
-    def _stop_children(self, children: list[_Child]) -> None:
-        running = [child.process for child in children if child.process and child.process.poll() is None]
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_S
-        for process in running:
-            while process.poll() is None and time.monotonic() < deadline and self._interrupts < 2:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    def _stop_children(self) -> None:
+        running = [child.process for child in self._children if child.process]
+        end(running, _GRACE_S, at_once=lambda: self._interrupts > 1)
 
     def _on_signal(self, *_: Any) -> None:
         self._interrupts += 1
@@ -233,13 +212,6 @@ def _children(config: Config) -> list[_Child]:
     return children
 
 
-def with_redis(config: Config, url: str, broker_url: str) -> Config:
-    """The config with other addresses."""
-    tree = config.model_dump()
-    tree["redis"] |= {"url": url, "broker_url": broker_url}
-    return Config.model_validate(tree)
-
-
 def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     """`katana run`. Raises ConfigError and ModelError before anything is started."""
     from ops.check import check
@@ -256,44 +228,3 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     except (RuntimeError, RedisUnavailable) as error:
         print(f"katana: {error}", file=sys.stderr)
         return EXIT_FAILED
-
-
-def clean(folder: Path) -> str:
-    """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
-
-    Of a run of the fault harness, whose Redis went with it, the folders alone. Raises ConfigError when the folder is
-    no run's, the run is at work, or its Redis is away.
-    """
-    import shutil
-
-    from ops.chaos.cluster import left_by_harness
-
-    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
-        raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
-    lock(folder).close()
-    config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
-    gone, left = left_by_harness(folder, config)
-    if gone:
-        for path in filter(None, (folder, left)):
-            shutil.rmtree(path)
-        folders = f"{folder} and {left}" if left else f"{folder}"
-        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone: no keys there"
-    removed = 0
-    if config.redis.url is not None:
-        removed = _remove_keys(config, read_run_key(folder))
-    shutil.rmtree(folder)
-    return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
-
-
-def _remove_keys(config: Config, run_key: str) -> int:
-    client = reach(config)
-    plane = open_plane(config, client, run_key)
-    live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
-    if live:
-        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is at work; stop them first")
-    removed = 0
-    for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
-        removed += int(client.unlink(key))
-    if client.hget("katana:runs", config.name) == run_key.encode():
-        client.hdel("katana:runs", config.name)
-    return removed

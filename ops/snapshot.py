@@ -21,10 +21,10 @@ from common.config import Config
 from common.messages import MessageError, Verdict, read_rid
 from common.policies import unit_of
 from common.streams import GROUPS, unix_s
-from ops.attach import Away, Outlook, Seen
 from ops.growth import Folder, Rate, Saving
+from ops.reach.ports import Served, scrape, targets
+from ops.reach.run import Away, Outlook, Run
 from ops.reading import Words, texts_of
-from ops.scrape import Served, scrape, targets
 
 LEASED = ("feeder", "arbiter", "learner")
 _MOST_WORKERS = 256
@@ -160,20 +160,20 @@ class Observer:
 
     # --- Redis ---
 
-    def _ask_redis(self, seen: Seen, blank: Snapshot) -> Snapshot:
-        if seen.run_key != self._run_key:  # begun anew under this name: the same ids, other rollouts
-            self._run_key, self._judged = seen.run_key, {}
-        facts = _read_facts(seen)
+    def _ask_redis(self, run: Run, blank: Snapshot) -> Snapshot:
+        if run.run_key != self._run_key:  # begun anew under this name: the same ids, other rollouts
+            self._run_key, self._judged = run.run_key, {}
+        facts = _read_facts(run)
         now = facts["now"]
-        workers = self._workers(seen, facts["workers"], now)
-        self._note_verdicts(seen, facts["trajectories"])
+        workers = self._workers(run, facts["workers"], now)
+        self._note_verdicts(run, facts["trajectories"])
         policy = facts["policy"]
         return replace(
             blank,
-            run_key=seen.run_key,
+            run_key=run.run_key,
             state=facts["state"],
             step=_whole(policy.get(b"step")),
-            max_steps=seen.config.learner.max_steps,
+            max_steps=run.config.learner.max_steps,
             policy_version=_whole(policy.get(b"version")),
             roles=[Role(role, held, left, 0, 0, None) for role, (held, left) in facts["leases"].items()],
             workers=workers,
@@ -181,19 +181,19 @@ class Observer:
             ledger=facts["ledger"],
             open_rollouts=facts["open"],
             dead_letters=facts["dead"],
-            threshold_nats=facts["threshold"] if unit_of(seen.config.termination.policy) == "nats" else None,
+            threshold_nats=facts["threshold"] if unit_of(run.config.termination.policy) == "nats" else None,
             minima=facts["minima"],
             redis_used_bytes=facts["memory"].get("used_memory"),
             redis_max_bytes=facts["memory"].get("maxmemory"),
         )
 
-    def _workers(self, seen: Seen, named: Sequence[tuple[bytes, float]], now: float) -> list[Worker]:
+    def _workers(self, run: Run, named: Sequence[tuple[bytes, float]], now: float) -> list[Worker]:
         """Those that were seen within three heartbeats, as the feeder counts them."""
-        within_s = 3 * seen.config.liveness.heartbeat_s + 1
+        within_s = 3 * run.config.liveness.heartbeat_s + 1
         live = [(name.decode("ascii", "replace"), at) for name, at in named if now - at <= within_s]
-        pipe = seen.client.pipeline(transaction=False)
+        pipe = run.client.pipeline(transaction=False)
         for name, _ in live:
-            pipe.hgetall(seen.key(f"worker:{name}"))
+            pipe.hgetall(run.key(f"worker:{name}"))
         self._by_worker.keep(name for name, _ in live)
         found = [
             self._worker(name, at, now, facts)
@@ -218,7 +218,7 @@ class Observer:
             tokens_per_s=self._by_worker.of(name),
         )
 
-    def _note_verdicts(self, seen: Seen, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
+    def _note_verdicts(self, run: Run, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
         """Newest trajectories name rollouts that have their verdict and are not trained yet."""
         moments: dict[str, float] = {}
         for entry, values in entries:
@@ -229,9 +229,9 @@ class Observer:
         fresh = [rid for rid in moments if rid not in self._judged]
         if not fresh:
             return
-        pipe = seen.client.pipeline(transaction=False)
+        pipe = run.client.pipeline(transaction=False)
         for rid in fresh:
-            pipe.hmget(seen.key(f"rollout:{rid}"), ["verdict", "length"])
+            pipe.hmget(run.key(f"rollout:{rid}"), ["verdict", "length"])
         for rid, answer in zip(fresh, pipe.execute(raise_on_error=False), strict=True):
             if isinstance(answer, list) and answer[0] is not None:
                 self._note_verdict(rid, moments[rid], answer[0], _whole(answer[1]) or 0)
@@ -363,11 +363,11 @@ def _by_role(snapshot: Snapshot, role: str) -> float | None:
     return sum(rates) if rates else None
 
 
-def _read_facts(seen: Seen) -> dict[str, Any]:
+def _read_facts(run: Run) -> dict[str, Any]:
     """All that does not depend on what is found, in one round trip. What the operator may not read is left out."""
-    streams = [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(seen.config.redis.shards))]
+    streams = [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(run.config.redis.shards))]
     (seconds, micros), strings, policy, ledger, opened, minima, dead, memory, workers, newest, *rest = _ask(
-        seen, streams
+        run, streams
     )
     now, leases = seconds + micros / 1e6, rest[: 2 * len(LEASED)]
     state, threshold = _or_empty(strings, [None, None])
@@ -392,9 +392,9 @@ def _read_facts(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _ask(seen: Seen, streams: Sequence[tuple[str, str]]) -> list[Any]:
+def _ask(run: Run, streams: Sequence[tuple[str, str]]) -> list[Any]:
     """Answers in the order in which `_read_facts` takes them apart; an error is the answer of its own command alone."""
-    pipe, key = seen.client.pipeline(transaction=False), seen.key
+    pipe, key = run.client.pipeline(transaction=False), run.key
     pipe.time()
     pipe.mget([key(name) for name in ("run", "threshold")])
     pipe.hgetall(key("policy"))

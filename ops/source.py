@@ -20,7 +20,7 @@ from ops.tasks.verifiers import find_verifier
 
 # All of `data` but what only says how often a prompt is used, and what makes problems of no rows.
 _MAKE_PROMPTS = frozenset(Data.model_fields) - {"task", "options", "num_generations"}
-_RENDERS = {"transformers": "transformers", "commit": "Katana's commit"}
+_RENDERS = {"transformers": "transformers", "katana": "Katana", "commit": "Katana's commit"}
 TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
 
 

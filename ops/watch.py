@@ -23,8 +23,8 @@ from rich.text import Text
 from actors.books import number_of, rid_of
 from common.config import Config, ConfigError
 from common.messages import MessageError, read_rid
-from ops.attach import Away, Outlook
 from ops.coloured import has_colours, legend, plain, text_of
+from ops.reach.run import Away, Outlook
 from ops.reading import (
     Reading,
     Words,
@@ -82,11 +82,11 @@ class Watcher:
         """
         self.away, cursor = "", None
         try:
-            seen = self._outlook.look()
-            fields = seen.client.hgetall(seen.key(f"rollout:{self.rid}"))
+            run = self._outlook.look()
+            fields = run.client.hgetall(run.key(f"rollout:{self.rid}"))
             if fields:
-                return self._live(fields, seen.config)
-            cursor = seen.client.get(seen.key("cursor"))
+                return self._live(fields, run.config)
+            cursor = run.client.get(run.key("cursor"))
         except Away as error:
             self.away = str(error)
         except (redis.exceptions.RedisError, OSError) as error:

@@ -15,7 +15,7 @@ import pytest
 from samples import Run, make_config, remove_run, start_run
 
 from common.streams import connect
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,24 @@ def test_imports_run_one_way(path: Path) -> None:
     assert "tests" not in {top(module) for module in imported(path)}
 
 
+def test_only_the_command_line_and_the_harness_itself_import_the_harness() -> None:
+    """What `katana run`, `dead` and `clean` need lies outside, and the harness imports it from there."""
+    found = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if path.parent != ROOT / "ops" / "chaos" and any(f"{name}.".startswith("ops.chaos.") for name in imported(path))
+    }
+    assert found == {"ops/cli.py"}
+
+
+def test_the_way_to_a_run_knows_only_common_and_the_runs_folder() -> None:
+    """Everything in ops may use `ops.reach`, so it uses nothing of ops but the folder."""
+    for path in (ROOT / "ops" / "reach").glob("*.py"):
+        ours = {name for name in imported(path) if top(name) in ALLOWED}
+        rest = {name for name in ours if not re.match(r"common\b|ops\.(reach|rundir)\b", name)}
+        assert not rest, path
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if "common" in path.parts], ids=lambda path: path.name)
 def test_common_knows_neither_torch_nor_celery(path: Path) -> None:
     assert not {top(module) for module in imported(path)} & {"torch", "celery", "kombu", "safetensors", "learner"}
@@ -71,7 +90,7 @@ def modules_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["actors.arbiter", "actors.feeder", "actors.books", "ops.source", "ops.summary", "ops.roles", "ops.embedded"],
+    ["actors.arbiter", "actors.feeder", "actors.books", "ops.source", "ops.summary", "ops.roles", "ops.reach.run"],
 )
 def test_module_starts_without_torch(module: str) -> None:
     found = modules_after(f"import {module}")

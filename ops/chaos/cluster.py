@@ -13,9 +13,7 @@ import queue
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -32,16 +30,18 @@ from redis.retry import Retry
 
 from actors.books import read_lines
 from common import own_packages
-from common.config import Config, ConfigError, parse
+from common.config import Config
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
-from ops.embedded import EmbeddedRedis, end_with_parent
+from ops.reach.children import end, katana, start
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.left_over import SOCKETS, beside
+from ops.reach.run import with_redis
 from ops.rundir import read_run_key
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
 WORKERS = ("rollout", "teacher")
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-_SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 _SERVED_S = 60.0  # how long a fault waits for Redis to be started
 _RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five times within a minute
 
@@ -73,7 +73,7 @@ class Cluster:
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
-        self._sockets = Path(tempfile.mkdtemp(prefix=_SOCKETS))
+        self._sockets = Path(tempfile.mkdtemp(prefix=SOCKETS))
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
             Path(self.redis.url.removeprefix("unix://").partition("?")[0]),
@@ -102,17 +102,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.closing.set()
-        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
         for pid in [*self._extra, *(pid for role in ROLES for pid in self.pids(role))]:
-            _signal(pid, signal.SIGCONT)
-        for process in [*self._extra.values(), *([self.process] if self.process else [])]:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(25)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            _signal(pid, signal.SIGCONT)  # what a fault has stopped hears nothing else
+        end([*self._extra.values(), *([self.process] if self.process else [])], 25)
         for role in ROLES:
             for pid in self.pids(role):
                 _signal(pid, signal.SIGKILL)
@@ -172,27 +164,17 @@ class Cluster:
         source = self.folder / "config.yaml" if "--resume" in flags else self.beside / "config.yaml"
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
-            tree = self.config.model_dump()
-            tree["redis"] |= {"url": f"unix://{socket}?db=0", "broker_url": f"unix://{socket}?db=1"}
-            source.write_text(Config.model_validate(tree).to_yaml())
+            config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")
+            source.write_text(config.to_yaml())
         sets = [part for key, value in (overrides or {}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", "run", str(source), *sets, *flags],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment(),
-                start_new_session=True,
-                preexec_fn=end_with_parent(),
-            )
+        self.process = start(katana("run", str(source), *sets, *flags), self.log_path, self._environment())
 
     def _environment(self) -> dict[str, str]:
         shim = str(Path(__file__).parent / "shim")
         ours = own_packages.environment()
         path = os.pathsep.join([shim, *filter(None, [ours["PYTHONPATH"]])])
         shim_sees = {"KATANA_CHAOS_CLOCK": str(self.clocks), "KATANA_CHAOS_POISON": str(self.poison)}
-        return ours | shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        return shim_sees | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
     @property
     def log_path(self) -> Path:
@@ -293,26 +275,14 @@ class Cluster:
     def replacement(self, role: str) -> Any:
         """A second process of a role, on the same run; ended on leaving."""
         self.check_open()
-        config = str(self.folder / "config.yaml")
-        with self.log_path.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ops.cli", role, config, "--set", "metrics.port=0"],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                env=self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        words = (role, str(self.folder / "config.yaml"), "--set", "metrics.port=0")
+        environment = self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"}
+        process = start(katana(*words), self.log_path, environment)
         self._extra[process.pid] = process
         try:
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end([process], 30)
             del self._extra[process.pid]
 
     # --- the run in Redis, past the proxy ----------------------------------------------------------------------
@@ -368,55 +338,6 @@ class Cluster:
         """Rollouts of the steps behind `after`, up to `last`."""
         lines = read_lines(self.folder / "trained.jsonl")
         return {rid for line in lines if after < line["step"] <= last for rid in line["rids"]}
-
-
-def beside(folder: Path) -> Path:
-    """Where the harness keeps what is its own: outside a run's folder, since a fresh run wants an empty one."""
-    return folder.with_name(f"{folder.name}.redis")
-
-
-def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
-    """Whether a run was the harness's, and that has ended with the Redis that it had brought; the folder that it left
-    beside the run's, where that is still there.
-
-    Such a run's Redis will not come back, another's may merely be away. The harness uses sockets of its own in a
-    temporary folder, each for one run, and leaves its marks: its results in the run's folder (which move with it), and
-    beside it the config that it started the run by.
-    """
-    url = config.redis.url or ""
-    address = Path(url.removeprefix("unix://").partition("?")[0])
-    its_own = url.startswith("unix://") and address.parent.name.startswith(_SOCKETS)
-    if not its_own or _answers(address):
-        return False, None
-    left: Path | None = beside(folder)
-    if not _names(beside(folder), url):
-        left = None
-    marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
-    return marked or left is not None, left
-
-
-def _names(folder: Path, url: str) -> bool:
-    """Whether the harness's folder is that of the run on this Redis (and no run's folder, whatever its name)."""
-    path = folder / "config.yaml"
-    if not path.is_file() or (folder / "run.json").exists():
-        return False
-    try:
-        return parse(path.read_bytes(), source=str(path)).redis.url == url
-    except ConfigError:
-        return False
-
-
-def _answers(address: Path) -> bool:
-    """Whether anyone listens on a Unix socket. Whoever may not ask takes it that there is someone."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(1.0)
-        try:
-            client.connect(os.fspath(address))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:
-            return True
-    return True
 
 
 def order(entry: bytes) -> tuple[int, ...]:

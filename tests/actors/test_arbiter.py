@@ -21,7 +21,7 @@ from common.messages import Verdict
 from common.streams import LeaseLost
 from common.termination import Cut, Kat, kat_verdict
 from ops.chaos.checker import check_folder
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 RULE = {"window": 4, "patience": 2, "stride": 1, "grace_tokens": 0}
 

@@ -21,7 +21,7 @@ from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_by
 from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
 from common.streams import Lease, LeaseLost, create_run
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 
 class Counting:

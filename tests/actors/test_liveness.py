@@ -22,7 +22,7 @@ from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from common.metrics import REGISTRY
 from common.weights import publish
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 CLAIM_S = 0.4
 LONG_S = 5 * CLAIM_S

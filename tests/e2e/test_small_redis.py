@@ -13,7 +13,7 @@ from test_run import DEMO, SMALL, check_books, finish, start
 from common.config import load
 from common.footprint import least_bytes, maxmemory_mb
 from common.streams import connect
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 # No checkpoint is due before the last step: whatever room is made is made because there is none.

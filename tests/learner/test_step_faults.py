@@ -17,7 +17,7 @@ from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from learner import train
 from learner.culprits import StepImpossible
 from learner.train import Learner
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 MODELS = {name: str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("student", "teacher")}
 MADE: list[Learner] = []

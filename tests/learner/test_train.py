@@ -21,7 +21,7 @@ from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from learner.checkpoint import load_newest
 from learner.train import Learner
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 MODELS = {name: str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("student", "teacher")}
 

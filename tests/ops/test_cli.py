@@ -17,7 +17,7 @@ from common.streams import connect
 from ops.cli import main
 from ops.compare import Request
 from ops.compare_grid import read_rows, row_config
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 from ops.rundir import lock
 
 ROOT = Path(__file__).parents[2]

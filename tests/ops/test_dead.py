@@ -24,7 +24,7 @@ from common.pretrained import find_model, load_tokenizer
 from common.streams import connect, create_run, open_plane
 from ops import dead
 from ops.cli import main
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 from ops.rundir import lock
 
 ROOT = Path(__file__).parents[2]

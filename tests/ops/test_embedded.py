@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 from common.streams import connect
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 server = EmbeddedRedis(Path(sys.argv[1]), maxmemory_mb=32)
 server.start()
 print(server.pid, flush=True)

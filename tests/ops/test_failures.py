@@ -10,8 +10,8 @@ import redis
 from samples import Run
 
 from actors.books import rid_of
-from ops.embedded import EmbeddedRedis
 from ops.failures import MOST, Failures, mark_of
+from ops.reach.embedded import EmbeddedRedis
 
 
 def test_failures_without_progress_are_counted_and_progress_clears_the_count() -> None:

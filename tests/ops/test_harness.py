@@ -23,7 +23,7 @@ from common.config import ConfigError, load
 from common.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
-from ops.chaos.cluster import Cluster, RunEnded, Stage, left_by_harness
+from ops.chaos.cluster import Cluster, RunEnded, Stage
 from ops.chaos.faults import KINDS, Kind, Scene
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
@@ -31,7 +31,8 @@ from ops.chaos.recovery import moved
 from ops.chaos.schedule import Fault, Result, schedule
 from ops.chaos.table import describe, percentile
 from ops.cli import main
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.left_over import left_by_harness
 
 HOLDER = """
 import sys, threading, time

@@ -12,8 +12,8 @@ from samples import Run
 
 from common import metrics
 from common.config import Config, ConfigError
-from ops.embedded import EmbeddedRedis
 from ops.health import health
+from ops.reach.embedded import EmbeddedRedis
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ from ops.chaos.memory import (
     sample,
     settled,
 )
-from ops.embedded import EmbeddedRedis
 from ops.progress import Progress
+from ops.reach.embedded import EmbeddedRedis
 
 Line = dict[str, object]
 SIZES = {"learner": 540.0, "rollout-0": 400.0, "rollout-1": 400.0, "feeder": 120.0}

@@ -9,8 +9,8 @@ import pytest
 from samples import make_config
 
 from common.streams import connect, open_plane
-from ops.embedded import EmbeddedRedis
 from ops.progress import Progress
+from ops.reach.embedded import EmbeddedRedis
 
 
 def line(step: int, generated: int) -> str:

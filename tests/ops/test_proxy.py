@@ -20,7 +20,7 @@ import redis
 
 from common.streams import connect
 from ops.chaos.proxy import Frames, RedisProxy, arguments, request, unblocked
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 

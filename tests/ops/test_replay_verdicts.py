@@ -22,7 +22,7 @@ from common.messages import Verdict
 from common.policies import Situation
 from common.streams import unix_s
 from common.termination import Cut, Kat
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 from ops.replay_record import read_record
 from ops.replay_verdicts import Replay, Shape, Windows, reproduced
 

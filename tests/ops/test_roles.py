@@ -18,7 +18,7 @@ from actors.books import read_lines, rid_of
 from common.config import Config, load
 from common.pretrained import PACKAGE_ROOT
 from ops import roles
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 from ops.roles import RUN_KEY, run_role
 from ops.rundir import write_text
 

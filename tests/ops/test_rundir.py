@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -25,7 +27,7 @@ def test_a_new_run_has_its_config_its_id_and_the_versions(tmp_path: Path) -> Non
     found = json.loads((config.run_dir / "run.json").read_text())
     assert found["run_key"] == run_key
     assert found["versions"]["redis"] == version("redis")
-    assert set(found["versions"]) >= {"python", "torch", "transformers", "celery", "commit"}
+    assert set(found["versions"]) >= {"python", "torch", "transformers", "celery", "katana", "commit"}
 
 
 def test_a_folder_with_something_in_it_is_not_taken_over(tmp_path: Path) -> None:
@@ -115,3 +117,58 @@ def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", versions()["commit"])
     monkeypatch.setenv("PATH", "/nowhere")
     assert versions()["commit"] == "unknown"
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
+
+
+def installed(site: Path) -> None:
+    """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
+    shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    (site / "ops").mkdir()
+    for name in ("__init__.py", "rundir.py"):
+        shutil.copy(PACKAGE_ROOT / "ops" / name, site / "ops" / name)
+    (site / "katana_distill-9.8.7.dist-info").mkdir()
+    (site / "katana_distill-9.8.7.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: katana-distill\nVersion: 9.8.7\n"
+    )
+
+
+def versions_of(site: Path, **environment: str) -> dict[str, str]:
+    code = "import json, ops.rundir; print(json.dumps(ops.rundir.versions()))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=site,
+        env=os.environ | {"PYTHONPATH": str(site)} | environment,
+    )
+    found: dict[str, str] = json.loads(answer.stdout)
+    return found
+
+
+def test_a_repository_around_an_installed_copy_is_not_katanas(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project")
+    site = tmp_path / "site-packages"
+    installed(site)
+    found = versions_of(site)
+    assert (found["katana"], found["commit"]) == ("9.8.7", "unknown")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    assert versions_of(site)["commit"] == "unknown"
+    shutil.copy(PACKAGE_ROOT / "pyproject.toml", site)  # a source tree, but vendored: the repository is the other's
+    assert versions_of(site)["commit"] == "unknown"
+    git(site, "init", "-q")
+    git(site, "commit", "-q", "--allow-empty", "-m", "Katana")
+    own, other = git(site, "rev-parse", "HEAD").strip(), git(tmp_path, "rev-parse", "HEAD").strip()
+    assert own != other
+    assert versions_of(site)["commit"] == own
+    assert versions_of(site, GIT_DIR=str(tmp_path / ".git"))["commit"] == own
+    (site / "pyproject.toml").write_text('[project]\nname = "another"\n')  # the root of one that copied the packages
+    assert versions_of(site)["commit"] == "unknown"

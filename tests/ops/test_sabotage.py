@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).parents[2]
 PLAYED = """

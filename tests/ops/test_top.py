@@ -27,8 +27,8 @@ from common.config import Config, ConfigError
 from common.metrics import TARGETS
 from common.pretrained import find_model, load_tokenizer
 from common.streams import connect
-from ops.embedded import EmbeddedRedis
 from ops.growth import Folder, Rate
+from ops.reach.embedded import EmbeddedRedis
 from ops.rundir import write_json, write_text
 from ops.snapshot import Judged, Observer, Snapshot, Stream, as_dict
 from ops.summary import length_saving

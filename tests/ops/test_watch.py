@@ -20,7 +20,7 @@ from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import Config, ConfigError
 from common.pretrained import find_model, load_tokenizer
 from ops.coloured import HIGH_NATS, LOW_NATS, colour, excerpt, has_colours, legend, level, plain, text_of
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 from ops.reading import Reading, Token
 from ops.watch import watch
 

