@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from common import metrics
+from common import messages, metrics
 from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 
 log = logging.getLogger("katana.books")
@@ -312,6 +312,16 @@ def compared(line: dict[str, Any]) -> bool:
     return bool(line["active"]) and line["ending"] != "dead"
 
 
+def stopped(line: dict[str, Any]) -> bool:
+    """Whether the policy stopped the writing."""
+    return line["finish_reason"] not in (*ENDS_BY_ITSELF, "unfinished")
+
+
+def fired(line: dict[str, Any]) -> bool:
+    """Whether the policy fired, applied or not."""
+    return messages.fired(stopped=stopped(line), kept=line["tokens_kept"], written=line["tokens_generated"])
+
+
 def count(line: dict[str, Any]) -> None:
     """Put a line into the metrics; also done for every line on record when a feeder starts."""
     arm, reason = line["arm"], line["finish_reason"]
@@ -329,7 +339,7 @@ def count(line: dict[str, Any]) -> None:
         metrics.ended_length.labels(fate(line)).observe(line["tokens_generated"])
     if line.get("tokens_trainable") is not None:
         metrics.ended_trainable.labels(fate(line)).observe(line["tokens_trainable"])
-    if arm == "treated" and reason not in ENDS_BY_ITSELF and reason != "unfinished":
+    if arm == "treated" and stopped(line):
         metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
 
 

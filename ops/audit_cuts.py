@@ -82,9 +82,9 @@ def _record(line: dict[str, Any], booked: dict[str, Any]) -> Record:
         keep=trace.keep,
         trigger=trace.trigger,
         written=written,
-        fired=bool(line["cut"]) or trace.keep < written,
+        fired=trace.fired,
         active=booked["active"],
-        whole=None if line["cut"] else booked["correct"],
+        whole=None if trace.stopped else booked["correct"],
     )
 
 

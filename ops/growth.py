@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.books import compared
+from actors.books import compared, fired
 from common.config import ConfigError, load
 from ops.summary import length_saving
 from ops.tail import Tail, last_lines
@@ -83,7 +83,7 @@ class Folder:
 
     def _begin(self) -> None:
         self._compared: deque[dict[str, Any]] = deque(maxlen=_MOST_COMPARED)
-        self._cuts: deque[bool] = deque(maxlen=256)
+        self._fired: deque[bool] = deque(maxlen=256)
         self.newest: dict[str, dict[str, Any]] = {}  # lines of the newest rollouts, by id
         self._saving = Saving()
         self._fresh, self._due_at = 0, 0.0
@@ -109,7 +109,7 @@ class Folder:
                 self._compared.append({name: line[name] for name in self._FIELDS})
                 self._fresh += 1
                 if line["arm"] == "treated":
-                    self._cuts.append(line["tokens_kept"] < line["tokens_generated"])
+                    self._fired.append(fired(line))
             self.newest[line["rid"]] = line
         except KeyError:
             self._books.broken += 1
@@ -128,8 +128,8 @@ class Folder:
         return self._saving
 
     def cut_rate(self) -> float | None:
-        """Share cut of the last 256 treated rollouts that could have been."""
-        return sum(self._cuts) / len(self._cuts) if self._cuts else None
+        """Share of the last 256 treated rollouts that could have been cut in which the policy fired, applied or not."""
+        return sum(self._fired) / len(self._fired) if self._fired else None
 
     def last_step(self, name: str) -> Any:
         return self.steps[-1].get(name) if self.steps else None

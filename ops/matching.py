@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import ENDS_BY_ITSELF, compared, read_lines
+from actors.books import compared, read_lines, stopped
 from common.config import Config, ConfigError, load
 from ops.bootstrap import interval, resampled_sums
 from ops.matching_means import (
@@ -285,5 +285,5 @@ def _arm(lines: list[dict[str, Any]]) -> Arm:
         seen=column("tokens_kept", "tokens_detection"),
         kept=column("tokens_kept"),
         generated=column("tokens_generated"),
-        cut=np.array([line["finish_reason"] not in ENDS_BY_ITSELF for line in lines], np.bool_),
+        cut=np.array([stopped(line) for line in lines], np.bool_),
     )

@@ -74,7 +74,7 @@ class Reading:
     threshold: float | None
     min_window: float | None
     problem: int = 0
-    cut: bool = False  # whether the writing was stopped
+    stopped: bool = False  # whether the policy stopped the writing
     generated: int = 0  # tokens written; beyond those in `tokens`, as far as is known
     chunks: tuple[Chunk, ...] = ()  # where it is on record
     worker: str = ""  # that writes it, or was the last to
@@ -318,7 +318,7 @@ def _reading_of(folder: Path, line: dict[str, Any], trace: dict[str, Any], words
         divergence = np.frombuffer(base64.b64decode(trace["divergence"], validate=True), "<f4").tolist()
         keep, trigger = int(trace["keep"]), int(trace["trigger"])
         tokens = tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids)
-        return replace(_booked(line, prompts), tokens=tokens, keep=keep, trigger=trigger, cut=trace["cut"])
+        return replace(_booked(line, prompts), tokens=tokens, keep=keep, trigger=trigger, stopped=trace["cut"])
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ConfigError(f"{folder}: rollout {trace['rid']} cannot be read from its files ({error!r})") from error
 
@@ -401,7 +401,7 @@ def _judged(reading: Reading, verdict: Verdict) -> Reading:
         finish_reason=verdict.finish_reason,
         threshold=verdict.threshold,
         min_window=verdict.min_window,
-        cut=verdict.cut,
+        stopped=verdict.stopped,
         generated=max(reading.generated, verdict.generated or 0),
         versions=(verdict.first_version, verdict.last_version),
     )

@@ -21,8 +21,8 @@ from ops import report_data as data
 class Rollout:
     """A rollout that had its verdict.
 
-    threshold, trigger, keep, cut: as recorded. known: verdicts given before it was admitted. version, step: how far the
-    run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
+    threshold, trigger, keep, stopped: as recorded. known: verdicts given before it was admitted. version, step: how far
+    the run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
     divergence (float32 [n], nats) is whole. counts: the figures are about it.
     """
 
@@ -34,7 +34,7 @@ class Rollout:
     threshold: float | None
     trigger: int
     keep: int
-    cut: bool
+    stopped: bool
     correct: bool | None
     known: int
     version: int
@@ -98,7 +98,7 @@ class _Traced:
 
     line: dict[str, Any]
     trace: data.Trace
-    cut: bool
+    stopped: bool
 
 
 def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[Rollout]:
@@ -108,7 +108,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
     verdicts, admissions = ([one.line[name] for one in traced] for name in ("verdict_unix_s", "admitted_unix_s"))
     known = np.searchsorted(verdicts, admissions, side="right").tolist()
     rollouts, version = [], 0
-    for place, (one, stopped) in enumerate(zip(traced, stoppable, strict=True)):
+    for place, (one, bound) in enumerate(zip(traced, stoppable, strict=True)):
         line, trace, number = one.line, one.trace, number_of(one.line["rid"])
         # The arbiter's version at a verdict is not on record; one that has written is out. Deterministic: its own.
         written = line["policy_version_first" if config.deterministic else "policy_version_last"]
@@ -124,13 +124,13 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
                 threshold=trace.threshold,
                 trigger=trace.trigger,
                 keep=trace.keep,
-                cut=one.cut,
+                stopped=one.stopped,
                 correct=line["correct"],
                 known=min(known[place], place),  # a record of two clocks may say more
                 version=step if config.deterministic else version,
                 step=step,
-                free=not stopped,
-                counts=not stopped and wanted in ("all", line["arm"]) and compared(line | {"active": True}),
+                free=not bound,
+                counts=not bound and wanted in ("all", line["arm"]) and compared(line | {"active": True}),
                 tokens=trace.tokens,
                 divergence=trace.divergence,
             )
@@ -191,7 +191,7 @@ def _traces(path: Path, lines: dict[str, dict[str, Any]]) -> Iterator[_Traced]:
     seen: set[str] = set()
     for number, raw in _lines(path):
         try:
-            trace, cut = data.read_trace(raw), bool(raw["cut"])
+            trace = data.read_trace(raw)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}:{number}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
         line = lines.get(trace.rid)
@@ -201,7 +201,7 @@ def _traces(path: Path, lines: dict[str, dict[str, Any]]) -> Iterator[_Traced]:
         if not np.isfinite(trace.divergence).all():
             raise ConfigError(f"{path}:{number}: rollout {trace.rid}: a divergence is not finite")
         seen.add(trace.rid)
-        yield _Traced(line, trace, cut)
+        yield _Traced(line, trace, trace.stopped)
 
 
 def _step_of_version(path: Path) -> dict[int, int]:

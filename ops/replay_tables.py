@@ -45,7 +45,7 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
     if waiting:
         parts.append(("besides", f"{_arms(waiting)}: not counted, but in the calibration"))
     if not record.whole:
-        stopped = sum(one.cut for one in rollouts if not one.free)
+        stopped = sum(one.stopped for one in rollouts if not one.free)
         spared = sum(not one.free for one in rollouts) - stopped
         parts.append(
             (

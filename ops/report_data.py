@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import UNFINISHED
+from actors.books import UNFINISHED, compared, fired
+from common import messages
 from common.config import Config
 
 Line = dict[str, Any]
@@ -118,10 +119,10 @@ def active_from(lines: Iterable[Line]) -> int | None:
     return min((line["policy_version_last"] for line in lines if line["active"]), default=None)
 
 
-def cut_share(lines: Iterable[Line]) -> tuple[int, int]:
-    """Treated rollouts that were cut, and treated rollouts that could have been."""
-    judged = [line for line in lines if line["active"] and line["arm"] == "treated"]
-    return sum(line["tokens_kept"] < line["tokens_generated"] for line in judged), len(judged)
+def fired_share(lines: Iterable[Line]) -> tuple[int, int]:
+    """Treated rollouts in which the policy fired, applied or not, and treated rollouts that could have been cut."""
+    judged = [line for line in lines if compared(line) and line["arm"] == "treated"]
+    return sum(map(fired, judged)), len(judged)
 
 
 # --- where the tokens went -----------------------------------------------------------------------------------------
@@ -163,9 +164,9 @@ def token_fates(lines: Iterable[Line], arm: str) -> Fates:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A rollout as it was scored: tokens int32 [n], divergence float32 [n]; `keep` < n where the rule fired.
+    """A rollout as it was scored: tokens int32 [n], divergence float32 [n]; `stopped`: whether the policy stopped it.
 
-    In the control arm `keep` and `trigger` say where the policy would have cut.
+    Where it fired and stopped nothing (control arm, mask, shadow) `keep` and `trigger` say where it would have cut.
     """
 
     rid: str
@@ -175,6 +176,11 @@ class Trace:
     threshold: float | None
     tokens: npt.NDArray[np.int32]
     divergence: npt.NDArray[np.float32]
+    stopped: bool
+
+    @property
+    def fired(self) -> bool:
+        return messages.fired(stopped=self.stopped, kept=self.keep, written=len(self.tokens))
 
 
 def read_trace(line: Line) -> Trace:
@@ -185,7 +191,7 @@ def read_trace(line: Line) -> Trace:
     if not 0 <= keep <= trigger <= len(tokens) or len(tokens) != len(divergence):
         found = f"keep {keep}, trigger {trigger}, {len(tokens)} tokens, {len(divergence)} divergences"
         raise ValueError(f"rollout {line['rid']}: {found}")
-    return Trace(line["rid"], line["arm"], keep, trigger, line["threshold"], tokens, divergence)
+    return Trace(line["rid"], line["arm"], keep, trigger, line["threshold"], tokens, divergence, bool(line["cut"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +258,8 @@ def _mark(raw: bytes, offset: int) -> TraceMark:
     count = ((end - tokens.end()) // 4 * 3 - padding) // 4  # of int32 in base64
     if head["arm"] not in ("treated", "control"):
         raise ValueError(f"arm is {head['arm']!r:.40} in the line at byte {offset}")
-    return TraceMark(head["rid"], head["arm"], count, bool(head["cut"] or head["keep"] < count), offset)
+    fired_in = messages.fired(stopped=bool(head["cut"]), kept=head["keep"], written=count)
+    return TraceMark(head["rid"], head["arm"], count, fired_in, offset)
 
 
 def read_traces(path: Path, offsets: Iterable[int]) -> dict[int, Trace]:
@@ -350,6 +357,11 @@ def visible(text: str) -> str:
 
 
 # --- the caption ---------------------------------------------------------------------------------------------------
+
+
+def fired_word(config: Config) -> str:
+    """What it means for a treated rollout that the policy fired."""
+    return "Cut" if config.termination.stops("treated") else "Fired, not stopped"
 
 
 def policy_text(config: Config, lines: Iterable[Line]) -> str:

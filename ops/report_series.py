@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.books import compared
+from actors.books import compared, fired
 from ops.report_data import Floats, Line, spread
 from ops.summary import Saving, length_saving
 
@@ -86,16 +86,16 @@ class Share:
     count: int
 
 
-def cut_rate_curve(lines: Sequence[Line], bins: int = 16, arm: str = "treated") -> list[Share]:
-    """Share of an arm's rollouts that could have been cut and were (control: would have been), in bins of as many."""
+def fired_curve(lines: Sequence[Line], bins: int = 16, arm: str = "treated") -> list[Share]:
+    """Share of an arm's rollouts that could be cut in which the policy fired, applied or not, in bins of as many."""
     tokens = tokens_so_far(lines)
-    judged = [place for place, line in enumerate(lines) if line["active"] and line["arm"] == arm]
+    judged = [place for place, line in enumerate(lines) if compared(line) and line["arm"] == arm]
     curve = []
     for part in np.array_split(np.array(judged, dtype=np.int64), min(bins, max(1, len(judged) // 8))):
         if len(part):
-            cut = sum(lines[place]["tokens_kept"] < lines[place]["tokens_generated"] for place in part)
-            low, high = wilson(cut, len(part))
-            curve.append(Share(float(tokens[part].mean()), cut / len(part), low, high, len(part)))
+            hits = sum(fired(lines[place]) for place in part)
+            low, high = wilson(hits, len(part))
+            curve.append(Share(float(tokens[part].mean()), hits / len(part), low, high, len(part)))
     return curve
 
 

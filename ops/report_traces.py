@@ -56,10 +56,13 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
 
 def _heat_title(run: Run) -> str:
     if not run.traces["treated"].found:
-        return "No rollout was cut: divergence along some of them"
-    cut, judged = data.cut_share(run.lines)
-    where = "Cut where the teacher agrees" if run.config.termination.policy == "kat" else "Cut"
-    return f"{where}: " + (f"{cut:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts")
+        return "The policy fired in none: divergence along some of them"
+    fired, judged = data.fired_share(run.lines)
+    word = data.fired_word(run.config)
+    where = f"{word} where the teacher agrees" if run.config.termination.policy == "kat" else word
+    return f"{where}: " + (
+        f"{fired:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts"
+    )
 
 
 def _draw_sides(axes: Any, run: Run) -> None:
@@ -80,7 +83,7 @@ def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]]
     shown = _show_image(axes, image, low, high)
     places = [*range(len(groups[0])), *range(len(groups[0]) + gap, len(image))]
     for row, trace in zip(places, [*groups[0], *groups[1]], strict=True):
-        if trace.keep < len(trace.divergence):
+        if trace.fired:
             axes.plot(
                 [trace.keep] * 2, [row, row + 1], color=VERMILLION, linewidth=3.2, solid_capstyle="butt", clip_on=False
             )
@@ -168,7 +171,7 @@ def _why_no_traces(run: Run) -> str:
 
 def _mark_cuts(axes: Any, traces: Sequence[data.Trace]) -> None:
     """Where each row was cut, or in the control arm would have been, and what triggered it."""
-    cut = [(row, trace) for row, trace in enumerate(traces) if trace.keep < len(trace.divergence)]
+    cut = [(row, trace) for row, trace in enumerate(traces) if trace.fired]
     for name, colour in (("trigger", "white"), ("keep", _CUT)):
         marks = [[(getattr(trace, name), row), (getattr(trace, name), row + 1)] for row, trace in cut]
         axes.add_collection(LineCollection(marks, colors=colour, linewidths=4, capstyle="butt"), autolim=False)
@@ -216,7 +219,7 @@ def _draw_example(
     axes.axvline(trace.trigger, color=INK, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")
     axes.set_ylabel("nats")
-    label = f"{arm}, {'stopped' if arm == 'treated' else 'not stopped'}: "
+    label = f"{arm}, {'stopped' if trace.stopped else 'not stopped'}: "
     parts = cut_parts(trace, decode)
     _write_parts(axes, [(label, INK, "DejaVu Sans"), *parts])
     plain(axes)

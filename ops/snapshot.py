@@ -81,7 +81,7 @@ class Judged:
     reason: str
     kept: int
     generated: int
-    cut: bool
+    cut: bool  # whether the writing was stopped
     at_unix_s: float | None
     text: str
     behind: str
@@ -110,7 +110,7 @@ class Snapshot:
     saving: Saving = field(default_factory=Saving)
     threshold_nats: float | None = None
     minima: int | None = None
-    cut_rate: float | None = None
+    cut_rate: float | None = None  # share of treated rollouts in which the policy fired, applied or not
     lag_versions: float | None = None
     tokens_per_s: dict[str, float | None] = field(default_factory=dict)
     redis_used_bytes: int | None = None
@@ -244,7 +244,7 @@ class Observer:
         text, behind = self._excerpt(verdict.tokens.tolist(), verdict.keep)
         generated = max(verdict.generated or 0, length, len(verdict.tokens))
         self._judged[rid] = Judged(
-            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.cut, at_unix_s, text, behind
+            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.stopped, at_unix_s, text, behind
         )
 
     def _excerpt(self, ids: list[int], keep: int) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from actors.books import UNFINISHED, compared
+from actors.books import UNFINISHED, compared, fired
 from common import metrics
 from common.config import Config, ConfigError
 from ops.rundir import lock, write_json
@@ -91,7 +91,7 @@ class _Window:
     judged: int = 0
     correct: int = 0
     cuttable: int = 0  # treated, and the policy was active
-    cut: int = 0
+    fired: int = 0  # of these, applied or not
     threshold: float | None = None
     unix_s: float | None = None
 
@@ -105,7 +105,7 @@ class _Window:
             self.correct += line["correct"]
         if line["arm"] == "treated" and compared(line):
             self.cuttable += 1
-            self.cut += line["finish_reason"] not in ("eos", "length")
+            self.fired += fired(line)
         self.threshold = line["threshold"] if line["threshold"] is not None else self.threshold
         self.unix_s = line.get("ended_unix_s") or self.unix_s
 
@@ -121,7 +121,7 @@ class _Window:
             "rollout/completion_length_control": tuple(self.written["control"]),
             "rollout/kept_ratio": (self.kept, tokens),
             "rollout/accuracy": (self.correct, self.judged),
-            "kat/cut_rate": (self.cut, self.cuttable),
+            "kat/cut_rate": (self.fired, self.cuttable),
         }
         found = {name: above / below for name, (above, below) in shares.items() if below}
         if self.threshold is not None:

@@ -209,7 +209,7 @@ def test_one_that_was_handed_on_names_the_last_writer_alone(run: Run) -> None:
 def test_one_that_has_its_verdict(run: Run) -> None:
     run.judged()
     reading = reading_from_hash(hash_of(run), run.config, spelled)
-    assert (reading.finish_reason, reading.keep, reading.trigger, reading.cut) == ("kl_trap", 2, 3, True)
+    assert (reading.finish_reason, reading.keep, reading.trigger, reading.stopped) == ("kl_trap", 2, 3, True)
     assert [token.part for token in reading.tokens] == ["kept", "kept", "detection"]
     assert (reading.threshold, reading.min_window) == (0.25, 0.125)
 

@@ -211,7 +211,7 @@ def test_a_shadow_run_replayed_is_the_run_that_stops(begin: Callable[..., Run], 
     cuts = [one.cut for one in found]
     assert sum(cut is not None for cut in cuts) > 3
     for cut, one in zip(cuts, wanted.rollouts, strict=True):
-        fired = one.keep < len(one.divergence) or one.cut
+        fired = one.keep < len(one.divergence) or one.stopped
         assert (cut and (cut.trigger, cut.keep)) == ((one.trigger, one.keep) if fired else None)
 
 

@@ -82,10 +82,10 @@ def test_active_from_the_first_version_that_could_cut() -> None:
     assert report_data.active_from(lines[:1]) is None
 
 
-def test_cut_share_counts_treated_rollouts_that_could_have_been_cut() -> None:
+def test_fired_share_counts_treated_rollouts_that_could_have_been_cut() -> None:
     cut = {"tokens_kept": 4, "tokens_detection": 5, "tokens_overshoot": 1}
     lines = [line(), line(**cut), line(arm="control", **cut), line(active=False)]
-    assert report_data.cut_share(lines) == (1, 2)
+    assert report_data.fired_share(lines) == (1, 2)
 
 
 def test_every_generated_token_has_one_fate() -> None:
@@ -320,12 +320,12 @@ def test_the_saving_so_far_ends_with_that_of_the_whole_run() -> None:
 def test_cut_rate_counts_treated_rollouts_that_could_have_been_cut() -> None:
     cut = {"tokens_kept": 4, "tokens_detection": 6}
     lines = [line(active=False, **cut), line(arm="control", **cut), *[line(**cut)] * 12, *[line()] * 4]
-    first, second = report_series.cut_rate_curve(lines)
+    first, second = report_series.fired_curve(lines)
     assert (first.share, second.share, first.count, second.count) == (1.0, 0.5, 8, 8)
     assert second.low < 0.5 < second.high
     assert first.tokens == np.mean([30, 40, 50, 60, 70, 80, 90, 100])
     # What the policy would have cut of the control arm, at its place among all tokens.
-    [control] = report_series.cut_rate_curve(lines, arm="control")
+    [control] = report_series.fired_curve(lines, arm="control")
     assert (control.share, control.count, control.tokens) == (1.0, 1, 20)
 
 
@@ -418,7 +418,7 @@ def test_the_plot_of_the_drift_guards_says_what_it_has_not(tmp_path: Path) -> No
 
     figure = report_plots.draw_all(report_run.read_run(folder))["drift"]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["Drift: repetition 0.25 → 0.25", "Cut rate by arm, with 95 % intervals"]
+    assert titles == ["Drift: repetition 0.25 → 0.25", "Where the policy fired, by arm, with 95 % intervals"]
     old = [{name: value for name, value in step_line(1).items() if name != "repetition"}]
     write_lines(folder / "metrics.jsonl", old)
     figure = report_plots.draw_all(report_run.read_run(folder))["drift"]

@@ -84,7 +84,7 @@ def test_letters_can_be_read_on_their_colour(place: float) -> None:
 
 def test_numbers_where_there_are_no_colours() -> None:
     tokens = [Token("a", 0.5, "kept"), Token(" b", 2e-5, "detection"), Token("c", None, "overshoot")]
-    text = text_of(reading(tokens, keep=1, trigger=2, cut=True, finish_reason="kl_trap"), colours=False)
+    text = text_of(reading(tokens, keep=1, trigger=2, stopped=True, finish_reason="kl_trap"), colours=False)
     assert text.plain == "a[0.5] <<✂ cut: 1 kept>>  b[2e-05] <<fired: 2 seen>> c[-]"
     assert text.spans == []
     assert "not scored" in legend(False).plain
@@ -100,7 +100,7 @@ def test_a_control_rollout_says_where_it_would_have_been_cut() -> None:
     tokens = [Token("a", 0.5, "kept"), Token("b", 0.0, "detection")]
     assert "would be cut: 1 kept" in text_of(reading(tokens, keep=1, trigger=2), colours=False).plain
     fixed = [Token("a", 0.5, "kept"), Token("b", 0.5, "overshoot")]
-    text = text_of(reading(fixed, keep=1, trigger=1, cut=True), colours=False).plain
+    text = text_of(reading(fixed, keep=1, trigger=1, stopped=True), colours=False).plain
     assert text == "a[0.5] <<✂ cut: 1 kept, fired: 1 seen>> b[0.5]"
 
 
