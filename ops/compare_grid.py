@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.books import read_lines
 from common import policies
 from common.config import Config, ConfigError, check_policy, load, parse
+from common.runfiles.lines import read_lines
 from ops.matching import matched_config
 from ops.rundir import read_json, write_json
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from actors.books import append_lines, open_whole_lines, read_lines
 from actors.engine import Decoder
 from actors.models import load_model
 from common import metrics
 from common.config import Config, ConfigError
 from common.messages import Ints
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
+from common.runfiles.lines import append_lines, open_whole_lines, read_lines
 from common.weights import BadWeights, WeightsRef, verified
 from ops.source import TaskSource
 

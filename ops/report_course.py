@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
+from common.runfiles.lines import Object
 from ops import endings
 from ops import report_data as data
 from ops import report_series as series
@@ -312,7 +313,7 @@ def _as_shares(axes: Any) -> None:
 # --- common to them ------------------------------------------------------------------------------------------------
 
 
-def _steps_with(run: Run, *names: str) -> list[data.Line]:
+def _steps_with(run: Run, *names: str) -> list[Object]:
     """Lines of metrics.jsonl that have these figures."""
     return [line for line in run.steps if all(isinstance(line.get(name), (int, float)) for name in names)]
 

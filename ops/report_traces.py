@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from common.config import Termination
 from common.policies import unit_of
+from common.runfiles.records import Trace
 from ops import report_data as data
 from ops.report_panels import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report_run import Run
@@ -74,7 +75,7 @@ def _draw_sides(axes: Any, run: Run) -> None:
     axes.text(0, 1.045, f"mean nats a token:  {text}", transform=axes.transAxes, fontsize=12.5, color=GREY)
 
 
-def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]], width: int) -> None:
+def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[Trace]], width: int) -> None:
     gap = 2 if all(groups) else 0
     image = np.concatenate(
         [data.heat_map(groups[0], width), np.full((gap, width), np.nan), data.heat_map(groups[1], width)]
@@ -150,7 +151,7 @@ def draw_bookings(figure: Figure, run: Run) -> None:
     _draw_colour_bar(figure, list(panels.values()), shown, low, high)
 
 
-def _stacked(figure: Figure, groups: Mapping[str, Sequence[data.Trace]], fewest: float) -> dict[str, Any]:
+def _stacked(figure: Figure, groups: Mapping[str, Sequence[Trace]], fewest: float) -> dict[str, Any]:
     """Panels above each other as high as they have rows, none lower than one of `fewest`."""
     heights = [max(len(traces), fewest) for traces in groups.values()]
     grid = figure.add_gridspec(
@@ -169,7 +170,7 @@ def _why_no_traces(run: Run) -> str:
     return "no traces.jsonl yet" if run.config.feeder.record_traces else "not recorded (feeder.record_traces is off)"
 
 
-def _mark_cuts(axes: Any, traces: Sequence[data.Trace]) -> None:
+def _mark_cuts(axes: Any, traces: Sequence[Trace]) -> None:
     """Where each row was cut, or in the control arm would have been, and what triggered it."""
     cut = [(row, trace) for row, trace in enumerate(traces) if trace.fired]
     for name, colour in (("trigger", "white"), ("keep", _CUT)):
@@ -177,7 +178,7 @@ def _mark_cuts(axes: Any, traces: Sequence[data.Trace]) -> None:
         axes.add_collection(LineCollection(marks, colors=colour, linewidths=4, capstyle="butt"), autolim=False)
 
 
-def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -> None:
+def _label_groups(axes: Any, groups: Sequence[Sequence[Trace]], gap: int) -> None:
     first, second = (len(group) for group in groups)
     places = {f"{first} treated": first / 2, f"{second} control": first + gap + second / 2}
     named = [(place, name) for name, place in places.items() if not name.startswith("0 ")]
@@ -190,7 +191,7 @@ def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -
 
 
 def _draw_example(
-    axes: Any, trace: data.Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
+    axes: Any, trace: Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
 ) -> None:
     """One rollout: divergence, window mean, threshold, keep, trigger, and its text around the cut."""
     if trace is None:
@@ -225,7 +226,7 @@ def _draw_example(
     plain(axes)
 
 
-def cut_parts(trace: data.Trace, decode: Callable[[list[int]], str] | None) -> list[tuple[str, str, str]]:
+def cut_parts(trace: Trace, decode: Callable[[list[int]], str] | None) -> list[tuple[str, str, str]]:
     """The text around the cut as (text, colour, font family); the rollout's id where it cannot be decoded."""
     if decode is None:
         return [(f"{trace.rid}, {trace.keep} tokens kept", GREY, "DejaVu Sans")]

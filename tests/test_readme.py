@@ -27,7 +27,7 @@ def test_every_path_in_the_readme_exists() -> None:
 
 def test_every_module_has_a_caption_in_the_readmes_tree() -> None:
     captioned = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
-    for folder in ("common", "actors", "learner", "ops"):
+    for folder in ("common", "common/runfiles", "actors", "learner", "ops"):
         for path in (ROOT / folder).glob("*.py"):
             if path.name != "__init__.py":
                 assert path.stem in captioned, f"{path.relative_to(ROOT)} has no caption"

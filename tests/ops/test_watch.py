@@ -19,6 +19,7 @@ from samples import Run, make_verdict
 from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import Config, ConfigError
 from common.pretrained import find_model, load_tokenizer
+from common.runfiles import records
 from ops.coloured import HIGH_NATS, LOW_NATS, colour, excerpt, has_colours, legend, level, plain, text_of
 from ops.embedded import EmbeddedRedis
 from ops.reading import Reading, Token
@@ -220,7 +221,7 @@ def test_one_that_is_booked_comes_from_the_folder(desk: Desk) -> None:
     live = desk.json()
     verdict = make_verdict(RID, tokens=np.array(ids_of("12+7=19")[:3], np.int32))
     line = line_of(verdict, ending="trained", reason="", generated=5, staleness=0, active=True, correct=None)
-    audit = {"rid": RID, "chunks": [{"seq": 0, "start": 0, "n": 3, "version": 0, "writer": "n1"}]}
+    audit = records.Audit(RID, [("n1", 0)], [records.Chunk(0, None, 0, 3, 0, "n1")], None, True)
     books = Books(desk.config.run_dir, record_traces=True, record_audit=True)
     books.write([Booking(line, verdict, audit)])
     books.close()
