@@ -3,10 +3,9 @@
     rollouts.jsonl  BookLine    feeder → all who look on or back: a rollout that ended
     traces.jsonl    Trace       feeder → report, replay, audit, checker: tokens and divergences of a verdict
     audit.jsonl     Audit       feeder → checker: who wrote which chunk
-    metrics.jsonl   Step        learner → trackers, report, comparison: figures of an optimizer step
     trained.jsonl   Trained     learner → checker, feeder: which rollouts a step trained, and digests of their tokens
-    eval.jsonl      Evaluation  evaluator → trackers, report, comparison: an evaluated version
 
+Lines of metrics.jsonl (learner) and eval.jsonl (evaluator) are objects still, of figures for trackers and reports.
 `from_json` takes a parsed line, checks every field and raises ValueError, TypeError or KeyError; fields that older
 folders lack have defaults, and what is not known is ignored. Floats are finite, counts are not negative.
 """
