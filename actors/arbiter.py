@@ -286,7 +286,7 @@ class Arbiter:
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
-        call = self._call(verdict.rid, body, verdict.train, verdict.cut, minimum, track.entries)
+        call = self._call(verdict.rid, body, verdict.train, verdict.stopped, minimum, track.entries)
         self._due.append((call, (verdict, track.entries[-1])))
 
     def _send_due(self) -> None:
@@ -341,7 +341,7 @@ class Arbiter:
         if self.threshold is None:  # until the rule is active all minima count
             return True
         source = self._settings.calibrate_on
-        return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.cut)
+        return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.stopped)
 
     def _call(
         self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
@@ -358,7 +358,7 @@ class Arbiter:
     def _observe(self, given: list[tuple[Verdict, bytes]]) -> None:
         self._show_threshold()
         now = 0.0
-        if any(verdict.cut for verdict, _ in given):
+        if any(verdict.stopped for verdict, _ in given):
             now = self._plane.now_s()
         for verdict, entry in given:
             self._observe_one(verdict, entry, now)
@@ -366,9 +366,9 @@ class Arbiter:
     def _observe_one(self, verdict: Verdict, entry: bytes, now: float) -> None:
         for nats in verdict.divergence.tolist():
             metrics.token_divergence.observe(nats)
-        if verdict.arm == "treated":
-            self._recent.append(verdict.cut)
+        if verdict.arm == "treated" and self._policy.active(verdict.threshold):
+            self._recent.append(verdict.fired)
             metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))
-        if verdict.cut:
+        if verdict.stopped:
             metrics.stop_latency.observe(max(0.0, now - unix_s(entry)))
             metrics.stop_signals.labels(verdict.finish_reason).inc()

@@ -10,70 +10,21 @@ what its verdict hands on, whatever became of it after: so one sees how long wha
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from common import metrics
 from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
+from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
+from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
 from common.wire.record import divergence_field, holds_tokens, tokens_field
 
 log = logging.getLogger("katana.books")
-# Dropped for these reasons a rollout was ended by the run, not by itself or its policy.
-UNFINISHED = frozenset({"run_end", "lost"})
-ENDS_BY_ITSELF = ("eos", "length")  # finish reasons of what no policy stopped
-_RID = b'{"rid":"'  # how every line beside rollouts.jsonl begins
-
-
-@dataclass(frozen=True, slots=True)
-class BookLine:
-    """A finished rollout. `ending`: trained | dropped | dead; `reason`: why it was dropped or died."""
-
-    rid: str
-    arm: str
-    problem: int
-    finish_reason: str
-    ending: str
-    reason: str
-    active: bool  # whether the policy could have cut it
-    tokens_generated: int
-    tokens_kept: int
-    tokens_trained: int
-    tokens_detection: int
-    tokens_overshoot: int
-    threshold: float | None
-    min_window: float | None
-    policy_version_first: int
-    policy_version_last: int
-    staleness: int | None
-    correct: bool | None
-    # By Redis's clock; None where a record was broken or lost.
-    admitted_unix_s: float | None = None
-    verdict_unix_s: float | None = None
-    ended_unix_s: float | None = None
-    # None where there was no verdict, and in books that are older than this field.
-    tokens_trainable: int | None = None
-
-    @property
-    def ledger_field(self) -> str:
-        return ledger_field(self.ending, self.reason)
-
-
-def ledger_field(ending: str, reason: str) -> str:
-    """trained | dead | dropped:REASON, as the ledger counts them."""
-    return f"dropped:{reason}" if ending == "dropped" else ending
-
-
-def fate(line: dict[str, Any]) -> str:
-    """What became of a booked rollout, in a word: trained, dead, or why it was dropped."""
-    return str(line["reason"] if line["ending"] == "dropped" else line["ending"])
 
 
 def line_of(
@@ -118,7 +69,7 @@ def unjudged_line(rid: str, arm: str, problem: int, *, ending: str, reason: str,
         rid=rid,
         arm=arm,
         problem=problem,
-        finish_reason="unfinished",
+        finish_reason=UNJUDGED,
         ending=ending,
         reason=reason,
         active=False,
@@ -181,7 +132,7 @@ class Booking:
 
     line: BookLine
     verdict: Verdict | None = None
-    audit: dict[str, Any] | None = None
+    audit: Audit | None = None
 
 
 class Books:
@@ -191,81 +142,43 @@ class Books:
         folder.mkdir(parents=True, exist_ok=True)
         self.booked = Booked()
         self.endings: Counter[str] = Counter()  # by ledger field
-        for line in read_lines(folder / "rollouts.jsonl"):
+        for line in read_lines(folder / ROLLOUTS, BookLine.from_json):
             self._count(line)
-        self._lines = open_whole_lines(folder / "rollouts.jsonl")
-        self._traces = self._open_beside(folder / "traces.jsonl") if record_traces else None
-        self._audit = self._open_beside(folder / "audit.jsonl") if record_audit else None
+        self._lines = open_whole_lines(folder / ROLLOUTS)
+        self._traces = self._open_beside(folder / TRACES) if record_traces else None
+        self._audit = self._open_beside(folder / AUDIT) if record_audit else None
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Put rollouts on record, on disk when this returns; without effect for those that are there."""
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
-        append_lines(self._traces, [trace_of(one.verdict) for one in fresh if one.verdict is not None])
-        append_lines(self._audit, [one.audit for one in fresh if one.audit is not None])
-        append_lines(self._lines, [asdict(one.line) for one in fresh])
+        append_lines(self._traces, [Trace.of(one.verdict).to_json() for one in fresh if one.verdict is not None])
+        append_lines(self._audit, [one.audit.to_json() for one in fresh if one.audit is not None])
+        append_lines(self._lines, [one.line.to_json() for one in fresh])
         for one in fresh:
-            self._count(asdict(one.line))
+            self._count(one.line)
 
     def _open_beside(self, path: Path) -> FileIO:
         """Open for appending, behind the last line whose rollout is booked: a crash came before the others were."""
         file = open_whole_lines(path)
-        end = place = 0
-        with path.open("rb") as reader:
-            for raw in reader:
-                place += len(raw)
-                rid = raw[: len(_RID) + 40].removeprefix(_RID).partition(b'"')[0]
-                if rid.decode("ascii", "replace") in self.booked:
-                    end = place
+        end = 0
+        for place, raw in whole_lines(path):
+            if rid_of_line(raw) in self.booked:
+                end = place + len(raw)
         file.truncate(end)
         file.seek(0, os.SEEK_END)
         return file
 
-    def _count(self, line: dict[str, Any]) -> None:
-        self.booked.add(line["rid"])
-        self.endings[ledger_field(line["ending"], line["reason"])] += 1
+    def _count(self, line: BookLine) -> None:
+        self.booked.add(line.rid)
+        self.endings[line.ledger_field] += 1
         count(line)
 
     def close(self) -> None:
         for file in (self._lines, self._traces, self._audit):
             if file is not None:
                 file.close()
-
-
-def trace_of(verdict: Verdict) -> dict[str, Any]:
-    """Tokens (int32) and divergences (float32), exact, as base64 of little-endian bytes."""
-    return {
-        "rid": verdict.rid,
-        "arm": verdict.arm,
-        "problem": verdict.problem,
-        "trigger": verdict.trigger,
-        "keep": verdict.keep,
-        "train": verdict.train,
-        "finish_reason": verdict.finish_reason,
-        "cut": verdict.cut,
-        "threshold": verdict.threshold,
-        "version": verdict.first_version,
-        "tokens": base64.b64encode(verdict.tokens.tobytes()).decode(),
-        "divergence": base64.b64encode(verdict.divergence.tobytes()).decode(),
-    }
-
-
-def audit_of(rid: str, record: dict[bytes, bytes]) -> dict[str, Any]:
-    """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
-    owners = record.get(b"owners", b"").decode("ascii", "replace").split()
-    threshold = record.get(b"threshold")
-    chunks, stored = record.get(b"chunks", b"0"), sum(map(holds_tokens, record))
-    return {
-        "rid": rid,
-        "owners": [
-            [nonce, _number(rid, "owners", first.encode(), 0)]
-            for nonce, first in zip(owners[::2], owners[1::2], strict=False)
-        ],
-        "chunks": [_audited_chunk(record, seq) for seq in range(_number(rid, "chunks", chunks, stored))],
-        "threshold": None if threshold is None else threshold.decode("ascii", "replace"),
-        "verdict": record.get(b"verdict", b"dead") != b"dead",
-    }
 
 
 def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
@@ -277,89 +190,58 @@ def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
         return otherwise
 
 
-def _audited_chunk(record: dict[bytes, bytes], seq: int) -> dict[str, Any]:
+def audit_of(rid: str, record: dict[bytes, bytes]) -> Audit:
+    """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
+    owners = record.get(b"owners", b"").decode("ascii", "replace").split()
+    threshold = record.get(b"threshold")
+    chunks, stored = record.get(b"chunks", b"0"), sum(map(holds_tokens, record))
+    return Audit(
+        rid=rid,
+        owners=[
+            (nonce, _number(rid, "owners", first.encode(), 0))
+            for nonce, first in zip(owners[::2], owners[1::2], strict=False)
+        ],
+        chunks=[_audited_chunk(record, seq) for seq in range(_number(rid, "chunks", chunks, stored))],
+        threshold=None if threshold is None else threshold.decode("ascii", "replace"),
+        verdict=record.get(b"verdict", b"dead") != b"dead",
+    )
+
+
+def _audited_chunk(record: dict[bytes, bytes], seq: int) -> Chunk:
     try:
         chunk = ChunkTokens.decode(record.get(tokens_field(seq).encode(), b""))
         scored = record.get(divergence_field(seq).encode())
         divergence = None if scored is None else row_digest(ScoreDivergence.decode(scored).divergence)
     except MessageError as error:
-        return {"seq": seq, "broken": str(error)}
-    return {
-        "seq": seq,
-        "start": chunk.start,
-        "n": len(chunk.tokens),
-        "version": chunk.policy_version,
-        "writer": chunk.writer,
-        "finish": chunk.finish,
-        "tokens": row_digest(chunk.tokens),
-        "divergence": divergence,
-    }
+        return Chunk(seq, broken=str(error))
+    return Chunk(
+        seq=seq,
+        start=chunk.start,
+        n=len(chunk.tokens),
+        version=chunk.policy_version,
+        writer=chunk.writer,
+        finish=chunk.finish,
+        tokens=row_digest(chunk.tokens),
+        divergence=divergence,
+    )
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a JSON-lines file; a torn last one is left out. Nothing where there is no file."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for raw in file:
-            if raw.endswith(b"\n"):
-                yield json.loads(raw)
-
-
-def compared(line: dict[str, Any]) -> bool:
-    """Whether a rollout counts where arms are compared: the policy could have cut it, the run did not end it."""
-    if line["ending"] == "dropped" and line["reason"] in UNFINISHED:
-        return False
-    return bool(line["active"]) and line["ending"] != "dead"
-
-
-def count(line: dict[str, Any]) -> None:
+def count(line: BookLine) -> None:
     """Put a line into the metrics; also done for every line on record when a feeder starts."""
-    arm, reason = line["arm"], line["finish_reason"]
+    arm, reason = line.arm, line.finish_reason
     metrics.rollouts_finished.labels(arm, reason).inc()
-    metrics.tokens_generated.labels(arm).inc(line["tokens_generated"])
-    metrics.tokens_trained.labels(arm).inc(line["tokens_trained"])
-    metrics.tokens_detection.labels(arm).inc(line["tokens_detection"])
-    metrics.tokens_overshoot.labels(arm).inc(line["tokens_overshoot"])
-    if compared(line):
-        metrics.rollout_length.labels(arm, reason).observe(line["tokens_generated"])
-        metrics.rollout_kept.labels(arm, reason).observe(line["tokens_kept"])
-    if line["ending"] == "dropped":
-        metrics.trajectories_dropped.labels(line["reason"]).inc()
-    if fate(line) != "lost":  # what it had written was lost with Redis's data
-        metrics.ended_length.labels(fate(line)).observe(line["tokens_generated"])
-    if line.get("tokens_trainable") is not None:
-        metrics.ended_trainable.labels(fate(line)).observe(line["tokens_trainable"])
-    if arm == "treated" and reason not in ENDS_BY_ITSELF and reason != "unfinished":
-        metrics.stop_overshoot.labels(arm).observe(line["tokens_overshoot"])
-
-
-def append_lines(file: FileIO | None, values: Sequence[dict[str, Any]]) -> None:
-    if file is not None and values:
-        data = b"".join(_json_line(value) for value in values)
-        while data:  # a raw file may take a part
-            data = data[file.write(data) or 0 :]
-        os.fsync(file.fileno())
-
-
-def _json_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-
-def open_whole_lines(path: Path) -> FileIO:
-    """Open for appending behind the last whole line: what a crash tore off was never acknowledged."""
-    file = FileIO(path, "a+")
-    size = file.seek(0, os.SEEK_END)
-    end = size
-    while end > 0:
-        begin = max(0, end - 65536)
-        file.seek(begin)
-        newline = (file.read(end - begin) or b"").rfind(b"\n")
-        if newline >= 0:
-            end = begin + newline + 1
-            break
-        end = begin
-    if end < size:
-        file.truncate(end)
-    file.seek(0, os.SEEK_END)
-    return file
+    metrics.tokens_generated.labels(arm).inc(line.tokens_generated)
+    metrics.tokens_trained.labels(arm).inc(line.tokens_trained)
+    metrics.tokens_detection.labels(arm).inc(line.tokens_detection)
+    metrics.tokens_overshoot.labels(arm).inc(line.tokens_overshoot)
+    if line.compared:
+        metrics.rollout_length.labels(arm, reason).observe(line.tokens_generated)
+        metrics.rollout_kept.labels(arm, reason).observe(line.tokens_kept)
+    if line.ending == "dropped":
+        metrics.trajectories_dropped.labels(line.reason).inc()
+    if line.fate != "lost":  # what it had written was lost with Redis's data
+        metrics.ended_length.labels(line.fate).observe(line.tokens_generated)
+    if line.tokens_trainable is not None:
+        metrics.ended_trainable.labels(line.fate).observe(line.tokens_trainable)
+    if arm == "treated" and line.stopped:
+        metrics.stop_overshoot.labels(arm).observe(line.tokens_overshoot)

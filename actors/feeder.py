@@ -17,13 +17,10 @@ from typing import Any, Protocol
 
 from actors.books import (
     Booking,
-    BookLine,
     Books,
     audit_of,
-    ledger_field,
     line_of,
     number_of,
-    read_lines,
     rid_of,
     unjudged_line,
 )
@@ -33,6 +30,8 @@ from common.draws import draw, rollout_seed
 from common.episode import Episode
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
 from common.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
+from common.runfiles.lines import read_lines
+from common.runfiles.records import ROLLOUTS, TRAINED, Audit, BookLine, Trained, ledger_field
 from common.streams import Lease, Plane, RunGone, locked, shown, unix_s
 from common.weights import write_text
 from common.wire import scripts
@@ -187,8 +186,8 @@ class Feeder:
         )
         self._cursor = cursor
         self._ledger = {"admitted": cursor, **self._books.endings}
-        lines = read_lines(self._config.run_dir / "rollouts.jsonl")
-        generated = sum(line["tokens_generated"] for line in lines)
+        lines = read_lines(self._config.run_dir / ROLLOUTS, BookLine.from_json)
+        generated = sum(line.tokens_generated for line in lines)
         # These have a count of their own in their records, to which their writers may be adding.
         unbooked = [rid for rid in alive if rid not in self._books.booked]
         self._lease.call(scripts.restore(cursor, generated, unbooked, self._ledger))
@@ -321,7 +320,7 @@ class Feeder:
         with self._lease.exclusively(self._lock):
             self._books.write(bookings)
 
-    def _audits(self, rids: list[str]) -> list[dict[str, Any] | None]:
+    def _audits(self, rids: list[str]) -> list[Audit | None]:
         if not self._config.feeder.record_audit:
             return [None] * len(rids)
         records = self._plane.rollouts(rids)
@@ -574,8 +573,8 @@ def _admitted_on_disk(folder: Path, books: Books) -> int:
     """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
     path = folder / "ledger.json"
     admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
-    lines = read_lines(folder / "trained.jsonl")
-    trained = max((number_of(rid) + 1 for line in lines for rid in line["rids"]), default=0)
+    lines = read_lines(folder / TRAINED, Trained.from_json)
+    trained = max((number_of(rid) + 1 for line in lines for rid in line.rids), default=0)
     return max(books.booked.next_number, admitted, trained)
 
 

@@ -302,7 +302,7 @@ class Verdict(_Record):
     trigger: int  # tokens seen when the policy fired, or all tokens where it did not
     keep: int  # tokens before the cut
     train: int  # tokens handed to the learner
-    cut: bool  # whether the writing was stopped
+    cut: bool  # whether the writing was stopped: `stopped`
     generated: int | None  # all tokens written, where the last chunk was stored by then; None: its writer will tell
     threshold: float | None  # the policy's number that it was judged by
     min_window: float | None  # up to the trigger of what was stopped, else over the whole; kat_inverse: the greatest
@@ -310,6 +310,14 @@ class Verdict(_Record):
     last_version: int
     tokens: Ints  # [n], all scored tokens
     divergence: Floats  # [n]
+
+    @property
+    def stopped(self) -> bool:
+        return self.cut
+
+    @property
+    def fired(self) -> bool:
+        return fired(stopped=self.stopped, kept=self.keep, written=len(self.tokens))
 
     def _check(self) -> None:
         _need(self.arm in ARMS, f"verdict.arm: {self.arm!r:.40}")
@@ -321,6 +329,15 @@ class Verdict(_Record):
         _need(0 <= self.train <= n, "verdict.train: out of range")
         _need(self.generated is None or self.generated >= n, "verdict.generated: fewer than were scored")
         _need(0 <= self.first_version <= self.last_version, "verdict: versions out of order")
+
+
+def fired(*, stopped: bool, kept: int, written: int) -> bool:
+    """Whether the policy fired in a rollout, applied or not: in the control arm, mask and shadow it stops nothing.
+
+    What was not stopped is scored whole, and less of it is kept only where the policy fired. A policy that fires at the
+    last token and keeps that too changes nothing unless it is applied, and does not count.
+    """
+    return stopped or kept < written
 
 
 def support_digest(encoded_support: bytes) -> bytes:

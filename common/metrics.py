@@ -96,7 +96,9 @@ token_divergence = _histogram("token_divergence_nats", "Reverse KL per token of 
 kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive")
 kat_threshold.set(float("nan"))
 kat_buffer_size = _gauge("kat_buffer_size", "Window minima in the buffer")
-kat_cut_rate = _gauge("kat_cut_rate", "Share cut among the last 256 treated verdicts")
+kat_cut_rate = _gauge(
+    "kat_cut_rate", "Share of the last 256 treated, active rollouts in which the policy fired, applied or not"
+)
 
 # Learner.
 policy_lag = _histogram("policy_lag_versions", "Staleness of trained trajectories", _VERSIONS, "role")

@@ -42,8 +42,8 @@ class Trajectory:
     sampling_logprobs: float32 [n] nats, the same as it was sampled, after temperature and top-p.
     oldest_version: the oldest policy version among the kept tokens.
     generated: tokens that its verdict saw, up to the trigger where it was cut, n or more; 0 stands for n.
-    finish_reason, threshold: as in the verdict. cut: whether the policy cut it, or (control arm, mask, shadow)
-        would have. repetition: of all its tokens, see `learner.drift`. These four are looked at, nothing else.
+    finish_reason, threshold: as in the verdict. fired: whether the policy did, applied or not (control arm, mask,
+        shadow). repetition: of all its tokens, see `learner.drift`. These four are looked at, nothing else.
 
     Raises ValueError, naming rollout and field, where a dtype or shape is another, or a log-probability
     not finite: this is the last door before the weights, and one NaN behind it ends a run.
@@ -62,7 +62,7 @@ class Trajectory:
     oldest_version: int
     generated: int = 0
     finish_reason: str = ""
-    cut: bool = False
+    fired: bool = False
     threshold: float | None = None
     repetition: float = 0.0
 

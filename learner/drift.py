@@ -22,7 +22,7 @@ class Drift:
 
     repetition: mean over trajectories of `repetition`, of all tokens that were written and scored, kept or not.
     truncation_rate: share that ended at the length limit (finish reason `length`).
-    cut_rate_treated, cut_rate_control: share that the policy cut, or would have cut, by arm; 0 while it is not active.
+    cut_rate_treated, cut_rate_control: share in which the policy fired, applied or not, by arm; 0 while not active.
         Control rollouts are written to their end and judged by the same threshold: theirs is what the rule makes of
         whole rollouts. Where both rise step by step and repetition does not, it is the threshold that climbs.
     threshold: mean of the numbers they were judged by, in the policy's unit, over those that have one.
@@ -40,8 +40,8 @@ def drift_of(batch: Sequence[Trajectory]) -> Drift:
     return Drift(
         repetition=sum(one.repetition for one in batch) / len(batch),
         truncation_rate=sum(one.finish_reason == "length" for one in batch) / len(batch),
-        cut_rate_treated=_mean([float(one.cut) for one in batch if one.arm == "treated"]),
-        cut_rate_control=_mean([float(one.cut) for one in batch if one.arm == "control"]),
+        cut_rate_treated=_mean([float(one.fired) for one in batch if one.arm == "treated"]),
+        cut_rate_control=_mean([float(one.fired) for one in batch if one.arm == "control"]),
         threshold=_mean([one.threshold for one in batch if one.threshold is not None]),
     )
 

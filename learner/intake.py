@@ -212,9 +212,9 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             sampling_logprobs=np.concatenate([support.sampled_logprobs for support in supports])[:keep],
             oldest_version=min(chunk.policy_version for chunk in chunks),
             # Not the writer's count: how far it overshoots depends on time, and what is trained may not.
-            generated=verdict.trigger if verdict.cut else len(verdict.tokens),
+            generated=verdict.trigger if verdict.stopped else len(verdict.tokens),
             finish_reason=verdict.finish_reason,
-            cut=verdict.cut or verdict.keep < len(verdict.tokens),
+            fired=verdict.fired,
             threshold=verdict.threshold,
             repetition=repetition(verdict.tokens, vocab_size),
         )

@@ -13,9 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple
-from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +30,8 @@ from common.messages import row_digest
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
+from common.runfiles.lines import open_cut_back
+from common.runfiles.records import METRICS, TRAINED, Trained
 from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
 from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from common.wire import scripts
@@ -154,8 +155,8 @@ class Learner:
                 generated = state.counters.get("tokens_generated", 0)
                 log.info("going on from step %d", self.step_count)
             self._generated.go_on(self.step_count, generated)
-            for name in ("metrics.jsonl", "trained.jsonl"):
-                self._lines[name] = _go_on(folder / name, self.step_count)
+            for name in (METRICS, TRAINED):
+                self._lines[name] = open_cut_back(folder / name, lambda line: line["step"] <= self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / "weights"))
         self.version = max(self.version, self._announced())
@@ -425,8 +426,8 @@ class Learner:
             "idle_ratio": idle_ratio,
             "unix_s": time.time(),
         }
-        self._append("metrics.jsonl", line)
-        self._append("trained.jsonl", _trained_line(self.step_count, self.version, batch))
+        self._append(METRICS, line)
+        self._append(TRAINED, _trained_line(self.step_count, self.version, batch).to_json())
         metrics.learner_steps.inc()
         metrics.learner_tokens.inc(seen.tokens)
         metrics.learner_loss.set(loss)
@@ -557,36 +558,13 @@ def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: in
     os.replace(draft, target.with_suffix(".json"))
 
 
-def _trained_line(step: int, version: int, batch: list[Received]) -> dict[str, Any]:
+def _trained_line(step: int, version: int, batch: list[Received]) -> Trained:
     """What a step was trained on: rollout, tokens, digest (8 bytes) of their ids as little-endian int32."""
     trajectories = [one.trajectory for one in batch]
-    return {
-        "step": step,
-        "policy_version": version,
-        "rids": [one.rid for one in trajectories],
-        "tokens": [len(one.tokens) for one in trajectories],
-        "digests": [row_digest(one.tokens) for one in trajectories],
-    }
-
-
-def _go_on(path: Path, step: int) -> IO[str]:
-    """Open for appending, without the lines behind `step`: those steps will be done again.
-
-    The file is always a new one, so that a former learner, which has the old one open, cannot write into it.
-    """
-    draft = path.with_suffix(".tmp")
-    with draft.open("w") as file:
-        file.writelines(raw for raw, _ in takewhile(lambda one: one[1]["step"] <= step, _whole_lines(path)))
-    os.replace(draft, path)
-    return path.open("a")
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line as it stands and as it reads, up to one that was torn off; nothing where there is no file."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            yield line, json.loads(line)
+    return Trained(
+        step=step,
+        policy_version=version,
+        rids=[one.rid for one in trajectories],
+        tokens=[len(one.tokens) for one in trajectories],
+        digests=[row_digest(one.tokens) for one in trajectories],
+    )

@@ -36,6 +36,7 @@ from pathlib import Path
 from common.config import ConfigError
 from common.messages import Ints
 from common.pretrained import Pair, check_pair
+from common.runfiles.records import TRACES
 from common.weights import write_text
 from ops.audit_chances import SOURCES, Audited, rows_of
 from ops.audit_cuts import Reader, Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
@@ -75,7 +76,7 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
 
 def _records(run: Run) -> list[Record]:
     """Raises ConfigError where there is nothing that could be continued, or nobody to judge it."""
-    data, traces = run.config.data, run.folder / "traces.jsonl"
+    data, traces = run.config.data, run.folder / TRACES
     if data.task == "dataset" and data.verifier == "none":
         raise ConfigError(f"{run.folder}: data.verifier is none, so nobody can judge continuations; allowed: any other")
     if not traces.is_file():
@@ -96,7 +97,7 @@ class _Auditor:
 
     def __init__(self, run: Run, source: TaskSource, pair: Pair, samples: int, seed: int) -> None:
         self._config, self._source, self._pair = run.config, source, pair
-        self._traces = run.folder / "traces.jsonl"
+        self._traces = run.folder / TRACES
         self._samples, self._seed = samples, seed
 
     def look(self, cuts: Sequence[Record], uncut: Sequence[Record | None], student: Weights) -> list[Audited]:

@@ -5,19 +5,17 @@ From a run's folder alone, no torch. Lengths and places are in tokens of the com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from actors.books import read_lines
-from common.config import ConfigError
 from common.draws import draw
 from common.messages import Ints
+from common.runfiles.lines import read_lines
+from common.runfiles.records import BookLine, Trace
 from ops.report_data import read_trace
 from ops.tasks.verifiers import behind_thought
 
@@ -48,43 +46,30 @@ class Record:
     whole: bool | None
 
 
-def read_records(traces: Path, books: Iterable[dict[str, Any]]) -> list[Record]:
+def read_records(traces: Path, books: Iterable[BookLine]) -> list[Record]:
     """All booked rollouts of traces.jsonl, in the order they were booked. Raises ConfigError for a damaged line."""
-    booked = {line["rid"]: line for line in books}
-    with _named(traces):
-        return [_record(line, booked[line["rid"]]) for line in read_lines(traces) if line["rid"] in booked]
+    booked = {line.rid: line for line in books}
+    return [_record(trace, booked[trace.rid]) for trace in read_lines(traces, read_trace) if trace.rid in booked]
 
 
 def read_tokens(traces: Path, rids: Collection[str]) -> dict[str, Ints]:
     """Tokens on record, int32 [written], of these rollouts: the file may be far larger than memory. Raises ConfigError
     for a damaged line."""
-    with _named(traces):
-        return {line["rid"]: read_trace(line).tokens for line in read_lines(traces) if line["rid"] in rids}
+    return {trace.rid: trace.tokens for trace in read_lines(traces, read_trace, rids=rids)}
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Raises ConfigError, with the path, for what damaged lines raise."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _record(line: dict[str, Any], booked: dict[str, Any]) -> Record:
-    trace = read_trace(line)
-    written = len(trace.tokens)
+def _record(trace: Trace, booked: BookLine) -> Record:
     return Record(
         rid=trace.rid,
         arm=trace.arm,
-        problem=int(line["problem"]),
-        version=int(line["version"]),
+        problem=trace.problem,
+        version=trace.version,
         keep=trace.keep,
         trigger=trace.trigger,
-        written=written,
-        fired=bool(line["cut"]) or trace.keep < written,
-        active=booked["active"],
-        whole=None if line["cut"] else booked["correct"],
+        written=trace.written,
+        fired=trace.fired,
+        active=booked.active,
+        whole=None if trace.stopped else booked.correct,
     )
 
 

@@ -22,6 +22,8 @@ from actors.head import Float32Head
 from actors.models import load_model
 from common.config import Config
 from common.pretrained import Pair, check_pair
+from common.runfiles.lines import read_lines
+from common.runfiles.records import METRICS
 from ops.source import TaskSource
 
 _WRITTEN = 160  # tokens a row in one repeat of the engine's bench
@@ -194,7 +196,7 @@ def _one_run(config: Config, repeat: int) -> dict[str, Any]:
         code = _quietly(lambda: run_locally(here, resume=False, fresh=False))
         if code != 0:
             raise RuntimeError(f"the run to measure ended with {code}")
-        steps = [json.loads(line) for line in (here.run_dir / "metrics.jsonl").read_text().splitlines()]
+        steps = list(read_lines(here.run_dir / METRICS))
         summary = json.loads((here.run_dir / "summary.json").read_text())
         busy = json.loads((here.run_dir / "busy.json").read_text())
     # The first step waits for models to load and is left out.

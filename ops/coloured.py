@@ -125,7 +125,7 @@ def _marks(reading: Reading) -> dict[int, str]:
         return {}
     if reading.ending == "dead" or reading.finish_reason == "unfinished":
         return {}
-    cut = "cut" if reading.cut else "would be cut"
+    cut = "cut" if reading.stopped else "would be cut"
     marks = {reading.keep: f"✂ {cut}: {reading.keep} kept"}
     fired = f"fired: {reading.trigger} seen"
     if reading.trigger == reading.keep:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.books import compared, read_lines
 from common.config import Config, ConfigError, load
+from common.runfiles.lines import Object, read_lines
+from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
 from ops import compare_drift as drift
 from ops import endings, matching
 from ops import report_data as data
@@ -73,7 +74,7 @@ class Result:
     config: Config
     figures: dict[str, float | None]
     curve: list[data.Accuracy]
-    steps: list[data.Line]
+    steps: list[Object]
     k: int | None
     problems: int | None
     evaluated_step: int | None
@@ -147,12 +148,12 @@ def read_result(folder: Path, cell: Cell) -> Result:
     config = load(run / "config.yaml")
     summary = read_json(run / "summary.json")
     try:
-        lines = list(read_lines(run / "rollouts.jsonl"))
-        evaluations = sorted(read_lines(run / "eval.jsonl"), key=lambda line: int(line["step"]))
+        lines = list(read_lines(run / ROLLOUTS, BookLine.from_json))
+        evaluations = sorted(read_lines(run / EVALUATIONS), key=lambda line: int(line["step"]))
         curve = data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size))
         last = evaluations[-1] if evaluations else {}
         ended = endings.by_ending(lines)
-        steps = drift.judged(list(read_lines(run / "metrics.jsonl")), config.termination.policy)
+        steps = drift.judged(list(read_lines(run / METRICS)), config.termination.policy)
         return Result(
             cell,
             config,
@@ -168,10 +169,10 @@ def read_result(folder: Path, cell: Cell) -> Result:
         raise ConfigError(f"{run}: damaged ({error!r:.200}); expected the folder of a finished run") from error
 
 
-def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[data.Line]) -> dict[str, float | None]:
+def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[BookLine]) -> dict[str, float | None]:
     arms = [summary["arms"][arm] for arm in ARMS]
     names = ("tokens_generated", "tokens_trained", "tokens_detection", "tokens_overshoot")
-    by_arm = {arm: [line for line in lines if compared(line) and line["arm"] == arm] for arm in ARMS}
+    by_arm = {arm: [line for line in lines if line.compared and line.arm == arm] for arm in ARMS}
     return {
         "avg_at_k": last.get("avg@k"),
         "pass_at_k": last.get("pass@k"),
@@ -197,8 +198,8 @@ def _left_out_figures(ended: dict[str, endings.Ended]) -> dict[str, float | None
     return figures
 
 
-def _mean(lines: Iterable[data.Line], name: str) -> float | None:
-    return drift.mean_known(line[name] for line in lines)
+def _mean(lines: Iterable[BookLine], name: str) -> float | None:
+    return drift.mean_known(getattr(line, name) for line in lines)
 
 
 def to_csv(comparison: Comparison) -> str:

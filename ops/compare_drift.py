@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.policies import POLICIES
-from ops.report_data import Line
+from common.runfiles.lines import Object
 
 GUARDS = ("threshold", "cut_rate_treated", "cut_rate_control", "repetition", "truncation_rate", "entropy")
 """Figures of metrics.jsonl that move when training runs off with itself."""
@@ -21,7 +21,7 @@ class Point:
     value: float
 
 
-def judged(lines: Sequence[Line], policy: str) -> list[Line]:
+def judged(lines: Sequence[Object], policy: str) -> list[Object]:
     """The steps in which the policy could have cut, by step: those in which a rollout with a number was trained.
 
     Before that a policy that calibrates cuts nothing, which would look like a cut rate that rises. In its first steps
@@ -38,12 +38,12 @@ def judged(lines: Sequence[Line], policy: str) -> list[Line]:
     return sorted(kept, key=lambda line: line["step"])
 
 
-def cut_something(cells: Iterable[Sequence[Line]]) -> bool:
+def cut_something(cells: Iterable[Sequence[Object]]) -> bool:
     """Whether a treated rollout was cut in any step of these cells."""
     return any(line["cut_rate_treated"] for steps in cells for line in steps)
 
 
-def early_and_late(steps: Sequence[Line]) -> dict[str, float | None]:
+def early_and_late(steps: Sequence[Object]) -> dict[str, float | None]:
     """`{guard}_early` and `{guard}_late`: its means over the first and the last third of the judged steps.
 
     None where a third has no such figure, or there are fewer than three steps.
@@ -63,7 +63,7 @@ def mean_known(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def course(cells: Sequence[Sequence[Line]], guard: str, bins: int = 12) -> list[Point]:
+def course(cells: Sequence[Sequence[Object]], guard: str, bins: int = 12) -> list[Point]:
     """A guard along a row's cells: at most `bins` points, each the mean over the cells of their means over a stretch of
     steps. Stretches that not all cells have are left out, or the line would move where a cell begins or ends; empty
     where there is none."""

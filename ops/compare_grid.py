@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actors.books import read_lines
 from common import policy_names
 from common.config import Config, ConfigError, load, parse
+from common.runfiles.lines import read_lines
+from common.runfiles.records import EVALUATIONS
 from ops.matching import matched_config
 from ops.rundir import read_json, write_json
 
@@ -251,7 +252,7 @@ def missing(folder: Path) -> str:
     evaluates = load(folder / "config.yaml").eval.every_steps > 0
     summary = read_json(folder / "summary.json")
     try:
-        steps = [int(line["step"]) for line in read_lines(folder / "eval.jsonl")]
+        steps = [int(line["step"]) for line in read_lines(folder / EVALUATIONS)]
         if summary["wall_s"] is None:
             return "no wall-clock time in summary.json"
         if evaluates and max(steps, default=None) != summary["steps"]:

@@ -10,11 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from common.runfiles.lines import Object
 from ops import report_panels as panels
 from ops.compare_data import Comparison
 from ops.compare_drift import Point, course, cut_something
 from ops.compare_stats import mean_interval
-from ops.report_data import Accuracy, Line
+from ops.report_data import Accuracy
 
 _COLOURS = (
     panels.GREY,
@@ -115,7 +116,7 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
     panels.plain(axes)
 
 
-_Courses = Mapping[str, Sequence[Sequence[Line]]]
+_Courses = Mapping[str, Sequence[Sequence[Object]]]
 
 
 def _draw_cut_rates(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:

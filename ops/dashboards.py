@@ -218,7 +218,7 @@ _SAVINGS = Row(
         Panel(
             "How rollouts end",
             "Rollouts booked a second, by their finish reason: eos is the student's own end, length the limit, "
-            "kl_trap the cut where the teacher's signal goes dead.",
+            "kl_trap that the writing was stopped where the teacher's signal goes dead (never under mask and shadow).",
             "suffix: /s",
             (Query(rate("rollouts_finished_total", "reason"), "{{reason}}"),),
             stacked=True,
@@ -249,10 +249,11 @@ _DIVERGENCE = Row(
             (Query(f"max({of('kat_threshold_nats', job='arbiter')})", "threshold"),),
         ),
         Panel(
-            "Cut rate",
-            "Share cut among the last 256 treated verdicts. 0 or 1 for long: the rule does nothing, or cuts all.",
+            "Cut rate (policy fired)",
+            "Share of the last 256 treated rollouts that could be cut in which the policy fired, applied or not: under "
+            "mask and shadow too, where nothing is stopped. 0 or 1 for long: the rule does nothing, or cuts all.",
             "percentunit",
-            (Query(f"max({of('kat_cut_rate', job='arbiter')})", "cut"),),
+            (Query(f"max({of('kat_cut_rate', job='arbiter')})", "fired"),),
             top=1.0,
         ),
         Panel(
@@ -459,9 +460,9 @@ _DRIFT = Row(
             top=1.0,
         ),
         Panel(
-            "Cut rate by arm",
-            "Share of the last step's rollouts that the policy cut (treated) or would have cut (control: the rule on "
-            "whole rollouts). If both rise and repetition does not, it is the threshold that climbs.",
+            "Cut rate by arm (policy fired)",
+            "Share of the last step's rollouts in which the policy fired, applied or not; in the control arm it judges "
+            "whole rollouts. If both rise and repetition does not, it is the threshold that climbs.",
             "percentunit",
             (_drift("cut_treated", "treated"), _drift("cut_control", "control")),
             top=1.0,

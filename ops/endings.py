@@ -17,9 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actors.books import fate
-
-Line = dict[str, Any]
+from common.runfiles.records import BookLine
 
 MEANINGS = {
     "stale": "older than learner.max_staleness when its turn came",
@@ -94,31 +92,30 @@ class LeftOut:
         return self.ended.fate not in _BY_DESIGN and self.ended.share > NEGLIGIBLE and self.fair is not True
 
 
-def by_ending(lines: Iterable[Line]) -> dict[str, Ended]:
+def by_ending(lines: Iterable[BookLine]) -> dict[str, Ended]:
     """Fate → what ended so: the trained first, then the most frequent."""
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[BookLine]] = {}
     for line in lines:
-        groups.setdefault(fate(line), []).append(line)
+        groups.setdefault(line.fate, []).append(line)
     trained = len(groups.get("trained", ()))
     order = sorted(groups, key=lambda name: (name != "trained", -len(groups[name]), name))
     return {name: _ended(name, groups[name], trained) for name in order}
 
 
-def _ended(name: str, lines: Sequence[Line], trained: int) -> Ended:
+def _ended(name: str, lines: Sequence[BookLine], trained: int) -> Ended:
     return Ended(
         fate=name,
         rollouts=len(lines),
         share=1.0 if name == "trained" else len(lines) / (len(lines) + trained),
         trainable=_lengths([known for line in lines if (known := _trainable(line)) is not None]),
-        generated=None if name == "lost" else _lengths([line["tokens_generated"] for line in lines]),
-        at_limit=sum(line["finish_reason"] == "length" for line in lines),
+        generated=None if name == "lost" else _lengths([line.tokens_generated for line in lines]),
+        at_limit=sum(line.finish_reason == "length" for line in lines),
     )
 
 
-def _trainable(line: Line) -> int | None:
+def _trainable(line: BookLine) -> int | None:
     """Of the trained also in books older than the field."""
-    known: int | None = line["tokens_trained"] if line["ending"] == "trained" else line.get("tokens_trainable")
-    return known
+    return line.tokens_trained if line.ending == "trained" else line.tokens_trainable
 
 
 def _lengths(tokens: Sequence[int]) -> Lengths | None:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from actors.books import append_lines, open_whole_lines, read_lines
 from actors.engine import Decoder
 from actors.models import load_model
 from common import metrics
 from common.config import Config, ConfigError
 from common.messages import Ints
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
+from common.runfiles.lines import append_lines, open_whole_lines, read_lines
+from common.runfiles.records import EVALUATIONS
 from common.weights import BadWeights, WeightsRef, verified
 from ops.source import TaskSource
 
@@ -238,7 +239,7 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
     """
     os.nice(19)
     evaluator: Evaluator | None = None
-    folder, results = config.run_dir / "eval", config.run_dir / "eval.jsonl"
+    folder, results = config.run_dir / "eval", config.run_dir / EVALUATIONS
     for line in [*read_lines(results)][-1:]:
         _show(line)
     while not stop.is_set():

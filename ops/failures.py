@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 
+from common.runfiles.records import EVALUATIONS
 from common.streams import Plane
 
 MOST = 5
@@ -65,7 +66,7 @@ def _of_feeder(plane: Plane, _: Path) -> Hashable:
 
 
 def _of_evaluator(_: Plane, folder: Path) -> Hashable:
-    path = folder / "eval.jsonl"
+    path = folder / EVALUATIONS
     return ("evaluator", path.stat().st_size if path.exists() else 0)
 
 

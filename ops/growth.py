@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.books import compared
 from common.config import ConfigError, load
+from common.runfiles.lines import Tail, an_object, last_lines
+from common.runfiles.records import CONFIG, LEDGER, METRICS, ROLLOUTS, TRACES, BookLine, Trace
 from ops.summary import length_saving
-from ops.tail import Tail, last_lines
 
 _RATE_S = 10.0  # rates are means over this long
 _MOST_COMPARED = 200_000  # rollouts that the saving is worked out from: the newest
@@ -69,22 +69,30 @@ class Rate:
 # --- the run's folder -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """As much of a line as the saving takes: there are many."""
+
+    arm: str
+    problem: int
+    tokens_generated: int
+    compared: bool = True
+
+
 class Folder:
     """What grows in the run's folder: books, steps, traces. All empty where the folder is not to be seen."""
 
-    _FIELDS = ("arm", "problem", "tokens_generated", "ending", "reason", "active")
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._books, self._steps = Tail(folder / "rollouts.jsonl"), Tail(folder / "metrics.jsonl")
+        self._books, self._steps = Tail(folder / ROLLOUTS, BookLine.from_json), Tail(folder / METRICS, an_object)
         self._cut_back = 0  # how often the steps were cut back to a checkpoint
         self.steps: deque[dict[str, Any]] = deque(maxlen=20)
         self._begin()
 
     def _begin(self) -> None:
-        self._compared: deque[dict[str, Any]] = deque(maxlen=_MOST_COMPARED)
-        self._cuts: deque[bool] = deque(maxlen=256)
-        self.newest: dict[str, dict[str, Any]] = {}  # lines of the newest rollouts, by id
+        self._compared: deque[_Compared] = deque(maxlen=_MOST_COMPARED)
+        self._fired: deque[bool] = deque(maxlen=256)
+        self.newest: dict[str, BookLine] = {}  # lines of the newest rollouts, by id
         self._saving = Saving()
         self._fresh, self._due_at = 0, 0.0
 
@@ -97,22 +105,19 @@ class Folder:
                 self._begin()
             for line in lines:
                 self._note(line)
-        while lines := self._steps.read():
+        while steps := self._steps.read():
             if self._steps.renewed != self._cut_back:
                 self._cut_back = self._steps.renewed
                 self.steps.clear()
-            self.steps.extend(lines)
+            self.steps.extend(steps)
 
-    def _note(self, line: dict[str, Any]) -> None:
-        try:
-            if compared(line):
-                self._compared.append({name: line[name] for name in self._FIELDS})
-                self._fresh += 1
-                if line["arm"] == "treated":
-                    self._cuts.append(line["tokens_kept"] < line["tokens_generated"])
-            self.newest[line["rid"]] = line
-        except KeyError:
-            self._books.broken += 1
+    def _note(self, line: BookLine) -> None:
+        if line.compared:
+            self._compared.append(_Compared(line.arm, line.problem, line.tokens_generated))
+            self._fresh += 1
+            if line.arm == "treated":
+                self._fired.append(line.fired)
+        self.newest[line.rid] = line
         if len(self.newest) > _NEWEST:
             del self.newest[next(iter(self.newest))]
 
@@ -128,8 +133,8 @@ class Folder:
         return self._saving
 
     def cut_rate(self) -> float | None:
-        """Share cut of the last 256 treated rollouts that could have been."""
-        return sum(self._cuts) / len(self._cuts) if self._cuts else None
+        """Share of the last 256 treated rollouts that could have been cut in which the policy fired, applied or not."""
+        return sum(self._fired) / len(self._fired) if self._fired else None
 
     def last_step(self, name: str) -> Any:
         return self.steps[-1].get(name) if self.steps else None
@@ -144,15 +149,15 @@ class Folder:
             return None
         return sum(tokens for _, tokens in timed[1:]) / (timed[-1][0] - timed[0][0])
 
-    def traces(self, most: int) -> list[dict[str, Any]]:
+    def traces(self, most: int) -> list[Trace]:
         """The last verdicts on record, oldest first; fewer than `most` where they are long."""
-        return last_lines(self._folder / "traces.jsonl", _TRACE_BYTES)[-most:]
+        return last_lines(self._folder / TRACES, Trace.from_json, _TRACE_BYTES)[-most:]
 
     def closed_ledger(self) -> dict[str, int] | None:
         """Counts of a finished run, named as in Redis; None for one that has steps to do or rollouts open."""
         try:
-            learner = load(self._folder / "config.yaml").learner
-            ledger = json.loads((self._folder / "ledger.json").read_bytes())
+            learner = load(self._folder / CONFIG).learner
+            ledger = json.loads((self._folder / LEDGER).read_bytes())
             dropped = {f"dropped:{reason}": int(many) for reason, many in ledger["dropped"].items()}
             counts = {name: int(ledger[name]) for name in ("admitted", "trained", "dead", "open")}
         except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

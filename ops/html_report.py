@@ -30,6 +30,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.config import Config
+from common.runfiles.records import BookLine
 from common.weights import write_atomically
 from ops import endings
 from ops import report_data as data
@@ -54,23 +55,23 @@ class Column:
     title: str
     kind: str
     meaning: str
-    value: Callable[[int, data.Line], Any]
+    value: Callable[[int, BookLine], Any]
 
 
-def _field(name: str) -> Callable[[int, data.Line], Any]:
-    return lambda _, line: line[name]
+def _field(name: str) -> Callable[[int, BookLine], Any]:
+    return lambda _, line: getattr(line, name)
 
 
-def _seconds(begin: str, end: str) -> Callable[[int, data.Line], Any]:
-    def between(_: int, line: data.Line) -> float | None:
-        times = line.get(begin), line.get(end)
+def _seconds(begin: str, end: str) -> Callable[[int, BookLine], Any]:
+    def between(_: int, line: BookLine) -> float | None:
+        times = getattr(line, begin), getattr(line, end)
         return None if times[0] is None or times[1] is None else round(times[1] - times[0], 3)
 
     return between
 
 
-def _ending(_: int, line: data.Line) -> str:
-    return str(line["ending"]) + (f": {line['reason']}" if line["reason"] else "")
+def _ending(_: int, line: BookLine) -> str:
+    return line.ending + (f": {line.reason}" if line.reason else "")
 
 
 COLUMNS = (
@@ -176,7 +177,7 @@ def _facts(run: Run) -> str:
         ("wall time", _wall_text(run)),
         ("models", f"{config.student.model} learns from {config.teacher.model}"),
         ("task", f"{config.data.task}, at most {config.rollout.max_completion_length} tokens"),
-        ("policy", data.policy_text(config, run.lines)),
+        ("policy", data.policy_text(config, (line.threshold for line in run.lines))),
         ("length saving", _saving_text(run.saving)),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),
@@ -196,8 +197,8 @@ def _wall_text(run: Run) -> str:
     """`katana run` measures its time; on a cluster nobody is there from the beginning to the end but the books."""
     if run.wall_s is not None:
         return _duration(run.wall_s)
-    begun = [line["admitted_unix_s"] for line in run.lines if line.get("admitted_unix_s") is not None]
-    ended = [line["ended_unix_s"] for line in run.lines if line.get("ended_unix_s") is not None]
+    begun = [line.admitted_unix_s for line in run.lines if line.admitted_unix_s is not None]
+    ended = [line.ended_unix_s for line in run.lines if line.ended_unix_s is not None]
     if not begun or not ended:
         return "not known before the run ends"
     return f"{_duration(max(ended) - min(begun))} from the first rollout to the last on record"
@@ -284,20 +285,20 @@ def _newest_time(run: Run) -> str:
 # --- the rollouts --------------------------------------------------------------------------------------------------
 
 
-def choose(lines: Sequence[data.Line]) -> list[int]:
+def choose(lines: Sequence[BookLine]) -> list[int]:
     """Places of the rollouts that are in the page, in the order of the books: NEWEST and SAMPLED, while they fit."""
     split = max(0, len(lines) - NEWEST)
     groups: dict[tuple[str, ...], list[int]] = {}
     for place in range(split):
         line = lines[place]
-        groups.setdefault((line["arm"], line["finish_reason"], line["ending"], line["reason"]), []).append(place)
+        groups.setdefault((line.arm, line.finish_reason, line.ending, line.reason), []).append(place)
     older: list[int] = []
     # The smallest first: what it leaves over goes to the others.
     for left, group in zip(range(len(groups), 0, -1), sorted(groups.values(), key=len), strict=True):
         older += data.spread(group, (SAMPLED - len(older)) // left)
     tokens, chosen = 0, []
     for place in [*reversed(range(split, len(lines))), *older]:
-        size = lines[place]["tokens_generated"]
+        size = lines[place].tokens_generated
         if tokens + size <= MOST_TOKENS:
             tokens += size
             chosen.append(place)
@@ -306,9 +307,9 @@ def choose(lines: Sequence[data.Line]) -> list[int]:
 
 def table_data(run: Run, chosen: Sequence[int]) -> dict[str, Any]:
     """What the page's script reads; see the top of this file. Raises ConfigError."""
-    timed = any(line.get("admitted_unix_s") is not None for line in run.lines)
+    timed = any(line.admitted_unix_s is not None for line in run.lines)
     columns = COLUMNS if timed else COLUMNS[:-1]
-    rids = {run.lines[place]["rid"] for place in chosen}
+    rids = {run.lines[place].rid for place in chosen}
     readings = list(readings_from_folder(run.folder, run.config, rids, words=_RememberedWords(run.config, run.folder)))
     pieces: dict[tuple[int, str], int] = {}
     for reading in readings:

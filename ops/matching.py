@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import ENDS_BY_ITSELF, compared, read_lines
 from common.config import Config, ConfigError, load
+from common.runfiles.lines import read_lines
+from common.runfiles.records import CONFIG, ROLLOUTS, SUMMARY, BookLine
 from ops.bootstrap import interval, resampled_sums
 from ops.matching_means import (
     TOLERANCE,
@@ -235,16 +235,16 @@ def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
 
 def _config(folder: Path) -> Config:
     """The config of a run. Raises ConfigError, also where the folder is no run's."""
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / "config.yaml")
+    return load(folder / CONFIG)
 
 
 def _arms(folder: Path) -> tuple[Arm, Arm]:
     """Both arms of a finished run. Raises ConfigError, also where no treated rollout could have been cut."""
     try:
         _check_finished(folder)
-        arms = [_arm([line for line in _compared(folder) if line["arm"] == name]) for name in ("treated", "control")]
+        arms = [_arm([line for line in _compared(folder) if line.arm == name]) for name in ("treated", "control")]
     except ConfigError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -256,34 +256,30 @@ def _arms(folder: Path) -> tuple[Arm, Arm]:
 
 def _check_finished(folder: Path) -> None:
     """What is still being written when a run is looked at is longer than what has ended."""
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY).is_file():
         raise ConfigError(f"{folder}: not finished, there is no summary.json; go on with `katana run … --resume`")
-    left = read_json(folder / "summary.json")["ledger"].get("open", 0)
+    left = read_json(folder / SUMMARY)["ledger"].get("open", 0)
     if left:
         raise ConfigError(f"{folder}: not finished, {left} rollouts are open; go on with `katana run … --resume`")
 
 
-def _compared(folder: Path) -> list[dict[str, Any]]:
-    lines = read_lines(folder / "rollouts.jsonl")
-    return [line for line in lines if compared(line) and line["finish_reason"] != "unfinished"]
+def _compared(folder: Path) -> list[BookLine]:
+    return [line for line in read_lines(folder / ROLLOUTS, BookLine.from_json) if line.compared and line.judged]
 
 
 def _active_since(folder: Path) -> int:
     """The policy version that the first compared rollout ended under."""
-    try:
-        return int(min(line["policy_version_last"] for line in _compared(folder)))
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}: rollouts.jsonl is damaged ({error!r:.200})") from error
+    return min(line.policy_version_last for line in _compared(folder))
 
 
-def _arm(lines: list[dict[str, Any]]) -> Arm:
+def _arm(lines: list[BookLine]) -> Arm:
     def column(*names: str) -> Reals:
-        return np.array([sum(line[name] for name in names) for line in lines], np.float64)
+        return np.array([sum(getattr(line, name) for name in names) for line in lines], np.float64)
 
     return Arm(
         problem=column("problem"),
         seen=column("tokens_kept", "tokens_detection"),
         kept=column("tokens_kept"),
         generated=column("tokens_generated"),
-        cut=np.array([line["finish_reason"] not in ENDS_BY_ITSELF for line in lines], np.bool_),
+        cut=np.array([line.stopped for line in lines], np.bool_),
     )

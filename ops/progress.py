@@ -15,10 +15,11 @@ from rich.table import Table
 
 from common.config import Config
 from common.policies import written
+from common.runfiles.lines import Tail, an_object, last_lines
+from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
 from common.streams import Plane
 from ops import endings
 from ops.summary import ARMS, length_saving
-from ops.tail import Tail, last_lines
 
 _STEPS_BYTES = 16 << 10  # of metrics.jsonl at a look: some 30 steps
 
@@ -28,11 +29,14 @@ class Progress:
 
     def __init__(self, config: Config, plane: Plane) -> None:
         self._config, self._plane = config, plane
-        self._lines, self._evals = Tail(config.run_dir / "rollouts.jsonl"), Tail(config.run_dir / "eval.jsonl")
+        self._lines, self._evals = (
+            Tail(config.run_dir / ROLLOUTS, BookLine.from_json),
+            Tail(config.run_dir / EVALUATIONS, an_object),
+        )
         self._step: dict[str, Any] = {}
         self._read_steps()  # a former session's
         self._eval: dict[str, Any] = {}
-        self._booked: deque[dict[str, Any]] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
+        self._booked: deque[BookLine] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
         self._pace: deque[tuple[float, float]] = deque(maxlen=20)  # when, and the share of the run done by then
@@ -72,7 +76,7 @@ class Progress:
         self._eval = [self._eval, *self._evals.read()][-1]
         for line in self._lines.read():
             self._booked.append(line)
-            self._recent[line["arm"]].append(line["tokens_generated"])
+            self._recent[line.arm].append(line.tokens_generated)
         try:
             self._ask()
         except (redis.exceptions.RedisError, OSError):
@@ -90,7 +94,7 @@ class Progress:
         this process kept, 1 to 2 MB more at each restart in a soak of 2,700 steps.
         """
         before = self._step.get("step", 0)
-        lines = last_lines(self._config.run_dir / "metrics.jsonl", _STEPS_BYTES)
+        lines = last_lines(self._config.run_dir / METRICS, an_object, _STEPS_BYTES)
         self._step = [self._step, *lines][-1]
         return [line for line in lines if line["step"] > before]
 

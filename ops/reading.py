@@ -5,26 +5,22 @@ From a run's folder (`rollouts.jsonl`, `traces.jsonl`) once it is booked, from R
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.config import Config, ConfigError
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number
 from common.pretrained import ModelError, find_model, load_tokenizer, read_facts, text_of
+from common.runfiles.lines import read_lines, rid_of_line, whole_lines
+from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, Audit, BookLine, Trace
 from common.wire.record import divergence_field, tokens_field
 
 Decode = Callable[[Sequence[int]], str]
 PARTS = ("kept", "detection", "overshoot")
-_RID = b'{"rid":"'  # how every line of both files begins
 _OPEN = "open"
 # What a decoder puts where bytes are no character (yet).
 _REPLACEMENT = "\ufffd"
@@ -75,7 +71,7 @@ class Reading:
     threshold: float | None
     min_window: float | None
     problem: int = 0
-    cut: bool = False  # whether the writing was stopped
+    stopped: bool = False  # whether the policy stopped the writing
     generated: int = 0  # tokens written; beyond those in `tokens`, as far as is known
     chunks: tuple[Chunk, ...] = ()  # where it is on record
     worker: str = ""  # that writes it, or was the last to
@@ -213,73 +209,63 @@ def readings_from_folder(
     """
     words = words or Words(config, folder)
     prompts = _Prompts(config, folder)
-    booked = _lines(folder / "rollouts.jsonl", rids)
-    for trace in _lines(folder / "traces.jsonl", rids):
+    booked = read_lines(folder / ROLLOUTS, BookLine.from_json, rids=rids)
+    for trace in read_lines(folder / TRACES, Trace.from_json, rids=rids):
         # The same order in both; those without a verdict have no trace.
-        line = next((line for line in booked if line["rid"] == trace["rid"]), None)
+        line = next((line for line in booked if line.rid == trace.rid), None)
         if line is None:
             return
-        yield _reading_of(folder, line, trace, words, prompts)
+        yield _reading_of(line, trace, words, prompts)
 
 
-def booked_line(folder: Path, rid: str) -> dict[str, Any] | None:
+def booked_line(folder: Path, rid: str) -> BookLine | None:
     """The line of a rollout in `rollouts.jsonl`; None where it is not booked. Raises ConfigError."""
-    return next(_lines(folder / "rollouts.jsonl", {rid}), None)
+    return next(read_lines(folder / ROLLOUTS, BookLine.from_json, rids={rid}), None)
 
 
-def reading_of_line(line: Mapping[str, Any], config: Config) -> Reading:
-    """A booked rollout of which no trace is kept: what the books tell, without a text. Raises ConfigError."""
-    try:
-        reading = _booked(line, _Prompts(config, config.run_dir))
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"rollouts.jsonl: the line of {line.get('rid')} cannot be read ({error!r})") from error
+def reading_of_line(line: BookLine, config: Config) -> Reading:
+    """A booked rollout of which no trace is kept: what the books tell, without a text."""
+    reading = _booked(line, _Prompts(config, config.run_dir))
     return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off", *reading.notes))
 
 
-def _booked(line: Mapping[str, Any], prompts: _Prompts) -> Reading:
-    """What a line of the books says. Raises KeyError, TypeError."""
+def _booked(line: BookLine, prompts: _Prompts) -> Reading:
+    """What a line of the books says."""
     return Reading(
-        rid=line["rid"],
-        arm=line["arm"],
-        prompt=prompts.of(line["problem"]),
+        rid=line.rid,
+        arm=line.arm,
+        prompt=prompts.of(line.problem),
         tokens=[],
-        finish_reason=line["finish_reason"],
-        keep=line["tokens_kept"],
-        trigger=line["tokens_kept"] + line["tokens_detection"],
-        threshold=line["threshold"],
-        min_window=line["min_window"],
-        problem=line["problem"],
-        generated=line["tokens_generated"],
-        versions=(line["policy_version_first"], line["policy_version_last"]),
-        ending=line["ending"],
-        reason=line["reason"],
+        finish_reason=line.finish_reason,
+        keep=line.tokens_kept,
+        trigger=line.tokens_kept + line.tokens_detection,
+        threshold=line.threshold,
+        min_window=line.min_window,
+        problem=line.problem,
+        generated=line.tokens_generated,
+        versions=(line.policy_version_first, line.policy_version_last),
+        ending=line.ending,
+        reason=line.reason,
         notes=(f"no prompt: {prompts.missing}",) if prompts.missing else (),
     )
 
 
 def audited_chunks(folder: Path, rid: str) -> tuple[Chunk, ...]:
     """Who wrote which chunk of a booked rollout; nothing without `feeder.record_audit`. Raises ConfigError."""
-    path = folder / "audit.jsonl"
-    for line in _lines(path, {rid}):
-        try:
-            return tuple(
-                Chunk(one["seq"], one["start"], one["n"], one["version"], one["writer"])
-                for one in line["chunks"]
-                if "broken" not in one
-            )
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: the line of {rid} cannot be read ({error!r})") from error
+    for audit in read_lines(folder / AUDIT, Audit.from_json, rids={rid}):
+        return tuple(
+            Chunk(one.seq, one.start, one.n, one.version, one.writer) for one in audit.chunks if one.broken is None
+        )
     return ()
 
 
 def booked_ends(folder: Path) -> tuple[str, str] | None:
     """The lowest and the highest id in `rollouts.jsonl`, which has them in the order of booking; None without any."""
     ends: tuple[str, str] | None = None
-    with contextlib.suppress(FileNotFoundError), (folder / "rollouts.jsonl").open("rb") as file:
-        for raw in file:
-            if rid := _rid_of(raw):
-                low, high = ends or (rid, rid)
-                ends = min(low, rid, key=_by_number), max(high, rid, key=_by_number)
+    for _, raw in whole_lines(folder / ROLLOUTS):
+        if rid := rid_of_line(raw):
+            low, high = ends or (rid, rid)
+            ends = min(low, rid, key=_by_number), max(high, rid, key=_by_number)
     return ends
 
 
@@ -287,41 +273,10 @@ def _by_number(rid: str) -> tuple[int, str]:
     return len(rid), rid
 
 
-def _rid_of(raw: bytes) -> str:
-    """The id that a line begins with, unparsed; "" for a line that begins otherwise."""
-    if not raw.startswith(_RID):
-        return ""
-    return raw[len(_RID) : len(_RID) + 40].partition(b'"')[0].decode("ascii", "replace")
-
-
-def _lines(path: Path, rids: Collection[str] | None) -> Iterator[dict[str, Any]]:
-    """Whole lines, parsed; of `rids` alone where they are given: then the others cost no parsing."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                return
-            if rids is not None and _rid_of(raw) not in rids:
-                continue
-            try:
-                line = json.loads(raw)
-                if not isinstance(line, dict) or not isinstance(line.get("rid"), str):
-                    raise ValueError("no rid in it")
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}:{number}: cannot be read ({error})") from error
-            yield line
-
-
-def _reading_of(folder: Path, line: dict[str, Any], trace: dict[str, Any], words: Words, prompts: _Prompts) -> Reading:
-    try:
-        ids = np.frombuffer(base64.b64decode(trace["tokens"], validate=True), "<i4").tolist()
-        divergence = np.frombuffer(base64.b64decode(trace["divergence"], validate=True), "<f4").tolist()
-        keep, trigger = int(trace["keep"]), int(trace["trigger"])
-        tokens = tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids)
-        return replace(_booked(line, prompts), tokens=tokens, keep=keep, trigger=trigger, cut=trace["cut"])
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
-        raise ConfigError(f"{folder}: rollout {trace['rid']} cannot be read from its files ({error!r})") from error
+def _reading_of(line: BookLine, trace: Trace, words: Words, prompts: _Prompts) -> Reading:
+    ids, divergence, keep, trigger = trace.tokens.tolist(), trace.divergence.tolist(), trace.keep, trace.trigger
+    tokens = tokens_of(ids, divergence, words.decode, keep=keep, trigger=trigger, stop_ids=words.stop_ids)
+    return replace(_booked(line, prompts), tokens=tokens, keep=keep, trigger=trigger, stopped=trace.stopped)
 
 
 class _Prompts:
@@ -402,7 +357,7 @@ def _judged(reading: Reading, verdict: Verdict) -> Reading:
         finish_reason=verdict.finish_reason,
         threshold=verdict.threshold,
         min_window=verdict.min_window,
-        cut=verdict.cut,
+        stopped=verdict.stopped,
         generated=max(reading.generated, verdict.generated or 0),
         versions=(verdict.first_version, verdict.last_version),
     )

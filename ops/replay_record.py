@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.books import compared, number_of
+from actors.books import number_of
 from common.config import Config, ConfigError, load
 from common.draws import draw, rollout_seed
 from common.messages import Floats, Ints
+from common.runfiles.lines import read_lines
+from common.runfiles.records import CONFIG, METRICS, ROLLOUTS, TRACES, BookLine, Trace
 from ops import report_data as data
 
 
@@ -21,8 +22,8 @@ from ops import report_data as data
 class Rollout:
     """A rollout that had its verdict.
 
-    threshold, trigger, keep, cut: as recorded. known: verdicts given before it was admitted. version, step: how far the
-    run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
+    threshold, trigger, keep, stopped: as recorded. known: verdicts given before it was admitted. version, step: how far
+    the run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
     divergence (float32 [n], nats) is whole. counts: the figures are about it.
     """
 
@@ -34,7 +35,7 @@ class Rollout:
     threshold: float | None
     trigger: int
     keep: int
-    cut: bool
+    stopped: bool
     correct: bool | None
     known: int
     version: int
@@ -75,13 +76,14 @@ def read_record(folder: Path, arm: str | None = None) -> Record:
         ConfigError: no run's folder, a damaged file, or nothing in it that counts.
     """
     config = _config(folder)
-    lines = _judged_lines(folder / "rollouts.jsonl")
-    traced = list(_traces(folder / "traces.jsonl", lines))
+    books = read_lines(_present(folder / ROLLOUTS), BookLine.from_json)
+    lines = {line.rid: line for line in books if line.judged}
+    traced = list(_traces(folder / TRACES, lines))
     if not traced:
         raise ConfigError(f"{folder}: nothing to replay: no rollout has a trace (feeder.record_traces) and a verdict")
     # Verdicts of one millisecond were given in the order of their names.
-    traced.sort(key=lambda one: (one.line["verdict_unix_s"], one.line["rid"]))
-    rollouts = _rollouts(config, traced, _step_of_version(folder / "metrics.jsonl"), arm)
+    traced.sort(key=lambda one: (one.line.verdict_unix_s or 0.0, one.line.rid))
+    rollouts = _rollouts(config, traced, _step_of_version(folder / METRICS), arm)
     record = Record(config, rollouts, len(lines) - len(rollouts))
     if not record.counted:
         wanted = "control rollout" if arm == "control" or not record.whole else "rollout"
@@ -94,43 +96,43 @@ def read_record(folder: Path, arm: str | None = None) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class _Traced:
-    """A line of the books with its trace, and whether its writing was stopped."""
+    """A line of the books with its trace."""
 
-    line: dict[str, Any]
-    trace: data.Trace
-    cut: bool
+    line: BookLine
+    trace: Trace
 
 
 def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[Rollout]:
     """`traced` in the order of the verdicts."""
-    stoppable = [config.termination.stops(one.line["arm"]) and bool(one.line["active"]) for one in traced]
+    stoppable = [config.termination.stops(one.line.arm) and one.line.active for one in traced]
     wanted = arm or ("control" if any(stoppable) else "all")
-    verdicts, admissions = ([one.line[name] for one in traced] for name in ("verdict_unix_s", "admitted_unix_s"))
+    verdicts = [one.line.verdict_unix_s or 0.0 for one in traced]
+    admissions = [one.line.admitted_unix_s or 0.0 for one in traced]
     known = np.searchsorted(verdicts, admissions, side="right").tolist()
     rollouts, version = [], 0
-    for place, (one, stopped) in enumerate(zip(traced, stoppable, strict=True)):
-        line, trace, number = one.line, one.trace, number_of(one.line["rid"])
+    for place, (one, bound) in enumerate(zip(traced, stoppable, strict=True)):
+        line, trace, number = one.line, one.trace, number_of(one.line.rid)
         # The arbiter's version at a verdict is not on record; one that has written is out. Deterministic: its own.
-        written = line["policy_version_first" if config.deterministic else "policy_version_last"]
+        written = line.policy_version_first if config.deterministic else line.policy_version_last
         version = written if config.deterministic else max(version, written)
         step = steps.get(version, version)
         rollouts.append(
             Rollout(
-                rid=line["rid"],
-                arm=line["arm"],
-                problem=line["problem"],
+                rid=line.rid,
+                arm=line.arm,
+                problem=line.problem,
                 seed=rollout_seed(config.seed, number),
                 lot=draw(config.seed, "arm", number) / 2**64,
                 threshold=trace.threshold,
                 trigger=trace.trigger,
                 keep=trace.keep,
-                cut=one.cut,
-                correct=line["correct"],
+                stopped=trace.stopped,
+                correct=line.correct,
                 known=min(known[place], place),  # a record of two clocks may say more
                 version=step if config.deterministic else version,
                 step=step,
-                free=not stopped,
-                counts=not stopped and wanted in ("all", line["arm"]) and compared(line | {"active": True}),
+                free=not bound,
+                counts=not bound and wanted in ("all", line.arm) and replace(line, active=True).compared,
                 tokens=trace.tokens,
                 divergence=trace.divergence,
             )
@@ -139,77 +141,39 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
 
 
 def _config(folder: Path) -> Config:
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / "config.yaml")
+    return load(folder / CONFIG)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines with their numbers. Raises ConfigError."""
+def _present(path: Path) -> Path:
+    """Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                line = json.loads(raw)
-                if not isinstance(line, dict):
-                    raise ValueError("no object")
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}:{number}: cannot be read ({str(error)[:200]})") from error
-            yield number, line
+    return path
 
 
-_NEEDED: dict[str, type | tuple[type, ...]] = {
-    "rid": str,
-    "arm": str,
-    "problem": int,
-    "ending": str,
-    "reason": str,
-    "active": bool,
-    "correct": (bool, type(None)),
-    "policy_version_first": int,
-    "policy_version_last": int,
-}
-
-
-def _judged_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines of the books whose rollout had a verdict, by rollout. Raises ConfigError."""
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in _lines(path):
-        for name, kind in _NEEDED.items():
-            if not isinstance(line.get(name), kind):
-                raise ConfigError(f"{path}:{number}: {name} is {line.get(name)!r:.60}")
-        if line.get("finish_reason") != "unfinished":
-            found[line["rid"]] = line
-    return found
-
-
-def _traces(path: Path, lines: dict[str, dict[str, Any]]) -> Iterator[_Traced]:
+def _traces(path: Path, lines: dict[str, BookLine]) -> Iterator[_Traced]:
     """Each rollout that has a line, a trace and both its times. Raises ConfigError."""
     seen: set[str] = set()
-    for number, raw in _lines(path):
-        try:
-            trace, cut = data.read_trace(raw), bool(raw["cut"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}:{number}: damaged ({type(error).__name__}: {str(error)[:200]})") from error
+    for trace in read_lines(_present(path), _finite_trace):
         line = lines.get(trace.rid)
-        timed = line is not None and isinstance(line.get("verdict_unix_s"), float | int)
-        if line is None or not timed or not isinstance(line.get("admitted_unix_s"), float | int) or trace.rid in seen:
+        if line is None or line.verdict_unix_s is None or line.admitted_unix_s is None or trace.rid in seen:
             continue
-        if not np.isfinite(trace.divergence).all():
-            raise ConfigError(f"{path}:{number}: rollout {trace.rid}: a divergence is not finite")
         seen.add(trace.rid)
-        yield _Traced(line, trace, cut)
+        yield _Traced(line, trace)
+
+
+def _finite_trace(value: Any) -> Trace:
+    trace = data.read_trace(value)
+    if not np.isfinite(trace.divergence).all():
+        raise ValueError(f"rollout {trace.rid}: a divergence is not finite")
+    return trace
 
 
 def _step_of_version(path: Path) -> dict[int, int]:
     """The optimizer step that first had a policy version; nothing where the run has no metrics.jsonl."""
     steps: dict[int, int] = {0: 0}
-    for number, line in _lines(path) if path.is_file() else ():
-        try:
-            steps.setdefault(int(line["policy_version"]), int(line["step"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}:{number}: damaged ({type(error).__name__}: {error})") from error
+    for version, step in read_lines(path, lambda line: (int(line["policy_version"]), int(line["step"]))):
+        steps.setdefault(version, step)
     return steps

@@ -39,13 +39,15 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
     `recorded`, `computed`: verdicts by the recorded settings, with numbers on record and computed ones (or none).
     """
     rollouts = record.rollouts
-    numbers = [{"threshold": one.threshold} for one in rollouts]
-    parts = [("recorded", policy_text(record.config, numbers)), ("counted", _counted(record))]
+    parts = [
+        ("recorded", policy_text(record.config, (one.threshold for one in rollouts))),
+        ("counted", _counted(record)),
+    ]
     waiting = Counter(one.arm for one in rollouts if one.free and not one.counts)
     if waiting:
         parts.append(("besides", f"{_arms(waiting)}: not counted, but in the calibration"))
     if not record.whole:
-        stopped = sum(one.cut for one in rollouts if not one.free)
+        stopped = sum(one.stopped for one in rollouts if not one.free)
         spared = sum(not one.free for one in rollouts) - stopped
         parts.append(
             (

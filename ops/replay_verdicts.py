@@ -192,8 +192,8 @@ def reproduced(record: Record, verdicts: Sequence[Verdict]) -> int:
     for one, verdict in zip(record.rollouts, verdicts, strict=True):
         total = len(one.divergence)
         trigger, keep = (verdict.cut.trigger, verdict.cut.keep) if verdict.cut else (total, total)
-        cut = settings.stops(one.arm) and verdict.cut is not None
-        found += (trigger, keep, cut) == (one.trigger, one.keep, one.cut)
+        stopped = settings.stops(one.arm) and verdict.cut is not None
+        found += (trigger, keep, stopped) == (one.trigger, one.keep, one.stopped)
     return found
 
 

@@ -66,7 +66,7 @@ def draw_caption(figure: Figure, run: Run) -> None:
             f"{config.data.task}, at most {config.rollout.max_completion_length} tokens",
         ),
         ("models", f"{Path(config.student.model).name} learns from {Path(config.teacher.model).name}"),
-        ("policy", data.policy_text(config, run.lines)),
+        ("policy", data.policy_text(config, (line.threshold for line in run.lines))),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),
     ]

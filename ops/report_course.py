@@ -1,4 +1,4 @@
-"""Panels of the report on how a run went along: saving, threshold and cut rate, reasons, staleness, latencies, loss."""
+"""Panels of the report on how a run went along: saving, threshold, firing, reasons, staleness, latencies, loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
+from common.runfiles.lines import Object
 from ops import endings
 from ops import report_data as data
 from ops import report_series as series
@@ -83,19 +84,19 @@ def draw_threshold(figure: Figure, run: Run) -> None:
 
 
 def _draw_cut_rate(axes: Any, run: Run) -> None:
-    curve = series.cut_rate_curve(run.lines)
+    curve = series.fired_curve(run.lines)
     if not curve:
         say_missing(axes, "Cut rate", "no rollout that could have been cut")
         return
-    cut, judged = data.cut_share(run.lines)
-    say_title(axes, f"Cut: {percent(cut / judged)} of {judged:,} treated rollouts")
+    fired, judged = data.fired_share(run.lines)
+    say_title(axes, f"{data.fired_word(run.config)}: {percent(fired / judged)} of {judged:,} treated rollouts")
     tokens, shares = [point.tokens for point in curve], [point.share for point in curve]
     low, high = [point.low for point in curve], [point.high for point in curve]
     axes.fill_between(tokens, low, high, color=VERMILLION, alpha=0.16, linewidth=0)
     axes.plot(tokens, shares, color=VERMILLION, linewidth=2.2, marker="o", markersize=4)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_ylabel("cut")
+    axes.set_ylabel("policy fired")
     _over_tokens(axes, run)
 
 
@@ -263,7 +264,7 @@ _GUARDS = {
 
 
 def draw_drift(figure: Figure, run: Run) -> None:
-    """The drift guards step by step, and beneath the cut rate of both arms, the control arm's would-be cuts."""
+    """The drift guards step by step, and beneath where the policy fired, in both arms."""
     above, below = _two_rows(figure, right=0.68)
     steps = _steps_with(run, *_GUARDS)
     if steps:
@@ -283,18 +284,21 @@ def draw_drift(figure: Figure, run: Run) -> None:
 
 
 def _draw_cut_rates(axes: Any, run: Run) -> None:
-    curves = {arm: series.cut_rate_curve(run.lines, bins=8, arm=arm) for arm in ARMS}
+    curves = {arm: series.fired_curve(run.lines, bins=8, arm=arm) for arm in ARMS}
     if not any(curves.values()):
         say_missing(axes, "Cut rate by arm", "no rollout that could have been cut")
         return
-    names = {"treated": ("treated: cut", VERMILLION), "control": ("control: would be", BLUE)}
+    names = {
+        "treated": (f"treated: {data.fired_word(run.config).lower()}", VERMILLION),
+        "control": ("control: would be", BLUE),
+    }
     for arm, curve in curves.items():
         label, colour = names[arm]
         tokens = [point.tokens for point in curve]
         low, high = [point.low for point in curve], [point.high for point in curve]
         axes.fill_between(tokens, low, high, color=colour, alpha=0.14, linewidth=0)
         axes.plot(tokens, [point.share for point in curve], color=colour, linewidth=2.2, marker="o", label=label)
-    say_title(axes, "Cut rate by arm, with 95 % intervals")
+    say_title(axes, "Where the policy fired, by arm, with 95 % intervals")
     _as_shares(axes)
     _over_tokens(axes, run)
 
@@ -309,7 +313,7 @@ def _as_shares(axes: Any) -> None:
 # --- common to them ------------------------------------------------------------------------------------------------
 
 
-def _steps_with(run: Run, *names: str) -> list[data.Line]:
+def _steps_with(run: Run, *names: str) -> list[Object]:
     """Lines of metrics.jsonl that have these figures."""
     return [line for line in run.steps if all(isinstance(line.get(name), (int, float)) for name in names)]
 

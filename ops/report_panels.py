@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from actors.books import compared
+from common.runfiles.records import BookLine
 from ops import report_data as data
 from ops.report_run import Run
 from ops.summary import ARMS, Saving
@@ -184,8 +184,8 @@ def draw_length(axes: Any, run: Run, title: str = "") -> None:
 
 def draw_mean_length(axes: Any, run: Run) -> None:
     """`draw_length`, for where the saving has a plot of its own: the title gives both arms' means."""
-    counted = [line for line in run.lines if compared(line)]
-    means = {arm: [line["tokens_generated"] for line in counted if line["arm"] == arm] for arm in ARMS}
+    counted = [line for line in run.lines if line.compared]
+    means = {arm: [line.tokens_generated for line in counted if line.arm == arm] for arm in ARMS}
     if not all(means.values()):
         draw_length(axes, run)
         return
@@ -202,7 +202,7 @@ def length_title(saving: Saving) -> str:
 # --- the bill --------------------------------------------------------------------------------------------------------
 
 
-def draw_fates(axes: Any, lines: Sequence[data.Line]) -> None:
+def draw_fates(axes: Any, lines: Sequence[BookLine]) -> None:
     """Shares of each arm's tokens that were trained on, dropped, and cut."""
     fates = {arm: data.token_fates(lines, arm) for arm in ARMS}
     fates = {arm: fate for arm, fate in fates.items() if fate.total}

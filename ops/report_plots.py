@@ -66,13 +66,13 @@ PLOTS = {
     "saving": Plot("Length saving so far, with its 95 % interval", 4.2, _single(course.draw_saving)),
     "length": Plot("Mean length of both arms over policy versions", 4.2, _single(panels.draw_mean_length)),
     "tokens": Plot("What became of each arm's tokens", 4.2, _single(_draw_fates)),
-    "threshold": Plot("Threshold and cut rate over tokens generated", 5.6, course.draw_threshold),
+    "threshold": Plot("Threshold, and where the policy fired, over tokens generated", 5.6, course.draw_threshold),
     "reasons": Plot("Why rollouts ended, by arm, over tokens generated", 5.6, course.draw_reasons),
     "heatmap": Plot("Divergence over rollouts and positions, with cuts", 7.0, draw_bookings, WIDE),
     "latency": Plot("Stage latencies, and the learner's time", 5.6, course.draw_latency),
     "staleness": Plot("Staleness of the trajectories", 4.2, course.draw_staleness),
     "divergence": Plot("Divergence and entropy in training, by step", 4.2, _single(course.draw_loss)),
-    "drift": Plot("Drift guards by step, and the cut rate of both arms", 5.6, course.draw_drift),
+    "drift": Plot("Drift guards by step, and where the policy fired in both arms", 5.6, course.draw_drift),
 }
 """Name of the file under figures/, and of the plot in the page → plot."""
 

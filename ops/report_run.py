@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from actors.books import BookLine, read_lines
 from common.config import Config, ConfigError, load
 from common.pretrained import ModelError
+from common.runfiles.lines import Object, an_object, read_lines
+from common.runfiles.records import CONFIG, EVALUATIONS, METRICS, ROLLOUTS, TRACES, WALL, BookLine
 from ops import report_data as data
 from ops.reading import find_tokenizer
 from ops.summary import Saving, length_saving
@@ -20,7 +19,6 @@ from ops.summary import Saving, length_saving
 _SAMPLED_TRACES = 400
 _Types = dict[str, Any]
 _NUMBER = int | float
-_LATE = frozenset({"admitted_unix_s", "verdict_unix_s", "ended_unix_s", "tokens_trainable"})  # old books lack them
 _STEP: _Types = {"step": int, "policy_version": int}
 _EVALUATION: _Types = {"step": int, "policy_version": int, "k": int, "n": int, "avg@k": _NUMBER, "pass@k": _NUMBER}
 
@@ -31,9 +29,9 @@ class Run:
 
     folder: Path
     config: Config
-    lines: list[data.Line]
-    steps: list[data.Line]
-    evaluations: list[data.Line]
+    lines: list[BookLine]
+    steps: list[Object]
+    evaluations: list[Object]
     traces: dict[str, data.TraceSample]
     saving: Saving
     wall_s: float | None
@@ -41,7 +39,7 @@ class Run:
     @property
     def generated(self) -> int:
         """Tokens generated in all rollouts on record."""
-        return sum(line["tokens_generated"] for line in self.lines)
+        return sum(line.tokens_generated for line in self.lines)
 
 
 def read_run(folder: Path) -> Run:
@@ -58,60 +56,38 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_run(folder: Path) -> Run:
-    if not (folder / "config.yaml").is_file():
+    if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    lines = _records(folder / "rollouts.jsonl", _book_types())
+    lines = list(read_lines(folder / ROLLOUTS, BookLine.from_json))
     try:
-        traces = data.sample_traces(folder / "traces.jsonl", _SAMPLED_TRACES)
+        traces = data.sample_traces(folder / TRACES, _SAMPLED_TRACES)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{folder / 'traces.jsonl'}: damaged ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"{folder / TRACES}: damaged ({type(error).__name__}: {error})") from error
     return Run(
         folder=folder,
-        config=load(folder / "config.yaml"),
+        config=load(folder / CONFIG),
         lines=lines,
-        steps=_records(folder / "metrics.jsonl", _STEP),
-        evaluations=_records(folder / "eval.jsonl", _EVALUATION),
+        steps=list(read_lines(folder / METRICS, _with(_STEP))),
+        evaluations=list(read_lines(folder / EVALUATIONS, _with(_EVALUATION))),
         traces=traces,
         saving=length_saving(lines),
-        wall_s=_wall_s(folder / "wall.json"),
+        wall_s=_wall_s(folder / WALL),
     )
 
 
-@cache
-def _book_types() -> _Types:
-    """Fields of a line of the books."""
-    hints = get_type_hints(BookLine)
-    return {name: hints[name] for name in BookLine.__dataclass_fields__}
+def _with(types: _Types) -> Callable[[Any], Object]:
+    """A decoder of objects that have these fields of these types."""
 
+    def decode(value: Any) -> Object:
+        line = an_object(value)
+        for name, wanted in types.items():
+            if name not in line:
+                raise ValueError(f"{name} is missing")
+            if not isinstance(line[name], wanted) or line[name] != line[name]:
+                raise ValueError(f"{name} is {line[name]!r:.60}")
+        return line
 
-def _records(path: Path, types: _Types) -> list[data.Line]:
-    """All whole lines of a JSON-lines file, each with these fields of these types. Raises ConfigError."""
-    found: list[data.Line] = []
-    try:
-        for line in read_lines(path):
-            _check(line, types)
-            found.append(line)
-    except (ValueError, RecursionError, OSError) as error:
-        raise ConfigError(f"{path}: line {len(found) + 1} is damaged: {str(error)[:200]}") from error
-    return found
-
-
-def _check(line: Any, types: _Types) -> None:
-    """Raises ValueError."""
-    if not isinstance(line, dict):
-        raise ValueError(f"expected an object, found {type(line).__name__}")
-    for name, wanted in types.items():
-        if name not in line:
-            if name in _LATE:
-                continue
-            raise ValueError(f"{name} is missing")
-        value = line[name]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is not finite")
-        # JSON has one kind of number: 1 stands for 1.0 as well.
-        if not isinstance(value, wanted) and not (type(value) is int and isinstance(0.0, wanted)):
-            shown = getattr(wanted, "__name__", str(wanted))
-            raise ValueError(f"{name} is {value!r:.60}, expected {shown}")
+    return decode
 
 
 def _wall_s(path: Path) -> float | None:

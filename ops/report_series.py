@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.books import compared
-from ops.report_data import Floats, Line, spread
+from common.runfiles.records import BookLine
+from ops.report_data import Floats, spread
 from ops.summary import Saving, length_saving
 
 STAGES = {
@@ -27,9 +27,9 @@ _RESAMPLES = 200  # of an interval along the way; the last one is the summary's
 _SHOWN_THRESHOLDS = 500
 
 
-def tokens_so_far(lines: Sequence[Line]) -> Floats:
+def tokens_so_far(lines: Sequence[BookLine]) -> Floats:
     """Tokens generated in all rollouts up to each one, its own included, float [n]."""
-    return np.cumsum([line["tokens_generated"] for line in lines], dtype=np.float64)
+    return np.cumsum([line.tokens_generated for line in lines], dtype=np.float64)
 
 
 # --- the saving ----------------------------------------------------------------------------------------------------
@@ -45,10 +45,10 @@ class SavingPoint:
     high: float
 
 
-def saving_curve(lines: Sequence[Line], last: Saving, points: int = 24) -> list[SavingPoint]:
+def saving_curve(lines: Sequence[BookLine], last: Saving, points: int = 24) -> list[SavingPoint]:
     """The saving so far at up to `points` places; it ends with `last`, the whole run's."""
     tokens = tokens_so_far(lines)
-    places = [place for place, line in enumerate(lines) if compared(line)]
+    places = [place for place, line in enumerate(lines) if line.compared]
     # The bootstrap of very long books takes seconds a point.
     ends = spread(places, points if len(places) <= 20_000 else 6)
     curve = []
@@ -68,9 +68,9 @@ def _point(tokens: float, saving: Saving) -> SavingPoint | None:
 # --- the rule ------------------------------------------------------------------------------------------------------
 
 
-def threshold_curve(lines: Sequence[Line]) -> tuple[Floats, Floats]:
+def threshold_curve(lines: Sequence[BookLine]) -> tuple[Floats, Floats]:
     """Tokens so far and the threshold in nats that the newest judged rollout had, two float [n]."""
-    known = [(at, line["threshold"]) for at, line in zip(tokens_so_far(lines), lines, strict=True)]
+    known = [(at, line.threshold) for at, line in zip(tokens_so_far(lines), lines, strict=True)]
     points = spread([(at, value) for at, value in known if value is not None], _SHOWN_THRESHOLDS)
     return np.array([at for at, _ in points]), np.array([value for _, value in points])
 
@@ -86,16 +86,16 @@ class Share:
     count: int
 
 
-def cut_rate_curve(lines: Sequence[Line], bins: int = 16, arm: str = "treated") -> list[Share]:
-    """Share of an arm's rollouts that could have been cut and were (control: would have been), in bins of as many."""
+def fired_curve(lines: Sequence[BookLine], bins: int = 16, arm: str = "treated") -> list[Share]:
+    """Share of an arm's rollouts that could be cut in which the policy fired, applied or not, in bins of as many."""
     tokens = tokens_so_far(lines)
-    judged = [place for place, line in enumerate(lines) if line["active"] and line["arm"] == arm]
+    judged = [place for place, line in enumerate(lines) if line.compared and line.arm == arm]
     curve = []
     for part in np.array_split(np.array(judged, dtype=np.int64), min(bins, max(1, len(judged) // 8))):
         if len(part):
-            cut = sum(lines[place]["tokens_kept"] < lines[place]["tokens_generated"] for place in part)
-            low, high = wilson(cut, len(part))
-            curve.append(Share(float(tokens[part].mean()), cut / len(part), low, high, len(part)))
+            hits = sum(lines[place].fired for place in part)
+            low, high = wilson(hits, len(part))
+            curve.append(Share(float(tokens[part].mean()), hits / len(part), low, high, len(part)))
     return curve
 
 
@@ -116,15 +116,15 @@ class Mix:
     counts: dict[str, int]
 
 
-def reasons_mix(lines: Sequence[Line], arm: str, bins: int = 16) -> Mix:
+def reasons_mix(lines: Sequence[BookLine], arm: str, bins: int = 16) -> Mix:
     """How an arm's rollouts ended, in bins of equally many; the most frequent reason first."""
     tokens = tokens_so_far(lines)
-    mine = [place for place, line in enumerate(lines) if line["arm"] == arm]
-    counts = Counter(str(lines[place]["finish_reason"]) for place in mine)
+    mine = [place for place, line in enumerate(lines) if line.arm == arm]
+    counts = Counter(str(lines[place].finish_reason) for place in mine)
     parts = [
         part for part in np.array_split(np.array(mine, dtype=np.int64), min(bins, max(1, len(mine) // 8))) if len(part)
     ]
-    found = [Counter(str(lines[place]["finish_reason"]) for place in part) for part in parts]
+    found = [Counter(str(lines[place].finish_reason) for place in part) for part in parts]
     shares = {
         reason: np.array([seen[reason] / seen.total() for seen in found], dtype=np.float64)
         for reason, _ in counts.most_common()
@@ -135,15 +135,15 @@ def reasons_mix(lines: Sequence[Line], arm: str, bins: int = 16) -> Mix:
 # --- staleness and time --------------------------------------------------------------------------------------------
 
 
-def staleness_counts(lines: Sequence[Line]) -> dict[str, Counter[int]]:
+def staleness_counts(lines: Sequence[BookLine]) -> dict[str, Counter[int]]:
     """How many trajectories were how stale, in policy versions, by what became of them: trained | dropped as stale."""
     counts: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}
     for line in lines:
-        if line["staleness"] is not None:
-            if line["ending"] == "trained":
-                counts["trained"][line["staleness"]] += 1
-            elif line["reason"] == "stale":
-                counts["dropped"][line["staleness"]] += 1
+        if line.staleness is not None:
+            if line.ending == "trained":
+                counts["trained"][line.staleness] += 1
+            elif line.reason == "stale":
+                counts["dropped"][line.staleness] += 1
     return counts
 
 
@@ -157,14 +157,14 @@ class Latency:
     count: int
 
 
-def stage_latencies(lines: Sequence[Line], stage: str, bins: int = 16) -> list[Latency]:
+def stage_latencies(lines: Sequence[BookLine], stage: str, bins: int = 16) -> list[Latency]:
     """A stage's latencies in bins of equally many rollouts; empty where the books have no times for it."""
     begin, end = STAGES[stage]
     tokens = tokens_so_far(lines)
     timed = [
-        (place, max(0.0, line[end] - line[begin]))
+        (place, max(0.0, getattr(line, end) - getattr(line, begin)))
         for place, line in enumerate(lines)
-        if line.get(begin) is not None and line.get(end) is not None and line["ending"] == "trained"
+        if getattr(line, begin) is not None and getattr(line, end) is not None and line.ending == "trained"
     ]
     curve = []
     for part in np.array_split(np.arange(len(timed)), min(bins, max(1, len(timed) // 8))):

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from common.config import Termination
 from common.policies import unit_of
+from common.runfiles.records import Trace
 from ops import report_data as data
 from ops.report_panels import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report_run import Run
@@ -56,10 +57,13 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
 
 def _heat_title(run: Run) -> str:
     if not run.traces["treated"].found:
-        return "No rollout was cut: divergence along some of them"
-    cut, judged = data.cut_share(run.lines)
-    where = "Cut where the teacher agrees" if run.config.termination.policy == "kat" else "Cut"
-    return f"{where}: " + (f"{cut:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts")
+        return "The policy fired in none: divergence along some of them"
+    fired, judged = data.fired_share(run.lines)
+    word = data.fired_word(run.config)
+    where = f"{word} where the teacher agrees" if run.config.termination.policy == "kat" else word
+    return f"{where}: " + (
+        f"{fired:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts"
+    )
 
 
 def _draw_sides(axes: Any, run: Run) -> None:
@@ -71,7 +75,7 @@ def _draw_sides(axes: Any, run: Run) -> None:
     axes.text(0, 1.045, f"mean nats a token:  {text}", transform=axes.transAxes, fontsize=12.5, color=GREY)
 
 
-def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]], width: int) -> None:
+def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[Trace]], width: int) -> None:
     gap = 2 if all(groups) else 0
     image = np.concatenate(
         [data.heat_map(groups[0], width), np.full((gap, width), np.nan), data.heat_map(groups[1], width)]
@@ -80,7 +84,7 @@ def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[data.Trace]]
     shown = _show_image(axes, image, low, high)
     places = [*range(len(groups[0])), *range(len(groups[0]) + gap, len(image))]
     for row, trace in zip(places, [*groups[0], *groups[1]], strict=True):
-        if trace.keep < len(trace.divergence):
+        if trace.fired:
             axes.plot(
                 [trace.keep] * 2, [row, row + 1], color=VERMILLION, linewidth=3.2, solid_capstyle="butt", clip_on=False
             )
@@ -147,7 +151,7 @@ def draw_bookings(figure: Figure, run: Run) -> None:
     _draw_colour_bar(figure, list(panels.values()), shown, low, high)
 
 
-def _stacked(figure: Figure, groups: Mapping[str, Sequence[data.Trace]], fewest: float) -> dict[str, Any]:
+def _stacked(figure: Figure, groups: Mapping[str, Sequence[Trace]], fewest: float) -> dict[str, Any]:
     """Panels above each other as high as they have rows, none lower than one of `fewest`."""
     heights = [max(len(traces), fewest) for traces in groups.values()]
     grid = figure.add_gridspec(
@@ -166,15 +170,15 @@ def _why_no_traces(run: Run) -> str:
     return "no traces.jsonl yet" if run.config.feeder.record_traces else "not recorded (feeder.record_traces is off)"
 
 
-def _mark_cuts(axes: Any, traces: Sequence[data.Trace]) -> None:
+def _mark_cuts(axes: Any, traces: Sequence[Trace]) -> None:
     """Where each row was cut, or in the control arm would have been, and what triggered it."""
-    cut = [(row, trace) for row, trace in enumerate(traces) if trace.keep < len(trace.divergence)]
+    cut = [(row, trace) for row, trace in enumerate(traces) if trace.fired]
     for name, colour in (("trigger", "white"), ("keep", _CUT)):
         marks = [[(getattr(trace, name), row), (getattr(trace, name), row + 1)] for row, trace in cut]
         axes.add_collection(LineCollection(marks, colors=colour, linewidths=4, capstyle="butt"), autolim=False)
 
 
-def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -> None:
+def _label_groups(axes: Any, groups: Sequence[Sequence[Trace]], gap: int) -> None:
     first, second = (len(group) for group in groups)
     places = {f"{first} treated": first / 2, f"{second} control": first + gap + second / 2}
     named = [(place, name) for name, place in places.items() if not name.startswith("0 ")]
@@ -187,7 +191,7 @@ def _label_groups(axes: Any, groups: Sequence[Sequence[data.Trace]], gap: int) -
 
 
 def _draw_example(
-    axes: Any, trace: data.Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
+    axes: Any, trace: Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
 ) -> None:
     """One rollout: divergence, window mean, threshold, keep, trigger, and its text around the cut."""
     if trace is None:
@@ -216,13 +220,13 @@ def _draw_example(
     axes.axvline(trace.trigger, color=INK, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")
     axes.set_ylabel("nats")
-    label = f"{arm}, {'stopped' if arm == 'treated' else 'not stopped'}: "
+    label = f"{arm}, {'stopped' if trace.stopped else 'not stopped'}: "
     parts = cut_parts(trace, decode)
     _write_parts(axes, [(label, INK, "DejaVu Sans"), *parts])
     plain(axes)
 
 
-def cut_parts(trace: data.Trace, decode: Callable[[list[int]], str] | None) -> list[tuple[str, str, str]]:
+def cut_parts(trace: Trace, decode: Callable[[list[int]], str] | None) -> list[tuple[str, str, str]]:
     """The text around the cut as (text, colour, font family); the rollout's id where it cannot be decoded."""
     if decode is None:
         return [(f"{trace.rid}, {trace.keep} tokens kept", GREY, "DejaVu Sans")]

@@ -6,7 +6,6 @@ three cannot be seen is left out, and said.
 
 from __future__ import annotations
 
-import base64
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import redis
 
 from common.config import Config
 from common.messages import MessageError, Verdict, read_rid
 from common.policies import unit_of
+from common.runfiles.records import BookLine, Trace
 from common.streams import GROUPS, unix_s
 from ops.growth import Folder, Rate, Saving
 from ops.reach.ports import Served, scrape, targets
@@ -81,7 +80,7 @@ class Judged:
     reason: str
     kept: int
     generated: int
-    cut: bool
+    cut: bool  # whether the writing was stopped
     at_unix_s: float | None
     text: str
     behind: str
@@ -110,7 +109,7 @@ class Snapshot:
     saving: Saving = field(default_factory=Saving)
     threshold_nats: float | None = None
     minima: int | None = None
-    cut_rate: float | None = None
+    cut_rate: float | None = None  # share of treated rollouts in which the policy fired, applied or not
     lag_versions: float | None = None
     tokens_per_s: dict[str, float | None] = field(default_factory=dict)
     redis_used_bytes: int | None = None
@@ -244,7 +243,7 @@ class Observer:
         text, behind = self._excerpt(verdict.tokens.tolist(), verdict.keep)
         generated = max(verdict.generated or 0, length, len(verdict.tokens))
         self._judged[rid] = Judged(
-            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.cut, at_unix_s, text, behind
+            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.stopped, at_unix_s, text, behind
         )
 
     def _excerpt(self, ids: list[int], keep: int) -> tuple[str, str]:
@@ -282,26 +281,13 @@ class Observer:
         step = self._folder.last_step("step")
         return replace(snapshot, state="ended", max_steps=step, ledger=counts, open_rollouts=0)
 
-    def _note_trace(self, trace: dict[str, Any]) -> None:
-        rid = trace.get("rid")
-        if not isinstance(rid, str) or rid in self._judged:
+    def _note_trace(self, trace: Trace) -> None:
+        if trace.rid in self._judged:
             return
-        try:
-            ids = np.frombuffer(base64.b64decode(trace["tokens"]), "<i4").tolist()
-            text, behind = self._excerpt(ids, int(trace["keep"]))
-            self._judged[rid] = Judged(
-                rid,
-                str(trace["arm"]),
-                str(trace["finish_reason"]),
-                int(trace["keep"]),
-                len(ids),
-                bool(trace["cut"]),
-                None,
-                text,
-                behind,
-            )
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return
+        text, behind = self._excerpt(trace.tokens.tolist(), trace.keep)
+        self._judged[trace.rid] = Judged(
+            trace.rid, trace.arm, trace.finish_reason, trace.keep, trace.written, trace.stopped, None, text, behind
+        )
 
     # --- metrics ports ---
 
@@ -351,11 +337,11 @@ def as_dict(snapshot: Snapshot) -> dict[str, Any]:
     return value
 
 
-def _booked(judged: Judged, line: Mapping[str, Any] | None) -> Judged:
+def _booked(judged: Judged, line: BookLine | None) -> Judged:
     """With what the books know better: how much was written in the end."""
     if line is None:
         return judged
-    return replace(judged, generated=line["tokens_generated"], at_unix_s=line.get("verdict_unix_s", judged.at_unix_s))
+    return replace(judged, generated=line.tokens_generated, at_unix_s=line.verdict_unix_s)
 
 
 def _by_role(snapshot: Snapshot, role: str) -> float | None:

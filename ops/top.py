@@ -145,7 +145,7 @@ def _figures(snapshot: Snapshot) -> Table:
     rows = [
         ("saving", _saving(snapshot), "tokens/s", speeds),
         ("threshold", _threshold(snapshot), "redis", _memory(snapshot)),
-        ("cut rate", _share(snapshot.cut_rate), "dead letters", _count(snapshot.dead_letters)),
+        ("policy fired", _share(snapshot.cut_rate), "dead letters", _count(snapshot.dead_letters)),
         ("lag", f"{_number(snapshot.lag_versions, '.2f')} versions", "", ""),
     ]
     for left, value, right, other in rows:

@@ -23,11 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from actors.books import UNFINISHED, compared
 from common import metrics
 from common.config import Config, ConfigError
+from common.runfiles.lines import Object, Tail, an_object
+from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
 from ops.rundir import lock, write_json
-from ops.tail import Tail
 
 log = logging.getLogger("katana.tracking")
 _POLL_S = 1.0
@@ -91,23 +91,23 @@ class _Window:
     judged: int = 0
     correct: int = 0
     cuttable: int = 0  # treated, and the policy was active
-    cut: int = 0
+    fired: int = 0  # of these, applied or not
     threshold: float | None = None
     unix_s: float | None = None
 
-    def add(self, line: dict[str, Any]) -> None:
-        sums = self.written[line["arm"]]
-        sums[0] += line["tokens_generated"]
+    def add(self, line: BookLine) -> None:
+        sums = self.written[line.arm]
+        sums[0] += line.tokens_generated
         sums[1] += 1
-        self.kept += line["tokens_kept"]
-        if line["correct"] is not None:
+        self.kept += line.tokens_kept
+        if line.correct is not None:
             self.judged += 1
-            self.correct += line["correct"]
-        if line["arm"] == "treated" and compared(line):
+            self.correct += line.correct
+        if line.arm == "treated" and line.compared:
             self.cuttable += 1
-            self.cut += line["finish_reason"] not in ("eos", "length")
-        self.threshold = line["threshold"] if line["threshold"] is not None else self.threshold
-        self.unix_s = line.get("ended_unix_s") or self.unix_s
+            self.fired += line.fired
+        self.threshold = line.threshold if line.threshold is not None else self.threshold
+        self.unix_s = line.ended_unix_s or self.unix_s
 
     @property
     def rollouts(self) -> int:
@@ -121,7 +121,7 @@ class _Window:
             "rollout/completion_length_control": tuple(self.written["control"]),
             "rollout/kept_ratio": (self.kept, tokens),
             "rollout/accuracy": (self.correct, self.judged),
-            "kat/cut_rate": (self.cut, self.cuttable),
+            "kat/cut_rate": (self.fired, self.cuttable),
         }
         found = {name: above / below for name, (above, below) in shares.items() if below}
         if self.threshold is not None:
@@ -140,7 +140,7 @@ class _Rollouts:
     def __init__(self) -> None:
         self._published: deque[tuple[int, int]] = deque()  # (policy version, step), those ahead of the open point
         self._newest = -1
-        self._waiting: deque[dict[str, Any]] = deque()
+        self._waiting: deque[BookLine] = deque()
         self._window, self._step = _Window(), 0
         self._compared = {"treated": [0, 0], "control": [0, 0]}  # tokens, rollouts: the whole run so far
 
@@ -149,15 +149,15 @@ class _Rollouts:
             self._published.append((policy_version, step))
             self._newest = policy_version
 
-    def booked(self, line: dict[str, Any]) -> None:
+    def booked(self, line: BookLine) -> None:
         self._waiting.append(line)
 
     def points(self, over: bool) -> Iterator[Point]:
         """The points that are complete; when it is over, also the one that is open."""
-        while self._waiting and (over or self._waiting[0]["policy_version_last"] <= self._newest):
+        while self._waiting and (over or self._waiting[0].policy_version_last <= self._newest):
             line = self._waiting.popleft()
             step = self._step
-            while self._published and self._published[0][0] <= line["policy_version_last"]:
+            while self._published and self._published[0][0] <= line.policy_version_last:
                 step = self._published.popleft()[1]
             if step != self._step:
                 yield from self._close()
@@ -166,13 +166,13 @@ class _Rollouts:
         if over:
             yield from self._close()
 
-    def _add(self, line: dict[str, Any]) -> None:
-        if line["ending"] == "dead" or (line["ending"] == "dropped" and line["reason"] in UNFINISHED):
+    def _add(self, line: BookLine) -> None:
+        if line.ending == "dead" or line.ended_by_run:
             return
         self._window.add(line)
-        if compared(line):
-            sums = self._compared[line["arm"]]
-            sums[0] += line["tokens_generated"]
+        if line.compared:
+            sums = self._compared[line.arm]
+            sums[0] += line.tokens_generated
             sums[1] += 1
 
     def _close(self) -> Iterator[Point]:
@@ -226,7 +226,7 @@ class Follower:
         read anew, because no line that was told needs to stand any more.
         """
         lines = self._read()
-        renewed = any(tail.renewed for tail in self._tails)
+        renewed = any(tail.renewed for tail in (self._steps, self._evaluations, self._booked))
         if renewed:
             self._begin()
             lines = self._read()
@@ -238,16 +238,16 @@ class Follower:
         return News(points, anew, more)
 
     def _begin(self) -> None:
-        self._tails = [Tail(self._folder / f"{name}.jsonl") for name in ("metrics", "eval", "rollouts")]
+        self._steps = Tail(self._folder / METRICS, an_object)
+        self._evaluations = Tail(self._folder / EVALUATIONS, an_object)
+        self._booked = Tail(self._folder / ROLLOUTS, BookLine.from_json)
         self._rollouts = _Rollouts()
 
-    def _read(self) -> list[list[dict[str, Any]]]:
+    def _read(self) -> tuple[list[Object], list[Object], list[BookLine]]:
         # Steps before rollouts: a step is written before anything that its weights wrote is booked.
-        return [tail.read() for tail in self._tails]
+        return self._steps.read(), self._evaluations.read(), self._booked.read()
 
-    def _points(
-        self, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], rollouts: list[dict[str, Any]]
-    ) -> list[Point]:
+    def _points(self, steps: list[Object], evaluations: list[Object], rollouts: list[BookLine]) -> list[Point]:
         for step in steps:
             self._rollouts.trained(step["policy_version"], step["step"])
         for line in rollouts:

@@ -103,7 +103,7 @@ class Watcher:
         words = self._words
         reading = reading_from_hash(fields, config, words.decode, stop_ids=words.stop_ids, rid=self.rid)
         line = booked_line(self._folder, self.rid) if reading.ending == "dead" else None
-        return reading if line is None else replace(reading, reason=line["reason"])
+        return reading if line is None else replace(reading, reason=line.reason)
 
     def _booked(self) -> Reading | None:
         line = booked_line(self._folder, self.rid)

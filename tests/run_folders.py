@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.runfiles.records import BookLine
 from ops.html_report import write_page
 from ops.report_plots import draw_all
 from ops.report_run import read_run
@@ -51,6 +52,10 @@ def line(**changes: Any) -> dict[str, Any]:
         "tokens_trainable": 10,
     }
     return fields | changes
+
+
+def booked(**changes: Any) -> BookLine:
+    return BookLine.from_json(line(**changes))
 
 
 def trace_line(
@@ -117,9 +122,10 @@ def step_line(step: int) -> dict[str, Any]:
     }
 
 
-def write_lines(path: Path, items: Sequence[dict[str, Any]]) -> None:
+def write_lines(path: Path, items: Sequence[dict[str, Any] | BookLine]) -> None:
     """JSON lines as the books write them."""
-    path.write_text("".join(json.dumps(item, separators=(",", ":")) + "\n" for item in items))
+    trees = [item.to_json() if isinstance(item, BookLine) else item for item in items]
+    path.write_text("".join(json.dumps(tree, separators=(",", ":")) + "\n" for tree in trees))
 
 
 def fill(folder: Path, *, config: str = CONFIG) -> Path:

@@ -56,7 +56,7 @@ def test_every_module_has_a_caption() -> None:
 
 
 def test_every_field_of_a_finished_rollout_is_described() -> None:
-    from actors.books import BookLine
+    from common.runfiles.records import BookLine
 
     described = text("docs/run-folder.md")
     assert not [name for name in BookLine.__dataclass_fields__ if f"`{name}`" not in described]

@@ -32,14 +32,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.books import ENDS_BY_ITSELF, BookLine, number_of, rid_of
+from actors.books import number_of, rid_of
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
 from common.messages import Floats, row_digest
+from common.runfiles.records import CONFIG, ENDS_BY_ITSELF, ROLLOUTS, TRACES, TRAINED, BookLine, Chunk, Trace
 from common.streams import Plane, open_plane
 from common.termination import Kat, kat_verdict
-from ops.chaos.records import Chunk, Measured, Records, Trace, Violation, read_records
+from ops.chaos.records import Measured, Records, Violation, read_records
 
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing
 
@@ -90,7 +91,7 @@ def check_redis(client: Any, run_key: str, folder: Path, allowed: Allowed | None
 
     Raises redis.exceptions.RedisError when Redis does not answer.
     """
-    allowed, records = allowed or Allowed(), read_records(folder, "config.yaml", "rollouts.jsonl")
+    allowed, records = allowed or Allowed(), read_records(folder, CONFIG, ROLLOUTS)
     if records.config is None:
         return records.broken
     plane = open_plane(records.config, client, run_key)
@@ -104,7 +105,7 @@ def check_redis(client: Any, run_key: str, folder: Path, allowed: Allowed | None
 
 def count_folder(folder: Path) -> Counts:
     """Counts over the lines that can be read."""
-    records = read_records(folder, "rollouts.jsonl", "trained.jsonl", "traces.jsonl")
+    records = read_records(folder, ROLLOUTS, TRAINED, TRACES)
     lines = records.books.values()
     endings = Counter(line.ending for line in lines)
     return Counts(
@@ -112,7 +113,7 @@ def count_folder(folder: Path) -> Counts:
         trained=endings["trained"],
         dropped=dict(sorted(Counter(line.reason for line in lines if line.ending == "dropped").items())),
         dead=endings["dead"],
-        cut=sum(trace.cut for trace in records.traces.values()),
+        cut=sum(trace.stopped for trace in records.traces.values()),
         steps=len(records.steps),
     )
 
@@ -203,7 +204,7 @@ def _line_fits(line: BookLine, trace: Trace | None) -> Iterator[Violation]:
         yield Violation("within_verdict", line.rid, detail)
     if line.ending != "trained" and line.tokens_trained:
         yield Violation("within_verdict", line.rid, f"{line.ending} with {line.tokens_trained} tokens trained")
-    if trace is None or not _judged(line):
+    if trace is None or not line.judged:
         return
     wanted = {
         "tokens_kept": trace.keep,
@@ -218,18 +219,13 @@ def _line_fits(line: BookLine, trace: Trace | None) -> Iterator[Violation]:
             yield Violation("within_verdict", line.rid, detail)
 
 
-def _judged(line: BookLine) -> bool:
-    """Whether the line was made from a verdict. (Another line beside a trace: the feeder crashed, then Redis did.)"""
-    return line.finish_reason != "unfinished"
-
-
 def _verdict_replayed(records: Records, allowed: Allowed) -> Iterator[Violation]:
     for trace in records.judged_again:
         yield Violation("verdict_replayed", trace.rid, "two verdicts on record, and they differ")
     if records.config is None:
         return
     for line in records.books.values():
-        judged = _judged(line) or line.ending == "trained"
+        judged = line.judged or line.ending == "trained"
         if judged and line.rid not in records.traces and records.config.feeder.record_traces:
             yield Violation("verdict_replayed", line.rid, f"booked as {line.ledger_field}, without a trace")
     for rid, trace in records.traces.items():
@@ -241,7 +237,7 @@ def _verdict_replayed(records: Records, allowed: Allowed) -> Iterator[Violation]
         if _threshold(audit.threshold) != verdict.threshold:
             detail = f"judged by threshold {verdict.threshold}, its record says {audit.threshold!r:.40}"
             yield Violation("verdict_replayed", audit.rid, detail)
-        if not audit.verdict and _judged(records.books[audit.rid]):
+        if not audit.verdict and records.books[audit.rid].judged:
             yield Violation("verdict_replayed", audit.rid, "judged, and its record holds no verdict")
 
 
@@ -249,19 +245,19 @@ def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator
     settings = config.termination
     rule = _replay(trace, config)
     total = len(trace.tokens)
-    cut = settings.stops(trace.arm) and rule.trigger is not None
+    stopped = settings.stops(trace.arm) and rule.trigger is not None
     if not policies.find(settings.policy).possible(settings, trace.threshold):
         yield Violation("verdict_replayed", trace.rid, f"policy {settings.policy} never says {trace.threshold}")
     trigger, keep = (total, total) if rule.trigger is None or rule.keep is None else (rule.trigger, rule.keep)
-    wanted = {"trigger": trigger, "keep": keep, "cut": cut}
+    wanted = {"trigger": trigger, "keep": keep, "stopped": stopped}
     for name, number in wanted.items():
         if getattr(trace, name) != number:
             yield Violation("verdict_replayed", trace.rid, f"{name} {getattr(trace, name)}, by the rule {number}")
-    reasons = (rule.reason,) if cut else ENDS_BY_ITSELF
+    reasons = (rule.reason,) if stopped else ENDS_BY_ITSELF
     if trace.finish_reason not in reasons:
         detail = f"finish_reason {trace.finish_reason!r:.40}, by the rule {' or '.join(reasons)}"
         yield Violation("verdict_replayed", trace.rid, detail)
-    if line is None or not _judged(line):
+    if line is None or not line.judged:
         return
     same = {
         "arm": trace.arm,
@@ -277,8 +273,8 @@ def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator
     if not rule.has_minimum(line.min_window):
         detail = f"min_window {line.min_window} on record, {rule.min_window} by the rule"
         yield Violation("verdict_replayed", trace.rid, detail)
-    if not cut and line.tokens_generated != total:
-        detail = f"not cut, and judged on {total} of {line.tokens_generated} tokens"
+    if not stopped and line.tokens_generated != total:
+        detail = f"not stopped, and judged on {total} of {line.tokens_generated} tokens"
         yield Violation("verdict_replayed", trace.rid, detail)
 
 
@@ -402,7 +398,7 @@ def _chunks_fit(chunks: list[Chunk], line: BookLine, trace: Trace | None) -> Ite
             yield f"chunk {seq}: ends by {chunk.finish!r:.40}, and is not the last"
     if line.tokens_generated < starts[-1]:
         yield f"{starts[-1]} tokens stored, {line.tokens_generated} generated on record"
-    if trace is None or not _judged(line):
+    if trace is None or not line.judged:
         return
     if len(trace.tokens) not in starts[1:]:
         yield f"judged on {len(trace.tokens)} tokens, its chunks end at {starts[1:]}"

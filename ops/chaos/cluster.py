@@ -28,9 +28,10 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from actors.books import read_lines
 from common import own_packages
 from common.config import Config
+from common.runfiles.lines import an_object, last_lines, read_lines
+from common.runfiles.records import METRICS, TRAINED, Trained
 from common.streams import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
@@ -319,7 +320,7 @@ class Cluster:
         if any(isinstance(one, Exception) for one in streams):
             return None
         last = [one["last-generated-id"] for one in streams]
-        taken = float(_last_line(self.folder / "metrics.jsonl").get("unix_s", 0.0))
+        taken = float(self._last_step().get("unix_s", 0.0))
         return Stage(
             chunks=max(last[:shards], key=order),
             scores=last[shards],
@@ -329,30 +330,22 @@ class Cluster:
         )
 
     def steps(self) -> int:
-        return int(_last_line(self.folder / "metrics.jsonl").get("step", 0))
+        return int(self._last_step().get("step", 0))
+
+    def _last_step(self) -> dict[str, Any]:
+        return [{}, *last_lines(self.folder / METRICS, an_object, 65536)][-1]
 
     def open_rollouts(self) -> set[str]:
         return {rid.decode() for rid in self.plane.client.smembers(self.key("open"))}
 
     def trained_between(self, after: int, last: int) -> set[str]:
         """Rollouts of the steps behind `after`, up to `last`."""
-        lines = read_lines(self.folder / "trained.jsonl")
-        return {rid for line in lines if after < line["step"] <= last for rid in line["rids"]}
+        lines = read_lines(self.folder / TRAINED, Trained.from_json)
+        return {rid for line in lines if after < line.step <= last for rid in line.rids}
 
 
 def order(entry: bytes) -> tuple[int, ...]:
     return tuple(int(part) for part in entry.split(b"-"))
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            lines = [line for line in file.read().split(b"\n")[:-1] if line]
-        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-        return found
-    except (OSError, ValueError):
-        return {}
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

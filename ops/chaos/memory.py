@@ -21,7 +21,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from actors.books import read_lines
+from common.runfiles.lines import read_lines
 from common.weights import write_atomically
 from ops.report_panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 

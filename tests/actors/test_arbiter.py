@@ -14,10 +14,11 @@ import redis
 from samples import Run, fenced, make_divergence
 
 from actors.arbiter import Arbiter, PolicyBroken
-from actors.books import line_of, rid_of, trace_of
+from actors.books import line_of, rid_of
 from common import metrics
 from common.draws import fraction, rollout_seed
 from common.messages import Verdict
+from common.runfiles.records import Trace
 from common.streams import LeaseLost
 from common.termination import Cut, Kat, kat_verdict
 from ops.chaos.checker import check_folder
@@ -474,7 +475,7 @@ def statements(run: Run, verdicts: list[Verdict]) -> dict[str, int]:
         )
         for one in verdicts
     ]
-    for file, values in (("rollouts", map(asdict, lines)), ("traces", map(trace_of, verdicts))):
+    for file, values in (("rollouts", map(asdict, lines)), ("traces", (Trace.of(one).to_json() for one in verdicts))):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     found = [one.statement for one in check_folder(folder)]
     return {name: found.count(name) for name in ("verdict_replayed", "within_verdict")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from prometheus_client import Histogram
 from samples import make_verdict
 
-from actors.books import Booked, Booking, Books, count, line_of, read_lines, rid_of, trace_of, unjudged_line
+from actors.books import Booked, Booking, Books, count, line_of, rid_of, unjudged_line
 from common import metrics
 from common.metrics import REGISTRY
+from common.runfiles.lines import read_lines
+from common.runfiles.records import BookLine, Trace
 from ops.summary import length_saving
 
 
@@ -94,7 +96,7 @@ def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
     [trace] = read_lines(tmp_path / "run" / "traces.jsonl")
     assert np.frombuffer(base64.b64decode(trace["tokens"]), "<i4").tolist() == [1, 2, 3]
     assert np.frombuffer(base64.b64decode(trace["divergence"]), "<f4").tolist() == [0.5, 0.25, 0.0]
-    assert trace == trace_of(make_verdict("r1"))
+    assert trace == Trace.of(make_verdict("r1")).to_json()
     assert (trace["trigger"], trace["keep"], trace["threshold"]) == (3, 2, 0.25)
 
 
@@ -162,7 +164,7 @@ def test_a_trace_whose_rollout_was_not_booked_is_cut_off(tmp_path: Path) -> None
     books.write([Booking(line("r1"), make_verdict("r1"))])
     books.close()
     with (tmp_path / "traces.jsonl").open("ab") as file:
-        file.write(json.dumps(trace_of(make_verdict("r2")), separators=(",", ":")).encode() + b"\n")
+        file.write(json.dumps(Trace.of(make_verdict("r2")).to_json(), separators=(",", ":")).encode() + b"\n")
     books = Books(tmp_path, record_traces=True)
     books.write([Booking(line("r2"), make_verdict("r2"))])
     books.close()
@@ -226,7 +228,7 @@ def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
     }
     mean = {arm: sums[arm, "compared_sum"] / sums[arm, "compared_count"] for arm in ("treated", "control")}
     assert mean == {"treated": (40 + 8 + 30) / 3, "control": 60}
-    saving = length_saving(list(read_lines(tmp_path / "rollouts.jsonl")))
+    saving = length_saving(list(read_lines(tmp_path / "rollouts.jsonl", BookLine.from_json)))
     assert saving.ratio == 1 - mean["treated"] / mean["control"]
 
 
@@ -284,5 +286,5 @@ def test_overshoot_is_observed_of_what_was_stopped_and_of_nothing_else(reason: s
     verdict = make_verdict(finish_reason=reason, keep=keep, train=keep, cut=observed == 1)
     how: dict[str, Any] = {"reason": "", "staleness": 0, "active": True, "correct": None}
     line, before = line_of(verdict, ending="trained", generated=7, **how), seen()
-    count(asdict(line))
+    count(line)
     assert seen() == before + observed

@@ -58,22 +58,22 @@ def read(**changes: Any) -> Trajectory:
 def test_a_trajectory_knows_how_its_rollout_ended() -> None:
     cut = {"trigger": 4, "keep": 2, "train": 2}
     stopped = read(cut=True, finish_reason="kl_trap", threshold=0.25, **cut)
-    assert (stopped.finish_reason, stopped.cut, stopped.threshold) == ("kl_trap", True, 0.25)
+    assert (stopped.finish_reason, stopped.fired, stopped.threshold) == ("kl_trap", True, 0.25)
     # Of all its tokens, not of the two that it keeps.
     assert stopped.repetition == repetition(np.array([1, 2, 3, 1, 2, 3], np.int32), 64)
     would = read(arm="control", cut=False, finish_reason="length", threshold=None, **cut)
-    assert (would.finish_reason, would.cut, would.threshold) == ("length", True, None)
-    assert not read(finish_reason="eos").cut
-    assert read(finish_reason="eos", cut=False, trigger=4, keep=2, train=6).cut  # shadow: trained whole
+    assert (would.finish_reason, would.fired, would.threshold) == ("length", True, None)
+    assert not read(finish_reason="eos").fired
+    assert read(finish_reason="eos", cut=False, trigger=4, keep=2, train=6).fired  # shadow: trained whole
 
 
 def test_a_batch_by_hand() -> None:
     one = read()
     batch = [
-        replace(one, finish_reason="kl_trap", cut=True, threshold=0.5, repetition=0.25),
-        replace(one, finish_reason="length", cut=False, threshold=0.25, repetition=0.75),
-        replace(one, finish_reason="eos", cut=False, threshold=None, repetition=0.0),
-        replace(one, finish_reason="length", cut=True, threshold=None, repetition=0.5, arm="control"),
+        replace(one, finish_reason="kl_trap", fired=True, threshold=0.5, repetition=0.25),
+        replace(one, finish_reason="length", fired=False, threshold=0.25, repetition=0.75),
+        replace(one, finish_reason="eos", fired=False, threshold=None, repetition=0.0),
+        replace(one, finish_reason="length", fired=True, threshold=None, repetition=0.5, arm="control"),
     ]
     assert drift_of(batch) == Drift(
         repetition=0.375, truncation_rate=0.5, cut_rate_treated=1 / 3, cut_rate_control=1.0, threshold=0.375

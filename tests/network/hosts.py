@@ -32,7 +32,7 @@ from typing import Any
 
 import redis
 
-from actors.books import read_lines
+from common.runfiles.lines import read_lines
 from common.streams import connect, current_run
 from ops.chaos.checker import check_folder, check_redis
 from ops.chaos.records import Violation

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_folders import fill, line, trace_line, write_lines
+from run_folders import booked, fill, trace_line, write_lines
 
 from common.config import ConfigError
 from common.messages import Ints
@@ -74,7 +74,7 @@ def uncut(number: int, written: int = 100, **changes: Any) -> Record:
 
 def test_a_run_s_folder_is_read(tmp_path: Path) -> None:
     folder = fill(tmp_path)
-    books = [line(rid="r0"), line(rid="r1", correct=False), line(rid="r3", arm="control", correct=True)]
+    books = [booked(rid="r0"), booked(rid="r1", correct=False), booked(rid="r3", arm="control", correct=True)]
     found = read_records(folder / "traces.jsonl", books)
     assert [(one.rid, one.arm, one.keep, one.trigger, one.written, one.fired, one.whole) for one in found] == [
         ("r0", "treated", 10, 10, 10, False, True),
@@ -86,7 +86,7 @@ def test_a_run_s_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_not_booked_yet_is_left_out(tmp_path: Path) -> None:
-    assert [one.rid for one in read_records(fill(tmp_path) / "traces.jsonl", [line(rid="r3")])] == ["r3"]
+    assert [one.rid for one in read_records(fill(tmp_path) / "traces.jsonl", [booked(rid="r3")])] == ["r3"]
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_what_is_not_booked_yet_is_left_out(tmp_path: Path) -> None:
 def test_a_damaged_trace_is_named(tmp_path: Path, broken: dict[str, Any]) -> None:
     traces = [trace_line([0.5] * 6, 2, 4) | broken]
     write_lines(tmp_path / "traces.jsonl", traces)
-    books = [line(rid=broken.get("rid", "r0"))]
+    books = [booked()]
     if "rid" in broken:
         del traces[0]["keep"]
         write_lines(tmp_path / "traces.jsonl", traces)
-    with pytest.raises(ConfigError, match=r"traces.jsonl: damaged"):
+    with pytest.raises(ConfigError, match=r"traces.jsonl:\d+: damaged"):
         read_records(tmp_path / "traces.jsonl", books)
 
 

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import Run, make_config, make_verdict
 
-from actors.books import line_of, trace_of, unjudged_line
+from actors.books import line_of, unjudged_line
 from common.config import Config, Termination
 from common.messages import row_digest
+from common.runfiles.records import Trace
 from common.termination import FixedLength, kat_verdict
 from ops.chaos.checker import Allowed, Counts, _kat, check_folder, check_redis, count_folder
 
@@ -136,7 +137,7 @@ def add(
         correct=None,
     )
     folder.rollouts.append(asdict(line))
-    folder.traces.append(trace_of(verdict))
+    folder.traces.append(Trace.of(verdict).to_json())
     folder.audit.append(audited(rid, tokens, values, owners, "" if cut else finish, threshold))
     if step is not None:
         train(folder.trained[step - 1], verdict)

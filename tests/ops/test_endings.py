@@ -9,22 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_folders import CONFIG, fill, line, write_html, write_lines
+from run_folders import CONFIG, booked, fill, write_html, write_lines
 from samples import make_config
 
+from common.runfiles.records import BookLine
 from ops.endings import LeftOut, Lengths, by_ending, from_json, gap, left_out, to_json, words
 from ops.progress import describe
 from ops.summary import write_summary
 
 
-def of(tokens: int, written: int | None = None, **changes: Any) -> dict[str, Any]:
+def of(tokens: int, written: int | None = None, **changes: Any) -> BookLine:
     """A rollout with so many tokens to train on, trained unless something else is said."""
     trained = changes.get("ending", "trained") == "trained"
     lengths = {"tokens_trained": tokens if trained else 0, "tokens_trainable": tokens, "tokens_kept": tokens}
-    return line(**{**lengths, "tokens_generated": tokens if written is None else written, **changes})
+    return booked(**{**lengths, "tokens_generated": tokens if written is None else written, **changes})
 
 
-def dropped(reason: str, tokens: int, written: int | None = None, **changes: Any) -> dict[str, Any]:
+def dropped(reason: str, tokens: int, written: int | None = None, **changes: Any) -> BookLine:
     return of(tokens, written, **{"ending": "dropped", "reason": reason, **changes})
 
 
@@ -62,11 +63,9 @@ def test_dead_ones_are_one_ending_whatever_they_died_of() -> None:
 
 def test_lengths_that_are_not_on_record_are_not_made_up() -> None:
     """A lost rollout's record has 0 tokens; one without a verdict, or in old books, has none to train on."""
-    old = dropped("stale", 6)
-    del old["tokens_trainable"]
+    old = dropped("stale", 6, tokens_trainable=None)
     unjudged = dropped("run_end", 0, 5, tokens_trainable=None)
-    trained = of(8)
-    del trained["tokens_trainable"]
+    trained = of(8, tokens_trainable=None)
     found = by_ending([trained, old, unjudged, dropped("lost", 0, tokens_trainable=None)])
     assert found["trained"].trainable == Lengths(1, 8.0, 0.0)
     assert (found["stale"].trainable, found["stale"].generated) == (None, Lengths(1, 6.0, 0.0))
@@ -202,7 +201,7 @@ def test_the_page_says_it_in_words_and_numbers(tmp_path: Path) -> None:
 def test_the_page_of_a_run_with_older_books_says_what_they_have(tmp_path: Path) -> None:
     """Of what was dropped they have what was written, and no more."""
     fill(tmp_path, config=CONFIG)
-    old = [{name: value for name, value in one.items() if name != "tokens_trainable"} for one in BIASED]
+    old = [{name: value for name, value in one.to_json().items() if name != "tokens_trainable"} for one in BIASED]
     write_lines(tmp_path / "rollouts.jsonl", old)
     (tmp_path / "traces.jsonl").unlink()
     page = write_html(tmp_path).read_text()

@@ -21,6 +21,7 @@ from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import Config, ConfigError
 from common.messages import Verdict
 from common.pretrained import find_model
+from common.runfiles import records
 from ops.reading import (
     Chunk,
     Words,
@@ -209,7 +210,7 @@ def test_one_that_was_handed_on_names_the_last_writer_alone(run: Run) -> None:
 def test_one_that_has_its_verdict(run: Run) -> None:
     run.judged()
     reading = reading_from_hash(hash_of(run), run.config, spelled)
-    assert (reading.finish_reason, reading.keep, reading.trigger, reading.cut) == ("kl_trap", 2, 3, True)
+    assert (reading.finish_reason, reading.keep, reading.trigger, reading.stopped) == ("kl_trap", 2, 3, True)
     assert [token.part for token in reading.tokens] == ["kept", "kept", "detection"]
     assert (reading.threshold, reading.min_window) == (0.25, 0.125)
 
@@ -263,7 +264,8 @@ def booking(rid: str, verdict: Verdict | None) -> Booking:
     if verdict is None:
         return Booking(unjudged_line(rid, "treated", 3, ending="dropped", reason="run_end", generated=7))
     line = line_of(verdict, ending="trained", reason="", generated=5, staleness=1, active=True, correct=True)
-    audit = {"rid": rid, "chunks": [{"seq": 0, "start": 0, "n": 3, "version": 1, "writer": "n4"}, {"broken": "…"}]}
+    chunks = [records.Chunk(0, None, 0, 3, 1, "n4"), records.Chunk(1, broken="…")]
+    audit = records.Audit(rid, [("n4", 0)], chunks, None, True)
     return Booking(line, verdict, audit)
 
 
@@ -352,10 +354,10 @@ def test_a_trace_ahead_of_the_books_and_a_torn_line_are_left_out(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("traces.jsonl", b'{"rid":"r1"\n', "traces.jsonl:1: cannot be read"),
-        ("traces.jsonl", b'["rid"]\n', "traces.jsonl:1: cannot be read"),
-        ("traces.jsonl", b'{"rid":"r1"}\n', "rollout r1 cannot be read from its files"),
-        ("rollouts.jsonl", b"\xff\n", "rollouts.jsonl:1: cannot be read"),
+        ("traces.jsonl", b'{"rid":"r1"\n', "traces.jsonl:1: damaged"),
+        ("traces.jsonl", b'["rid"]\n', "traces.jsonl:1: damaged"),
+        ("traces.jsonl", b'{"rid":"r1"}\n', "traces.jsonl:1: damaged"),
+        ("rollouts.jsonl", b"\xff\n", "rollouts.jsonl:1: damaged"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, text: bytes, said: str) -> None:
@@ -370,5 +372,5 @@ def test_arrays_that_are_none_are_named(tmp_path: Path, value: Any) -> None:
     book(tmp_path, "r1")
     trace = json.loads((tmp_path / "traces.jsonl").read_text())
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace | {"tokens": value}, separators=(",", ":")) + "\n")
-    with pytest.raises(ConfigError, match="rollout r1"):
+    with pytest.raises(ConfigError, match=r"traces\.jsonl:1: damaged"):
         list(readings_from_folder(tmp_path, make_config(tmp_path, **MODELS)))

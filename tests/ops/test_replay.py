@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from run_folders import CONFIG, line, trace_line, write_lines
+from run_folders import CONFIG, booked, line, trace_line, write_lines
 
 from actors.books import rid_of
 from common.config import ConfigError, load
@@ -259,7 +259,7 @@ def test_the_saving_has_the_interval_of_the_summary() -> None:
     seen = np.round(whole * rng.uniform(0.4, 1.0, len(whole)))
     [found] = saving_intervals(seen[None], whole, np.ones((1, len(seen)), bool), problems.tolist())
     lines = [
-        line(arm=arm, problem=int(problem), tokens_generated=int(tokens))
+        booked(arm=arm, problem=int(problem), tokens_generated=int(tokens))
         for arm, lengths in (("treated", seen), ("control", whole))
         for problem, tokens in zip(problems, lengths, strict=True)
     ]
@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("rollouts", {"problem": "x"}, r"rollouts\.jsonl:2: problem is 'x'"),
+        ("rollouts", {"problem": "x"}, r"rollouts\.jsonl:2: damaged \(problem is 'x'"),
         ("traces", {"keep": 99}, r"traces\.jsonl:2: damaged"),
         ("traces", {"divergence": "!"}, r"traces\.jsonl:2: damaged"),
         ("traces", {"cut": None, "trigger": None}, r"traces\.jsonl:2: damaged"),
@@ -447,7 +447,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, file: str, change: dict[str, An
     with pytest.raises(ConfigError, match="nothing to replay"):
         replay(folder)
     path.write_text("[1]\n")
-    with pytest.raises(ConfigError, match=rf"{file}\.jsonl:1: cannot be read"):
+    with pytest.raises(ConfigError, match=rf"{file}\.jsonl:1: damaged"):
         replay(folder)
 
 

@@ -14,12 +14,13 @@ import pytest
 from samples import Run
 
 from actors.arbiter import Arbiter
-from actors.books import line_of, rid_of, trace_of
+from actors.books import line_of, rid_of
 from common import policies
 from common.config import ConfigError
 from common.draws import rollout_seed
 from common.messages import Verdict
 from common.policies import Situation
+from common.runfiles.records import Trace
 from common.streams import unix_s
 from common.termination import Cut, Kat
 from ops.reach.embedded import EmbeddedRedis
@@ -155,7 +156,7 @@ def booked(run: Run, count: int) -> Path:
         )
         admitted = unix_s(run.field(rid, "entry") or b"")
         lines.append(asdict(replace(line, admitted_unix_s=admitted, verdict_unix_s=moment, ended_unix_s=moment)))
-        traces.append(trace_of(one))
+        traces.append(Trace.of(one).to_json())
     folder = run.config.run_dir
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())
@@ -211,7 +212,7 @@ def test_a_shadow_run_replayed_is_the_run_that_stops(begin: Callable[..., Run], 
     cuts = [one.cut for one in found]
     assert sum(cut is not None for cut in cuts) > 3
     for cut, one in zip(cuts, wanted.rollouts, strict=True):
-        fired = one.keep < len(one.divergence) or one.cut
+        fired = one.keep < len(one.divergence) or one.stopped
         assert (cut and (cut.trigger, cut.keep)) == ((one.trigger, one.keep) if fired else None)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from run_folders import CONFIG, evaluation, fill, fill_long, line, step_line, trace_line, write_lines
+from run_folders import CONFIG, booked, evaluation, fill, fill_long, line, step_line, trace_line, write_lines
 
-from actors.books import BookLine
 from common.config import ConfigError, parse
 from common.pretrained import PACKAGE_ROOT
+from common.runfiles.records import BookLine
 from ops import report, report_data, report_panels, report_plots, report_run, report_series
 from ops.cli import main
 from ops.summary import Saving, length_saving
@@ -34,13 +34,13 @@ def trace(divergence: list[float], keep: int, trigger: int, arm: str = "treated"
 
 def test_tokens_at_a_step_are_all_that_was_booked_up_to_its_last_trajectory() -> None:
     lines = [
-        line(tokens_generated=5),
-        line(tokens_generated=7, ending="dropped", reason="empty"),
-        line(tokens_generated=11),  # the second trajectory: step 1 at 23 tokens
-        line(tokens_generated=2, ending="dead"),
-        line(tokens_generated=3),
-        line(tokens_generated=4),  # the fourth: step 2 at 32
-        line(tokens_generated=100),
+        booked(tokens_generated=5),
+        booked(tokens_generated=7, ending="dropped", reason="empty"),
+        booked(tokens_generated=11),  # the second trajectory: step 1 at 23 tokens
+        booked(tokens_generated=2, ending="dead"),
+        booked(tokens_generated=3),
+        booked(tokens_generated=4),  # the fourth: step 2 at 32
+        booked(tokens_generated=100),
     ]
     assert report_data.generated_at_steps(lines, 2) == [0, 23, 32]
     assert report_data.generated_at_steps([], 2) == [0]
@@ -53,13 +53,13 @@ def test_accuracy_stands_over_tokens_and_leaves_out_what_is_not_booked_yet() -> 
 
 def test_length_is_binned_by_version_without_what_the_run_ended() -> None:
     lines = [
-        line(tokens_generated=10, policy_version_last=0),
-        line(tokens_generated=14, policy_version_last=1),
-        line(tokens_generated=30, policy_version_last=3),
-        line(tokens_generated=99, policy_version_last=3, arm="control"),
-        line(tokens_generated=1, ending="dropped", reason="run_end"),
-        line(tokens_generated=1, ending="dead"),
-        line(tokens_generated=1, ending="dropped", reason="stale", finish_reason="unfinished"),
+        booked(tokens_generated=10, policy_version_last=0),
+        booked(tokens_generated=14, policy_version_last=1),
+        booked(tokens_generated=30, policy_version_last=3),
+        booked(tokens_generated=99, policy_version_last=3, arm="control"),
+        booked(tokens_generated=1, ending="dropped", reason="run_end"),
+        booked(tokens_generated=1, ending="dead"),
+        booked(tokens_generated=1, ending="dropped", reason="stale", finish_reason="unfinished"),
     ]
     first, second = report_data.length_curve(lines, "treated", 2)
     assert (first.version, first.tokens, first.rollouts) == (0.5, 12.0, 2)
@@ -69,30 +69,30 @@ def test_length_is_binned_by_version_without_what_the_run_ended() -> None:
 
 @pytest.mark.parametrize(("newest", "width"), [(0, 1), (15, 1), (16, 2), (79, 5)])
 def test_there_are_at_most_sixteen_bins(newest: int, width: int) -> None:
-    assert report_data.bin_width([line(policy_version_last=newest)]) == width
+    assert report_data.bin_width([booked(policy_version_last=newest)]) == width
 
 
 def test_active_from_the_first_version_that_could_cut() -> None:
     lines = [
-        line(active=False, policy_version_last=1),
-        line(policy_version_first=2, policy_version_last=5),
-        line(policy_version_first=3, policy_version_last=3),
+        booked(active=False, policy_version_last=1),
+        booked(policy_version_first=2, policy_version_last=5),
+        booked(policy_version_first=3, policy_version_last=3),
     ]
     assert report_data.active_from(lines) == 3
     assert report_data.active_from(lines[:1]) is None
 
 
-def test_cut_share_counts_treated_rollouts_that_could_have_been_cut() -> None:
+def test_fired_share_counts_treated_rollouts_that_could_have_been_cut() -> None:
     cut = {"tokens_kept": 4, "tokens_detection": 5, "tokens_overshoot": 1}
-    lines = [line(), line(**cut), line(arm="control", **cut), line(active=False)]
-    assert report_data.cut_share(lines) == (1, 2)
+    lines = [booked(), booked(**cut), booked(arm="control", **cut), booked(active=False)]
+    assert report_data.fired_share(lines) == (1, 2)
 
 
 def test_every_generated_token_has_one_fate() -> None:
     lines = [
-        line(tokens_kept=4, tokens_trained=4, tokens_detection=5, tokens_overshoot=1),
-        line(ending="dropped", reason="stale", tokens_trained=0),
-        line(arm="control", tokens_kept=4, tokens_trained=10, tokens_detection=5, tokens_overshoot=1),
+        booked(tokens_kept=4, tokens_trained=4, tokens_detection=5, tokens_overshoot=1),
+        booked(ending="dropped", reason="stale", tokens_trained=0),
+        booked(arm="control", tokens_kept=4, tokens_trained=10, tokens_detection=5, tokens_overshoot=1),
     ]
     assert report_data.token_fates(lines, "treated") == report_data.Fates(4, 10, 5, 1)
     assert report_data.token_fates(lines, "treated").total == 20
@@ -165,11 +165,12 @@ def test_traces_are_sampled_by_kind(tmp_path: Path) -> None:
 
 def test_policy_and_finish_reasons_in_words() -> None:
     config = parse(CONFIG)
-    lines = [line(threshold=0.25), line(threshold=0.5), line(threshold=None, finish_reason="kl_trap"), line()]
-    assert report_data.policy_text(config, lines).endswith("threshold 0.25 … 0.5 nats")
+    lines = [booked(threshold=0.25), booked(threshold=0.5), booked(threshold=None, finish_reason="kl_trap"), booked()]
+    thresholds = [line.threshold for line in lines]
+    assert report_data.policy_text(config, thresholds).endswith("threshold 0.25 … 0.5 nats")
     assert report_data.policy_text(config, []).endswith("threshold never active")
     fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
-    assert report_data.policy_text(fixed, lines) == "fixed: the first 7 tokens"
+    assert report_data.policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 
@@ -255,7 +256,7 @@ def test_a_run_that_cuts_nothing(tmp_path: Path) -> None:
     fill(tmp_path, config=CONFIG.replace("{window", "{policy: none, window"))
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace_line([0.1, 0.2, 0.3], 3, 3)) + "\n")
     text = words(report_run.read_run(tmp_path))
-    assert "No rollout was cut" in text
+    assert "The policy fired in none" in text
     assert "nothing is cut (policy none)" in text
 
 
@@ -306,8 +307,8 @@ def test_no_runs_folder(tmp_path: Path) -> None:
 
 
 def test_the_saving_so_far_ends_with_that_of_the_whole_run() -> None:
-    lines = [line(problem=place, arm=("treated", "control")[place % 2]) for place in range(20)]
-    lines += [line(problem=place, arm="treated", tokens_generated=5) for place in range(20)]
+    lines = [booked(problem=place, arm=("treated", "control")[place % 2]) for place in range(20)]
+    lines += [booked(problem=place, arm="treated", tokens_generated=5) for place in range(20)]
     whole = length_saving(lines)
     curve = report_series.saving_curve(lines, whole)
     assert whole.ratio == pytest.approx(1 - (10 * 10 + 20 * 5) / 30 / 10)
@@ -319,13 +320,13 @@ def test_the_saving_so_far_ends_with_that_of_the_whole_run() -> None:
 
 def test_cut_rate_counts_treated_rollouts_that_could_have_been_cut() -> None:
     cut = {"tokens_kept": 4, "tokens_detection": 6}
-    lines = [line(active=False, **cut), line(arm="control", **cut), *[line(**cut)] * 12, *[line()] * 4]
-    first, second = report_series.cut_rate_curve(lines)
+    lines = [booked(active=False, **cut), booked(arm="control", **cut), *[booked(**cut)] * 12, *[booked()] * 4]
+    first, second = report_series.fired_curve(lines)
     assert (first.share, second.share, first.count, second.count) == (1.0, 0.5, 8, 8)
     assert second.low < 0.5 < second.high
     assert first.tokens == np.mean([30, 40, 50, 60, 70, 80, 90, 100])
     # What the policy would have cut of the control arm, at its place among all tokens.
-    [control] = report_series.cut_rate_curve(lines, arm="control")
+    [control] = report_series.fired_curve(lines, arm="control")
     assert (control.share, control.count, control.tokens) == (1.0, 1, 20)
 
 
@@ -336,13 +337,20 @@ def test_wilsons_interval() -> None:
 
 
 def test_thresholds_over_tokens() -> None:
-    tokens, values = report_series.threshold_curve([line(threshold=None), line(threshold=0.5), line(threshold=0.25)])
+    tokens, values = report_series.threshold_curve(
+        [booked(threshold=None), booked(threshold=0.5), booked(threshold=0.25)]
+    )
     assert tokens.tolist() == [20, 30]
     assert values.tolist() == [0.5, 0.25]
 
 
 def test_reasons_are_shares_of_an_arm_the_most_frequent_first() -> None:
-    lines = [*[line()] * 8, *[line(finish_reason="kl_trap")] * 8, line(finish_reason="kl_trap"), line(arm="control")]
+    lines = [
+        *[booked()] * 8,
+        *[booked(finish_reason="kl_trap")] * 8,
+        booked(finish_reason="kl_trap"),
+        booked(arm="control"),
+    ]
     mix = report_series.reasons_mix(lines, "treated")
     assert mix.counts == {"kl_trap": 9, "eos": 8}
     assert list(mix.counts) == ["kl_trap", "eos"]
@@ -351,19 +359,25 @@ def test_reasons_are_shares_of_an_arm_the_most_frequent_first() -> None:
 
 
 def test_staleness_of_what_was_trained_on_and_of_what_was_too_old() -> None:
-    lines = [line(), line(staleness=2), line(staleness=2), line(staleness=5, ending="dropped", reason="stale")]
-    lines += [line(staleness=None, ending="dead"), line(staleness=1, ending="dropped", reason="run_end")]
+    lines = [booked(), booked(staleness=2), booked(staleness=2), booked(staleness=5, ending="dropped", reason="stale")]
+    lines += [booked(staleness=None, ending="dead"), booked(staleness=1, ending="dropped", reason="run_end")]
     assert report_series.staleness_counts(lines) == {"trained": {0: 1, 2: 2}, "dropped": {5: 1}}
 
 
 def test_stage_latencies_are_of_rollouts_that_have_both_times() -> None:
-    timed = [line(admitted_unix_s=10.0, verdict_unix_s=10.0 + wait, ended_unix_s=20.0) for wait in (1.0, 2.0, 6.0)]
-    lines = [*timed, line(), line(admitted_unix_s=10.0), line(ending="dead", admitted_unix_s=1.0, verdict_unix_s=9.0)]
+    wrong = booked(ending="dead", admitted_unix_s=1.0, verdict_unix_s=9.0)
+    timed = [booked(admitted_unix_s=10.0, verdict_unix_s=10.0 + wait, ended_unix_s=20.0) for wait in (1.0, 2.0, 6.0)]
+    lines = [
+        *timed,
+        booked(),
+        booked(admitted_unix_s=10.0),
+        wrong,
+    ]
     (written,) = report_series.stage_latencies(lines, "admission to verdict")
     (trained,) = report_series.stage_latencies(lines, "verdict to checkpoint")
     assert (written.median_s, written.count, trained.median_s) == (2.0, 3, 8.0)
     assert written.p95_s == pytest.approx(2 + 0.9 * 4)
-    assert report_series.stage_latencies([line()], "verdict to checkpoint") == []
+    assert report_series.stage_latencies([booked()], "verdict to checkpoint") == []
 
 
 def test_books_without_times_are_those_of_an_old_run(tmp_path: Path) -> None:
@@ -380,17 +394,17 @@ def test_books_without_times_are_those_of_an_old_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("rollouts.jsonl", "[]\n", "rollouts.jsonl: line 1 is damaged: expected an object, found list"),
-        ("rollouts.jsonl", json.dumps(line()) + "\n{oops}\n", "rollouts.jsonl: line 2"),
+        ("rollouts.jsonl", "[]\n", "rollouts.jsonl:1: damaged (expected an object, found list)"),
+        ("rollouts.jsonl", json.dumps(line()) + "\n{oops}\n", "rollouts.jsonl:2"),
         ("rollouts.jsonl", '{"rid":"r0"}\n', "arm is missing"),
         ("rollouts.jsonl", json.dumps(line(tokens_generated="10")) + "\n", "tokens_generated is '10', expected int"),
         ("rollouts.jsonl", json.dumps(line(min_window=float("nan"))) + "\n", "min_window is not finite"),
         ("rollouts.jsonl", json.dumps(line(ended_unix_s="now")) + "\n", "ended_unix_s"),
         ("metrics.jsonl", '{"step": 1}\n', "policy_version is missing"),
-        ("eval.jsonl", '{"step": 1, "avg@k": null}\n', "eval.jsonl: line 1"),
+        ("eval.jsonl", '{"step": 1, "avg@k": null}\n', "eval.jsonl:1"),
         ("traces.jsonl", '{"rid":"r0"}\n', "traces.jsonl: damaged"),
         ("traces.jsonl", json.dumps(trace_line([1.0], 1, 1) | {"divergence": "?"}) + "\n", "traces.jsonl: damaged"),
-        ("traces.jsonl", json.dumps(trace_line([1.0], 3, 2)) + "\n", "keep 3, trigger 2, 1 tokens, 1 divergences"),
+        ("traces.jsonl", json.dumps(trace_line([1.0], 3, 2)) + "\n", "keep 3, trigger 2, 1 tokens"),
         ("wall.json", "[]", "wall.json"),
     ],
 )
@@ -418,7 +432,7 @@ def test_the_plot_of_the_drift_guards_says_what_it_has_not(tmp_path: Path) -> No
 
     figure = report_plots.draw_all(report_run.read_run(folder))["drift"]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["Drift: repetition 0.25 → 0.25", "Cut rate by arm, with 95 % intervals"]
+    assert titles == ["Drift: repetition 0.25 → 0.25", "Where the policy fired, by arm, with 95 % intervals"]
     old = [{name: value for name, value in step_line(1).items() if name != "repetition"}]
     write_lines(folder / "metrics.jsonl", old)
     figure = report_plots.draw_all(report_run.read_run(folder))["drift"]

@@ -14,9 +14,10 @@ import redis
 from run_folders import evaluation, fill, write_lines
 from samples import Run
 
-from actors.books import read_lines, rid_of
+from actors.books import rid_of
 from common.config import Config, load
 from common.pretrained import PACKAGE_ROOT
+from common.runfiles.lines import read_lines
 from ops import roles
 from ops.reach.embedded import EmbeddedRedis
 from ops.roles import RUN_KEY, run_role

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import run_folders
 
+from common.runfiles.records import BookLine
 from ops.summary import arm_totals, length_saving, summarize, write_summary
 
 
-def line(arm: str, generated: int, **changes: Any) -> dict[str, Any]:
+def line(arm: str, generated: int, **changes: Any) -> BookLine:
     kept = {"tokens_kept": generated - 3, "tokens_trained": generated - 3, "tokens_detection": 2, "tokens_overshoot": 1}
-    return run_folders.line(rid="r", arm=arm, tokens_generated=generated, **(kept | changes))
+    return run_folders.booked(rid="r", arm=arm, tokens_generated=generated, **(kept | changes))
 
 
 def test_the_saving_by_hand() -> None:
@@ -63,7 +65,7 @@ def test_the_interval_covers_what_it_should_and_clusters_by_prompt() -> None:
         lines.append(line("treated", int(level * rng.uniform(0.4, 0.8)) + 1, problem=problem))
         lines.append(line("control", int(level * rng.uniform(0.8, 1.2)) + 1, problem=problem))
     once, copied = length_saving(lines), length_saving(lines * 8)
-    apart = length_saving([one | {"problem": 100 * copy + one["problem"]} for copy in range(8) for one in lines])
+    apart = length_saving([replace(one, problem=100 * copy + one.problem) for copy in range(8) for one in lines])
     assert once.ratio == pytest.approx(0.4, abs=0.08)
     for saving in (once, copied, apart):
         assert saving.low is not None
@@ -98,8 +100,9 @@ def test_totals_of_an_arm() -> None:
     assert arm_totals([], "control")["mean_generated"] is None
 
 
-def put(folder: Path, name: str, *lines: dict[str, Any]) -> None:
-    (folder / name).write_text("".join(json.dumps(one) + "\n" for one in lines))
+def put(folder: Path, name: str, *lines: dict[str, Any] | BookLine) -> None:
+    trees = [one.to_json() if isinstance(one, BookLine) else one for one in lines]
+    (folder / name).write_text("".join(json.dumps(one) + "\n" for one in trees))
 
 
 def test_a_summary_of_a_whole_folder(tmp_path: Path) -> None:

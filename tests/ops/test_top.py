@@ -26,13 +26,14 @@ from actors.books import Booking, Books, line_of
 from common.config import Config, ConfigError
 from common.metrics import TARGETS
 from common.pretrained import find_model, load_tokenizer
+from common.runfiles.lines import Tail, an_object, last_lines, read_lines
+from common.runfiles.records import BookLine
 from common.streams import connect
 from ops.growth import Folder, Rate
 from ops.reach.embedded import EmbeddedRedis
 from ops.rundir import write_json, write_text
 from ops.snapshot import Judged, Observer, Snapshot, Stream, as_dict
 from ops.summary import length_saving
-from ops.tail import Tail, last_lines
 from ops.top import picture, top
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +192,7 @@ def test_the_saving_is_the_one_of_the_summary_and_grows_with_the_books(tmp_path:
     write_books(tmp_path, "ttctctct")
     folder.read()
     folder._due_at = 0.0
-    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    lines = list(read_lines(tmp_path / "rollouts.jsonl", BookLine.from_json))
     expected = length_saving(lines, resamples=500)
     assert (folder.saving().ratio, folder.saving().low) == (expected.ratio, expected.low)
     assert folder.saving().rollouts == 8
@@ -214,7 +215,7 @@ def test_steps_give_the_speed_of_training_while_they_come(tmp_path: Path) -> Non
 
 def test_a_tail_reads_on_and_passes_over_what_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    tail = Tail(path)
+    tail = Tail(path, an_object)
     assert tail.read() == []
     path.write_bytes(b'{"a": 1}\n{"a"')
     assert tail.read() == [{"a": 1}]
@@ -228,10 +229,10 @@ def test_a_tail_reads_on_and_passes_over_what_is_broken(tmp_path: Path) -> None:
 
 def test_the_last_lines_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert last_lines(path, 100) == []
+    assert last_lines(path, an_object, 100) == []
     path.write_text("".join(f'{{"a": {n}}}\n' for n in range(100)) + '{"a": ')
-    assert last_lines(path, 30) == [{"a": 98}, {"a": 99}]
-    assert len(last_lines(path, 1 << 20)) == 100
+    assert last_lines(path, an_object, 30) == [{"a": 98}, {"a": 99}]
+    assert len(last_lines(path, an_object, 1 << 20)) == 100
 
 
 # --- what it sees ---

@@ -21,7 +21,8 @@ import run_folders
 from samples import make_config
 
 from common.config import ConfigError
-from ops import tail, tracking
+from common.runfiles import lines as runfiles_lines
+from ops import tracking
 from ops.rundir import lock
 from ops.summary import write_summary
 from ops.tracking import Follower, News, Point, TensorBoard, Tracker, Tracking, WeightsAndBiases, missing, turn
@@ -74,7 +75,7 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """As `learner.train._go_on` does: another file takes the place."""
+    """As `open_cut_back` does: another file takes the place."""
     path, draft = folder / "metrics.jsonl", folder / "metrics.tmp"
     kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     draft.write_text("".join(kept))
@@ -224,7 +225,7 @@ def test_points_do_not_depend_on_when_the_files_are_read(tmp_path: Path, seed: i
 
 def test_a_long_run_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [step_line(step) for step in range(1, 9)]
-    monkeypatch.setattr(tail, "_AT_ONCE", 2 * len(json.dumps(lines[0])))
+    monkeypatch.setattr(runfiles_lines, "_AT_ONCE", 2 * len(json.dumps(lines[0])))
     append(tmp_path / "metrics.jsonl", *lines)
     follower = Follower(tmp_path)
     looks = [follower.look(over=True) for _ in range(4)]

@@ -19,6 +19,7 @@ from samples import Run, fenced, make_verdict
 from actors.books import Booking, Books, line_of, unjudged_line
 from common.config import Config, ConfigError
 from common.pretrained import find_model, load_tokenizer
+from common.runfiles import records
 from ops.coloured import HIGH_NATS, LOW_NATS, colour, excerpt, has_colours, legend, level, plain, text_of
 from ops.reach.embedded import EmbeddedRedis
 from ops.reading import Reading, Token
@@ -84,7 +85,7 @@ def test_letters_can_be_read_on_their_colour(place: float) -> None:
 
 def test_numbers_where_there_are_no_colours() -> None:
     tokens = [Token("a", 0.5, "kept"), Token(" b", 2e-5, "detection"), Token("c", None, "overshoot")]
-    text = text_of(reading(tokens, keep=1, trigger=2, cut=True, finish_reason="kl_trap"), colours=False)
+    text = text_of(reading(tokens, keep=1, trigger=2, stopped=True, finish_reason="kl_trap"), colours=False)
     assert text.plain == "a[0.5] <<✂ cut: 1 kept>>  b[2e-05] <<fired: 2 seen>> c[-]"
     assert text.spans == []
     assert "not scored" in legend(False).plain
@@ -100,7 +101,7 @@ def test_a_control_rollout_says_where_it_would_have_been_cut() -> None:
     tokens = [Token("a", 0.5, "kept"), Token("b", 0.0, "detection")]
     assert "would be cut: 1 kept" in text_of(reading(tokens, keep=1, trigger=2), colours=False).plain
     fixed = [Token("a", 0.5, "kept"), Token("b", 0.5, "overshoot")]
-    text = text_of(reading(fixed, keep=1, trigger=1, cut=True), colours=False).plain
+    text = text_of(reading(fixed, keep=1, trigger=1, stopped=True), colours=False).plain
     assert text == "a[0.5] <<✂ cut: 1 kept, fired: 1 seen>> b[0.5]"
 
 
@@ -222,7 +223,7 @@ def test_one_that_is_booked_comes_from_the_folder(desk: Desk) -> None:
     live = desk.json()
     verdict = make_verdict(RID, tokens=np.array(ids_of("12+7=19")[:3], np.int32))
     line = line_of(verdict, ending="trained", reason="", generated=5, staleness=0, active=True, correct=None)
-    audit = {"rid": RID, "chunks": [{"seq": 0, "start": 0, "n": 3, "version": 0, "writer": "n1"}]}
+    audit = records.Audit(RID, [("n1", 0)], [records.Chunk(0, None, 0, 3, 0, "n1")], None, True)
     books = Books(desk.config.run_dir, record_traces=True, record_audit=True)
     books.write([Booking(line, verdict, audit)])
     books.close()
