@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,13 @@ class Weights:
 
 
 class WeightsReader:
-    """Reads one version at a time out of a run's `weights/`, in a thread of its own."""
+    """Reads one version at a time out of a run's `weights/`, in a thread of its own.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    `refused` is called with a version that could not be read.
+    """
+
+    def __init__(self, folder: Path, refused: Callable[[int], None] = lambda version: None) -> None:
+        self._folder, self._refused = folder, refused
         self._thread: threading.Thread | None = None  # with `_ref`: what is being read, or waits to be taken
         self._ref: WeightsRef | None = None
         self._found: Weights | Exception | None = None
@@ -61,8 +64,9 @@ class WeightsReader:
         self._thread.join()
         found, self._found, self._thread = self._found, None, None
         if isinstance(found, Exception):
-            if ref == self._ref:
+            if ref is not None and ref == self._ref:
                 self._refuse(found, at_work)
+                self._refused(ref.version)
             return None
         return found
 

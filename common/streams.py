@@ -24,7 +24,7 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     cursor           string   rollouts admitted so far
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
                        learning (1: a learner is at work, or ended without a word) ·
-                       generated (tokens written in the whole run)
+                       generated (tokens written in the whole run) · refused (version that a worker could not take)
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
     roster:{role}    zset     as workers, of those of a role that are not silent;  changes:{role}: string, its revision
@@ -575,6 +575,10 @@ class Plane:
     def policy(self) -> dict[str, str]:
         answer = self.patiently(lambda: self.client.hgetall(self.key("policy")), "policy")
         return {name.decode("ascii", "replace"): value.decode("ascii", "replace") for name, value in answer.items()}
+
+    def refuse(self, version: int) -> None:
+        """Say that announced weights cannot be taken."""
+        self.once(scripts.refused(version))
 
     def steps(self) -> tuple[int, int]:
         """Optimizer steps done, and those that a checkpoint covers; 0 for what is not there or no number."""

@@ -201,12 +201,16 @@ class Learner:
         return batch
 
     def _make_room(self) -> None:
-        """Where Redis has no room for another batch, let go of what was trained: a checkpoint must cover it first.
+        """Where no batch comes because nobody has weights to write it with, publish them again; where Redis has no room
+        for another batch, let go of what was trained: a checkpoint must cover it first.
 
         Else each would wait for the other: the checkpoint for the steps that are left until it is due, they for
         rollouts, and those for the memory that trained ones hold until the checkpoint.
         """
         self._starved_at = time.monotonic() + _STARVED_S
+        if self._plane.policy().get("refused") == str(self.version):
+            log.warning("no batch comes and a worker could not take version %d: published again", self.version)
+            self.publish()
         if not self._since_checkpoint:
             return
         memory = self._plane.memory()

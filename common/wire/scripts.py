@@ -18,7 +18,7 @@ import redis
 NAMES = (
     *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
-    *("seen", "gone", "sweep"),
+    *("seen", "gone", "sweep", "refused"),
 )
 Entry = tuple[bytes, dict[bytes, bytes]]
 Argument = str | int | bytes
@@ -342,6 +342,11 @@ def release(consumer: str, written: Iterable[Written]) -> Call[Done]:
 def count(rid: str, nonce: str, generated: int) -> Call[Counted]:
     """`generated`: tokens in all."""
     return Call("count", (rid, nonce, generated), lambda reply: _word(Counted, reply))
+
+
+def refused(version: int) -> Call[Done]:
+    """`version`: of the weights that it could not take."""
+    return Call("refused", (version,), _done)
 
 
 # --- teacher worker --------------------------------------------------------------------------------------------

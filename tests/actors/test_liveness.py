@@ -305,3 +305,12 @@ def test_torn_weights_are_refused_once_and_not_at_every_turn(run: Run) -> None:
     for _ in range(5):
         assert reader.newer(run.plane.policy(), 0, wait=True) is None
     assert refusals() == before + 1
+
+
+def test_a_worker_that_cannot_take_the_weights_says_which(run: Run) -> None:
+    announce(run, 1).write_bytes(b"torn")
+    one = writer(run, "w1", Slow())
+    with serving(one):
+        until(lambda: run.plane.policy().get("refused") == "1")
+        announce(run, 2)
+        until(lambda: one._version == 2)

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     "gone": (scripts.gone("name", "role", ["streams that it read as one of the role's group"]), None, {}),
     "lease": (scripts.lease("role", "token", 1, "take"), scripts.Leased, {1: "ms", "take": "mode"}),
     "publish": (scripts.publish(1, 2, "file", "sha256"), scripts.Published, {1: "version", 2: "step"}),
+    "refused": (scripts.refused(1), None, {1: "version of the weights that it could not take"}),
     "release": (scripts.release("consumer", RELEASED), None, {}),
     "reopen": (scripts.reopen("resolved config"), None, {}),
     "restore": (

@@ -19,6 +19,7 @@ import learner.train
 from common import metrics
 from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
+from common.weights import read_pointer, verified
 from learner.checkpoint import load_newest
 from learner.train import Learner
 from ops.reach.embedded import EmbeddedRedis
@@ -175,6 +176,29 @@ def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(
     trajectory(run, 3)
     take_step(learner_)
     assert endings(run)[2:] == [("r2", "trained"), ("r3", "trained")]  # the one that is due, as ever
+
+
+def test_weights_that_nobody_can_take_are_published_again_when_no_batch_comes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner.train, "_STARVED_S", 0.0)
+    learner_ = make_learner(run)
+    learner_.start()
+    announced = read_pointer(run.plane.policy())
+    assert announced is not None
+    (run.config.run_dir / "weights" / announced[0].file).write_bytes(b"torn")
+    learner_._starved_at = 0.0
+    assert learner_._next_batch(0.001) is None
+    assert learner_.version == announced[0].version, "nobody has asked for it"
+    run.plane.refuse(announced[0].version)
+    learner_._starved_at = 0.0
+    assert learner_._next_batch(0.001) is None
+    again = read_pointer(run.plane.policy())
+    assert again is not None and again[0].version == announced[0].version + 1
+    assert verified(run.config.run_dir / "weights", again[0])
+    learner_._starved_at = 0.0
+    assert learner_._next_batch(0.001) is None
+    assert learner_.version == again[0].version, "once"
 
 
 def test_killed_before_the_checkpoint_it_trains_the_same_again_to_the_same_weights(run: Run) -> None:

@@ -889,6 +889,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "seen": ("w", "teacher", 1000, "", "role", "teacher"),
         "gone": ("w", "teacher", "chunks:0"),
         "sweep": (1000, "prompts", "rollout"),
+        "refused": (7,),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))
