@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ops.embedded import EmbeddedRedis
 from run_folders import step_line, write_lines
 from samples import Run
 
@@ -22,6 +21,7 @@ from learner.intake import read_trajectory
 from ops import audit_cuts
 from ops.chaos.checker import count_folder
 from ops.growth import Folder
+from ops.reach.embedded import EmbeddedRedis
 from ops.replay_record import read_record
 from ops.replay_verdicts import Replay, reproduced
 from ops.report_data import fired_share, sample_traces
