@@ -336,7 +336,8 @@ def test_a_damaged_run_of_kat_is_refused_by_name(
     (run / name).write_text(text)
     assert main(["match", str(run)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: {run}: damaged (") and "expected the folder of a finished run" in err
+    assert err.startswith(f"error: {run}") and "damaged (" in err
+    assert ("rollouts.jsonl:1: " if name == "rollouts.jsonl" else "expected the folder of a finished run") in err
 
 
 def test_an_evaluation_behind_a_torn_line_stands_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 
 from common.config import ConfigError
+from common.runfiles.records import BookLine
 from ops import html_report, report, report_plots
 from ops.cli import main
 
@@ -178,7 +179,7 @@ def test_a_page_stays_small_however_long_the_run_was(tmp_path: Path, monkeypatch
 
 def test_tokens_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html_report, "MOST_TOKENS", 100)
-    lines = [line(tokens_generated=30), line(tokens_generated=200), *[line(tokens_generated=30)] * 2]
+    lines = [BookLine.from_json(line(tokens_generated=n)) for n in (30, 200, 30, 30)]
     assert html_report.choose(lines) == [0, 2, 3]
     assert html_report.choose([]) == []
 
