@@ -16,6 +16,7 @@ import numpy as np
 
 from common import metrics, policies
 from common.config import Config
+from common.failing import brief
 from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
 from common.policies import Policy, Progress, Situation
 from common.streams import Lease, Plane, shown, unix_s
@@ -257,7 +258,7 @@ class Arbiter:
 
     def _blame_policy(self, rid: str, track: _Track, error: Exception) -> None:
         """Count it against the rollout. Raises PolicyBroken where the policy fails on one after another."""
-        reason = f"policy {self._settings.policy}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"policy {self._settings.policy}: {brief(error)}"
         self._blamed.add(rid)
         if len(self._blamed) >= _MOST_IN_A_ROW:
             raise PolicyBroken(f"{reason}; on {len(self._blamed)} rollouts, and no verdict between them") from error

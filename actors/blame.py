@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from actors.decode import ClosedChunk, Decoder
+from common.failing import brief, out_of_memory
 
 log = logging.getLogger("katana.engine")
 ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends workers
-MOST_IN_A_ROW = 5  # rollouts that an engine fails on, and none between that it does not: it is not the rollouts
+_MOST_IN_A_ROW = 5  # rollouts that an engine fails on, and none between that it does not: it is not the rollouts
 
 
 class EngineBroken(RuntimeError):
     """This process cannot write or score, whatever it is given: another one may."""
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says so, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
-    )
+class Blame:
+    """Failures of one engine, each of one rollout by itself. `prove`: the engine's own test; `deed`: what it does to a
+    rollout, as a participle; `model`: whose model it has."""
 
+    def __init__(self, prove: Callable[[], None], *, deed: str, model: str) -> None:
+        self._prove, self._deed, self._model = prove, deed, model
+        self._rids: set[str] = set()  # that it failed on since it last succeeded
 
-def brief(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    def succeeded(self) -> None:
+        self._rids.clear()
+
+    def of(self, rid: str, error: Exception) -> None:
+        """A rollout is at fault. Raises EngineBroken where it is this process."""
+        self._rids.add(rid)
+        if len(self._rids) >= _MOST_IN_A_ROW:
+            raise EngineBroken(f"{len(self._rids)} rollouts in a row cannot be {self._deed}, the last: {brief(error)}")
+        try:
+            self._prove()
+        except Exception as broken:
+            raise EngineBroken(
+                f"{brief(error)}; nor does the {self._model} pass its own test: {brief(broken)}"
+            ) from error
 
 
 def step_or_part(

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actors.engine import check_full_attention, self_test
+from common.failing import brief
 from common.pretrained import ModelError
 
 
@@ -29,13 +30,9 @@ def load_model(folder: Path, *, dtype: str, device: str, vocab_size: int) -> Pre
             local_files_only=True,
         )
     except Exception as error:  # the code of a model may raise anything over a config that it did not expect
-        raise ModelError(f"{folder}: cannot be loaded ({_brief(error)})") from error
+        raise ModelError(f"{folder}: cannot be loaded ({brief(error)})") from error
     check_full_attention(model.config)
     model = model.to(device).eval().requires_grad_(False)
     self_test(model, vocab_size=vocab_size)
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from actors.blame import ALONE_AFTER, MOST_IN_A_ROW, EngineBroken, brief, step_or_part
+from actors.blame import ALONE_AFTER, Blame, step_or_part
 from actors.busy import BusyShare, Idling
 from actors.engine import ClosedChunk, Decoder
 from actors.weights import Weights, WeightsReader
 from common import metrics
 from common.config import Config
 from common.episode import Episode
+from common.failing import brief
 from common.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -97,7 +98,7 @@ class RolloutWorker:
         self._busy = BusyShare()
         self._alone: list[str] = []  # rollouts that are to be written by themselves, the others waiting
         self._tried = ""  # the first of them, once that has been said
-        self._blamed: set[str] = set()  # rollouts that could not be written since a token was
+        self._blame = Blame(decoder.prove, deed="written", model="student")
         self._idle = Idling(_CONTROL_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         self._full = Episode(log)
         self._due: dict[str, float] = {}
@@ -149,20 +150,14 @@ class RolloutWorker:
         written = self._decoder.decoded_tokens - before
         metrics.decode_tokens.labels("rollout").inc(written)
         if written:
-            self._blamed.clear()
+            self._blame.succeeded()
         for rid, error in failures:
-            self._blame(self._writing[rid], error)
+            self._count_failure(self._writing[rid], error)
         return closed
 
-    def _blame(self, writing: _Writing, error: Exception) -> None:
-        """Count a failure against a rollout. Raises EngineBroken where it is this process that cannot write."""
-        self._blamed.add(writing.rid)
-        if len(self._blamed) >= MOST_IN_A_ROW:
-            raise EngineBroken(f"{len(self._blamed)} rollouts in a row cannot be written, the last: {brief(error)}")
-        try:
-            self._decoder.prove()
-        except Exception as broken:
-            raise EngineBroken(f"{brief(error)}; nor does the student pass its own test: {brief(broken)}") from error
+    def _count_failure(self, writing: _Writing, error: Exception) -> None:
+        """Of a rollout that fails by itself. Raises EngineBroken where it is this process that cannot write."""
+        self._blame.of(writing.rid, error)
         self._decoder.discard(writing.rid)
         self._forget(writing.rid)
         self._release(writing.owned)

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.blame import ALONE_AFTER, MOST_IN_A_ROW, EngineBroken, brief, out_of_memory
+from actors.blame import ALONE_AFTER, Blame
 from actors.busy import BusyShare, Idling
 from actors.engine import Scored, Scorer, ScoreRequest
 from actors.outcomes import support_size
 from common import metrics
 from common.config import Config
 from common.divergence import coarse_reverse_kl
+from common.failing import brief, out_of_memory
 from common.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -92,7 +93,7 @@ class TeacherWorker:
         self._turn_of = 0  # of the others' shards the one whose forgotten notices are looked at next
         self._waiting: list[_Work] = []
         self._alone: set[str] = set()  # rollouts that are scored by themselves, behind all others
-        self._blamed: set[str] = set()  # rollouts that could not be scored since one last could
+        self._blame = Blame(scorer.prove, deed="scored", model="teacher")
         # By rollout the record of the chunk that was scored last. It names the digest of its support, which hangs on
         # all that was written before: where another stands, the cache holds another text, perhaps of another run.
         self._latest: dict[str, bytes] = {}
@@ -233,7 +234,7 @@ class TeacherWorker:
             self._score_or_part([one for one in loaded if one.work.rid in first])
             self._score_or_part([one for one in loaded if one.work.rid not in first])
         else:
-            self._blame(loaded, error)
+            self._count_failure(loaded, error)
 
     def _answers(self, requests: list[ScoreRequest]) -> tuple[list[Scored], Exception | None]:
         """The scores, or what a model that may do anything raised; the cache is then as if it had never been asked."""
@@ -248,18 +249,12 @@ class TeacherWorker:
         self._scorer.discard({request.key for request in requests})
         return [], failed
 
-    def _blame(self, loaded: list[_Loaded], error: Exception) -> None:
-        """Count a failure against a rollout. Raises EngineBroken where it is this process that cannot score."""
+    def _count_failure(self, loaded: list[_Loaded], error: Exception) -> None:
+        """Of a rollout that fails by itself. Raises EngineBroken where it is this process that cannot score."""
         work = loaded[0].work
         if work.rid in self._alone:
             self._plane.attempt_over(work.rid, "teacher")
-        self._blamed.add(work.rid)
-        if len(self._blamed) >= MOST_IN_A_ROW:
-            raise EngineBroken(f"{len(self._blamed)} rollouts in a row cannot be scored, the last: {brief(error)}")
-        try:
-            self._scorer.prove()
-        except Exception as broken:
-            raise EngineBroken(f"{brief(error)}; nor does the teacher pass its own test: {brief(broken)}") from error
+        self._blame.of(work.rid, error)
         self._alone.add(work.rid)
         self._waiting += [one.work for one in loaded[1:]]
         self._give_up(work, brief(error))
@@ -372,7 +367,7 @@ class TeacherWorker:
                 metrics.chunks_scored.inc()
             elif reply is ScoreAnswer.DUPLICATE:
                 metrics.chunks_duplicate.inc()
-            self._blamed.clear()
+            self._blame.succeeded()
             self._alone.discard(one.work.rid)
             self._latest[one.work.rid] = one.record
             if reply is ScoreAnswer.ENDED or one.tokens.finish:

@@ -34,7 +34,7 @@ _MAX_LOG_RATIO = 20.0
 """Without a bound the ratio overflows; beyond e^20 it is a symptom, not a number to multiply with."""
 
 
-class Float32Head(nn.Linear):
+class UncastHead(nn.Linear):
     """A linear layer of float32 weights that autocast leaves as they are: bfloat16 logits are rounded to 8 bits, which
     puts 1e-3 nats under every divergence."""
 
@@ -44,14 +44,14 @@ class Float32Head(nn.Linear):
             return functional.linear(input.float(), self.weight, self.bias)
 
 
-def widen_head(model: Any) -> None:
+def keep_head_in_float32(model: Any) -> None:
     """Let the output head of a float32 model compute in float32 under autocast too, in place.
 
     A head that is not a plain `nn.Linear` computes in a way of its own and is left alone, as in the engine.
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        head.__class__ = Float32Head  # its class and not the module: parameters, their names and ties stay
+        head.__class__ = UncastHead  # its class and not the module: parameters, their names and ties stay
 
 
 def kept_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from common import metrics
 from common.config import Config
+from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
 from common.messages import row_digest
 from common.policies import unit_of
@@ -42,7 +43,7 @@ from learner.checkpoint import CheckpointState, capture, load_newest, restore, s
 from learner.culprits import StepImpossible, culprits, witness
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
-from learner.loss import Diagnostics, diagnostics, kept_logits, log_outcomes, merged, token_losses, widen_head
+from learner.loss import Diagnostics, diagnostics, keep_head_in_float32, kept_logits, log_outcomes, merged, token_losses
 from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
 
@@ -267,19 +268,22 @@ class Learner:
             except Exception as error:
                 failed = error.with_traceback(None)  # whose frames hold what memory is short of
             self.optimizer.zero_grad(set_to_none=True)
-            reason = f"{type(failed).__name__}: {' '.join(str(failed).split())[:200]}"
-            if not self._economize(batch, reason):
-                raise FloatingPointError(reason)
+            if not self._economize(batch, failed):
+                raise FloatingPointError(brief(failed))
 
-    def _economize(self, batch: list[Trajectory], reason: str) -> bool:
+    def _economize(self, batch: list[Trajectory], error: Exception) -> bool:
         """After an out-of-memory, take half as many tokens in a micro-batch from now on. False where that changes
         nothing, or where memory was not what was short. Deterministic: gradients are summed as they always were."""
-        short = any(words in reason.lower() for words in ("out of memory", "can't allocate memory", "memoryerror"))
         longest = max(one.length for one in batch)
-        if not short or self._config.deterministic or len(batch) == 1 or self._micro_batch_tokens < longest:
+        if (
+            not out_of_memory(error)
+            or self._config.deterministic
+            or len(batch) == 1
+            or self._micro_batch_tokens < longest
+        ):
             return False
         self._micro_batch_tokens //= 2
-        log.warning("at most %d tokens in a micro-batch from now on: %s", self._micro_batch_tokens, reason)
+        log.warning("at most %d tokens in a micro-batch from now on: %s", self._micro_batch_tokens, brief(error))
         return True
 
     def _why_not(self, part: Sequence[Received]) -> str:
@@ -537,9 +541,8 @@ def _load(folder: Path, config: Config) -> Any:
             local_files_only=True,
         )
     except Exception as error:  # the code of a model may raise anything over a config that it did not expect
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise ModelError(f"{folder}: cannot be loaded ({reason})") from error
-    widen_head(model)
+        raise ModelError(f"{folder}: cannot be loaded ({brief(error)})") from error
+    keep_head_in_float32(model)
     # Dropout would make p_θ of the same token differ between worker and learner.
     return model.to(config.learner.device).eval()
 

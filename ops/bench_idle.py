@@ -37,6 +37,9 @@ class _NoEngine:
     def swap(self, state: Any) -> None:
         pass
 
+    def prove(self) -> None:
+        pass
+
     def close_chunks(self) -> list[Any]:
         return []
 

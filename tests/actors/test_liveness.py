@@ -59,6 +59,9 @@ class SlowScorer:
     def drop(self, key: str) -> None:
         pass
 
+    def prove(self) -> None:
+        pass
+
     def score(self, requests: list[ScoreRequest]) -> list[Scored]:
         self.asked += len(requests)
         time.sleep(self.sleeps_s)

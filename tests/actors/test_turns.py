@@ -80,6 +80,9 @@ class Counting:
     def swap(self, state: Any) -> None:
         self.swapped.append(state)
 
+    def prove(self) -> None:
+        pass
+
     def close_chunks(self) -> list[ClosedChunk]:
         return [self._closed(key) for key in self.busy if self._known[key] > self._start[key]]
 

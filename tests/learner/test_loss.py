@@ -21,6 +21,7 @@ from learner.loss import (
     LOG_FLOOR,
     Diagnostics,
     diagnostics,
+    keep_head_in_float32,
     kept_logits,
     log_outcomes,
     merged,
@@ -30,7 +31,6 @@ from learner.loss import (
     sampled_logprobs,
     token_losses,
     topk_overlap,
-    widen_head,
 )
 
 VOCAB, WIDTH = 12, 14
@@ -431,7 +431,7 @@ def test_the_head_computes_only_the_rows_that_are_kept() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_computes_in_float32_under_autocast(tied: bool) -> None:
     model = tiny("qwen3", tied=tied)
-    widen_head(model)
+    keep_head_in_float32(model)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
     entered: list[Tensor] = []
@@ -453,7 +453,7 @@ def test_the_head_computes_in_float32_under_autocast(tied: bool) -> None:
 
 def test_without_autocast_a_widened_head_changes_no_bit() -> None:
     model, same = tiny("qwen3"), tiny("qwen3")
-    widen_head(model)
+    keep_head_in_float32(model)
     (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
     assert torch.equal(kept_logits(model, micro), kept_logits(same, micro))
 

@@ -1,0 +1,15 @@
+"""What an exception says, for those who must go on after it. No torch."""
+
+from __future__ import annotations
+
+_WORDS_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+def brief(error: Exception) -> str:
+    """An error in one line, with its type."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says so, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WORDS_OF_MEMORY)
