@@ -149,10 +149,12 @@ class RolloutWorker:
             )
         written = self._decoder.decoded_tokens - before
         metrics.decode_tokens.labels("rollout").inc(written)
+        for rid, error in failures:
+            if written:  # beside them: however many fail, it is not the engine
+                self._blame.succeeded()
+            self._count_failure(self._writing[rid], error)
         if written:
             self._blame.succeeded()
-        for rid, error in failures:
-            self._count_failure(self._writing[rid], error)
         return closed
 
     def _count_failure(self, writing: _Writing, error: Exception) -> None:

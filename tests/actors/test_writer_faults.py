@@ -113,7 +113,7 @@ def texts(run: Run) -> list[bytes | None]:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no kernel image is available")])
-@pytest.mark.parametrize("wrong", [("r5",), ("r1", "r2", "r8")])
+@pytest.mark.parametrize("wrong", [("r5",), ("r1", "r2", "r8"), ("r1", "r2", "r3", "r4", "r6", "r8")])
 def test_what_cannot_be_written_is_dead_after_three_attempts_and_its_neighbours_are_written(
     run: Run, student: PreTrainedModel, wrong: tuple[str, ...], error: RuntimeError | None
 ) -> None:
