@@ -28,7 +28,10 @@ class DamagedLine(ConfigError):
 
     def __init__(self, path: Path, number: int, error: BaseException) -> None:
         why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        super().__init__(f"{path}:{number}: damaged ({why[:200]})")
+        super().__init__(
+            f"{path}:{number}: damaged ({why[:200]}); expected one whole JSON object a line: put back the "
+            f"line as it was written, or the file from a copy"
+        )
         self.path, self.number, self.why = path, number, why[:200]
 
 
