@@ -12,20 +12,17 @@ import numpy as np
 import pytest
 import torch
 from samples import Run, make_support, script
+from shipped_engines import VOCAB, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
-from actors.models import load_model
 from actors.score import Scorer
 from actors.teacher import TeacherWorker
 from common.messages import ChunkTokens, ScoreSupport, support_digest
-from common.pretrained import PACKAGE_ROOT, read_facts
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 
-TEACHER = PACKAGE_ROOT / "ops" / "models" / "teacher"
-VOCAB, STOPS = read_facts(TEACHER).vocab_size, read_facts(TEACHER).stop_ids
 N, K = 6, 2
 
 
@@ -36,23 +33,12 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def teacher() -> PreTrainedModel:
     torch.set_num_threads(1)
-    return load_model(TEACHER, dtype="float32", device="cpu", vocab_size=VOCAB)
+    return load_shipped("teacher")
 
 
 @pytest.fixture
 def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
     return start(embedded_redis, teacher={"slots": 8}, data={"max_prompt_length": 16}, termination={"teacher_top_k": K})
-
-
-def scorer_of(run: Run, model: PreTrainedModel) -> Scorer:
-    return Scorer(
-        model,
-        slots=run.config.teacher.slots,
-        max_length=run.config.max_length,
-        stop_ids=STOPS,
-        vocab_size=VOCAB,
-        prefill_tokens=256,
-    )
 
 
 def worker_of(run: Run, scorer: Scorer, name: str = "t1") -> TeacherWorker:
@@ -198,7 +184,7 @@ def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, te
 
 
 def test_a_teacher_that_fails_its_own_test_blames_no_rollout(run: Run) -> None:
-    broken = load_model(TEACHER, dtype="float32", device="cpu", vocab_size=VOCAB)
+    broken = load_shipped("teacher")
     written(run, "r1")
     scorer = scorer_of(run, broken)
     with torch.no_grad():

@@ -14,22 +14,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from samples import Run, fenced
+from shipped_engines import STOPS, VOCAB, decoder_of, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
-from actors.engine import Decoder, Scorer
-from actors.models import load_model
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker, rendezvous
 from common.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
-from common.pretrained import PACKAGE_ROOT, read_facts
 from common.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 
-STUDENT, TEACHER = (PACKAGE_ROOT / "ops" / "models" / name for name in ("student", "teacher"))
-VOCAB = read_facts(STUDENT).vocab_size
-STOPS = read_facts(STUDENT).stop_ids
 PROMPT = np.array([5, 11, 6, 15], np.int32)
 CHUNK, LENGTH = 8, 48
 
@@ -37,12 +32,12 @@ CHUNK, LENGTH = 8, 48
 @pytest.fixture(scope="module")
 def student() -> PreTrainedModel:
     torch.set_num_threads(1)
-    return load_model(STUDENT, dtype="float32", device="cpu", vocab_size=VOCAB)
+    return load_shipped("student")
 
 
 @pytest.fixture(scope="module")
 def teacher() -> PreTrainedModel:
-    return load_model(TEACHER, dtype="float32", device="cpu", vocab_size=VOCAB)
+    return load_shipped("teacher")
 
 
 @pytest.fixture
@@ -67,31 +62,18 @@ def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 
 
 
 def rollout_worker(run: Run, model: PreTrainedModel, name: str = "w1") -> RolloutWorker:
-    decoder = Decoder(
-        model,
-        slots=run.config.rollout.slots,
-        max_length=run.config.max_length,
-        stop_ids=STOPS,
-        vocab_size=VOCAB,
-        teacher_top_k=8,
-        chunk_tokens=CHUNK,
-        prefill_tokens=256,
-        alone=run.config.deterministic,
-    )
-    return RolloutWorker(run.config, run.plane, decoder, worker=name, stop=threading.Event())
+    return RolloutWorker(run.config, run.plane, decoder_of(run, model), worker=name, stop=threading.Event())
 
 
 def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1") -> TeacherWorker:
-    scorer = Scorer(
-        model,
-        slots=run.config.teacher.slots,
-        max_length=run.config.max_length,
-        stop_ids=STOPS,
-        vocab_size=VOCAB,
-        prefill_tokens=256,
-    )
     return TeacherWorker(
-        run.config, run.plane, scorer, vocab_size=VOCAB, stop_count=1, worker=name, stop=threading.Event()
+        run.config,
+        run.plane,
+        scorer_of(run, model),
+        vocab_size=VOCAB,
+        stop_count=1,
+        worker=name,
+        stop=threading.Event(),
     )
 
 

@@ -13,20 +13,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from samples import Run, fenced
+from shipped_engines import decoder_of, load_shipped
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
 from actors.decode import Decoder
-from actors.models import load_model
 from actors.rollout import RolloutWorker
-from common.pretrained import PACKAGE_ROOT, read_facts
 from common.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
 
-STUDENT = PACKAGE_ROOT / "ops" / "models" / "student"
-VOCAB, STOPS = read_facts(STUDENT).vocab_size, read_facts(STUDENT).stop_ids
 RIDS = [f"r{number}" for number in range(1, 9)]
 
 
@@ -37,7 +34,7 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def student() -> PreTrainedModel:
     torch.set_num_threads(1)
-    return load_model(STUDENT, dtype="float32", device="cpu", vocab_size=VOCAB)
+    return load_shipped("student")
 
 
 @pytest.fixture
@@ -54,20 +51,6 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run], student: PreTr
     for number, rid in enumerate(RIDS):
         run.admit(rid, seed=number, max_new_tokens=12)
     return run
-
-
-def decoder_of(run: Run, model: PreTrainedModel) -> Decoder:
-    return Decoder(
-        model,
-        slots=run.config.rollout.slots,
-        max_length=run.config.max_length,
-        stop_ids=STOPS,
-        vocab_size=VOCAB,
-        teacher_top_k=8,
-        chunk_tokens=run.config.rollout.chunk_tokens,
-        prefill_tokens=256,
-        alone=run.config.deterministic,
-    )
 
 
 def worker_of(run: Run, decoder: Decoder, name: str = "w1") -> RolloutWorker:
