@@ -71,7 +71,6 @@ class _Writing:
     held: bool = False
     closed: list[tuple[ClosedChunk, int]] = field(default_factory=list)  # chunks to send, with their version
     refused: bool = False  # a full Redis has not taken the first of them
-    apart: bool = False  # waits while another is tried alone
 
     @property
     def owned(self) -> Written:
@@ -127,7 +126,7 @@ class RolloutWorker:
         if not self._talk():
             return False
         self._try_alone()
-        if all(writing.held or writing.apart for writing in self._writing.values()):
+        if all(one.held or self._waits_for_another(one.rid) for one in self._writing.values()):
             self._stop.wait(self._idle.pause_s)
             return True
         self._idle.worked()
@@ -144,7 +143,7 @@ class RolloutWorker:
         with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
             closed, failures = step_or_part(
                 self._decoder,
-                [rid for rid in self._decoder.busy if not self._writing[rid].apart],
+                [rid for rid in self._decoder.busy if not self._waits_for_another(rid)],
                 may_economize=not self._config.deterministic,
             )
         written = self._decoder.decoded_tokens - before
@@ -177,8 +176,10 @@ class RolloutWorker:
                 self._forget(writing.rid)
                 reason = f"{begun - 1} workers ended while they wrote it, and nothing else"
                 self._give_up(writing.rid, reason, writing.entry, attempts=1)
-        for one in self._writing.values():
-            one.apart = bool(self._alone) and one.rid != self._tried
+
+    def _waits_for_another(self, rid: str) -> bool:
+        """Whether one is tried alone, and it is not this one."""
+        return bool(self._alone) and rid != self._alone[0]
 
     def _talk(self) -> bool:
         """All that is due between this worker and Redis, in one round trip. False once the run is over.
@@ -347,6 +348,8 @@ class RolloutWorker:
         """It need not be tried alone any more: a chunk of it is stored, or it is not ours."""
         if rid in self._alone:
             self._alone.remove(rid)
+        if rid == self._tried:
+            self._tried = ""
 
     def _forget(self, rid: str) -> int:
         """Drop a rollout; how much of it was written."""
