@@ -57,7 +57,7 @@ types: setup-dev
 
 # Grafana's JSON, from the one list of panels.
 dashboards: setup
-	$(BIN)/python -m ops.grafana.generate
+	$(BIN)/python -m ops.monitoring.grafana
 
 # Figures for BENCHMARKS.md; nothing else should run meanwhile.
 bench: setup

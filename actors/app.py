@@ -45,7 +45,7 @@ from common import metrics
 from common.config import Config, ConfigError, Redis, parse, redis_settings
 from common.episode import Episode
 from common.pretrained import ModelError
-from common.streams import (
+from common.wire.plane import (
     Plane,
     RedisUnavailable,
     RunGone,
@@ -201,7 +201,7 @@ def teacher_shift(run_key: str) -> None:
 
 
 def _engines(config: Config) -> Any:
-    from actors.engines import engines_for
+    from actors.engine.loaded import engines_for
 
     return engines_for(config)
 

@@ -17,14 +17,14 @@ import numpy as np
 from common import metrics, policies
 from common.config import Config
 from common.failing import brief
-from common.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
 from common.policies import Policy, Progress, Situation
-from common.streams import Lease, Plane, shown, unix_s
 from common.termination import Cut, Kat, MinimaBuffer
-from common.weights import BadWeights, read_pointer
 from common.wire import scripts
+from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
+from common.wire.plane import Lease, Plane, shown, unix_s
 from common.wire.record import divergence_field, tokens_field
 from common.wire.scripts import Fenced, Judged
+from common.wire.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks asked for in one look

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from actors.decode import ClosedChunk, Decoder
+from actors.engine.decode import ClosedChunk, Decoder
 from common.failing import brief, out_of_memory
 
 log = logging.getLogger("katana.engine")

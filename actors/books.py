@@ -19,9 +19,9 @@ from io import FileIO
 from pathlib import Path
 
 from common import metrics
-from common.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
 from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.wire.record import divergence_field, holds_tokens, tokens_field
 
 log = logging.getLogger("katana.books")

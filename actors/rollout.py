@@ -25,7 +25,9 @@ from common import metrics
 from common.config import Config
 from common.episode import Episode
 from common.failing import brief
-from common.messages import (
+from common.pulse import Pulse
+from common.wire import scripts
+from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
     Ints,
@@ -35,9 +37,7 @@ from common.messages import (
     read_rid,
     support_digest,
 )
-from common.pulse import Pulse
-from common.streams import Plane, RedisUnavailable, RunGone, Stopping
-from common.wire import scripts
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.record import tokens_field
 from common.wire.scripts import Beat, Call, Counted, Given, Ownership, Stored, Written
 

@@ -17,12 +17,14 @@ import numpy as np
 from actors.blame import ALONE_AFTER, Blame
 from actors.busy import BusyShare, Idling
 from actors.engine import Scored, Scorer, ScoreRequest
-from actors.outcomes import support_size
+from actors.engine.outcomes import support_size
 from common import metrics
 from common.config import Config
 from common.divergence import coarse_reverse_kl
 from common.failing import brief, out_of_memory
-from common.messages import (
+from common.pulse import Pulse
+from common.wire import scripts
+from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
     Ints,
@@ -34,9 +36,7 @@ from common.messages import (
     read_rid,
     support_digest,
 )
-from common.pulse import Pulse
-from common.streams import Plane, Roster, Stopping, shown
-from common.wire import scripts
+from common.wire.plane import Plane, Roster, Stopping, shown
 from common.wire.record import divergence_field, support_field, tokens_field
 from common.wire.scripts import Entry, ScoreAnswer
 

@@ -13,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from common import metrics
-from common.weights import BadWeights, WeightsRef, read_pointer, verified
+from common.wire.weights import BadWeights, WeightsRef, read_pointer, verified
 
 log = logging.getLogger("katana.rollout")
 _AGAIN_S = 2.0  # before refused weights are looked at again: they are large, and will be no better

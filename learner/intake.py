@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import metrics
-from common.messages import (
+from common.wire import scripts
+from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
     MessageError,
@@ -23,8 +24,7 @@ from common.messages import (
     Verdict,
     read_rid,
 )
-from common.streams import Lease, Plane, shown
-from common.wire import scripts
+from common.wire.plane import Lease, Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
 from learner.batch import Trajectory

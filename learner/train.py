@@ -27,16 +27,16 @@ from common import metrics
 from common.config import Config
 from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
-from common.messages import row_digest
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
 from common.runfiles.lines import open_cut_back
 from common.runfiles.records import METRICS, TRAINED, Trained
-from common.streams import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
-from common.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from common.wire import scripts
+from common.wire.messages import row_digest
+from common.wire.plane import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.scripts import Ending, Published
+from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
 from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from common.runfiles.records import BookLine
-from ops.html_report import write_page
-from ops.report_plots import draw_all
-from ops.report_run import read_run
+from ops.report.page import write_page
+from ops.report.plots import draw_all
+from ops.report.run import read_run
 
 CONFIG = """
 name: small

@@ -12,7 +12,8 @@ import numpy as np
 import redis
 
 from common.config import Config
-from common.messages import (
+from common.wire import scripts
+from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
     RolloutHead,
@@ -21,8 +22,7 @@ from common.messages import (
     Verdict,
     support_digest,
 )
-from common.streams import Lease, Plane, create_run, new_run_key, open_plane
-from common.wire import scripts
+from common.wire.plane import Lease, Plane, create_run, new_run_key, open_plane
 from common.wire.scripts import Argument, Call, Ending, Fenced, Written
 
 STAGES = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}

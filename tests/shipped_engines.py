@@ -5,9 +5,9 @@ from __future__ import annotations
 from samples import Run
 from transformers import PreTrainedModel
 
-from actors.decode import Decoder
-from actors.models import load_model
-from actors.score import Scorer
+from actors.engine.decode import Decoder
+from actors.engine.models import load_model
+from actors.engine.score import Scorer
 from common.pretrained import PACKAGE_ROOT, read_facts
 
 STUDENT, TEACHER = (PACKAGE_ROOT / "ops" / "models" / name for name in ("student", "teacher"))

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 
-from common.messages import ARMS, Floats, Ints, Verdict, fired
+from common.wire.messages import ARMS, Floats, Ints, Verdict, fired
 
 ROLLOUTS, TRACES, AUDIT = "rollouts.jsonl", "traces.jsonl", "audit.jsonl"
 METRICS, TRAINED, EVALUATIONS = "metrics.jsonl", "trained.jsonl", "eval.jsonl"

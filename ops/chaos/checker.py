@@ -36,10 +36,10 @@ from actors.books import number_of, rid_of
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
-from common.messages import Floats, row_digest
 from common.runfiles.records import CONFIG, ENDS_BY_ITSELF, ROLLOUTS, TRACES, TRAINED, BookLine, Chunk, Trace
-from common.streams import Plane, open_plane
 from common.termination import Kat, kat_verdict
+from common.wire.messages import Floats, row_digest
+from common.wire.plane import Plane, open_plane
 from ops.chaos.records import Measured, Records, Violation, read_records
 
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing

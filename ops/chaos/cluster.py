@@ -32,13 +32,13 @@ from common import own_packages
 from common.config import Config
 from common.runfiles.lines import an_object, last_lines, read_lines
 from common.runfiles.records import METRICS, TRAINED, Trained
-from common.streams import Plane, open_plane
+from common.runfiles.run import read_run_key
+from common.wire.plane import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.left_over import SOCKETS, beside
 from ops.reach.run import with_redis
-from ops.rundir import read_run_key
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
 WORKERS = ("rollout", "teacher")

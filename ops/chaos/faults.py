@@ -25,8 +25,8 @@ import redis
 
 from actors.books import rid_of
 from common.footprint import least_bytes, maxmemory_mb
-from common.messages import ChunkTokens, MessageError, ScoreDivergence
-from common.weights import newest_version
+from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
+from common.wire.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
 from ops.chaos.proxy import Hits
 from ops.chaos.recovery import go_on, held_by

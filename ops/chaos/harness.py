@@ -20,6 +20,7 @@ from dataclasses import asdict
 import redis
 
 from common.config import Config, ConfigError
+from common.runfiles.run import move_aside, write_json
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
@@ -27,8 +28,7 @@ from ops.chaos.records import Violation
 from ops.chaos.recovery import Held, go_on, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import Fault, Result, schedule
 from ops.chaos.table import describe
-from ops.check import check
-from ops.rundir import move_aside, write_json
+from ops.run.check import check
 
 _GAP_S = 2.0  # mean time between two faults that may overlap
 _AT_ONCE = 6  # most faults under way at a time

@@ -22,8 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.runfiles.lines import read_lines
-from common.weights import write_atomically
-from ops.report_panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
+from common.wire.weights import write_atomically
+from ops.report.panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 Numbers = npt.NDArray[np.float64]
 REDIS = "Redis used_memory"

@@ -16,12 +16,12 @@ from typing import Any
 import redis
 
 from common.config import Config
+from common.runfiles.run import write_json
 from ops.chaos.cluster import ROLES, Cluster, RunEnded
 from ops.chaos.faults import KINDS, Scene
 from ops.chaos.harness import CALM_S, begin, end, prepared
 from ops.chaos.memory import CANNOT_TELL, GROWS, MemoryLog, Verdict, draw, judge, warm_up_s
 from ops.chaos.records import Violation
-from ops.rundir import write_json
 
 _KINDS = [f"{what}-{role}" for what in ("kill", "term") for role in ROLES]
 _GAP_S = 75.0  # mean time between two kills

@@ -20,11 +20,11 @@ from typing import IO, Any
 import redis
 
 from common.config import Config, ConfigError, parse
-from common.streams import Plane, RedisUnavailable, RunGone, Stopping, connect, current_run, open_plane
+from common.runfiles.run import lock, read_run_key
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, connect, current_run, open_plane
 from ops.reach.embedded import EmbeddedRedis, socket_in, url_in
 from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach
-from ops.rundir import lock, read_run_key
 
 log = logging.getLogger("katana.reach")
 _HERE = ("name", "runs_dir")  # where the run's folder is, and so what it is called, the given config says

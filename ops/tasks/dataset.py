@@ -20,9 +20,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 from common.config import ConfigError
-from ops.rows import Row, column, read_rows
 from ops.tasks import Problem, PromptTooLong, SpecialToken, Split
 from ops.tasks.origin import Origin
+from ops.tasks.rows import Row, column, read_rows
 from ops.tasks.verifiers import Verifier, answer_end, gold, rehearse
 
 _ROUNDS = 4

@@ -37,7 +37,7 @@ class Origin:
         weakref.finalize(self, self._listing.close)
 
     def add(self, place: str, record: bytes) -> None:
-        """A row in use: `place` as `ops.rows` tells it, "train.jsonl, line 3"."""
+        """A row in use: `place` as `ops.tasks.rows` tells it, "train.jsonl, line 3"."""
         path, _, number = place.rpartition(", ")
         if not self._files or self._files[-1].path != path:
             self._files.append(_File(path))

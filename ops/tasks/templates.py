@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from common.config import ConfigError, Data
-from ops.rows import once
+from ops.tasks.rows import once
 
 Message = dict[str, Any]  # role, content, and whatever else the template reads
 DEFAULT, TOOL_USE = "default", "tool_use"  # names that transformers itself gives a meaning

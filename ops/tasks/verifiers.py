@@ -23,7 +23,7 @@ from typing import Protocol
 
 from common.config import ConfigError
 from common.pretrained import PACKAGE_ROOT
-from ops.rows import require
+from ops.tasks.rows import require
 
 log = logging.getLogger("katana.verify")
 

@@ -17,10 +17,10 @@ from actors.arbiter import Arbiter, PolicyBroken
 from actors.books import line_of, rid_of
 from common import metrics
 from common.draws import fraction, rollout_seed
-from common.messages import Verdict
 from common.runfiles.records import Trace
-from common.streams import LeaseLost
 from common.termination import Cut, Kat, kat_verdict
+from common.wire.messages import Verdict
+from common.wire.plane import LeaseLost
 from ops.chaos.checker import check_folder
 from ops.reach.embedded import EmbeddedRedis
 

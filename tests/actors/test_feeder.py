@@ -18,10 +18,10 @@ import actors.feeder
 from actors.books import rid_of
 from actors.feeder import Feeder
 from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
-from common.messages import Ints, RolloutHead
 from common.metrics import REGISTRY
 from common.runfiles.lines import read_lines
-from common.streams import Lease, LeaseLost, create_run
+from common.wire.messages import Ints, RolloutHead
+from common.wire.plane import Lease, LeaseLost, create_run
 from ops.reach.embedded import EmbeddedRedis
 
 

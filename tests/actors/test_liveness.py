@@ -21,7 +21,7 @@ from actors.engine import Scored, ScoreRequest
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from common.metrics import REGISTRY
-from common.weights import publish
+from common.wire.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 CLAIM_S = 0.4

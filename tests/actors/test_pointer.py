@@ -10,7 +10,7 @@ from samples import Run, fenced
 
 from actors.arbiter import Arbiter
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
-from common.weights import BadWeights, WeightsRef, read_pointer
+from common.wire.weights import BadWeights, WeightsRef, read_pointer
 from ops.reach.embedded import EmbeddedRedis
 
 GOOD = {"version": "3", "step": "30", "file": "v00000003.safetensors", "sha256": "aa"}

@@ -16,9 +16,9 @@ from shipped_engines import VOCAB, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
-from actors.score import Scorer
+from actors.engine.score import Scorer
 from actors.teacher import TeacherWorker
-from common.messages import ChunkTokens, ScoreSupport, support_digest
+from common.wire.messages import ChunkTokens, ScoreSupport, support_digest
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow

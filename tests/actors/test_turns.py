@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from samples import Run, fenced
 
 import actors.rollout
-from actors.decode import NO_TOKENS, ClosedChunk
+from actors.engine.decode import NO_TOKENS, ClosedChunk
 from actors.rollout import RolloutWorker
-from common.messages import Ints
 from common.metrics import REGISTRY
-from common.weights import publish
+from common.wire.messages import Ints
+from common.wire.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 SLOTS, LENGTH, STEP_S, TRIP_S = 4, 64, 0.02, 0.001

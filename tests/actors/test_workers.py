@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker, rendezvous
-from common.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
-from common.weights import publish
+from common.wire.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
+from common.wire.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow

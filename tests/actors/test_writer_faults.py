@@ -17,9 +17,9 @@ from shipped_engines import decoder_of, load_shipped
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
-from actors.decode import Decoder
+from actors.engine.decode import Decoder
 from actors.rollout import RolloutWorker
-from common.weights import publish
+from common.wire.weights import publish
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow

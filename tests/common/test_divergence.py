@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from common.divergence import coarse_reverse_kl
-from common.messages import ScoreDivergence
+from common.wire.messages import ScoreDivergence
 
 VOCABULARY, STOPS = 40, (3, 7, 11)
 

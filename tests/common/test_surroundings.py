@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COUNT = "from common import metrics; metrics.learner_steps.inc(); metrics.learner_step_seconds.observe(1.0)"
 DRAW = (
-    "import ops.report, io; from matplotlib.figure import Figure; "
+    "import ops.report.command, io; from matplotlib.figure import Figure; "
     "from matplotlib.backends.backend_agg import FigureCanvasAgg; "
     "FigureCanvasAgg(Figure()).print_png(io.BytesIO())"
 )

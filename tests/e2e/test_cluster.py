@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_run import DEMO, SMALL, check_books
 
-from ops.cli import main
+from ops.cli.main import main
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -21,9 +21,9 @@ from test_run import SMALL, finish, start
 
 from common.runfiles.lines import read_lines
 from common.runfiles.records import ROLLOUTS, BookLine
-from ops import panels
-from ops.dashboards import DASHBOARDS, Panel
-from ops.summary import length_saving
+from ops.monitoring import panels
+from ops.monitoring.dashboards import DASHBOARDS, Panel
+from ops.run.summary import length_saving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 RULES = Path(__file__).parents[2] / "ops" / "prometheus"

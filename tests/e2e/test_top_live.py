@@ -14,8 +14,8 @@ from test_run import SMALL, finish, read, start, wait_for_steps
 
 from common.config import Config, ConfigError, load
 from common.metrics import TARGETS
-from ops.top import top
-from ops.watch import watch
+from ops.live.top import top
+from ops.live.watch import watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 Out = pytest.CaptureFixture[str]

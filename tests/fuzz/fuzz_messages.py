@@ -13,8 +13,8 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-with atheris.instrument_imports(include=["common.messages"]):
-    import common.messages  # noqa: F401
+with atheris.instrument_imports(include=["common.wire.messages"]):
+    import common.wire.messages  # noqa: F401
 from fuzzing import run
 from properties import check_record, mutate_tree, records
 

@@ -16,7 +16,8 @@ import numpy as np
 from samples import make_divergence, make_head, make_score_support, make_support, make_tokens, make_verdict
 
 from common.config import Config, ConfigError, keys, parse
-from common.messages import (
+from common.pretrained import PACKAGE_ROOT
+from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
     MessageError,
@@ -27,7 +28,6 @@ from common.messages import (
     read_number,
     read_rid,
 )
-from common.pretrained import PACKAGE_ROOT
 
 RECORDS: tuple[Any, ...] = (RolloutHead, ChunkTokens, ChunkSupport, ScoreDivergence, ScoreSupport, Verdict)
 LEAST = "student: {model: s}\nteacher: {model: t}\n"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from samples import make_head, make_score_support, make_support, make_tokens, make_verdict
 
-from common.messages import support_digest
+from common.wire.messages import support_digest
 from learner.batch import Trajectory
 from learner.drift import Drift, drift_of, repetition
 from learner.intake import read_trajectory

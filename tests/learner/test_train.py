@@ -19,7 +19,7 @@ import learner.train
 from common import metrics
 from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
-from common.weights import read_pointer, verified
+from common.wire.weights import read_pointer, verified
 from learner.checkpoint import load_newest
 from learner.train import Learner
 from ops.reach.embedded import EmbeddedRedis

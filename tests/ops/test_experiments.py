@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from common.config import load
-from ops.cli import _parser
-from ops.compare_grid import read_budget, read_rows, row_config
+from ops.cli.main import _parser
+from ops.compare.grid import read_budget, read_rows, row_config
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "ops" / "experiments"

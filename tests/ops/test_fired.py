@@ -15,19 +15,19 @@ from samples import Run
 from actors.arbiter import Arbiter
 from actors.books import Booking, Books, line_of, rid_of
 from common import metrics
-from common.messages import Verdict
+from common.wire.messages import Verdict
 from learner.drift import drift_of
 from learner.intake import read_trajectory
-from ops import audit_cuts
+from ops.audit import cuts as audit_cuts
 from ops.chaos.checker import count_folder
-from ops.growth import Folder
+from ops.live.growth import Folder
 from ops.reach.embedded import EmbeddedRedis
-from ops.replay_record import read_record
-from ops.replay_verdicts import Replay, reproduced
-from ops.report_data import fired_share, sample_traces
-from ops.report_run import read_run
-from ops.report_series import fired_curve
-from ops.tracking import Follower
+from ops.replay.record import read_record
+from ops.replay.verdicts import Replay, reproduced
+from ops.report.data import fired_share, sample_traces
+from ops.report.run import read_run
+from ops.report.series import fired_curve
+from ops.run.tracking import Follower
 
 DEAD, ALIVE = [1.0] * 4 + [0.0] * 12, [1.0] * 16
 FIRED, TREATED, ALL = 5, 8, 11  # rollouts 0 … 4 are treated and dead, up to 7 treated and alive; the rest control, dead

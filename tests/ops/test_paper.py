@@ -9,7 +9,7 @@ import pytest
 import yaml
 from data_sets import put_paper_data, put_tiny_qwen3
 
-from ops.cli import main
+from ops.cli.main import main
 
 GRID = sorted((Path(__file__).parents[2] / "ops" / "experiments" / "paper").glob("*.yaml"))
 POLICIES = ("none", "fixed", "random", "kat")

@@ -110,8 +110,8 @@ class _After:
 
 def begin() -> None:
     for name, act in (
-        ("actors.decode", _spoil_writes),
-        ("actors.score", _spoil_scores),
+        ("actors.engine.decode", _spoil_writes),
+        ("actors.engine.score", _spoil_scores),
         ("learner.train", _spoil_steps),
     ):
         sys.meta_path.insert(0, _After(name, act))

@@ -1,0 +1,80 @@
+"""The models of a worker process: loaded once, kept across shifts."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+
+import torch
+
+from actors.engine import Decoder, Scorer
+from actors.engine.models import load_model
+from common.config import Config, parse
+from common.pretrained import Pair, check_pair, find_model, is_hub_id
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+class Engines:
+    """Student and teacher engines of one config, each made when first asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.pair: Pair = check_pair(config)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The student's engine, with the weights of the model's folder until others are swapped in."""
+        config, rollout = self._config, self._config.rollout
+        torch.set_num_threads(rollout.threads)
+        model = load_model(
+            self.pair.student.folder, dtype=rollout.dtype, device=rollout.device, vocab_size=self.pair.vocab_size
+        )
+        return Decoder(
+            model,
+            slots=rollout.slots,
+            max_length=config.max_length,
+            stop_ids=self.pair.stop_ids,
+            vocab_size=self.pair.vocab_size,
+            teacher_top_k=config.termination.teacher_top_k,
+            chunk_tokens=rollout.chunk_tokens,
+            prefill_tokens=rollout.prefill_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            alone=config.deterministic,
+        )
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The teacher's engine."""
+        config, teacher = self._config, self._config.teacher
+        torch.set_num_threads(teacher.threads)
+        model = load_model(
+            self.pair.teacher.folder, dtype=teacher.dtype, device=teacher.device, vocab_size=self.pair.vocab_size
+        )
+        return Scorer(
+            model,
+            slots=teacher.slots,
+            max_length=config.max_length,
+            stop_ids=self.pair.stop_ids,
+            vocab_size=self.pair.vocab_size,
+            prefill_tokens=teacher.prefill_tokens,
+        )
+
+
+def engines_for(config: Config) -> Engines:
+    """The engines of a config; a shift of another run with the same config and models finds them loaded."""
+    return _loaded(config.to_yaml(), _stamp(config.student.model), _stamp(config.teacher.model))
+
+
+@lru_cache(maxsize=1)
+def _loaded(config_yaml: str, *_stamps: Stamp) -> Engines:
+    return Engines(parse(config_yaml))
+
+
+def _stamp(model: str) -> Stamp:
+    """What tells that a model was written over: its files' names, inodes, sizes and times. None of one from the hub,
+    whose folder is named by its revision."""
+    if is_hub_id(model):
+        return ()
+    facts = ((path.name, path.stat()) for path in sorted(find_model(model).iterdir()))
+    return tuple((name, fact.st_ino, fact.st_size, fact.st_mtime_ns) for name, fact in facts)

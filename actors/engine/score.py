@@ -1,0 +1,342 @@
+"""The teacher's side: chunks are scored in the order they were written, a slot per rollout.
+
+A rollout's slot holds the text up to its last scored token, and all of it but that token is in the cache: the
+logits behind that token are what the next chunk's first token is scored with, so it is forwarded with the
+next chunk. Where the cache does not hold a rollout at the chunk's start, it is rebuilt from the prompt and
+the tokens before the chunk; what the slot already has in common with them is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.engine.outcomes import check_stop_ids, log_outcomes, on_support
+from actors.engine.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A chunk to score.
+
+    key: the rollout. prompt: int32 [m], m >= 1. start: index of the chunk's first token in the completion.
+    tokens: int32 [n], n >= 1. support_ids: int32 [n, K]. prefix: int32 [start], the completion's tokens
+    before the chunk, or None where `cached(key) == start` or start is 0.
+    """
+
+    key: str
+    prompt: NDArray[np.int32]
+    start: int
+    tokens: NDArray[np.int32]
+    support_ids: NDArray[np.int32]
+    prefix: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the teacher says of a chunk.
+
+    teacher_logprobs: float32 [n, K+1] on the student's support, column 0 STOP's. tail_logprobs: float32 [n],
+    or None where the support is everything. sampled: float32 [n], of the token that was drawn (of STOP where
+    it is a stop id).
+    """
+
+    key: str
+    start: int
+    teacher_logprobs: NDArray[np.float32]
+    tail_logprobs: NDArray[np.float32] | None
+    sampled: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Consecutive chunks of one rollout, scored as one text."""
+
+    requests: list[tuple[int, ScoreRequest]]  # with the place of the answer
+    warm: bool  # whether the cache holds the rollout exactly where the first chunk starts
+    text: IntArray  # prompt and completion up to the end of the last chunk
+    begin: int  # place in the text of the first token to score
+    slot: int = -1
+    support: IntArray = field(init=False)  # [n, K]
+    outcomes: IntArray = field(init=False)  # [n], with every stop id as STOP
+    scores: NDArray[np.float32] = field(init=False)  # [n, K+3]: sampled, tail, support
+
+    @property
+    def key(self) -> str:
+        return self.requests[0][1].key
+
+    @property
+    def end(self) -> int:
+        last = self.requests[-1][1]
+        return last.start + len(last.tokens)
+
+    def prepare(self, stop_ids: tuple[int, ...]) -> None:
+        """Fill what scoring reads and writes."""
+        self.support = np.concatenate([request.support_ids for _, request in self.requests]).astype(np.int64)
+        tokens = self.text[self.begin :]
+        self.outcomes = np.where(np.isin(tokens, stop_ids), stop_ids[0], tokens)
+        self.scores = np.empty((len(tokens), self.support.shape[1] + 3), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One forward: `tokens` int64 [b, T] for the slots `rows`, row i from starts[i] on and lengths[i]
+    long."""
+
+    runs: list[_Run]
+    rows: IntArray
+    tokens: IntArray
+    starts: IntArray
+    lengths: IntArray
+
+
+class Scorer:
+    """Scores chunks with a teacher that keeps up to `slots` rollouts in its cache.
+
+    max_length: tokens of prompt and completion together. stop_ids: U. prefill_tokens: most tokens, padding
+    included, that one forward takes. Raises UnsupportedModelError, ValueError.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        stop_ids: tuple[int, ...],
+        vocab_size: int,
+        prefill_tokens: int,
+    ) -> None:
+        check_stop_ids(stop_ids, vocab_size)
+        self._model = SlotModel(model, slots=slots, capacity=max_length)
+        self._stop_ids, self._vocab_size, self._budget = stop_ids, vocab_size, prefill_tokens
+        self._stops = torch.tensor(stop_ids, device=self._model.device)
+        self._text = np.zeros((slots, max_length), dtype=np.int64)
+        self._known = np.zeros(slots, dtype=np.int64)  # tokens of the text
+        self._cached = np.zeros(slots, dtype=np.int64)  # of these, forwarded
+        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
+        self._slot: dict[str, int] = {}  # least recently used first
+        self._unused = list(range(slots))
+
+    @property
+    def held(self) -> int:
+        """Rollouts whose cache is kept."""
+        return len(self._slot)
+
+    def cached(self, key: str) -> int:
+        """The chunk start that can be scored without a prefix, in tokens of the completion; -1 if not
+        held."""
+        slot = self._slot.get(key)
+        return -1 if slot is None else int(self._known[slot] - self._prompt[slot])
+
+    def drop(self, key: str) -> None:
+        """Forget a rollout; one that is not held is no error."""
+        slot = self._slot.pop(key, None)
+        if slot is not None:
+            self._unused.append(slot)
+
+    def forget(self) -> None:
+        """Drop all rollouts, and what slots still hold of their texts: the next score is computed from nothing."""
+        self._slot.clear()
+        self._unused = list(range(len(self._known)))
+        self._cached[:] = 0
+
+    def discard(self, keys: Iterable[str]) -> None:
+        """Drop rollouts whose scoring failed half-way, with all that it left in the cache."""
+        slots = [slot for key in keys if (slot := self._slot.pop(key, None)) is not None]
+        self._cached[slots] = 0
+        self._unused += slots
+        if slots:
+            self._model.clear(np.array(slots))
+
+    def economize(self) -> int:
+        """Take half as many tokens in one forward from now on: how many that is; 0 where they are few already."""
+        if self._budget < 2 * FEWEST_TOKENS:
+            return 0
+        self._budget //= 2
+        return self._budget
+
+    def prove(self) -> None:
+        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
+        self_test(self._model.model, vocab_size=self._vocab_size)
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
+        """Score chunks; answers come in the order asked.
+
+        Consecutive chunks of one rollout may be asked in one call. Raises KeyError(key) where a prefix is
+        needed and missing, ValueError where shapes or lengths are wrong; nothing has been scored or evicted
+        then. Whatever else it raises (FloatingPointError where logits are not finite, what the model raises) calls for
+        `discard` of all that were asked.
+        """
+        runs = self._runs(requests)
+        answers: dict[int, Scored] = {}
+        while runs:
+            wave, runs = self._wave(runs)
+            for run in wave:
+                self._settle(run)
+                run.prepare(self._stop_ids)
+            wave.sort(key=lambda run: run.slot)  # slots that follow each other are read without a copy
+            for batch in self._batches(wave, np.array([run.begin - 1 for run in wave])):
+                self._model.forward(batch.rows, batch.tokens, batch.starts, batch.lengths, [])
+            for batch in self._batches(wave, np.array([len(run.text) - 1 for run in wave])):
+                self._score(batch)
+            for run in wave:
+                answers.update(self._answers(run))
+        return [answers[place] for place in range(len(requests))]
+
+    def _runs(self, requests: Sequence[ScoreRequest]) -> list[_Run]:
+        """Join consecutive chunks, and refuse what cannot be scored before anything is done."""
+        runs: list[_Run] = []
+        latest: dict[str, _Run] = {}
+        for place, request in enumerate(requests):
+            self._check(request, requests[0].support_ids.shape[1])
+            run = latest.get(request.key)
+            if run is not None and run.end == request.start:
+                run.requests.append((place, request))
+                run.text = np.concatenate([run.text, request.tokens], dtype=np.int64)
+            else:
+                run = self._begin(place, request, first=run is None)
+                latest[request.key] = run
+                runs.append(run)
+            if len(run.text) > self._text.shape[1]:
+                raise ValueError(f"{request.key}: {len(run.text)} tokens exceed {self._text.shape[1]}")
+        # Warm runs come first, in the slots they have: evicted by an earlier wave, they would cost a rebuild.
+        return sorted(runs, key=lambda run: not run.warm)
+
+    def _check(self, request: ScoreRequest, support: int) -> None:
+        n = len(request.tokens)
+        if n == 0 or len(request.prompt) == 0:
+            raise ValueError(f"{request.key}: a chunk and its prompt have at least one token each")
+        if request.support_ids.shape != (n, support):
+            shape = request.support_ids.shape
+            raise ValueError(f"{request.key}: support_ids {shape}, expected {(n, support)}")
+        if request.prefix is not None and len(request.prefix) != request.start:
+            given = len(request.prefix)
+            raise ValueError(f"{request.key}: a prefix of {given} tokens, expected {request.start}")
+
+    def _begin(self, place: int, request: ScoreRequest, *, first: bool) -> _Run:
+        """A run that begins with this request; `first` of its key in this call."""
+        begin = len(request.prompt) + request.start
+        slot = self._slot.get(request.key)
+        warm = (
+            first
+            and slot is not None
+            and self.cached(request.key) == request.start
+            and np.array_equal(self._text[slot, : self._prompt[slot]], request.prompt)
+        )
+        before: list[NDArray[Any]]
+        if warm:
+            before = [self._text[slot, :begin]]
+        elif request.prefix is not None:
+            before = [request.prompt, request.prefix]
+        elif request.start == 0:
+            before = [request.prompt]
+        else:
+            raise KeyError(request.key)
+        text = np.concatenate([*before, request.tokens], dtype=np.int64)
+        return _Run([(place, request)], warm, text, begin)
+
+    def _wave(self, runs: list[_Run]) -> tuple[list[_Run], list[_Run]]:
+        """The first runs of distinct rollouts, as many as there are slots; and the runs left, in order."""
+        wave: dict[str, _Run] = {}
+        left = []
+        for run in runs:
+            if run.key in wave or len(wave) == len(self._known):
+                left.append(run)
+            else:
+                wave[run.key] = run
+        for key in wave:  # used last, so not evicted by this wave
+            if key in self._slot:
+                self._slot[key] = self._slot.pop(key)
+        return list(wave.values()), left
+
+    def _settle(self, run: _Run) -> None:
+        """Give a run its slot, with all of its text.
+
+        What the slot has forwarded of the same text stays, even another rollout's: of the same prompt, say.
+        """
+        slot = self._slot.get(run.key)
+        if slot is None:
+            if not self._unused:
+                self.drop(next(iter(self._slot)))
+            slot = self._slot[run.key] = self._unused.pop()
+        shared = min(int(self._cached[slot]), len(run.text))
+        differs = np.flatnonzero(self._text[slot, :shared] != run.text[:shared])
+        common = int(differs[0]) if len(differs) else shared
+        self._cached[slot] = min(common, run.begin - 1)
+        self._text[slot, : len(run.text)] = run.text
+        self._known[slot] = len(run.text)
+        self._prompt[slot] = len(run.requests[0][1].prompt)
+        run.slot = slot
+
+    def _batches(self, runs: list[_Run], goals: IntArray) -> Iterator[_Batch]:
+        """Forwards that bring each run's slot up to `goals` tokens; each counts once the next is asked for."""
+        slots = np.array([run.slot for run in runs])
+        while (left := goals - self._cached[slots]).any():
+            waiting = np.flatnonzero(left)
+            lengths = np.array(rectangles(left[waiting].tolist(), self._budget))
+            picked = waiting[: len(lengths)]
+            rows = slots[picked]
+            starts = self._cached[rows]
+            tokens = [self._text[row, at : at + n] for row, at, n in zip(rows, starts, lengths, strict=True)]
+            yield _Batch([runs[i] for i in picked], rows, padded(tokens), starts, lengths)
+            self._cached[rows] += lengths
+
+    def _score(self, batch: _Batch) -> None:
+        """One forward of tokens whose successors are to be scored; the scores go to the runs."""
+        width = batch.tokens.shape[1]
+        logits = self._model.forward(batch.rows, batch.tokens, batch.starts, batch.lengths, range(width))
+        # The token at place p of the text is scored by the logits of place p - 1.
+        spans = [
+            (run, at + 1 - run.begin, at + 1 - run.begin + n)
+            for run, at, n in zip(batch.runs, batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+        ]
+        drawn = padded([run.outcomes[first:last] for run, first, last in spans])
+        support = padded([run.support[first:last] for run, first, last in spans])
+        flat = self._outcomes(logits.flatten(0, 1), drawn.reshape(-1), support.reshape(-1, support.shape[2]))
+        scores = flat.reshape(*drawn.shape, -1)
+        for (run, first, last), row in zip(spans, scores, strict=True):
+            run.scores[first:last] = row[: last - first]
+
+    def _outcomes(self, logits: Tensor, drawn: IntArray, support: IntArray) -> NDArray[np.float32]:
+        """float32 [N, K+3] on the host: sampled, tail (0 where absent), support."""
+        log_probs = log_outcomes(logits, self._stops, self._vocab_size)
+        device = logits.device
+        logprobs, tail = on_support(
+            log_probs,
+            torch.from_numpy(support).to(device),
+            self._stop_ids[0],
+            stop_count=len(self._stop_ids),
+        )
+        sampled = log_probs.gather(1, torch.from_numpy(drawn).to(device)[:, None])
+        absent = torch.zeros_like(sampled) if tail is None else tail[:, None]
+        scores: NDArray[np.float32] = torch.cat([sampled, absent, logprobs], dim=1).cpu().numpy()
+        return scores
+
+    def _answers(self, run: _Run) -> Iterator[tuple[int, Scored]]:
+        """A run's scores, cut into its chunks."""
+        if not np.isfinite(run.scores).all():
+            raise FloatingPointError(f"{run.key}: the teacher's logits are not finite")
+        everything = self._vocab_size - len(self._stop_ids) <= run.support.shape[1]
+        first = 0
+        for place, request in run.requests:
+            scores = run.scores[first : first + len(request.tokens)]
+            first += len(request.tokens)
+            yield (
+                place,
+                Scored(
+                    key=request.key,
+                    start=request.start,
+                    teacher_logprobs=scores[:, 2:].copy(),
+                    tail_logprobs=None if everything else scores[:, 1].copy(),
+                    sampled=scores[:, 0].copy(),
+                ),
+            )

@@ -1,0 +1,221 @@
+"""Speed, measured: the slot engine against a bare forward loop, a half-precision head with and without a float32
+product, and the whole loop with each role's busy share."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from actors.engine import Decoder
+from actors.engine.head import Float32Head
+from actors.engine.models import load_model
+from common.config import Config
+from common.pretrained import Pair, check_pair
+from common.runfiles.lines import read_lines
+from common.runfiles.records import METRICS
+from ops.tasks.source import TaskSource
+
+_WRITTEN = 160  # tokens a row in one repeat of the engine's bench
+_HEAD = (1024, 151_936)  # hidden size and vocabulary of Qwen3-0.6B
+_HEAD_ROWS = (1, 8, 32, 256)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Least, median and greatest of several repeats."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """Where a figure comes from."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+# --- the engine --------------------------------------------------------------------------------------------------
+
+
+def engine(config: Config, repeats: int) -> dict[str, Any]:
+    """Decode tokens/s of the slot engine and of a bare `model.forward` loop, in turn, at the same batch.
+
+    The bare loop has transformers' own KV cache, one prompt length, takes the argmax, and records nothing. The engine
+    samples, and records support, tail and log-probabilities of every token. Both prefill outside the clock.
+    """
+    torch.set_num_threads(config.rollout.threads)
+    pair = check_pair(config)
+    model = load_model(
+        pair.student.folder, dtype=config.rollout.dtype, device=config.rollout.device, vocab_size=pair.vocab_size
+    )
+    source = TaskSource(config)
+    length = min(len(source.prompt(index)) for index in range(64))
+    prompts = np.stack([source.prompt(index)[:length] for index in range(config.rollout.slots)])
+    tokens = min(_WRITTEN, config.rollout.max_completion_length)
+    bare, ours = [], []
+    for repeat in range(repeats + 1):
+        a, b = _bare(model, prompts, tokens), _engine(model, pair, config, prompts, tokens)
+        if repeat:  # the first warms up
+            bare.append(a)
+            ours.append(b)
+    return {
+        "what": "decode, tokens/s",
+        "batch": config.rollout.slots,
+        "tokens_a_row": tokens,
+        "engine": spread(ours),
+        "bare_forward_loop": spread(bare),
+        "ratio": spread([b / a for a, b in zip(bare, ours, strict=True)]),
+        "machine": machine(),
+    }
+
+
+@torch.inference_mode()
+def _bare(model: PreTrainedModel, prompts: Any, tokens: int) -> float:
+    cache = DynamicCache()
+    network: Any = model
+    ids = torch.from_numpy(prompts.astype(np.int64)).to(model.device)
+    logits = network(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    began = time.perf_counter()
+    for _ in range(tokens):
+        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        logits = network(input_ids=ids, past_key_values=cache).logits
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return float(tokens * len(prompts) / (time.perf_counter() - began))
+
+
+def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, tokens: int) -> float:
+    decoder = Decoder(
+        model,
+        slots=len(prompts),
+        max_length=prompts.shape[1] + tokens,
+        stop_ids=pair.stop_ids,
+        vocab_size=pair.vocab_size,
+        teacher_top_k=config.termination.teacher_top_k,
+        chunk_tokens=config.rollout.chunk_tokens,
+        prefill_tokens=prompts.size,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+    )
+    added = 0
+
+    def fill() -> None:
+        # Rows that end by themselves are replaced, as in a run: the batch stays full.
+        nonlocal added
+        while decoder.free:
+            prompt = prompts[added % len(prompts)]
+            decoder.add(f"bench{added}", prompt, seed=added, max_new_tokens=tokens)
+            added += 1
+
+    fill()
+    decoder.step()
+    began, before = time.perf_counter(), decoder.decoded_tokens
+    while decoder.decoded_tokens - before < tokens * len(prompts):
+        decoder.step()
+        fill()
+    return float((decoder.decoded_tokens - before) / (time.perf_counter() - began))
+
+
+# --- the head ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def head(config: Config, repeats: int) -> dict[str, Any]:
+    """Seconds of a bfloat16 head's product with a bfloat16 and with a float32 result, in turn, by rows."""
+    torch.set_num_threads(config.rollout.threads)
+    options: dict[str, Any] = {"bias": False, "device": config.rollout.device, "dtype": torch.bfloat16}
+    plain, wide = nn.Linear(*_HEAD, **options), Float32Head(*_HEAD, **options)
+    wide.weight = plain.weight
+    rows = {}
+    for count in _HEAD_ROWS:
+        hidden = torch.randn(count, _HEAD[0], device=config.rollout.device, dtype=torch.bfloat16)
+        pairs = [(_seconds(plain, hidden), _seconds(wide, hidden)) for _ in range(repeats + 1)][
+            1:
+        ]  # the first warms up
+        rows[count] = {
+            "bfloat16": spread([a for a, _ in pairs]),
+            "float32": spread([b for _, b in pairs]),
+            "ratio": spread([b / a for a, b in pairs]),
+        }
+    return {"what": "head, s", "hidden_size": _HEAD[0], "vocab_size": _HEAD[1], "rows": rows, "machine": machine()}
+
+
+def _seconds(layer: nn.Module, hidden: torch.Tensor) -> float:
+    began = time.perf_counter()
+    layer(hidden)
+    if hidden.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def loop(config: Config, repeats: int) -> dict[str, Any]:
+    """Tokens/s of whole runs, from the learner's first step to its last, and each role's busy share."""
+    results = [_one_run(config, repeat) for repeat in range(repeats)]
+    names = [name for name in results[0] if name != "busy"]
+    busy = sorted({role for result in results for role in result["busy"]})
+    return {
+        "what": "whole runs",
+        "steps": config.learner.max_steps,
+        **{name: spread([result[name] for result in results]) for name in names},
+        "busy": {role: spread([result["busy"].get(role, 0.0) for result in results]) for role in busy},
+        "machine": machine(),
+    }
+
+
+def _one_run(config: Config, repeat: int) -> dict[str, Any]:
+    from ops.run.local import run_locally
+
+    with tempfile.TemporaryDirectory(prefix="katana-bench-") as folder:
+        tree = config.model_dump() | {"name": f"bench-{repeat}", "runs_dir": folder}
+        tree["eval"] |= {"every_steps": 0}
+        here = Config.model_validate(tree)
+        code = _quietly(lambda: run_locally(here, resume=False, fresh=False))
+        if code != 0:
+            raise RuntimeError(f"the run to measure ended with {code}")
+        steps = list(read_lines(here.run_dir / METRICS))
+        summary = json.loads((here.run_dir / "summary.json").read_text())
+        busy = json.loads((here.run_dir / "busy.json").read_text())
+    # The first step waits for models to load and is left out.
+    seconds = steps[-1]["unix_s"] - steps[0]["unix_s"]
+    share = (len(steps) - 1) / len(steps)
+    generated = sum(arm["tokens_generated"] for arm in summary["arms"].values())
+    return {
+        "generated_tokens_per_s": generated * share / seconds,
+        "trained_tokens_per_s": sum(step["tokens_trained"] for step in steps[1:]) / seconds,
+        "steps_per_s": (len(steps) - 1) / seconds,
+        "busy": busy,
+    }
+
+
+def _quietly(action: Any) -> int:
+    """Run with standard output sent to standard error: only JSON belongs on the former."""
+    import contextlib
+    import sys
+
+    with contextlib.redirect_stdout(sys.stderr):
+        code: int = action()
+    return code

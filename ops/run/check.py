@@ -1,0 +1,289 @@
+"""`katana check`: what a config would run, and what is wrong with it, before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import policies, policy_names
+from common.config import Config, ConfigError, Data, Loss
+from common.pretrained import (
+    HubUnavailable,
+    ModelError,
+    ModelFacts,
+    Pair,
+    check_pair,
+    is_hub_id,
+    load_tokenizer,
+    read_model_config,
+    weight_files,
+)
+from ops.run.check_redis import check_redis
+from ops.run.devices import absent, devices_of, unknown
+from ops.run.tracking import missing
+from ops.tasks.rows import DataMissing
+from ops.tasks.source import TaskSource
+from ops.tasks.templates import Templates
+
+_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PROMPTS_READ = 256
+_MB = 1 << 20
+
+
+@dataclass(slots=True)
+class Findings:
+    """Lines to show, problems that forbid a run, and what could not be checked."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def check(config: Config) -> Findings:
+    """Models, tokenizers, stop set, lengths, prompts and memory. Never raises for what it can report."""
+    found = Findings()
+    pair = _check_models(config, found)
+    if pair is not None:
+        _check_prompts(config, found)
+        _estimate_models(config, pair, found)
+    check_redis(config, found)
+    found.problems += missing(config.tracking)
+    _check_devices(config, found)
+    _say_what_runs(config, found)
+    return found
+
+
+def _check_models(config: Config, found: Findings) -> Pair | None:
+    try:
+        pair = check_pair(config, weights=False)  # reading is enough: a hub's weights are fetched by a run
+    except HubUnavailable as error:
+        found.unchecked.append(f"models: {error}; checked without them: the config alone")
+        return None
+    except ModelError as error:
+        found.problems.append(str(error))
+        return None
+    for who, facts, model in (
+        ("student", pair.student, config.student.model),
+        ("teacher", pair.teacher, config.teacher.model),
+    ):
+        if facts.parameters_bytes == 0 and not is_hub_id(model):
+            found.problems.append(f"{who} {facts.folder}: no *.safetensors in it; Katana loads no other weights")
+    stops = ", ".join(str(stop) for stop in pair.stop_ids)
+    found.lines += [
+        f"student    {pair.student.folder} ({pair.student.model_type})",
+        f"teacher    {pair.teacher.folder} ({pair.teacher.model_type})",
+        f"tokenizer  shared, {pair.vocab_size} ids in use",
+        f"stop set   {{{stops}}}: generation ends on any of them, together they are the one outcome STOP",
+        f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens; contexts: "
+        f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
+    ]
+    found.lines += [f"warning    {text}" for text in ends_outside(pair, config.data)]
+    return pair
+
+
+def _context(facts: ModelFacts) -> str:
+    """Its length, or that nothing says it: positions without a table (ALiBi, say) have no end that a config states."""
+    longest = facts.max_position_embeddings
+    return "not stated in its config.json, so not checked" if longest is None else f"{longest} tokens"
+
+
+def ends_outside(pair: Pair, data: Data) -> list[str]:
+    """What the tokenizer, or the chat template, says an answer ends with, where the stop set does not have it."""
+    tokenizer = load_tokenizer(pair.student.folder)
+    told = {"the tokenizer's own eos": tokenizer.eos_token_id}
+    for name, token in _ends_of_turn(tokenizer, data).items():
+        told[f"the end of an answer in the chat template ({name})"] = token
+    return [
+        f"{what}, {tokenizer.convert_ids_to_tokens(token)!r} ({token}), is not in the stop set: a rollout that writes "
+        f"it goes on to the limit; add it to eos_token_id in generation_config.json of {pair.student.folder}"
+        for what, token in told.items()
+        if token is not None and token not in pair.stop_ids
+    ]
+
+
+def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
+    """The special token that each chat template in use puts behind an answer; None where there is none.
+
+    Nothing of a template that refuses or is not there: that is told where prompts are looked at.
+    """
+    answer = "An answer."
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    found: dict[str, int | None] = {}
+    if not data.chat:
+        return found
+    try:
+        templates = Templates(tokenizer, data)
+        for name in templates.names:
+            text = templates.apply(messages, {}, "a trial", name=name, add_generation_prompt=False)
+            behind = text.rpartition(answer)[2].strip()
+            ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+            found[name] = next((token for token in ids if token in tokenizer.all_special_ids), None)
+    except ConfigError:
+        pass
+    return found
+
+
+def _check_devices(config: Config, found: Findings) -> None:
+    """A config may be checked on a machine other than the one it is for: what is not here is left to that one."""
+    for key, device in devices_of(config):
+        if device == "cpu":
+            continue
+        if wrong := unknown(device):
+            found.problems.append(f"{key}: {wrong}")
+        elif missing_here := absent(device):
+            found.unchecked.append(f"{key}: {missing_here}; a run on this machine needs it")
+
+
+def _check_prompts(config: Config, found: Findings) -> None:
+    for name in (None, *config.eval.data):
+        what = "prompts   " if name is None else "benchmark "
+        try:
+            source = TaskSource(config, "eval" if name else "train", name)
+            source.rehearse()
+            # Of a data set the reading itself has looked at every row.
+            read = min(_PROMPTS_READ, source.count or _PROMPTS_READ)
+            longest = max(len(source.prompt(index)) for index in range(read))
+        except DataMissing as error:
+            found.unchecked.append(f"{what.strip()}: {error}; a run needs it")
+        except (ConfigError, ModelError) as error:
+            found.problems.append(str(error))
+        else:
+            found.lines.append(f"{what} {_told(config, source, name)}; the longest of {read} has {longest} tokens")
+            of = f"eval.data.{name}: " if name else ""
+            lines = [f"warning    {of}{text}" for text in source.notes]
+            # What is said of the template itself is the same for a benchmark.
+            found.lines += [line for line in lines if line.replace(of, "") not in found.lines]
+
+
+def _told(config: Config, source: TaskSource, name: str | None) -> str:
+    if source.count is None:
+        return f"task {config.data.task!r}"
+    skipped = f", {source.skipped} more are left out" if source.skipped else ""
+    if name is None:
+        return f"{source.count} rows of {config.data.path}{skipped}, judged by {config.data.verifier}"
+    one = config.eval.data[name]
+    used = min(source.count, one.problems or source.count)
+    return f"{name}: {used} of {source.count} rows of {one.path}{skipped}, {one.k or config.eval.k} samples each"
+
+
+def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:
+    shapes = {who: _shape(facts.folder) for who, facts in (("student", pair.student), ("teacher", pair.teacher))}
+    student, teacher = shapes["student"], shapes["teacher"]
+    rollout, scoring, learner = config.rollout, config.teacher, config.learner
+    cache = config.max_length
+    parts = {
+        "rollout": student.parameters * _SIZE[rollout.dtype]
+        + student.cache_bytes(rollout.slots, cache, rollout.dtype)
+        + 3 * 4 * rollout.slots * pair.vocab_size,
+        "teacher": teacher.parameters * _SIZE[scoring.dtype]
+        + teacher.cache_bytes(scoring.slots, cache, scoring.dtype)
+        + 3 * 4 * scoring.prefill_tokens * pair.vocab_size,
+        # Parameters, gradients and two moments; logits, their log-softmax and its gradient.
+        "learner": student.parameters * 4 * 4 + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
+    }
+    found.lines.append(
+        "memory     (estimate, beside about 400 MB for Python and torch) "
+        + ", ".join(f"{role} {size / _MB:,.0f} MB" for role, size in parts.items())
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    parameters: int
+    layers: int
+    kv_width: int  # heads × their size
+
+    def cache_bytes(self, slots: int, length: int, dtype: str) -> int:
+        return 2 * self.layers * self.kv_width * slots * length * _SIZE[dtype]
+
+
+def _shape(folder: Path) -> _Shape:
+    text = read_model_config(folder)
+    heads = int(text.get("num_attention_heads", 1))
+    head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
+    stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
+    parameters = sum(path.stat().st_size for path in weight_files(folder)) // stored
+    layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
+    kv_width = int(text.get("num_key_value_heads") or heads) * head_dim
+    if not parameters:  # weights not fetched yet: attention, gated MLP and embeddings of the usual decoder
+        a_layer = 2 * width * (heads * head_dim + kv_width) + 3 * width * int(text.get("intermediate_size", 4 * width))
+        tied = 1 if text.get("tie_word_embeddings") else 2
+        parameters = layers * a_layer + tied * width * int(text.get("vocab_size", 0))
+    return _Shape(parameters=parameters, layers=layers, kv_width=kv_width)
+
+
+def _say_what_runs(config: Config, found: Findings) -> None:
+    rule = config.termination
+    windows = f"W {rule.window}, C {rule.patience}, grace {rule.grace_tokens}, stride {rule.stride}"
+    since = f"active from policy version {rule.warmup_steps}"
+    arm = f"control arm {rule.control_fraction:.0%}"
+    on = f"calibrated on {rule.calibrate_on}; {arm}"
+    calibrated = (
+        f"W {rule.window}, C {rule.patience}, η {rule.eta:g}, K {rule.teacher_top_k}, "
+        f"grace {rule.grace_tokens}, stride {rule.stride}; {since} and {rule.min_calibration} minima; {on}"
+    )
+    text = {
+        "none": "no rollout is cut",
+        "fixed": f"every treated rollout is cut at {rule.fixed_tokens} tokens",
+        "scheduled": f"every treated rollout is cut at {rule.fixed_tokens} tokens, growing to {rule.scheduled_tokens} "
+        f"in {rule.scheduled_steps} steps",
+        "random": f"treated rollouts are cut at a place drawn from 1 to {config.rollout.max_completion_length} tokens",
+        "random_matched": f"treated rollouts are cut by chance, {len(rule.hazard)} positions × {rule.hazard_scale:g}; "
+        f"{since}",
+        "kat": calibrated,
+        "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
+        "kat_inverse": f"cut where divergence stays high; {calibrated}",
+    }.get(rule.policy, f"your own; {on if _is_calibrated(rule.policy) else arm}")
+    cuts = rule.policy != "none"  # without cuts neither of these changes anything
+    if cuts and rule.shadow:
+        text += "; shadow: verdicts are recorded, none is applied"
+    elif cuts and rule.apply == "mask":
+        text += "; mask: nothing is stopped, what is cut is left out of the loss"
+    learner = config.learner
+    found.lines += [
+        f"policy     {rule.policy}: {text}",
+        f"training   {_told_end(config)} of {learner.batch_size} trajectories, {_told_loss(config.loss)}, "
+        f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
+        f"to {learner.max_staleness}",
+        f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
+        + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
+    ]
+    if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:
+        found.lines.append(
+            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: what the nucleus cuts off "
+            "is never drawn, and its share of the gradient is missing"
+        )
+    if config.loss.weighting == "random_drop" and config.loss.retention == 1:
+        found.lines.append(
+            "warning    loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
+            "loss.retention to the share of kept tokens that is to count"
+        )
+
+
+def _is_calibrated(policy: str) -> bool:
+    """Whether a policy, maybe one of the user's own, looks at minima. One that cannot be imported was refused before,
+    when the config was read."""
+    try:
+        return issubclass(policies.find(policy), policies.Calibrated)
+    except policy_names.PolicyError:
+        return False
+
+
+def _told_loss(loss: Loss) -> str:
+    """Its mode, and what differs from the default."""
+    parts: list[str] = [loss.mode]
+    if loss.denominator != "kept":
+        parts.append(f"denominator {loss.denominator}")
+    if loss.weighting == "random_drop":
+        parts.append(f"weighting random_drop (retention {loss.retention:g})")
+    elif loss.weighting == "position":
+        parts.append(f"weighting position (half-life {loss.position_half_life:g} tokens)")
+    return ", ".join(parts)
+
+
+def _told_end(config: Config) -> str:
+    tokens = config.learner.max_generated_tokens
+    if tokens is None:
+        return f"{config.learner.max_steps} steps"
+    return f"until {tokens:,} tokens are generated, at most {config.learner.max_steps} steps"

@@ -1,0 +1,49 @@
+"""`katana clean`: a run's folder and its keys, removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from common.config import Config, ConfigError, parse
+from common.runfiles.run import lock, read_run_key
+from common.wire.plane import open_plane
+from ops.reach.left_over import left_by_harness
+from ops.reach.server import reach
+
+
+def clean(folder: Path) -> str:
+    """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
+
+    Of a run of the fault harness, whose Redis went with it, the folders alone. Raises ConfigError when the folder is
+    no run's, the run is at work, or its Redis is away.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
+        raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
+    lock(folder).close()
+    config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
+    gone, left = left_by_harness(folder, config)
+    if gone:
+        for path in filter(None, (folder, left)):
+            shutil.rmtree(path)
+        folders = f"{folder} and {left}" if left else f"{folder}"
+        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone: no keys there"
+    removed = 0
+    if config.redis.url is not None:
+        removed = _remove_keys(config, read_run_key(folder))
+    shutil.rmtree(folder)
+    return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
+
+
+def _remove_keys(config: Config, run_key: str) -> int:
+    client = reach(config)
+    plane = open_plane(config, client, run_key)
+    live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
+    if live:
+        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is at work; stop them first")
+    removed = 0
+    for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
+        removed += int(client.unlink(key))
+    if client.hget("katana:runs", config.name) == run_key.encode():
+        client.hdel("katana:runs", config.name)
+    return removed

@@ -1,0 +1,346 @@
+"""`katana dead`: what was given up and why; a rollout sent back, or removed for good.
+
+Where a letter in the stream `dead` names a rollout that died, its record stays until an operator has decided. Both
+decisions take letter and record off in one script (`common/lua/again.lua`), so whoever comes second finds neither. What
+is sent back becomes a request in `again`: the feeder admits its problem as a new rollout; the dead one stays dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import Config, ConfigError
+from common.pretrained import ModelError
+from common.wire.messages import (
+    ChunkSupport,
+    ChunkTokens,
+    Ints,
+    MessageError,
+    RolloutHead,
+    ScoreDivergence,
+    ScoreSupport,
+    Verdict,
+    read_number,
+    read_rid,
+)
+from common.wire.plane import Plane
+from common.wire.record import DIVERGENCE, SCORES, SUPPORT, TOKENS, part_of
+from common.wire.scripts import SentBack
+from ops.reach.run import opened
+from ops.reading.rollouts import find_tokenizer
+
+Decoder = Callable[[list[int]], str]
+_AT_A_TIME = 500
+# The parts of a chunk: record, and the array that has one row a token.
+_PARTS: dict[str, tuple[Any, str]] = {
+    TOKENS: (ChunkTokens, "tokens"),
+    SUPPORT: (ChunkSupport, "sampled_logprobs"),
+    DIVERGENCE: (ScoreDivergence, "divergence"),
+    SCORES: (ScoreSupport, "sampled_logprobs"),
+}
+_NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
+_TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
+_KEPT = {"there": "its record is kept", "open": "it is not in the books yet", "gone": "its record is gone"}
+_REFUSED = {
+    SentBack.ABSENT: "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis "
+    "was asked twice because its first answer was lost. Look at the list",
+    SentBack.OPEN: "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
+    SentBack.NONE: "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it "
+    "did not die. There is nothing to send back",
+    SentBack.ENDED: "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
+    "(--resume --set learner.max_steps=N)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """An entry of the stream `dead`. `rid` is empty where it names no rollout."""
+
+    entry: str
+    rid: str
+    stage: str
+    reason: str
+    shown: bytes
+
+    @property
+    def at(self) -> datetime | None:
+        """When it was written, by Redis's clock; None for an entry whose id is no time."""
+        try:
+            return datetime.fromtimestamp(int(self.entry.partition("-")[0]) / 1000, UTC)
+        except (ValueError, OverflowError, OSError):
+            return None
+
+
+def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
+    """Print what was given up, oldest first. Raises ConfigError, as the others do: see `opened`."""
+    with opened(config, source) as run:
+        plane = run.plane
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        count = 0
+        for letter, facts in _letters(plane):
+            if as_json:
+                print(json.dumps(_as_dict(letter, facts)))
+                continue
+            if not count:
+                print(_row("entry", "when (UTC)", "stage", "rollout", "attempts", "reason", width))
+            count += 1
+            when = f"{letter.at:%Y-%m-%d %H:%M:%S}" if letter.at else "?"
+            gone = f"{letter.rid} ({facts['record']})" if facts["record"] in ("gone", "open") else letter.rid
+            print(_row(letter.entry, when, letter.stage, gone or "–", facts["attempts"] or "–", letter.reason, width))
+        waiting = 0 if as_json else plane.requests_waiting()
+        if not as_json and not count:
+            print(f"no dead letters in run {plane.run_key}")
+        if waiting:
+            print(f"{waiting} sent back, to be admitted by the feeder")
+
+
+def show(config: Config, source: Path, entry: str) -> None:
+    """Print one letter whole, with what is left of its rollout. Raises ConfigError."""
+    with opened(config, source) as run:
+        config, plane = run.config, run.plane
+        letter = _letter(plane, entry)
+        record = plane.rollout(letter.rid) if letter.rid else {}
+        [facts] = _standings(plane, [letter])
+    lines = [
+        ("entry", letter.entry),
+        ("when", f"{letter.at:%Y-%m-%d %H:%M:%S} UTC" if letter.at else "?"),
+        ("stage", letter.stage),
+        ("rollout", f"{letter.rid}, {_KEPT[facts['record']]}" if letter.rid else "none: the letter is about a notice"),
+        ("attempts", f"{facts['attempts'] or 0} without progress, {facts['claims'] or 0} claims"),
+        ("reason", letter.reason),
+        ("shown", repr(letter.shown)),
+    ]
+    if record:
+        lines += _describe(record, _find_decoder(config, config.run_dir))
+    for name, text in lines:
+        print(f"{name:<11} {text}")
+
+
+def send_back(config: Config, source: Path, entry: str) -> None:
+    """Have the feeder admit the problem of a dead rollout anew, exactly once. Raises ConfigError."""
+    with opened(config, source) as run:
+        config, plane = run.config, run.plane
+        letter = _letter(plane, entry)
+        if not letter.rid:
+            raise ConfigError(f"{entry}: the letter names no rollout, so nothing can be sent back; --drop removes it")
+        record = plane.rollout(letter.rid)
+        problem = _problem(letter.rid, record, config) if record else 0
+        _decide(plane, letter, problem)
+    print(f"{letter.rid}: problem {problem} is sent back; the feeder admits it as a new rollout when there is room")
+
+
+def drop(config: Config, source: Path, entry: str) -> None:
+    """Remove a letter, and the record of the rollout that died by it, for good. Raises ConfigError."""
+    with opened(config, source) as run:
+        plane = run.plane
+        letter = _letter(plane, entry)
+        _decide(plane, letter, None)
+    print(f"removed {entry}" + (f" and the record of rollout {letter.rid}" if letter.rid else ""))
+
+
+def _decide(plane: Plane, letter: Letter, problem: int | None) -> None:
+    answer = plane.send_back(letter.entry, letter.rid, problem)
+    if answer is not SentBack.OK:
+        raise ConfigError(_REFUSED[answer].format(entry=letter.entry, rid=letter.rid))
+
+
+def _problem(rid: str, record: dict[bytes, bytes], config: Config) -> int:
+    """What a dead rollout was to solve: by its head, or where that is what it died of, as the feeder had counted."""
+    with contextlib.suppress(MessageError):
+        return RolloutHead.decode(record.get(b"head", b"")).problem
+    try:
+        if b"problem" in record:
+            return read_number(record[b"problem"], "problem")
+        return read_number(rid[1:].encode(), "number") // config.data.num_generations
+    except MessageError as error:
+        raise ConfigError(f"{rid}: its head cannot be read, and nothing else tells its problem ({error})") from error
+
+
+# --- letters ----------------------------------------------------------------------------------------------------------
+
+
+def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
+    """All of them with what is known of their rollouts, see `_standings`; a page of the stream at a time."""
+    begin = "-"
+    while True:
+        found = plane.dead_letters(begin, "+", _AT_A_TIME)
+        letters = [_read(entry, values) for entry, values in found]
+        yield from zip(letters, _standings(plane, letters), strict=True)
+        if len(found) < _AT_A_TIME:
+            return
+        begin = "(" + found[-1][0].decode()
+
+
+def _letter(plane: Plane, entry: str) -> Letter:
+    """Raises ConfigError when there is no such letter."""
+    if not re.fullmatch("[0-9]{1,19}-[0-9]{1,19}", entry):
+        raise ConfigError(f"{entry!r}: not the entry of a letter, which is like 1763841234567-0; see the list")
+    found = plane.dead_letters(entry, entry, 1)
+    if not found:
+        raise ConfigError(f"{entry}: no such letter in run {plane.run_key}; was it sent back or removed already?")
+    return _read(*found[0])
+
+
+def _read(entry: bytes, values: dict[bytes, bytes]) -> Letter:
+    rid, reason = values.get(b"rid", b""), values.get(b"reason", b"")
+    try:
+        named = read_rid(rid)
+    except MessageError:
+        named = ""
+    return Letter(entry.decode(), named, _plain(values.get(b"stage", b"")), _plain(reason), values.get(b"shown", b""))
+
+
+def _standings(plane: Plane, letters: list[Letter]) -> list[dict[str, str]]:
+    """Of each letter's rollout: its `record` is there, open (it is not booked yet), gone, or '' where the letter names
+    none; attempts and claims as far as the record tells."""
+    return [
+        {
+            "record": ("open" if one.open else "there" if one.there else "gone") if letter.rid else "",
+            "attempts": _plain(one.attempts),
+            "claims": _plain(one.claims),
+        }
+        for letter, one in zip(letters, plane.record_states([letter.rid for letter in letters]), strict=True)
+    ]
+
+
+def _as_dict(letter: Letter, facts: dict[str, str]) -> dict[str, Any]:
+    return {
+        "entry": letter.entry,
+        "at": letter.at.isoformat() if letter.at else None,
+        "stage": letter.stage,
+        "rid": letter.rid,
+        **facts,
+        "reason": letter.reason,
+        "shown": repr(letter.shown),
+    }
+
+
+def _row(entry: str, when: str, stage: str, rollout: str, attempts: str, reason: str, width: int | None) -> str:
+    row = f"{entry:<15}  {when:<19}  {stage:<12}  {rollout:<17}  {attempts:<8}  {reason}"
+    return row if width is None or len(row) <= width else row[: max(0, width - 1)] + "…"
+
+
+def _plain(value: bytes) -> str:
+    """What anyone may have written, without characters that a terminal would act on."""
+    text = value.decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+# --- a rollout's record -----------------------------------------------------------------------------------------------
+
+
+def _find_decoder(config: Config, folder: Path) -> Decoder | None:
+    """Token ids to text; None where no tokenizer of the run is to be had here."""
+    try:
+        tokenizer = find_tokenizer(config, folder)
+    except ModelError:
+        return None
+    return lambda ids: str(tokenizer.decode(ids))
+
+
+def _describe(record: dict[bytes, bytes], decode: Decoder | None) -> list[tuple[str, str]]:
+    """A rollout as lines of name and text: what it was to write, how far it came, and each field, readable or not."""
+    read, fields = _read_record(record)
+    lines = []
+    head, verdict = read.get(b"head"), record.get(b"verdict")
+    if isinstance(head, RolloutHead):
+        lines += [("arm", head.arm), ("problem", str(head.problem)), ("prompt", _text(head.prompt, decode))]
+    chunks = sorted((one for one in read.values() if isinstance(one, ChunkTokens)), key=lambda one: one.seq)
+    scored = sum(isinstance(one, ScoreDivergence) for one in read.values())
+    told = {name: _plain(record.get(name.encode(), b"?")) for name in ("chunks", "length", "scored")}
+    lines += [
+        ("chunks", f"{told['chunks']} stored, {len(chunks)} readable; {told['scored']} scored, {scored} readable"),
+        ("tokens", f"{told['length']} stored, {sum(len(one.tokens) for one in chunks)} readable"),
+        ("verdict", "none" if verdict is None else "dead" if verdict == b"dead" else "given, see its field"),
+    ]
+    if chunks:
+        lines.append(("written", _text(np.concatenate([one.tokens for one in chunks]), decode)))
+    lines += [("field", f"{_plain(name):<10} {text}") for name, text in fields]
+    return lines + [("misfit", text) for text in _misfits(read)]
+
+
+def _read_record(record: dict[bytes, bytes]) -> tuple[dict[bytes, Any], list[tuple[bytes, str]]]:
+    """What can be read, by field; and of every field, in order, what it holds or why it cannot be read."""
+    read: dict[bytes, Any] = {}
+    told = []
+    for name in sorted(record, key=_place):
+        try:
+            read[name] = _read_field(name, record[name])
+            told.append((name, f"ok      {_summary(read[name])}"))
+        except MessageError as error:
+            told.append((name, f"BROKEN  {error} ({len(record[name])} bytes)"))
+    return read, told
+
+
+def _place(name: bytes) -> tuple[int, bytes]:
+    """Numbers and words first, then chunk by chunk."""
+    part = part_of(name)
+    return (part[1], name) if part else (-1, name)
+
+
+def _read_field(name: bytes, value: bytes) -> Any:
+    """Raises MessageError."""
+    if name == b"head":
+        return RolloutHead.decode(value)
+    if name == b"verdict":
+        return "dead" if value == b"dead" else Verdict.decode(value)
+    if name in _NUMBERS:
+        return read_number(value, name.decode())
+    if name in _TEXTS:
+        return _plain(value)
+    part = part_of(name)
+    if part is None:
+        raise MessageError("no field of a rollout")
+    kind, seq = part
+    record = _PARTS[kind][0].decode(value)
+    if getattr(record, "seq", seq) != seq:
+        raise MessageError(f"it is chunk {record.seq}")
+    return record
+
+
+def _summary(value: Any) -> str:
+    if isinstance(value, ChunkTokens):
+        last = value.start + len(value.tokens)
+        finish = f", ends by {value.finish}" if value.finish else ""
+        return f"tokens {value.start} … {last - 1}, policy version {value.policy_version}, by {value.writer}{finish}"
+    if isinstance(value, Verdict):
+        return f"{value.finish_reason}: trigger {value.trigger}, keep {value.keep}, train {value.train}"
+    if isinstance(value, RolloutHead):
+        return f"{value.arm}, problem {value.problem}, prompt of {len(value.prompt)} tokens"
+    if isinstance(value, ScoreDivergence):
+        return f"{len(value.divergence)} divergences, mean {value.divergence.mean():.3g} nats"
+    if isinstance(value, ChunkSupport | ScoreSupport):
+        return f"log-probabilities of {len(value.sampled_logprobs)} tokens"
+    return str(value)
+
+
+def _misfits(read: dict[bytes, Any]) -> Iterator[str]:
+    """Parts of a chunk that can be read and do not belong together."""
+    sizes: dict[int, dict[str, int]] = {}
+    for name, value in read.items():
+        if part := part_of(name):
+            kind, seq = part
+            sizes.setdefault(seq, {})[_plain(name)] = len(getattr(value, _PARTS[kind][1]))
+    for parts in sizes.values():
+        if len(set(parts.values())) > 1:
+            yield "tokens in " + ", ".join(f"{name} {size}" for name, size in parts.items())
+
+
+def _text(tokens: Ints, decode: Decoder | None) -> str:
+    """Text, quoted; ids where nobody can tell what they mean."""
+    ids = [int(token) for token in tokens]
+    if decode is not None:
+        with contextlib.suppress(OverflowError, ValueError, IndexError):
+            return repr(decode(ids))
+    return f"token ids {' '.join(map(str, ids))}"

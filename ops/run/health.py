@@ -1,0 +1,57 @@
+"""`katana health ROLE CONFIG`: whether a role on this host works, and not only lives. For containers."""
+
+from __future__ import annotations
+
+import time
+
+import redis
+
+from common.config import Config, ConfigError
+from common.wire.plane import connect
+from ops.reach.ports import Target, scrape
+
+_ANSWER_S = 3.0
+_ON_THE_BROKER = ("feeder", "rollout", "teacher")
+
+
+def health(role: str, config: Config, *, within_s: float) -> list[str]:
+    """What is wrong with the role that serves its metrics here; an empty list for a healthy one.
+
+    Well is a role whose metrics port answers, whose loop turned within `within_s` seconds, and that reaches Redis. A
+    worker between two shifts turns no loop: then its port and both Redis servers tell. Raises ConfigError for a
+    config that names no port or no Redis.
+    """
+    if config.metrics.port == 0:
+        raise ConfigError("metrics.port: 0, a free port nobody knows; a health check needs a fixed one")
+    if config.redis.url is None:
+        raise ConfigError("redis.url: not set; a health check asks the Redis of the run")
+    return [*_loop_trouble(role, config, within_s), *_redis_trouble(role, config)]
+
+
+def _loop_trouble(role: str, config: Config, within_s: float) -> list[str]:
+    host = "127.0.0.1" if config.metrics.host in ("0.0.0.0", "::", "") else config.metrics.host
+    (served,) = scrape([Target(role, role, f"{host}:{config.metrics.port}")], timeout_s=_ANSWER_S)
+    if served.trouble:
+        return [f"{served.target.address}: {served.trouble}"]
+    turned = served.value("katana_loop_timestamp_seconds", role=role)
+    if not turned:
+        return [] if role in ("rollout", "teacher") else [f"the loop of the {role} has not begun"]
+    age = time.time() - turned
+    return [f"the loop of the {role} last turned {age:.0f} s ago"] if age > within_s else []
+
+
+def _redis_trouble(role: str, config: Config) -> list[str]:
+    found = []
+    urls = {"redis.url": config.redis.url}
+    if role in _ON_THE_BROKER:
+        urls["redis.broker_url"] = config.redis.broker
+    for name, url in urls.items():
+        assert url is not None
+        client = connect(url, **config.redis.access(role))
+        try:
+            client.ping()
+        except (redis.exceptions.RedisError, OSError) as error:
+            found.append(f"{name} {url!r} does not answer: {error}")
+        finally:
+            client.close()
+    return found

@@ -1,0 +1,230 @@
+"""`katana run`: every role on this machine, watched, with an own Redis unless the config names one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, ConfigError
+from common.runfiles.run import lock, open_folder, read_json, write_json
+from common.wire.plane import Plane, RedisUnavailable, create_run, open_plane
+from ops.reach.children import end, katana, start
+from ops.reach.embedded import EmbeddedRedis
+from ops.reach.run import with_redis
+from ops.reach.server import reach
+from ops.report.command import write_report
+from ops.run.failures import MOST, Failures, mark_of
+from ops.run.progress import Progress
+from ops.run.roles import RUN_KEY, WORKERS
+from ops.run.summary import write_summary
+
+log = logging.getLogger("katana.local")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class ChildFailed(RuntimeError):
+    """A role ended for good. `code` is what the command exits with."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(slots=True)
+class _Child:
+    role: str
+    name: str
+    threads: int
+    process: subprocess.Popen[bytes] | None = None
+    failures: Failures = field(default_factory=Failures)
+    log_from: int = 0  # where in its log the words of the process at work begin
+    done: bool = False
+
+
+class LocalRun:
+    """Starts the roles, restarts those that die, ends them in order."""
+
+    def __init__(self, config: Config, run_key: str) -> None:
+        self._config, self._run_key = config, run_key
+        self._folder = config.run_dir
+        self._redis: EmbeddedRedis | None = None
+        self._plane: Plane
+        self._children = _children(config)
+        self._interrupts = 0
+        self._wake = threading.Event()
+
+    def run(self) -> int:
+        """Run to the end; returns the exit code."""
+        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        held = lock(self._folder)
+        began = time.time()
+        try:
+            return self._run(began)
+        finally:
+            # 1. children, who still need Redis to hand back what they hold; 2. Redis, its file complete; 3. the lock.
+            self._stop_children()
+            if self._redis is not None:
+                self._redis.stop()
+            held.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run(self, began: float) -> int:
+        plane = self._plane = self._start_redis()
+        progress = Progress(self._config, plane)
+        for child in self._children:
+            self._start(child)
+        try:
+            with progress:
+                while not self._interrupts and not self._over():
+                    self._watch()
+                    progress.update()
+                    self._wake.wait(0.25)
+        except ChildFailed as failure:
+            self._note_wall(began)
+            print(f"katana: {failure}", file=sys.stderr)
+            if failure.code != EXIT_BAD_INPUT:
+                print(self._how_to_go_on(), file=sys.stderr)
+            return failure.code
+        self._note_wall(began)
+        if self._interrupts:
+            print(
+                "stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
+                file=sys.stderr,
+            )
+            self._stop_children()
+            print(f"stopped. {self._how_to_go_on()}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        self._stop_children()
+        write_json(self._folder / "busy.json", progress.busy_shares())
+        summary = write_summary(self._folder)
+        write_report(self._folder)
+        progress.finish(summary)
+        return EXIT_OK
+
+    def _start_redis(self) -> Plane:
+        """Own Redis or the config's; the run made known there; the config that the roles are started with."""
+        if self._config.redis.url is None:
+            self._redis = EmbeddedRedis(self._folder / "redis", maxmemory_mb=self._config.redis.maxmemory_mb)
+            self._redis.start()
+            self._config = with_redis(self._config, self._redis.url, self._redis.broker_url)
+        client = reach(self._config)
+        create_run(client, self._config, self._run_key)
+        plane = open_plane(self._config, client, self._run_key)
+        # What --resume may change must reach the workers, who read the config from Redis; a run that was done goes on
+        # if there are more steps to do now.
+        plane.reopen(self._config.to_yaml())
+        return plane
+
+    # --- children ----------------------------------------------------------------------------------------------
+
+    def _start(self, child: _Child) -> None:
+        config_file = self._folder / "config.yaml"
+        overrides = [f"redis.url={self._config.redis.url}"]
+        if self._config.redis.broker_url:
+            overrides.append(f"redis.broker_url={self._config.redis.broker_url}")
+        sets = [word for item in [*overrides, "metrics.port=0"] for word in ("--set", item)]
+        environment = {
+            "OMP_NUM_THREADS": str(child.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+            RUN_KEY: self._run_key,
+        }
+        log_file = self._log_of(child)
+        log_file.parent.mkdir(exist_ok=True)
+        child.log_from = log_file.stat().st_size if log_file.exists() else 0
+        child.process = start(katana(child.role, str(config_file), *sets), log_file, environment)
+
+    def _log_of(self, child: _Child) -> Path:
+        return self._folder / "logs" / f"{child.name}.log"
+
+    def _watch(self) -> None:
+        """Restart what died; raise ChildFailed for what will not get better."""
+        if self._redis is not None and not self._redis.running():
+            log.warning("redis-server ended; starting it again on its own data")
+            self._redis.start()
+        for child in self._children:
+            if child.done or child.process is None or (code := child.process.poll()) is None:
+                continue
+            if code == 0 and child.role not in WORKERS:
+                child.done = True
+                continue
+            words = self._last_words(child)
+            if code == EXIT_BAD_INPUT:  # a model, device or setting that no restart mends
+                raise ChildFailed(f"{child.name} failed: {words}", EXIT_BAD_INPUT)
+            if child.failures.one_more(mark_of(child.role, self._plane, self._folder)):
+                text = f"{child.name} failed {MOST + 1} times in a row without getting on: {words}"
+                raise ChildFailed(text, EXIT_FAILED)
+            # What was killed from outside has nothing to say; neither has what was told to stop.
+            said = f" ({words})" if code > 0 and code != EXIT_INTERRUPTED else ""
+            log.warning("%s ended with %d; started again%s", child.name, code, said)
+            self._start(child)
+
+    def _last_words(self, child: _Child) -> str:
+        path = self._log_of(child)
+        with path.open("rb") as file:
+            file.seek(child.log_from)
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if "error:" in line]
+        return f"{(told or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
+
+    def _how_to_go_on(self) -> str:
+        return f"Go on with: katana run {self._folder}/config.yaml --resume"
+
+    def _over(self) -> bool:
+        """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
+        return all(child.done for child in self._children if child.role not in WORKERS)
+
+    def _stop_children(self) -> None:
+        running = [child.process for child in self._children if child.process]
+        end(running, _GRACE_S, at_once=lambda: self._interrupts > 1)
+
+    def _on_signal(self, *_: Any) -> None:
+        self._interrupts += 1
+        self._wake.set()
+
+    def _note_wall(self, began: float) -> None:
+        path = self._folder / "wall.json"
+        before = read_json(path)["wall_s"] if path.exists() else 0.0
+        write_json(path, {"wall_s": before + time.time() - began})
+
+
+def _children(config: Config) -> list[_Child]:
+    """The learner first: it publishes what everybody waits for."""
+    children = [
+        _Child("learner", "learner", config.learner.threads),
+        _Child("feeder", "feeder", 1),
+        _Child("arbiter", "arbiter", 1),
+    ]
+    children += [_Child("rollout", f"rollout-{n}", config.rollout.threads) for n in range(config.rollout.workers)]
+    children += [_Child("teacher", f"teacher-{n}", config.teacher.threads) for n in range(config.teacher.workers)]
+    if config.eval.every_steps:
+        children.append(_Child("evaluator", "evaluator", config.eval.threads))
+    return children
+
+
+def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
+    """`katana run`. Raises ConfigError and ModelError before anything is started."""
+    from ops.run.check import check
+
+    found = check(config)
+    for problem in [*found.problems, *found.unchecked]:
+        raise ConfigError(problem)
+    if config.redis.url is not None:
+        reach(config)  # before anything is written
+    print("\n".join(found.lines), flush=True)
+    run_key = open_folder(config, resume=resume, fresh=fresh)
+    try:
+        return LocalRun(config, run_key).run()
+    except (RuntimeError, RedisUnavailable) as error:
+        print(f"katana: {error}", file=sys.stderr)
+        return EXIT_FAILED

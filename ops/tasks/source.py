@@ -1,0 +1,222 @@
+"""Prompts for the feeder and the evaluator: a task, a tokenizer, a seed. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import Benchmark, Config, ConfigError, Data
+from common.pretrained import find_model, load_tokenizer, read_facts, text_of
+from common.runfiles.run import read_json, versions, write_json
+from common.wire.messages import Ints
+from common.wire.weights import write_atomically
+from ops.tasks import Problem, PromptTooLong, Split, Task
+from ops.tasks.arithmetic import Arithmetic
+from ops.tasks.dataset import Dataset, Layout
+from ops.tasks.origin import differences
+from ops.tasks.verifiers import find_verifier
+
+# All of `data` but what only says how often a prompt is used, and what makes problems of no rows.
+_MAKE_PROMPTS = frozenset(Data.model_fields) - {"task", "options", "num_generations"}
+_RENDERS = {"transformers": "transformers", "katana": "Katana", "commit": "Katana's commit"}
+TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
+
+
+def make_task(config: Config, tokenizer: Any = None, benchmark: str | None = None) -> Task:
+    """The task that `data` names, or the benchmark of `eval.data`. `tokenizer`: the student's, null: it is loaded.
+
+    Raises ConfigError for an unknown one, options that it does not take, or data that cannot be used.
+    """
+    data = config.data
+    if data.task == "dataset":
+        return _dataset(config, tokenizer or load_tokenizer(find_model(config.student.model, weights=False)), benchmark)
+    if data.task not in TASKS:
+        raise ConfigError(
+            f"data.task: {data.task!r} is not known; known tasks: {', '.join(sorted([*TASKS, 'dataset']))}"
+        )
+    try:
+        task: Task = TASKS[data.task](**data.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.options of task {data.task!r}: {error}") from error
+    return task
+
+
+def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
+    from ops.tasks.prompts import Renderer  # Jinja: only here
+
+    data = config.data
+    if benchmark is None:
+        assert data.path is not None  # the config's own check
+        where = Benchmark(path=data.path)
+    else:
+        where = config.eval.data[benchmark]
+    layout = Layout(
+        where.path,
+        where.prompt_key or data.prompt_key,
+        None if data.verifier == "none" else where.answer_key or data.answer_key,
+        data.max_prompt_length,
+        skip_too_long=data.too_long == "skip",
+        skip_special=data.special_tokens == "skip",
+        beside=tuple(data.template_columns) if data.chat else (),
+    )
+    return Dataset(
+        layout,
+        render=Renderer(tokenizer, data),
+        lengths=Encoder(tokenizer, chat=data.chat).lengths,
+        verifier=find_verifier(data.verifier),
+    )
+
+
+class Encoder:
+    """Token ids of prompts' texts: with what the tokenizer by itself puts in front of a text (BOS), never behind it.
+
+    Not of a chat: its template writes all that there is to be.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+        self._tokenizer = tokenizer
+        self._front = [] if chat else _front(tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        front = self._front
+        return [ids if ids[: len(front)] == front else front + ids for ids in found]
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """The number of tokens of each text."""
+        return [len(ids) for ids in self(texts)]
+
+
+def _front(tokenizer: Any) -> list[int]:
+    bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("1")["input_ids"]
+    starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
+
+
+class TaskSource:
+    """Token ids of a task's problems, and its verdict on completions (`actors.feeder.Source`)."""
+
+    def __init__(self, config: Config, split: Split = "train", benchmark: str | None = None) -> None:
+        self._split, self._seed = split, config.seed
+        self._limit = config.data.max_prompt_length
+        self._data, self._student = config.data, config.student.model
+        folder = find_model(config.student.model, weights=False)
+        self.tokenizer = load_tokenizer(folder)
+        self._encode = Encoder(self.tokenizer, chat=config.data.chat)
+        self._task = make_task(config, self.tokenizer, benchmark)
+        self._stops = set(read_facts(folder).stop_ids)
+        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+            self._stops |= set(read_facts(find_model(config.teacher.model, weights=False)).stop_ids)
+
+    def prepare(self) -> None:
+        """Start what judges: a process that will judge calls it before it has anything else to do."""
+        self._task.prepare()
+
+    def rehearse(self) -> None:
+        """One verdict of a data set's verifier that is known beforehand. Raises ConfigError where it does not come."""
+        if isinstance(self._task, Dataset):
+            self._task.rehearse()
+
+    def note_data(self, folder: Path) -> None:
+        """Put on record in a run's run.json (and, by row, in data.rows) which rows it uses; nothing for a task without.
+
+        Raises ConfigError where other ones are on record, saying what differs: a run that goes on with them is neither
+        run.
+        """
+        if not isinstance(self._task, Dataset):
+            return
+        noted = read_json(folder / "run.json")
+        found = self._record(self._task)
+        before = noted.get("data", found)
+        if not isinstance(before, dict):
+            raise ConfigError(
+                f"{folder / 'run.json'}: data is {type(before).__name__}, not what a run notes of its data"
+            )
+        if any(before.get(name) != found[name] for name in ("rows", "digest")):
+            raise ConfigError(self._changed(self._task, noted, found, folder))
+        if "files" not in noted.get("data", {}):  # the first start, or a folder of before there were any
+            write_atomically(folder / "data.rows", self._task.origin.write)
+            write_json(folder / "run.json", noted | {"data": found})
+
+    def _record(self, task: Dataset) -> dict[str, Any]:
+        """Rows and digest decide; all else is for saying what has changed when they have."""
+        keys = {f"data.{name}": value for name, value in self._data.model_dump().items() if name in _MAKE_PROMPTS}
+        return {
+            "rows": task.count,
+            "digest": task.digest,
+            "files": task.origin.files,
+            "left_out": task.left_out,
+            "template": task.template,
+            "keys": {"student.model": self._student, **keys},
+        }
+
+    def _changed(self, task: Dataset, noted: dict[str, Any], found: dict[str, Any], folder: Path) -> str:
+        before = noted["data"]
+        told = differences(before, found)
+        if first := task.origin.first_difference(folder / "data.rows"):
+            told.append(first)
+        if "files" not in before:
+            told.append("what, this folder of an older version does not say")
+        # The same files through the same template: then what renders them is another version, or wrote a date.
+        was, now = noted.get("versions", {}), versions()
+        told += [
+            f"{what} was {was[name]}, now {now[name]}"
+            for name, what in _RENDERS.items()
+            if was.get(name, now[name]) != now[name]
+        ]
+        told += [note for note in task.notes if "date" in note]
+        return (
+            f"data.path: prompts or answers are not those that this run began with ({before.get('rows')} rows, now "
+            f"{found['rows']}; {folder / 'run.json'}): {'; '.join(told)}. Put the former data back, or begin a run of "
+            f"another name"
+        )
+
+    @property
+    def count(self) -> int | None:
+        """Rows of a data set; None for a task that has problems without end."""
+        return self._task.count if isinstance(self._task, Dataset) else None
+
+    @property
+    def skipped(self) -> int:
+        """Rows of a data set that were left out."""
+        return sum(self._task.left_out.values()) if isinstance(self._task, Dataset) else 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of a data set before it is used; whoever loads one says it once."""
+        return self._task.notes if isinstance(self._task, Dataset) else []
+
+    def problem(self, index: int) -> Problem:
+        """Problem `index` of the split."""
+        return self._task.problem(index, split=self._split, seed=self._seed)
+
+    def prompt(self, problem: int) -> Ints:
+        """Token ids, int32 [m]. Raises PromptTooLong."""
+        text = self.problem(problem).prompt
+        [ids] = self._encode([text])
+        if len(ids) > self._limit:
+            raise PromptTooLong(
+                f"problem {problem} of split {self._split!r}: the prompt has {len(ids)} tokens, "
+                f"data.max_prompt_length is {self._limit}: {text!r:.120}"
+            )
+        if not ids:
+            raise ConfigError(f"problem {problem} of split {self._split!r}: the prompt is empty")
+        return np.asarray(ids, dtype=np.int32)
+
+    def text(self, tokens: Ints) -> str:
+        """The completion's text, up to the first stop token."""
+        ids = [int(token) for token in tokens]
+        end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
+        return text_of(self.tokenizer, ids[:end])
+
+    def judge(self, problem: int, tokens: Ints) -> bool | None:
+        """Whether a completion is right; None where nothing can tell."""
+        return self._task.verify(self.problem(problem), self.text(tokens))
+
+    def answer_end(self, problem: int, completion: str) -> int | None:
+        """The offset just behind the answer in a completion's text; None where there is none."""
+        return self._task.answer_end(self.problem(problem), completion)

@@ -1,0 +1,93 @@
+"""The shim that makes marked rollouts unusable strikes the product's own engines and learner, and them alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ops.chaos
+from common.pretrained import PACKAGE_ROOT
+
+SHIM = Path(ops.chaos.__file__).parent / "shim"
+SCORE = """
+import sys
+import numpy as np
+from pathlib import Path
+from actors.engine.models import load_model
+from actors.engine.score import Scorer, ScoreRequest
+model = load_model(Path(sys.argv[1]), dtype="float32", device="cpu", vocab_size=37)
+scorer = Scorer(model, slots=4, max_length=64, stop_ids=(1,), vocab_size=37, prefill_tokens=256)
+tokens, support = np.array([5, 6, 7], np.int32), np.tile(np.arange(2, 6, dtype=np.int32), (3, 1))
+for rids in (["r1", "r3"], ["r1", "r2"], ["r4", "r1"]):
+    try:
+        scorer.score([ScoreRequest(rid, tokens, 0, tokens, support) for rid in rids])
+        print("scored")
+    except FloatingPointError as error:
+        scorer.discard(rids)
+        print(error)
+"""
+WRITE = """
+import sys
+import numpy as np
+from pathlib import Path
+from actors.engine.decode import Decoder
+from actors.engine.models import load_model
+model = load_model(Path(sys.argv[1]), dtype="float32", device="cpu", vocab_size=37)
+for alone in (False, True):
+    decoder = Decoder(model, slots=4, max_length=64, stop_ids=(1,), vocab_size=37, teacher_top_k=4, chunk_tokens=8,
+                      prefill_tokens=256, alone=alone)
+    for rid in ("r1", "r2", "r3"):
+        decoder.add(rid, np.array([5, 6, 7], np.int32), seed=1, max_new_tokens=50)
+    for only in (["r1"], ["r2"], ["r1", "r2"], ["r1", "r3"]):
+        try:
+            decoder.step(only)
+            decoder.step(only)
+            print("written")
+        except FloatingPointError as error:
+            print(error)
+"""
+STEP = """
+from types import SimpleNamespace
+import torch
+from learner import train
+class Model:
+    def forward(self, input_ids): ...
+    def __call__(self, **_): return SimpleNamespace(logits=torch.zeros(2, 3))
+for rids in (("r1", "r3"), ("r1", "r2")):
+    micro = SimpleNamespace(rids=rids, input_ids=None, logit_mask=None)
+    print(bool(train.kept_logits(Model(), micro).isfinite().all()))
+"""
+
+
+def said(code: str, poison: Path, *args: str) -> list[str]:
+    path = os.pathsep.join([str(SHIM), str(PACKAGE_ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "KATANA_CHAOS_POISON": str(poison)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], env=environment, text=True, capture_output=True, check=True, timeout=100
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_marked_rollout_cannot_be_scored_and_the_others_can(tmp_path: Path) -> None:
+    (tmp_path / "score-r2").touch()
+    teacher = str(PACKAGE_ROOT / "ops" / "models" / "teacher")
+    assert said(SCORE, tmp_path, teacher) == ["scored", "r2: the teacher's logits are not finite", "scored"]
+
+
+@pytest.mark.slow
+def test_a_marked_rollout_cannot_be_written_and_the_others_can(tmp_path: Path) -> None:
+    (tmp_path / "write-r2").touch()
+    student = str(PACKAGE_ROOT / "ops" / "models" / "student")
+    fails = "the student's logits are not finite"
+    assert said(WRITE, tmp_path, student) == ["written", fails, fails, "written"] * 2
+
+
+@pytest.mark.slow
+def test_a_marked_rollout_cannot_be_trained_on_and_the_others_can(tmp_path: Path) -> None:
+    (tmp_path / "step-r2").touch()
+    assert said(STEP, tmp_path) == ["True", "False"]
