@@ -45,16 +45,8 @@ from common import metrics
 from common.config import Config, ConfigError, Redis, parse, redis_settings
 from common.episode import Episode
 from common.pretrained import ModelError
-from common.wire.plane import (
-    Plane,
-    RedisUnavailable,
-    RunGone,
-    Stopping,
-    connect,
-    open_plane,
-    read_password,
-    tls_options,
-)
+from common.wire.connect import connect, read_password, tls_options
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, open_plane
 
 log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")

@@ -20,8 +20,9 @@ from common.failing import brief
 from common.policies import Policy, Progress, Situation
 from common.termination import Cut, Kat, MinimaBuffer
 from common.wire import scripts
+from common.wire.lease import Lease
 from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
-from common.wire.plane import Lease, Plane, shown, unix_s
+from common.wire.plane import Plane, shown, unix_s
 from common.wire.record import divergence_field, tokens_field
 from common.wire.scripts import Fenced, Judged
 from common.wire.weights import BadWeights, read_pointer

@@ -28,14 +28,15 @@ from common import metrics, policies
 from common.config import Config
 from common.draws import draw, rollout_seed
 from common.episode import Episode
+from common.files import locked, write_text
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
 from common.runfiles.lines import read_lines
 from common.runfiles.records import ROLLOUTS, TRAINED, Audit, BookLine, Trained, ledger_field
 from common.wire import scripts
+from common.wire.lease import Lease
 from common.wire.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
-from common.wire.plane import Lease, Plane, RunGone, locked, shown, unix_s
+from common.wire.plane import Plane, RunGone, shown, unix_s
 from common.wire.scripts import Admitted
-from common.wire.weights import write_text
 
 log = logging.getLogger("katana.feeder")
 _ROOM_S = 0.25  # between two looks at a Redis that was short of memory

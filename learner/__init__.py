@@ -1,0 +1,1 @@
+"""The learner: from trimmed trajectories to published weights and checkpoints."""

@@ -10,8 +10,8 @@ import json
 import logging
 from pathlib import Path
 
+from common.files import write_text
 from common.wire.plane import Plane
-from common.wire.weights import write_text
 
 log = logging.getLogger("katana.learner")
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from common import metrics
 from common.wire import scripts
+from common.wire.lease import Lease
 from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -24,7 +25,7 @@ from common.wire.messages import (
     Verdict,
     read_rid,
 )
-from common.wire.plane import Lease, Plane, shown
+from common.wire.plane import Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
 from learner.batch import Trajectory

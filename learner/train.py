@@ -33,8 +33,9 @@ from common.pulse import Pulse
 from common.runfiles.lines import open_cut_back
 from common.runfiles.records import METRICS, TRAINED, Trained
 from common.wire import scripts
+from common.wire.lease import Lease, LeaseLost
 from common.wire.messages import row_digest
-from common.wire.plane import Lease, LeaseLost, Plane, RedisUnavailable, RunGone, Stopping
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches

@@ -14,7 +14,7 @@ import left_over
 import pytest
 from samples import Run, make_config, remove_run, start_run
 
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.embedded import EmbeddedRedis
 
 

@@ -13,6 +13,7 @@ import redis
 
 from common.config import Config
 from common.wire import scripts
+from common.wire.lease import Lease
 from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
@@ -22,7 +23,7 @@ from common.wire.messages import (
     Verdict,
     support_digest,
 )
-from common.wire.plane import Lease, Plane, create_run, new_run_key, open_plane
+from common.wire.plane import Plane, create_run, new_run_key, open_plane
 from common.wire.scripts import Argument, Call, Ending, Fenced, Written
 
 STAGES = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}

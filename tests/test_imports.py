@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +11,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {
-    "common": {"common"},
-    "actors": {"actors", "common"},
-    "learner": {"learner", "common"},
-    "ops": {"ops", "actors", "learner", "common"},
+FLOORS = {
+    # package → the packages that it may import, beside itself; from the ground floor up
+    "common": (),
+    "actors": ("common",),
+    "learner": ("common",),
+    "ops": ("common",),
+    "ops.tasks": (),
+    "ops.stats": (),
+    "ops.plots": (),
+    "ops.words": (),
+    "ops.reach": (),
+    "ops.reading": ("ops.tasks",),
+    "ops.monitoring": ("ops.plots",),
+    "ops.live": ("ops.reading", "ops.reach", "ops.stats"),
+    "ops.report": ("ops.reading", "ops.plots", "ops.stats", "ops.words"),
+    "ops.audit": ("ops.report", "ops.tasks", "ops.plots", "ops.stats"),
+    "ops.replay": ("ops.report", "ops.tasks", "ops.plots", "ops.stats", "ops.words"),
+    "ops.run": ("ops.report", "ops.reading", "ops.tasks", "ops.reach", "ops.stats"),
+    "ops.compare": ("ops.run", "ops.report", "ops.reach", "ops.plots", "ops.stats", "ops.words"),
+    "ops.bench": ("ops.run", "ops.tasks", "ops.reach"),
+    "ops.chaos": ("ops.run", "ops.reach", "ops.plots"),
+    "ops.cli": (
+        *("ops.tasks", "ops.monitoring", "ops.live", "ops.report", "ops.audit", "ops.replay"),
+        *("ops.run", "ops.compare", "ops.bench", "ops.chaos"),
+    ),
 }
-FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
+BELOW_OPS = ("common", "actors", "learner")
+OURS = {*BELOW_OPS, "ops"}
+FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -36,30 +57,46 @@ def top(module: str) -> str:
     return module.partition(".")[0]
 
 
+def package_of(module: str) -> str:
+    """`common`, `actors`, `learner`, or a package or single module of ops."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "ops" and len(parts) > 1 else parts[0]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    ours = {top(module) for module in imported(path)} & set(ALLOWED)
-    assert ours <= ALLOWED[package]
+def test_imports_go_down_only(path: Path) -> None:
+    package = package_of(module_of(path))
+    allowed = {package, *FLOORS[package], *(BELOW_OPS if package.startswith("ops.") else ())}
+    ours = {package_of(name) for name in imported(path) if top(name) in OURS}
+    assert ours <= allowed
     assert "tests" not in {top(module) for module in imported(path)}
 
 
-def test_only_the_command_line_and_the_harness_itself_import_the_harness() -> None:
-    """What `katana run`, `dead` and `clean` need lies outside, and the harness imports it from there."""
-    found = {
-        str(path.relative_to(ROOT))
-        for path in FILES
-        if path.parent != ROOT / "ops" / "chaos" and any(f"{name}.".startswith("ops.chaos.") for name in imported(path))
+def test_the_floors_have_no_circle() -> None:
+    built: set[str] = set()
+    for package, below in FLOORS.items():
+        assert set(below) <= built, package
+        built.add(package)
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not even in a circle of several, nor inside a function."""
+    names = {module_of(path): path for path in FILES}
+    needs = {
+        module: {
+            name for name in imported(path) if name in names and name != module and names[name].name != "__init__.py"
+        }
+        for module, path in names.items()
+        if path.name != "__init__.py"
     }
-    assert found == {"ops/cli/main.py"}
-
-
-def test_the_way_to_a_run_knows_only_common_and_the_runs_folder() -> None:
-    """Everything in ops may use `ops.reach`, so it uses nothing of ops but the folder."""
-    for path in (ROOT / "ops" / "reach").glob("*.py"):
-        ours = {name for name in imported(path) if top(name) in ALLOWED}
-        rest = {name for name in ours if not re.match(r"common\b|ops\.(reach|rundir)\b", name)}
-        assert not rest, path
+    while ready := [module for module, below in needs.items() if not below & needs.keys()]:
+        for module in ready:
+            del needs[module]
+    assert not needs
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if "common" in path.parts], ids=lambda path: path.name)

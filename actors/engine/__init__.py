@@ -1,8 +1,8 @@
 """The slot engine: what the rollout worker decodes with and the teacher worker scores with.
 
 One cache with a fixed number of slots, each at a position of its own (slots.py); on it, a token a row a step
-(decode.py) and a chunk a row a step (score.py); what may come next, as numbers (outcomes.py). This module is
-the door: users of the engine import from here.
+(decode.py) and a chunk a row a step (score.py); what may come next, as numbers (outcomes.py). Users of the
+engine import from here.
 """
 
 from actors.engine.decode import ClosedChunk, Decoder, Finish

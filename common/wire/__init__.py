@@ -1,1 +1,1 @@
-"""What Python's side knows of the wire: the scripts, a function each, and the fields of a rollout's record."""
+"""What stands in Redis: records, scripts, keys, leases, and how processes reach it."""

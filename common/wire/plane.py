@@ -36,8 +36,6 @@ acknowledged is deleted; nothing is trimmed by length.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import secrets
 import threading
@@ -47,24 +45,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from common import metrics
-from common.config import Config, ConfigError
+from common.config import Config
 from common.footprint import RECORDS_AT_A_TIME
 from common.wire import scripts
-from common.wire.scripts import Call, Entry, Failed, Fenced, Leased, SentBack
+from common.wire.scripts import Call, Entry, Failed, SentBack
 
 log = logging.getLogger("katana.streams")
 RUNS = "katana:runs"
-_ANSWER_S = 5.0  # how long a connection waits for an answer
 _LONGEST_BLOCK_S = 2.0
-_ADOPT_AT_A_TIME = 500
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
 # A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
 _MAY_PASS = (
@@ -88,10 +80,6 @@ class RedisUnavailable(ConnectionError):
 
 class RunGone(RuntimeError):
     """Redis answers, but no longer knows this run."""
-
-
-class LeaseLost(RuntimeError):
-    """Another process holds this role's lease: this one must not write any more."""
 
 
 class Stopping(Exception):
@@ -127,68 +115,8 @@ class Roster:
 
 
 def _source(name: str) -> str:
-    folder = files("common") / "lua"
+    folder = files("common.wire") / "lua"
     return (folder / "prelude.lua").read_text() + (folder / f"{name}.lua").read_text()
-
-
-def connect(
-    url: str,
-    *,
-    username: str | None = None,
-    password_file: str | None = None,
-    ca_file: str | None = None,
-    cert_file: str | None = None,
-    key_file: str | None = None,
-) -> redis.Redis:
-    """A client that never repeats a command by itself: whoever calls decides what is safe to repeat.
-
-    Raises ConfigError for a password or certificate file that cannot be read.
-    """
-    return redis.Redis.from_url(
-        url,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=_ANSWER_S,
-        socket_connect_timeout=5.0,
-        health_check_interval=0,
-        username=username,
-        password=read_password(password_file),
-        **tls_options(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file),
-    )
-
-
-def read_password(path: str | None) -> str | None:
-    """The first line of a password file. Raises ConfigError."""
-    if path is None:
-        return None
-    password = _read_file(path, "password_file").partition("\n")[0].strip()
-    if not password:
-        raise ConfigError(f"redis.password_file {path!r}: its first line is empty")
-    return password
-
-
-def tls_options(url: str, *, ca_file: str | None, cert_file: str | None, key_file: str | None) -> dict[str, Any]:
-    """What redis-py's connections, Celery's among them, are told of TLS. The server's certificate is always checked,
-    and that it is for the host in the URL. Raises ConfigError."""
-    if not url.startswith("rediss://"):
-        return {}
-    named = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
-    for name, path in named.items():
-        if path is not None:
-            _read_file(path, name)
-    return {
-        "ssl_cert_reqs": "required",
-        "ssl_check_hostname": True,
-        "ssl_ca_certs": ca_file,
-        "ssl_certfile": cert_file,
-        "ssl_keyfile": key_file,
-    }
-
-
-def _read_file(path: str, name: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"redis.{name} {path!r}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
 def _reader(client: Any) -> Any:
@@ -644,105 +572,6 @@ class Plane:
         return self.patiently(once, "live")
 
 
-class Lease:
-    """The right of one process to act in a role.
-
-    Its token goes into every script of that role, and is the name under which the holder reads its stream.
-    """
-
-    def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
-        self.token = secrets.token_hex(8)
-        self._plane, self._role, self._ms = plane, role, int(lease_s * 1000)
-        self._renew_at = self._adopt_at = 0.0
-
-    def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
-        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
-        began = time.monotonic()
-        while self._plane.call(self._call("take")) is not Leased.OK:
-            if time.monotonic() - began > wait_s + self._ms / 1000:
-                raise LeaseLost(f"another {self._role} is at work on this run")
-            if stop.wait(0.1):
-                raise Stopping
-        self._renew_at = time.monotonic() + self._ms / 3000
-
-    def keep(self) -> None:
-        """Called at every turn: renew when a third of the lease is over. Raises LeaseLost."""
-        metrics.turned(self._role)
-        if time.monotonic() >= self._renew_at:
-            self._renew()
-
-    def _renew(self) -> None:
-        if self._plane.call(self._call("renew")) is not Leased.OK:
-            raise LeaseLost(f"another {self._role} took over this run")
-        self._renew_at = time.monotonic() + self._ms / 3000
-
-    def beat(self) -> None:
-        """Renew once, beside the loop of a holder that may be at one long piece of work. Safe from any thread; a lease
-        that somebody else has is left to him, and the loop finds out."""
-        metrics.turned(self._role)
-        self._plane.once(self._call("renew"))
-
-    @contextlib.contextmanager
-    def exclusively(self, path: Path) -> Iterator[None]:
-        """Hold the lock on a file, the lease checked inside: for what a holder writes to the run's folder.
-
-        Redis fences its own writes, a disk does not. A former holder that was paused either is inside, and whoever
-        comes next waits for it, or finds here that it has lost the lease. Raises LeaseLost.
-        """
-        with locked(path, self.keep):
-            self._renew()
-            yield
-
-    def call(self, call: Fenced[R]) -> R:
-        """A script of this role alone; a lease that merely ran out is renewed. Raises LeaseLost."""
-        return self.call_all([call])[0]
-
-    def call_all(self, calls: Sequence[Fenced[R]]) -> list[R]:
-        """Like `call`, for each of these in their order, in one round trip."""
-        replies: list[R] = []
-        for _ in range(3):
-            fenced = [call.by(self._role, self.token) for call in calls[len(replies) :]]
-            for reply in self._plane.call_all(fenced):
-                if reply is None:
-                    break  # those behind a refusal may have come through, and are fenced: in order, they are run again
-                replies.append(reply)
-            if len(replies) == len(calls):
-                return replies
-            self._renew()
-        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
-
-    def advance(self, what: Literal["step", "covered", "learning", "state"], value: str | int) -> None:
-        self.call(scripts.advance(what, value))
-
-    def adopt(self, stream: str, group: str) -> list[Entry]:
-        """Take over what former holders of this lease were given and have not acknowledged, in the stream's order.
-
-        At the start, and again about once a second (`adoption_due`): one that was paused may still read.
-        """
-        self._adopt_at = time.monotonic() + 1.0
-        failed = self._plane.failed_calls
-        found: list[Entry] = []
-        while True:
-            entries = self.call(scripts.adopt(stream, group, _ADOPT_AT_A_TIME))
-            found += entries
-            if len(entries) < _ADOPT_AT_A_TIME:
-                if self._plane.failed_calls != failed:
-                    # A call whose answer was lost may have made entries ours, which the next one does not name.
-                    self._plane.read_again(stream, self.token)
-                return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
-
-    @property
-    def adoption_due(self) -> bool:
-        return time.monotonic() >= self._adopt_at
-
-    def drop(self) -> None:
-        with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
-            self._plane.call(self._call("drop"))
-
-    def _call(self, mode: Literal["take", "renew", "drop"]) -> Call[Leased]:
-        return scripts.lease(self._role, self.token, self._ms, mode)
-
-
 def unix_s(entry: bytes) -> float:
     """When an entry was added to its stream, by Redis's clock. Raises ValueError for what is no entry's id."""
     return int(entry.split(b"-")[0]) / 1000
@@ -751,21 +580,6 @@ def unix_s(entry: bytes) -> float:
 def shown(fields: Mapping[bytes, bytes]) -> bytes:
     """What a dead letter shows of a notice: the beginning. Whoever wrote it may have written megabytes."""
     return repr({name[:40]: value[:100] for name, value in islice(fields.items(), 4)}).encode()[:256]
-
-
-@contextlib.contextmanager
-def locked(path: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock on a file, which is made if it is not there; `meanwhile` is called while another holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                meanwhile()
-                time.sleep(0.02)
-        yield
 
 
 def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None) -> Plane:

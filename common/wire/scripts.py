@@ -1,4 +1,4 @@
-"""The scripts of `common/lua`, one function each, of its name: typed arguments in, a call that reads its reply out.
+"""The scripts of `lua/`, one function each, of its name: typed arguments in, a call that reads its reply out.
 
 Arguments stand in the order of the script's header, but for the lease: scripts of a role's holder alone are `Fenced`,
 and the lease puts itself in. A trip is a list of calls, and what comes back is a list of replies that have been read

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.files import sha256_of, write_atomically
 
 log = logging.getLogger("katana.weights")
 _NAME = re.compile(r"v([0-9]{8})\.safetensors")
@@ -44,42 +45,6 @@ def read_pointer(fields: Mapping[str, str]) -> tuple[WeightsRef, int] | None:
         if name not in fields:
             raise BadWeights(f"policy pointer: version {fields['version']} without a {name}")
     return WeightsRef(int(fields["version"]), fields["file"], fields["sha256"]), int(fields["step"])
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name."""
-    draft = path.with_name(path.name + ".tmp")
-    write(draft)
-    # safetensors makes files that only their owner can read; a run's folder is read by every host and user of the run.
-    draft.chmod(0o666 & ~_umask())
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_atomically` of a text, UTF-8."""
-
-    def write(draft: Path) -> None:
-        draft.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def publish(folder: Path, version: int, write: Callable[[Path], None]) -> WeightsRef:

@@ -1,0 +1,1 @@
+"""`katana audit`: whether cut rollouts could still have come out right."""

@@ -34,16 +34,16 @@ from functools import partial
 from pathlib import Path
 
 from common.config import ConfigError
+from common.files import write_text
 from common.pretrained import Pair, check_pair
 from common.runfiles.records import TRACES
 from common.wire.messages import Ints
-from common.wire.weights import write_text
 from ops.audit.chances import SOURCES, Audited, rows_of
 from ops.audit.cuts import Reader, Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
 from ops.audit.plot import DOTS_PER_INCH, draw
 from ops.audit.sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
 from ops.audit.table import Audit, csv_of, markdown_of, text_of, tree_of
-from ops.report.plots import named, save_png
+from ops.plots import named, save_png
 from ops.report.run import Run, read_run
 from ops.tasks.source import TaskSource
 

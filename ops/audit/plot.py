@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ops.audit.table import Audit
-from ops.report.panels import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILLION, plain, say_title
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILLION, plain, say_title
 
 SIZE_INCHES, DOTS_PER_INCH = (12.0, 7.0), 100
 # Colour, marker and name. A cut and the uncut rollouts that it is compared with share a marker.

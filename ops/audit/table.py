@@ -10,8 +10,8 @@ from textwrap import fill
 from typing import Any
 
 from ops.audit.chances import SOURCES, Audited, Chance, Row
+from ops.stats.intervals import FEW_PROMPTS
 
-FEW_PROMPTS = 20
 """Below so many prompts an interval by bootstrap is too narrow, and this is said."""
 
 

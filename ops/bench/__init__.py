@@ -1,0 +1,1 @@
+"""`katana bench`: speed, measured."""

@@ -17,7 +17,9 @@ from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from common.config import Config, parse
 from common.wire import scripts
-from common.wire.plane import Lease, connect, create_run, new_run_key, open_plane
+from common.wire.connect import connect
+from common.wire.lease import Lease
+from common.wire.plane import create_run, new_run_key, open_plane
 from common.wire.weights import publish
 from ops.bench.speed import machine, spread
 from ops.reach.embedded import EmbeddedRedis

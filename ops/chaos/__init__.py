@@ -1,1 +1,1 @@
-"""Faults of every kind, injected into the real processes, and the checker that counts what they cost."""
+"""`katana chaos` and `katana soak`: a run under faults, and the checker of what must hold."""

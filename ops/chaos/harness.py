@@ -20,7 +20,8 @@ from dataclasses import asdict
 import redis
 
 from common.config import Config, ConfigError
-from common.runfiles.run import move_aside, write_json
+from common.files import write_json
+from common.runfiles.run import move_aside
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene

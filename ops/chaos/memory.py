@@ -21,9 +21,9 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from common.files import write_atomically
 from common.runfiles.lines import read_lines
-from common.wire.weights import write_atomically
-from ops.report.panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 Numbers = npt.NDArray[np.float64]
 REDIS = "Redis used_memory"

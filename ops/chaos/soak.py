@@ -16,7 +16,7 @@ from typing import Any
 import redis
 
 from common.config import Config
-from common.runfiles.run import write_json
+from common.files import write_json
 from ops.chaos.cluster import ROLES, Cluster, RunEnded
 from ops.chaos.faults import KINDS, Scene
 from ops.chaos.harness import CALM_S, begin, end, prepared

@@ -1,0 +1,1 @@
+"""`katana compare` and `katana match`: policies × seeds under one budget."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO
 
 from common.config import Config, ConfigError
+from common.files import write_text
 from common.policies import check_policy
 from common.runfiles.run import lock
-from common.wire.weights import write_text
 from ops.compare import grid as grids
 from ops.compare.data import FIGURES, Result, read_result
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid

@@ -17,8 +17,8 @@ from ops.compare import drift
 from ops.compare import match as matching
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
 from ops.report import data
-from ops.run.summary import ARMS
 from ops.stats import endings
+from ops.stats.saving import ARMS
 
 
 @dataclass(frozen=True, slots=True)

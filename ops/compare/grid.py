@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from common import policy_names
 from common.config import Config, ConfigError, load, parse
+from common.files import write_json
 from common.runfiles.lines import read_lines
 from common.runfiles.records import EVALUATIONS
-from common.runfiles.run import read_json, write_json
+from common.runfiles.run import read_json
 from ops.compare.match import matched_config
 
 FILE = "compare.json"

@@ -13,19 +13,19 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from common.runfiles.lines import Object
 from ops.compare.data import Comparison
 from ops.compare.drift import Point, course, cut_something
-from ops.report import panels
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report.data import Accuracy
 from ops.stats.seeds import mean_interval
 
 _COLOURS = (
-    panels.GREY,
-    panels.BLUE,
-    panels.ORANGE,
-    panels.GREEN,
-    panels.VERMILLION,
-    panels.PURPLE,
-    panels.SKY,
-    panels.INK,
+    GREY,
+    BLUE,
+    ORANGE,
+    GREEN,
+    VERMILLION,
+    PURPLE,
+    SKY,
+    INK,
 )
 _MARKERS = "osD^vP"  # go with the lines' styles: from the ninth row on colours come again
 _STYLES = ("-", "--", ":")
@@ -67,9 +67,9 @@ def _draw_final(axes: Any, comparison: Comparison, shown: Sequence[str], name: s
     title = f"Final {name}: seeds, mean, 95 % t interval"
     values = {label: list(comparison.values(label, "avg_at_k").values()) for label in shown}
     if not any(values.values()):
-        panels.say_missing(axes, title, "no evaluation on record")
+        say_missing(axes, title, "no evaluation on record")
         return
-    panels.say_title(axes, title)
+    say_title(axes, title)
     for place, label in enumerate(shown):
         colour, marker, _ = style_of(place)
         interval = mean_interval(values[label])
@@ -82,8 +82,8 @@ def _draw_final(axes: Any, comparison: Comparison, shown: Sequence[str], name: s
     axes.set_yticks(range(len(shown)), labels=shown)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel(f"{name}, share right")
-    panels.plain(axes, grid=False)
-    axes.grid(axis="x", color=panels.PALE, linewidth=0.8)
+    plain(axes, grid=False)
+    axes.grid(axis="x", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
@@ -91,9 +91,9 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
     title = f"{name} over tokens generated"
     curves = {label: [result.curve for result in comparison.of(label) if result.curve] for label in shown}
     if not any(curves.values()):
-        panels.say_missing(axes, title, "no evaluation on record")
+        say_missing(axes, title, "no evaluation on record")
         return
-    panels.say_title(axes, title)
+    say_title(axes, title)
     for place, label in enumerate(shown):
         colour, marker, style = style_of(place)
         for curve in curves[label]:
@@ -111,16 +111,16 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
         borderaxespad=0,
-        labelcolor=panels.INK,
+        labelcolor=INK,
     )
-    panels.plain(axes)
+    plain(axes)
 
 
 _Courses = Mapping[str, Sequence[Sequence[Object]]]
 
 
 def _draw_cut_rates(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:
-    panels.say_title(axes, "Cut rate by step: treated (line), control (dots)")
+    say_title(axes, "Cut rate by step: treated (line), control (dots)")
     for label, cells in courses.items():
         colour, _, style = style_of(shown.index(label))
         treated, control = course(cells, "cut_rate_treated"), course(cells, "cut_rate_control")
@@ -129,7 +129,7 @@ def _draw_cut_rates(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("learner step")
-    panels.plain(axes)
+    plain(axes)
 
 
 def _draw_thresholds(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:
@@ -138,16 +138,16 @@ def _draw_thresholds(axes: Any, courses: _Courses, shown: Sequence[str]) -> None
     found = {label: course(cells, "threshold") for label, cells in courses.items()}
     found = {label: points for label, points in found.items() if points and points[0].value}
     if not found:
-        panels.say_missing(axes, title, "no policy with a threshold")
+        say_missing(axes, title, "no policy with a threshold")
         return
-    panels.say_title(axes, title)
+    say_title(axes, title)
     for label, points in found.items():
         colour, _, style = style_of(shown.index(label))
         relative = [Point(point.step, point.value / points[0].value) for point in points]
         _points(axes, relative, color=colour, linewidth=2.0, linestyle=style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("learner step")
-    panels.plain(axes)
+    plain(axes)
 
 
 def _points(axes: Any, points: Sequence[Point], **look: Any) -> None:

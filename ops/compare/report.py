@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from common.wire.weights import write_text
+from common.files import write_text
 from ops.compare.data import FIGURES, Comparison, Figure, read_comparison, to_csv
 from ops.compare.drift import GUARDS
 from ops.compare.grid import MATCHED, MATCHED_TO
 from ops.compare.match_means import TOLERANCE
 from ops.compare.plots import draw
+from ops.plots import named, save_png
 from ops.report import plots
 from ops.report.page import FILES
 from ops.stats import endings
@@ -70,7 +71,7 @@ def write_report(folder: Path) -> str:
     tables = all_tables(comparison)
     figure = draw(comparison)
     text = to_markdown(comparison.name, tables)
-    plots.save_png(figure, folder / "compare.png", _DOTS_PER_INCH)
+    save_png(figure, folder / "compare.png", _DOTS_PER_INCH)
     _write(folder / "compare.csv", to_csv(comparison))
     _write(folder / "compare.md", text + f"\n![{_PLOT_CAPTION}](compare.png)\n")
     _write(folder / "compare.html", to_html(comparison.name, tables, plots.svg(figure, "compare")))
@@ -78,7 +79,7 @@ def write_report(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with plots.named(path):
+    with named(path):
         write_text(path, text)
 
 

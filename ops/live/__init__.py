@@ -1,0 +1,1 @@
+"""`katana top` and `katana watch`: a run as it goes."""

@@ -13,7 +13,7 @@ from typing import Any
 from common.config import ConfigError, load
 from common.runfiles.lines import Tail, an_object, last_lines
 from common.runfiles.records import CONFIG, LEDGER, METRICS, ROLLOUTS, TRACES, BookLine, Trace
-from ops.run.summary import length_saving
+from ops.stats.saving import length_saving
 
 _RATE_S = 10.0  # rates are means over this long
 _MOST_COMPARED = 200_000  # rollouts that the saving is worked out from: the newest

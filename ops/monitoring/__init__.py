@@ -1,0 +1,1 @@
+"""Dashboards: every panel, declared once."""

@@ -1,4 +1,4 @@
-"""Every panel, declared once: ops/monitoring/grafana.py writes Grafana's dashboards from it, ops/monitoring/panels.py the picture.
+"""Every panel, declared once: grafana.py writes Grafana's dashboards from it, panels.py the picture.
 
 Expressions hold two of Grafana's variables: `$run`, the run that is looked at, and `$__rate_interval`, a time that
 covers at least four scrapes. A metric without labels is served by every role, by most of them as 0: one that is no

@@ -8,7 +8,7 @@ from typing import Any
 
 from ops.monitoring.dashboards import DASHBOARDS, Dashboard, Panel, Query
 
-FOLDER = Path(__file__).parent / "dashboards"
+FOLDER = Path(__file__).parents[1] / "grafana" / "dashboards"
 _COLUMNS = 24  # of Grafana's grid
 _SCHEMA_VERSION = 39  # Grafana 11's; later ones read it too
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}

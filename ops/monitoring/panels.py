@@ -28,9 +28,9 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from PIL import Image
 
 from common.config import ConfigError
-from common.wire.weights import write_atomically
+from common.files import write_atomically
 from ops.monitoring.dashboards import DASHBOARDS, RATE_INTERVAL, Panel, Query, Row, of
-from ops.report.panels import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 _TIMEOUT_S = 10.0
 _SCRAPE_S = 5.0  # the interval of ops/prometheus; a rate needs several scrapes

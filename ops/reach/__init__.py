@@ -1,1 +1,1 @@
-"""The way to a run from outside: its Redis, its id, its plane, its config. The front is `run.py`."""
+"""The one way to a run from outside."""

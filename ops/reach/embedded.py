@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.children import end, start
 
 _MAX_SOCKET_PATH = 100  # the system's limit is 108 bytes

@@ -21,7 +21,8 @@ import redis
 
 from common.config import Config, ConfigError, parse
 from common.runfiles.run import lock, read_run_key
-from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, connect, current_run, open_plane
+from common.wire.connect import connect
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, current_run, open_plane
 from ops.reach.embedded import EmbeddedRedis, socket_in, url_in
 from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach

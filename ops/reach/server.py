@@ -12,7 +12,7 @@ import redis
 
 from common.config import Config, ConfigError
 from common.footprint import ALLOWED_SHARE, least_bytes, maxmemory_mb, most_bytes
-from common.wire.plane import connect
+from common.wire.connect import connect
 
 _OLDEST = (6, 2)  # XAUTOCLAIM
 _MB = 1 << 20

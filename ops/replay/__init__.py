@@ -1,0 +1,1 @@
+"""`katana replay`: other settings on recorded rollouts."""

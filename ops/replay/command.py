@@ -14,15 +14,15 @@ from textwrap import fill
 
 from common import policies
 from common.config import ConfigError, Termination, load
+from common.files import write_text
 from common.policies import Calibrated, check_policy
-from common.wire.weights import write_text
+from ops.plots import named, save_png
 from ops.replay.answers import judged
 from ops.replay.plot import Point, draw
 from ops.replay.record import Record, read_record
 from ops.replay.results import Outcome, outcomes
 from ops.replay.tables import Setting, about, aligned, as_csv, markdown, table, unequal
 from ops.replay.verdicts import Replay, Shape, Verdict
-from ops.report.plots import named, save_png
 
 MOST_SETTINGS = 400
 _COMPUTED = "same, computed"

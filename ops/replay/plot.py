@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.replay.results import Outcome, Share
-from ops.report.panels import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, GREY)
 _MARKERS = "os^Dv"

@@ -12,8 +12,7 @@ from common.wire.messages import Floats
 from ops.replay.answers import Judged
 from ops.replay.record import Record
 from ops.replay.verdicts import Verdict
-from ops.report.series import wilson
-from ops.stats.intervals import Reals, interval, resampled_sums, unseen_share
+from ops.stats.intervals import Reals, interval, resampled_sums, unseen_share, wilson
 
 _ALIKE = 250  # rollouts of neighbouring policy versions that are compared with each other
 _Bools = npt.NDArray[np.bool_]
@@ -225,8 +224,8 @@ def saving_intervals(
 ) -> list[tuple[float, float] | None]:
     """95 % intervals of 1 - Σ seen / Σ whole over active rollouts, one a setting; None where none is active.
 
-    As `ops.run.summary.length_saving`: a bootstrap of the ratio in which prompts are drawn with replacement, each with all
-    its rollouts.
+    As `ops.stats.saving.length_saving`: a bootstrap of the ratio in which prompts are drawn with replacement, each
+    with all its rollouts.
 
     Args:
         seen: tokens up to the trigger, or all, float [settings, rollouts]; `active` likewise, bool.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Termination
-from ops.audit.table import FEW_PROMPTS
 from ops.replay.record import Record
 from ops.replay.results import Outcome, Share
 from ops.replay.verdicts import Verdict, reproduced
-from ops.report.data import policy_text
+from ops.stats.intervals import FEW_PROMPTS
+from ops.words import policy_text
 
 _NONE = "–"
 

@@ -1,0 +1,1 @@
+"""`katana report`: a run's folder as plots and a page."""

@@ -13,11 +13,13 @@ from textwrap import wrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ops.plots import GREY, INK, named, save_png
 from ops.report import data, plots
 from ops.report.page import write_page
-from ops.report.panels import GREY, INK, draw_accuracy, draw_fates, draw_length, headline
+from ops.report.panels import draw_accuracy, draw_fates, draw_length, headline
 from ops.report.run import Run, find_decoder, read_run
 from ops.report.traces import draw_traces
+from ops.words import policy_text
 
 SIZE_INCHES, DOTS_PER_INCH = (16.0, 10.0), 100
 
@@ -30,12 +32,12 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     target = folder / "report.png"
-    plots.save_png(draw(run, find_decoder(run)), target, DOTS_PER_INCH)
+    save_png(draw(run, find_decoder(run)), target, DOTS_PER_INCH)
     figures = plots.draw_all(run)
-    with plots.named(folder / "figures"):
+    with named(folder / "figures"):
         (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        plots.save_png(figure, folder / "figures" / f"{name}.png", DOTS_PER_INCH)
+        save_png(figure, folder / "figures" / f"{name}.png", DOTS_PER_INCH)
     write_page(run, figures)
     return target
 
@@ -65,7 +67,7 @@ def draw_caption(figure: Figure, run: Run) -> None:
             f"{config.data.task}, at most {config.rollout.max_completion_length} tokens",
         ),
         ("models", f"{Path(config.student.model).name} learns from {Path(config.teacher.model).name}"),
-        ("policy", data.policy_text(config, (line.threshold for line in run.lines))),
+        ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),
     ]

@@ -11,26 +11,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
 from common.runfiles.lines import Object
+from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data, series
-from ops.report.panels import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PALE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    length_title,
-    percent,
-    plain,
-    say_missing,
-    say_title,
-)
+from ops.report.panels import length_title
 from ops.report.run import Run
-from ops.run.summary import ARMS
 from ops.stats import endings
+from ops.stats.saving import ARMS
+from ops.words import fired_word, percent
 
 _REASON_COLOURS = {"eos": GREEN, "length": ORANGE, "kl_trap": VERMILLION, "fixed": PURPLE, "random": SKY}
 _OTHER_COLOURS = (BLUE, PURPLE, SKY, GREY, PALE)
@@ -88,7 +75,7 @@ def _draw_cut_rate(axes: Any, run: Run) -> None:
         say_missing(axes, "Cut rate", "no rollout that could have been cut")
         return
     fired, judged = data.fired_share(run.lines)
-    say_title(axes, f"{data.fired_word(run.config)}: {percent(fired / judged)} of {judged:,} treated rollouts")
+    say_title(axes, f"{fired_word(run.config)}: {percent(fired / judged)} of {judged:,} treated rollouts")
     tokens, shares = [point.tokens for point in curve], [point.share for point in curve]
     low, high = [point.low for point in curve], [point.high for point in curve]
     axes.fill_between(tokens, low, high, color=VERMILLION, alpha=0.16, linewidth=0)
@@ -288,7 +275,7 @@ def _draw_cut_rates(axes: Any, run: Run) -> None:
         say_missing(axes, "Cut rate by arm", "no rollout that could have been cut")
         return
     names = {
-        "treated": (f"treated: {data.fired_word(run.config).lower()}", VERMILLION),
+        "treated": (f"treated: {fired_word(run.config).lower()}", VERMILLION),
         "control": ("control: would be", BLUE),
     }
     for arm, curve in curves.items():

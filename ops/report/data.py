@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from common.config import Config
 from common.runfiles.lines import Object, read_at, whole_lines
 from common.runfiles.records import BookLine, Trace
 from common.wire import messages
@@ -309,27 +308,6 @@ def visible(text: str) -> str:
 
 
 # --- the caption ---------------------------------------------------------------------------------------------------
-
-
-def fired_word(config: Config) -> str:
-    """What it means for a treated rollout that the policy fired."""
-    return "Cut" if config.termination.stops("treated") else "Fired, not stopped"
-
-
-def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:
-    """What ends a rollout early, with its settings and the thresholds that were in force, in nats."""
-    settings = config.termination
-    applied = " (shadow)" if settings.shadow else " (mask)" if settings.apply == "mask" else ""
-    if settings.policy == "fixed":
-        return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
-    if not settings.policy.startswith("kat"):
-        return settings.policy + applied
-    text = (
-        f"{settings.policy}{applied}: W {settings.window}, C {settings.patience}, η {settings.eta:g}, "
-        f"K {settings.teacher_top_k}, control {100 * settings.control_fraction:g} %; threshold "
-    )
-    seen = [one for one in thresholds if one is not None]
-    return text + (f"{min(seen):.2g} … {max(seen):.2g} nats" if seen else "never active")
 
 
 def reasons_text(lines: Iterable[BookLine]) -> str:

@@ -1,6 +1,6 @@
 """report.html: a run in one file that a browser opens without a network: figures, plots, every rollout to read.
 
-What the rollouts' table needs is in the page as JSON, which ops/html/report.js reads:
+What the rollouts' table needs is in the page as JSON, which ops/report/html/report.js reads:
 
     columns   name, title, meaning and kind (text | count | number) of the fields of a row
     rows      a list of values a rollout, in the order of the books
@@ -30,14 +30,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.config import Config
+from common.files import write_atomically
 from common.runfiles.records import BookLine
-from common.wire.weights import write_atomically
+from ops.plots import named
 from ops.reading.rollouts import Reading, Words, readings_from_folder
 from ops.report import data, plots
 from ops.report.panels import headline
 from ops.report.run import Run
-from ops.run.summary import ARMS, Saving, arm_totals
 from ops.stats import endings
+from ops.stats.saving import ARMS, Saving, arm_totals
+from ops.words import policy_text
 
 FILES = Path(__file__).parent / "html"
 NEWEST, SAMPLED = 1000, 1000
@@ -113,7 +115,7 @@ def write_page(run: Run, figures: dict[str, Figure]) -> Path:
     text = page(run, {name: plots.svg(figure, name) for name, figure in figures.items()})
     target = run.folder / "report.html"
     # A lone surrogate, which JSON allows in a string, is no character.
-    with plots.named(target):
+    with named(target):
         write_atomically(target, lambda path: _write(path, text.encode("utf-8", "replace")))
     return target
 
@@ -176,7 +178,7 @@ def _facts(run: Run) -> str:
         ("wall time", _wall_text(run)),
         ("models", f"{config.student.model} learns from {config.teacher.model}"),
         ("task", f"{config.data.task}, at most {config.rollout.max_completion_length} tokens"),
-        ("policy", data.policy_text(config, (line.threshold for line in run.lines))),
+        ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("length saving", _saving_text(run.saving)),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder / "ledger.json")),

@@ -12,15 +12,21 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.runfiles.records import BookLine
+from ops.plots import (
+    ARM_COLOURS,
+    GREEN,
+    INK,
+    PALE,
+    PURPLE,
+    VERMILLION,
+    plain,
+    say_missing,
+    say_title,
+)
 from ops.report import data
 from ops.report.run import Run
-from ops.run.summary import ARMS, Saving
-
-# Okabe and Ito's colours, which stay apart for the colour-blind.
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-INK, GREY, PALE = "#222222", "#767676", "#DDDDDD"
-ARM_COLOURS = {"treated": BLUE, "control": ORANGE}
-
+from ops.stats.saving import ARMS, Saving
+from ops.words import percent, short
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
@@ -45,43 +51,7 @@ def _saved(saving: Saving) -> str:
     return f"rollouts {percent(abs(saving.ratio))} {'shorter' if saving.ratio > 0 else 'longer'} by cutting"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def short(count: float) -> str:
-    """31,308 as 31.3 k."""
-    return str(EngFormatter(places=1 if count >= 1000 else 0, sep=" ")(count))
-
-
 # --- common to the panels --------------------------------------------------------------------------------------------
-
-
-def say_title(axes: Any, text: str, pad: float = 10) -> None:
-    axes.set_title(text, loc="left", fontsize=15, fontweight="bold", color=INK, pad=pad)
-
-
-def plain(axes: Any, *, grid: bool = True) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-    axes.tick_params(labelsize=12.5, colors=INK)
-    axes.xaxis.label.set(fontsize=13, color=INK)
-    axes.yaxis.label.set(fontsize=13, color=INK)
-    if grid:
-        axes.grid(axis="y", color=PALE, linewidth=0.8)
-        axes.set_axisbelow(True)
-
-
-def say_missing(axes: Any, title: str, why: str) -> None:
-    """An empty panel that says why it is empty."""
-    say_title(axes, title)
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=14)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set_color(PALE)
 
 
 # --- accuracy and length ---------------------------------------------------------------------------------------------

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.config import ConfigError
-from common.wire.weights import write_atomically
+from ops.plots import THEMED, font_gaps_allowed
 from ops.report import course, panels
 from ops.report.run import Run
 from ops.report.traces import draw_bookings
 
 NARROW, WIDE = 8.0, 13.0  # inches
-# Colours of the panels that the page gives other values in a dark window, as CSS variables.
-THEMED = {
-    panels.INK: "ink",
-    "#000000": "ink",
-    panels.GREY: "grey",
-    panels.PALE: "pale",
-    panels.BLUE: "blue",
-    panels.ORANGE: "orange",
-    panels.GREEN: "green",
-    panels.VERMILLION: "red",
-    panels.PURPLE: "purple",
-    panels.SKY: "sky",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,35 +63,12 @@ def draw_all(run: Run) -> dict[str, Figure]:
     """All plots by name."""
     figures = {}
     # Reasons in a run's files may hold anything, dollars as well.
-    with _settings(), matplotlib.rc_context({"text.parse_math": False}):
+    with font_gaps_allowed(), matplotlib.rc_context({"text.parse_math": False}):
         for name, plot in PLOTS.items():
             figures[name] = Figure(figsize=(plot.width_inches, plot.height_inches), facecolor="white")
             FigureCanvasAgg(figures[name])
             plot.draw(figures[name], run)
     return figures
-
-
-def save_png(figure: Figure, path: Path, dots_per_inch: int) -> None:
-    """Write a figure so that the file is never half there. Raises ConfigError."""
-    with _settings(), named(path):
-        write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=dots_per_inch))
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Raises ConfigError, with the path and the reason, for what cannot be written to it."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # A rollout may hold characters that the font lacks; boxes in their place are all right.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
 
 
 # --- SVG -----------------------------------------------------------------------------------------------------------
@@ -119,7 +79,7 @@ _OUTSIDE = re.compile(r"<metadata>.*?</metadata>|<style .*?</style>| xmlns(?::xl
 
 def svg(figure: Figure, name: str) -> str:
     """A figure as an <svg> element for a page: text as text, no fixed size, ids that are this plot's own."""
-    with _settings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with font_gaps_allowed(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()

@@ -14,7 +14,7 @@ from common.runfiles.lines import Object, an_object, read_lines
 from common.runfiles.records import CONFIG, EVALUATIONS, METRICS, ROLLOUTS, TRACES, WALL, BookLine
 from ops.reading.rollouts import find_tokenizer
 from ops.report import data
-from ops.run.summary import Saving, length_saving
+from ops.stats.saving import Saving, length_saving
 
 _SAMPLED_TRACES = 400
 _Types = dict[str, Any]

@@ -14,7 +14,8 @@ import numpy as np
 
 from common.runfiles.records import BookLine
 from ops.report.data import Floats, spread
-from ops.run.summary import Saving, length_saving
+from ops.stats.intervals import wilson
+from ops.stats.saving import Saving, length_saving
 
 STAGES = {
     "admission to verdict": ("admitted_unix_s", "verdict_unix_s"),
@@ -97,14 +98,6 @@ def fired_curve(lines: Sequence[BookLine], bins: int = 16, arm: str = "treated")
             low, high = wilson(hits, len(part))
             curve.append(Share(float(tokens[part].mean()), hits / len(part), low, high, len(part)))
     return curve
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """A 95 % interval of a share."""
-    share, shrink = hits / count, 1 + z * z / count
-    middle = (share + z * z / (2 * count)) / shrink
-    half = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ from matplotlib.lines import Line2D
 from common.config import Termination
 from common.policies import unit_of
 from common.runfiles.records import Trace
+from ops.plots import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data
-from ops.report.panels import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report.run import Run
-from ops.run.summary import ARMS
+from ops.stats.saving import ARMS
+from ops.words import fired_word
 
 ROWS = {"treated": 36, "control": 12}  # of the picture's heat map
 _BOOKED_ROWS = 150  # of the page's
@@ -59,7 +60,7 @@ def _heat_title(run: Run) -> str:
     if not run.traces["treated"].found:
         return "The policy fired in none: divergence along some of them"
     fired, judged = data.fired_share(run.lines)
-    word = data.fired_word(run.config)
+    word = fired_word(run.config)
     where = f"{word} where the teacher agrees" if run.config.termination.policy == "kat" else word
     return f"{where}: " + (
         f"{fired:,} of {judged:,} rollouts" if judged else f"{run.traces['treated'].found:,} rollouts"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from common.pretrained import (
 )
 from ops.run.check_redis import check_redis
 from ops.run.devices import absent, devices_of, unknown
+from ops.run.findings import Findings
 from ops.run.tracking import missing
 from ops.tasks.rows import DataMissing
 from ops.tasks.source import TaskSource
@@ -29,15 +30,6 @@ from ops.tasks.templates import Templates
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PROMPTS_READ = 256
 _MB = 1 << 20
-
-
-@dataclass(slots=True)
-class Findings:
-    """Lines to show, problems that forbid a run, and what could not be checked."""
-
-    lines: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
 
 
 def check(config: Config) -> Findings:

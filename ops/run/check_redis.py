@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 
 from common.config import Config, ConfigError
 from common.footprint import most_bytes
 from ops.reach.server import Unreachable, answering, broker_name, facts_of, memory_warning, reach, too_small
-
-if TYPE_CHECKING:
-    from ops.run.check import Findings
+from ops.run.findings import Findings
 
 _MB = 1 << 20
 

@@ -1,8 +1,8 @@
 """`katana dead`: what was given up and why; a rollout sent back, or removed for good.
 
 Where a letter in the stream `dead` names a rollout that died, its record stays until an operator has decided. Both
-decisions take letter and record off in one script (`common/lua/again.lua`), so whoever comes second finds neither. What
-is sent back becomes a request in `again`: the feeder admits its problem as a new rollout; the dead one stays dead.
+decisions take letter and record off in one script (`again.lua`), so whoever comes second finds neither. What is
+sent back becomes a request in `again`: the feeder admits its problem as a new rollout; the dead one stays dead.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 import redis
 
 from common.config import Config, ConfigError
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.ports import Target, scrape
 
 _ANSWER_S = 3.0

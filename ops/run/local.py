@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config, ConfigError
-from common.runfiles.run import lock, open_folder, read_json, write_json
+from common.files import write_json
+from common.runfiles.run import lock, open_folder, read_json
 from common.wire.plane import Plane, RedisUnavailable, create_run, open_plane
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis

@@ -18,8 +18,8 @@ from common.policies import written
 from common.runfiles.lines import Tail, an_object, last_lines
 from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
 from common.wire.plane import Plane
-from ops.run.summary import ARMS, length_saving
 from ops.stats import endings
+from ops.stats.saving import ARMS, length_saving
 
 _STEPS_BYTES = 16 << 10  # of metrics.jsonl at a look: some 30 steps
 

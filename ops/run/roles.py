@@ -17,15 +17,8 @@ from common import metrics
 from common.config import Config, ConfigError
 from common.episode import Episode
 from common.runfiles.run import open_folder
-from common.wire.plane import (
-    LeaseLost,
-    Plane,
-    RedisUnavailable,
-    RunGone,
-    Stopping,
-    create_run,
-    open_plane,
-)
+from common.wire.lease import LeaseLost
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, create_run, open_plane
 from ops.reach.run import wait_for_config, wait_for_key, working_config
 from ops.reach.server import Unreachable, facts_of, memory_warning, reach, too_small
 from ops.run.devices import devices_of, problem_with

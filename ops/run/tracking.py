@@ -25,9 +25,10 @@ from typing import IO, Any, Protocol
 
 from common import metrics
 from common.config import Config, ConfigError
+from common.files import write_json
 from common.runfiles.lines import Object, Tail, an_object
 from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
-from common.runfiles.run import lock, write_json
+from common.runfiles.run import lock
 
 log = logging.getLogger("katana.tracking")
 _POLL_S = 1.0

@@ -48,3 +48,14 @@ def unseen_share(prompts: int) -> float:
     1 - 0.025^(1/prompts): for values of 0 or 1 the limit of Clopper and Pearson (Biometrika, 1934).
     """
     return float(1 - 0.025 ** (1 / prompts))
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """A 95 % interval of a share."""
+    share, shrink = hits / count, 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / shrink
+    half = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))) / shrink
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+FEW_PROMPTS = 20

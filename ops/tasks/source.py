@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from common.config import Benchmark, Config, ConfigError, Data
+from common.files import write_atomically, write_json
 from common.pretrained import find_model, load_tokenizer, read_facts, text_of
-from common.runfiles.run import read_json, versions, write_json
+from common.runfiles.run import read_json, versions
 from common.wire.messages import Ints
-from common.wire.weights import write_atomically
 from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
 from ops.tasks.dataset import Dataset, Layout

@@ -19,8 +19,8 @@ from common import metrics
 from common.draws import fraction, rollout_seed
 from common.runfiles.records import Trace
 from common.termination import Cut, Kat, kat_verdict
+from common.wire.lease import LeaseLost
 from common.wire.messages import Verdict
-from common.wire.plane import LeaseLost
 from ops.chaos.checker import check_folder
 from ops.reach.embedded import EmbeddedRedis
 

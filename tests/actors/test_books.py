@@ -20,7 +20,7 @@ from common import metrics
 from common.metrics import REGISTRY
 from common.runfiles.lines import read_lines
 from common.runfiles.records import BookLine, Trace
-from ops.run.summary import length_saving
+from ops.stats.saving import length_saving
 
 
 def line(rid: str = "r1", **changes: Any) -> Any:

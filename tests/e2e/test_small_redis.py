@@ -12,7 +12,7 @@ from test_run import DEMO, SMALL, check_books, finish, start
 
 from common.config import load
 from common.footprint import least_bytes, maxmemory_mb
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

@@ -34,7 +34,8 @@ import redis
 
 from common.runfiles.lines import read_lines
 from common.runfiles.run import read_json
-from common.wire.plane import connect, current_run
+from common.wire.connect import connect
+from common.wire.plane import current_run
 from ops.chaos.checker import check_folder, check_redis
 from ops.chaos.records import Violation
 from ops.reach.children import end_with_parent
@@ -433,7 +434,7 @@ class Cluster:
 
 _PING = """
 import sys, time, redis
-from common.wire.plane import connect
+from common.wire.connect import connect
 client = connect(sys.argv[1], password_file=sys.argv[2])
 for _ in range(21):
     began = time.perf_counter()

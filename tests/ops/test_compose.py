@@ -165,7 +165,7 @@ def test_no_model_of_yours_gets_into_the_image() -> None:
         ]
         return bool(fits) and fits[-1].startswith("!")
 
-    assert goes_in("ops/cli/main.py") and goes_in("ops/html/report.js") and goes_in("common/lua/again.lua")
+    assert goes_in("ops/cli/main.py") and goes_in("ops/report/html/report.js") and goes_in("common/wire/lua/again.lua")
     assert goes_in("ops/models/student/model.safetensors") and goes_in("ops/models/teacher/tokenizer.json")
     assert not goes_in("ops/models/mine/model.safetensors") and not goes_in("ops/models/mine.safetensors")
     assert not goes_in("runs/demo/config.yaml") and not goes_in(".git/config")

@@ -24,7 +24,7 @@ import yaml
 
 from common import metrics
 from common.config import load
-from common.wire.plane import connect
+from common.wire.connect import connect
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "ops" / "k8s"

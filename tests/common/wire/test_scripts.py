@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from samples import Run, fenced, make_head, make_score_support, make_verdict, script
 
-from common.wire.plane import Lease, LeaseLost, Plane, RunGone, create_run, current_run
+from common.wire.lease import Lease, LeaseLost
+from common.wire.plane import Plane, RunGone, create_run, current_run
 from ops.reach.embedded import EmbeddedRedis
 
 

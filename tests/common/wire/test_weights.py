@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from common.wire.weights import (
-    BadWeights,
-    WeightsRef,
-    publish,
-    retain,
-    sha256_of,
-    verified,
-    version_of,
-    write_atomically,
-)
+from common.files import sha256_of, write_atomically
+from common.wire.weights import BadWeights, WeightsRef, publish, retain, verified, version_of
 
 
 def put(folder: Path, version: int, data: bytes = b"weights") -> WeightsRef:

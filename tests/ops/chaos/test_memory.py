@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from samples import make_config
 
-from common.wire.plane import connect, open_plane
+from common.wire.connect import connect
+from common.wire.plane import open_plane
 from ops.chaos.memory import (
     CANNOT_TELL,
     FLAT,

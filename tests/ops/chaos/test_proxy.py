@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import redis
 
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.chaos.proxy import Frames, RedisProxy, arguments, request, unblocked
 from ops.reach.embedded import EmbeddedRedis
 
@@ -388,7 +388,7 @@ def test_cut_ends_a_read_that_waits_and_what_stays_silent(rig: Rig) -> None:
 
 WRITER = """
 import sys, time
-from common.wire.plane import connect
+from common.wire.connect import connect
 client = connect(sys.argv[1])
 client.ping()
 print("ready", flush=True)
@@ -400,7 +400,7 @@ for line in sys.stdin:
 CHECKER = """
 import random, sys, time
 import redis
-from common.wire.plane import connect
+from common.wire.connect import connect
 client, rng = connect(sys.argv[1]), random.Random(int(sys.argv[3]))
 script = client.register_script("return {ARGV[1], {ARGV[2]}}")
 asked = broken = 0

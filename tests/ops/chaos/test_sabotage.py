@@ -16,7 +16,7 @@ PLAYED = """
 import sys
 from pathlib import Path
 from samples import make_config, remove_run, script, start_run
-from common.wire.plane import connect
+from common.wire.connect import connect
 run = start_run(connect(sys.argv[1]), make_config(Path(sys.argv[2]), redis={"shards": 1}))
 rids = [f"r{number}" for number in range(1, 31)]
 for rid in rids:
@@ -35,7 +35,7 @@ import sys, threading
 from pathlib import Path
 from samples import fenced, make_config, make_verdict, remove_run, start_run
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
-from common.wire.plane import connect
+from common.wire.connect import connect
 from learner.train import Learner
 student = PACKAGE_ROOT / "ops" / "models" / "student"
 run = start_run(connect(sys.argv[1]), make_config(

@@ -14,7 +14,7 @@ from data_sets import put_rows, put_tiny_qwen3
 
 from common.config import Config, ConfigError
 from common.runfiles.run import lock
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.cli.main import main
 from ops.compare.command import Request
 from ops.compare.grid import read_rows, row_config

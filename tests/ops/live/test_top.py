@@ -24,17 +24,18 @@ from samples import Run, fenced, make_config, make_verdict, remove_run, start_ru
 
 from actors.books import Booking, Books, line_of
 from common.config import Config, ConfigError
+from common.files import write_json
 from common.metrics import TARGETS
 from common.pretrained import find_model, load_tokenizer
 from common.runfiles.lines import Tail, an_object, last_lines, read_lines
 from common.runfiles.records import BookLine
-from common.runfiles.run import write_json, write_text
-from common.wire.plane import connect
+from common.runfiles.run import write_text
+from common.wire.connect import connect
 from ops.live.growth import Folder, Rate
 from ops.live.snapshot import Judged, Observer, Snapshot, Stream, as_dict
 from ops.live.top import picture, top
 from ops.reach.embedded import EmbeddedRedis
-from ops.run.summary import length_saving
+from ops.stats.saving import length_saving
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = {"student": {"model": "ops/models/student"}, "teacher": {"model": "ops/models/teacher"}}

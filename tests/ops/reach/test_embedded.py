@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.reach.embedded import EmbeddedRedis
 
 HOLDER = """

@@ -24,8 +24,8 @@ from ops.replay.command import replay
 from ops.replay.record import read_record
 from ops.replay.results import Outcome, Share, outcomes, ratio_intervals, saving_intervals
 from ops.replay.verdicts import Replay, Verdict
-from ops.report.series import wilson
-from ops.run.summary import length_saving
+from ops.stats.intervals import wilson
+from ops.stats.saving import length_saving
 from ops.tasks.arithmetic import Arithmetic
 from ops.tasks.source import TaskSource
 

@@ -14,6 +14,7 @@ from run_folders import CONFIG, booked, evaluation, fill, fill_long, line, step_
 from common.config import ConfigError, parse
 from common.pretrained import PACKAGE_ROOT
 from common.runfiles.records import BookLine
+from ops import plots
 from ops.cli.main import main
 from ops.report import command as report
 from ops.report import data as report_data
@@ -21,7 +22,9 @@ from ops.report import panels as report_panels
 from ops.report import plots as report_plots
 from ops.report import run as report_run
 from ops.report import series as report_series
-from ops.run.summary import Saving, length_saving
+from ops.stats import intervals
+from ops.stats.saving import Saving, length_saving
+from ops.words import policy_text
 
 pytestmark = pytest.mark.slow
 
@@ -172,10 +175,10 @@ def test_policy_and_finish_reasons_in_words() -> None:
     config = parse(CONFIG)
     lines = [booked(threshold=0.25), booked(threshold=0.5), booked(threshold=None, finish_reason="kl_trap"), booked()]
     thresholds = [line.threshold for line in lines]
-    assert report_data.policy_text(config, thresholds).endswith("threshold 0.25 … 0.5 nats")
-    assert report_data.policy_text(config, []).endswith("threshold never active")
+    assert policy_text(config, thresholds).endswith("threshold 0.25 … 0.5 nats")
+    assert policy_text(config, []).endswith("threshold never active")
     fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
-    assert report_data.policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
+    assert policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 
@@ -337,8 +340,8 @@ def test_cut_rate_counts_treated_rollouts_that_could_have_been_cut() -> None:
 
 def test_wilsons_interval() -> None:
     # 2 of 10 at 95 %: 0.0567 to 0.5098 (Wilson's formula by hand, z = 1.96)
-    assert report_series.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
-    assert report_series.wilson(0, 10)[0] == 0.0
+    assert intervals.wilson(2, 10) == pytest.approx((0.0567, 0.5098), abs=1e-4)
+    assert intervals.wilson(0, 10)[0] == 0.0
 
 
 def test_thresholds_over_tokens() -> None:
@@ -451,7 +454,7 @@ def test_an_svg_takes_the_pages_colours_and_names_nothing_outside(tmp_path: Path
         assert text.startswith("<svg") and text.rstrip().endswith("</svg>"), name
         assert "http" not in text, name
         assert "var(--ink)" in text, name
-        assert f": {report_panels.INK}" not in text, name
+        assert f": {plots.INK}" not in text, name
     ids = [found for text in drawn.values() for found in re.findall(r' id="([^"]+)"', text)]
     assert len(ids) == len(set(ids)), "two plots share an id"
     used = {found for text in drawn.values() for found in re.findall(r'(?:href="|url\()#([^")]+)', text)}

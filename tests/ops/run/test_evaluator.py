@@ -13,7 +13,7 @@ from data_sets import put_rows, put_tiny_qwen3
 from samples import make_config
 
 from common.config import Config, ConfigError
-from common.wire.weights import sha256_of
+from common.files import sha256_of
 from ops.report.run import read_run
 from ops.run.evaluator import Evaluator, Scores, _judged, _Sample, _scores, follow
 

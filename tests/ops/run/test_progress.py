@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from samples import make_config
 
-from common.wire.plane import connect, open_plane
+from common.wire.connect import connect
+from common.wire.plane import open_plane
 from ops.reach.embedded import EmbeddedRedis
 from ops.run.progress import Progress
 

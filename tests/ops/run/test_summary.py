@@ -12,7 +12,8 @@ import pytest
 import run_folders
 
 from common.runfiles.records import BookLine
-from ops.run.summary import arm_totals, length_saving, summarize, write_summary
+from ops.run.summary import summarize, write_summary
+from ops.stats.saving import arm_totals, length_saving
 
 
 def line(arm: str, generated: int, **changes: Any) -> BookLine:

@@ -596,7 +596,8 @@ def test_the_feeder_s_source_of_rows_needs_no_torch(begin: Callable[..., Config]
     config = tmp_path / "config.yaml"
     config.write_text(begin(path, chat=True, answer_key="reward_model.ground_truth").to_yaml())
     code = (
-        "import sys; from pathlib import Path; from common.config import load; from ops.tasks.source import TaskSource\n"
+        "import sys; from pathlib import Path; from common.config import load\n"
+        "from ops.tasks.source import TaskSource\n"
         f"source = TaskSource(load(Path({str(config)!r})))\n"
         "assert len(source.prompt(0)) and 'torch' not in sys.modules"
     )

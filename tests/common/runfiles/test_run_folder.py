@@ -15,8 +15,9 @@ import pytest
 from samples import make_config
 
 from common.config import ConfigError, load
+from common.files import write_json
 from common.pretrained import PACKAGE_ROOT
-from common.runfiles.run import lock, move_aside, open_folder, read_json, versions, write_json, write_text
+from common.runfiles.run import lock, move_aside, open_folder, read_json, versions, write_text
 
 
 def test_a_new_run_has_its_config_its_id_and_the_versions(tmp_path: Path) -> None:

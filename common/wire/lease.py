@@ -1,0 +1,125 @@
+"""Leases: one process at a time acts as feeder, arbiter or learner, and its scripts are refused once another does."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import redis
+
+from common import metrics
+from common.files import locked
+from common.wire import scripts
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
+from common.wire.scripts import Call, Entry, Fenced, Leased
+
+_ADOPT_AT_A_TIME = 500
+R = TypeVar("R")
+
+
+class LeaseLost(RuntimeError):
+    """Another process holds this role's lease: this one must not write any more."""
+
+
+class Lease:
+    """The right of one process to act in a role.
+
+    Its token goes into every script of that role, and is the name under which the holder reads its stream.
+    """
+
+    def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
+        self.token = secrets.token_hex(8)
+        self._plane, self._role, self._ms = plane, role, int(lease_s * 1000)
+        self._renew_at = self._adopt_at = 0.0
+
+    def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
+        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
+        began = time.monotonic()
+        while self._plane.call(self._call("take")) is not Leased.OK:
+            if time.monotonic() - began > wait_s + self._ms / 1000:
+                raise LeaseLost(f"another {self._role} is at work on this run")
+            if stop.wait(0.1):
+                raise Stopping
+        self._renew_at = time.monotonic() + self._ms / 3000
+
+    def keep(self) -> None:
+        """Called at every turn: renew when a third of the lease is over. Raises LeaseLost."""
+        metrics.turned(self._role)
+        if time.monotonic() >= self._renew_at:
+            self._renew()
+
+    def _renew(self) -> None:
+        if self._plane.call(self._call("renew")) is not Leased.OK:
+            raise LeaseLost(f"another {self._role} took over this run")
+        self._renew_at = time.monotonic() + self._ms / 3000
+
+    def beat(self) -> None:
+        """Renew once, beside the loop of a holder that may be at one long piece of work. Safe from any thread; a lease
+        that somebody else has is left to him, and the loop finds out."""
+        metrics.turned(self._role)
+        self._plane.once(self._call("renew"))
+
+    @contextlib.contextmanager
+    def exclusively(self, path: Path) -> Iterator[None]:
+        """Hold the lock on a file, the lease checked inside: for what a holder writes to the run's folder.
+
+        Redis fences its own writes, a disk does not. A former holder that was paused either is inside, and whoever
+        comes next waits for it, or finds here that it has lost the lease. Raises LeaseLost.
+        """
+        with locked(path, self.keep):
+            self._renew()
+            yield
+
+    def call(self, call: Fenced[R]) -> R:
+        """A script of this role alone; a lease that merely ran out is renewed. Raises LeaseLost."""
+        return self.call_all([call])[0]
+
+    def call_all(self, calls: Sequence[Fenced[R]]) -> list[R]:
+        """Like `call`, for each of these in their order, in one round trip."""
+        replies: list[R] = []
+        for _ in range(3):
+            fenced = [call.by(self._role, self.token) for call in calls[len(replies) :]]
+            for reply in self._plane.call_all(fenced):
+                if reply is None:
+                    break  # those behind a refusal may have come through, and are fenced: in order, they are run again
+                replies.append(reply)
+            if len(replies) == len(calls):
+                return replies
+            self._renew()
+        raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
+
+    def advance(self, what: Literal["step", "covered", "learning", "state"], value: str | int) -> None:
+        self.call(scripts.advance(what, value))
+
+    def adopt(self, stream: str, group: str) -> list[Entry]:
+        """Take over what former holders of this lease were given and have not acknowledged, in the stream's order.
+
+        At the start, and again about once a second (`adoption_due`): one that was paused may still read.
+        """
+        self._adopt_at = time.monotonic() + 1.0
+        failed = self._plane.failed_calls
+        found: list[Entry] = []
+        while True:
+            entries = self.call(scripts.adopt(stream, group, _ADOPT_AT_A_TIME))
+            found += entries
+            if len(entries) < _ADOPT_AT_A_TIME:
+                if self._plane.failed_calls != failed:
+                    # A call whose answer was lost may have made entries ours, which the next one does not name.
+                    self._plane.read_again(stream, self.token)
+                return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
+
+    @property
+    def adoption_due(self) -> bool:
+        return time.monotonic() >= self._adopt_at
+
+    def drop(self) -> None:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
+            self._plane.call(self._call("drop"))
+
+    def _call(self, mode: Literal["take", "renew", "drop"]) -> Call[Leased]:
+        return scripts.lease(self._role, self.token, self._ms, mode)

@@ -1,0 +1,39 @@
+"""Figures and policies in words, the same in every command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from matplotlib.ticker import EngFormatter
+
+from common.config import Config
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def short(count: float) -> str:
+    """31,308 as 31.3 k."""
+    return str(EngFormatter(places=1 if count >= 1000 else 0, sep=" ")(count))
+
+
+def fired_word(config: Config) -> str:
+    """What it means for a treated rollout that the policy fired."""
+    return "Cut" if config.termination.stops("treated") else "Fired, not stopped"
+
+
+def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:
+    """What ends a rollout early, with its settings and the thresholds that were in force, in nats."""
+    settings = config.termination
+    applied = " (shadow)" if settings.shadow else " (mask)" if settings.apply == "mask" else ""
+    if settings.policy == "fixed":
+        return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
+    if not settings.policy.startswith("kat"):
+        return settings.policy + applied
+    text = (
+        f"{settings.policy}{applied}: W {settings.window}, C {settings.patience}, η {settings.eta:g}, "
+        f"K {settings.teacher_top_k}, control {100 * settings.control_fraction:g} %; threshold "
+    )
+    seen = [one for one in thresholds if one is not None]
+    return text + (f"{min(seen):.2g} … {max(seen):.2g} nats" if seen else "never active")
