@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # What takes longest, longest first: with several workers (make test) whoever begins it late is waited for. Tests in one
 # xdist group share what is made once, and go to one worker; all others go one by one to whoever is free.
 _LONGEST = (
-    "tests/e2e/test_chaos.py",
     "tests/e2e/test_experiment_run.py",
+    "tests/e2e/test_chaos.py",
     "@whole run",
     "@deterministic",
     "tests/e2e/",

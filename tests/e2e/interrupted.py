@@ -9,6 +9,6 @@ from ops.reach.embedded import EmbeddedRedis
 
 
 def test_at_work(embedded_redis: EmbeddedRedis) -> None:
-    for _ in range(3):
+    for _ in range(4):
         subprocess.Popen(["sleep", "200"], start_new_session=True)
     time.sleep(200)
