@@ -41,9 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _rank(item: pytest.Item) -> int:
-    groups = [f"@{mark.args[0]}" for mark in item.iter_markers("xdist_group")]
-    names = groups or [item.nodeid]
-    return next((place for place, start in enumerate(_LONGEST) if names[0].startswith(start)), len(_LONGEST))
+    group = item.get_closest_marker("xdist_group")
+    name = f"@{group.args[0]}" if group else item.nodeid
+    return next((place for place, start in enumerate(_LONGEST) if name.startswith(start)), len(_LONGEST))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

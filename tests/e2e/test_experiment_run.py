@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from real_runs import DEMO, check_books, children_of, finish, read, wait_for_steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = DEMO.parents[2]
 TOKENS = 12_000
 SMALL = (
