@@ -4,8 +4,8 @@ BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # exec, and an end with make: whoever ends one of the three ends all, and what the tests started (tests/left_over.py).
 PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m pytest
-# Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py: the longest first.
-WORKERS := -n 3 --dist loadgroup --no-loadscope-reorder
+# Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py.
+WORKERS := -n 3
 
 .PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
 	dashboards bench chaos soak fuzz pretrain evidence clean

@@ -24,16 +24,18 @@ def pytest_configure(config: pytest.Config) -> None:
         left_over.mark()
 
 
-# What takes longest, longest first: with several workers (make test) whoever begins it late is waited for. Tests in one
-# xdist group share what is made once, and go to one worker; all others go one by one to whoever is free.
-_LONGEST = (
-    "tests/e2e/test_experiment_run.py",
-    "tests/e2e/test_chaos.py",
-    "@whole run",
-    "@deterministic",
-    "tests/e2e/",
-    "tests/common/test_own_packages.py",
-)
+# Files whose tests share what is made once: one worker of several (make test) has them all. (Not by pytest-xdist's own
+# groups: with pytest 9.2 the mark `xdist_group` of xdist 3.8 does nothing.)
+_TOGETHER = {
+    "tests/e2e/test_panels_live.py": "whole run",
+    "tests/e2e/test_top_live.py": "whole run",
+    "tests/e2e/test_whole_run.py": "whole run",
+    "tests/e2e/test_deterministic.py": "deterministic",
+    "tests/e2e/test_report_page.py": "browser",
+    "tests/ops/chaos/test_poison_shim.py": "poison",
+}
+# What takes longest, longest first: whoever begins it late is waited for.
+_LONGEST = ("tests/e2e/test_experiment_run.py", "tests/e2e/test_chaos.py", "whole run", "deterministic", "tests/e2e/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,9 +43,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _rank(item: pytest.Item) -> int:
-    group = item.get_closest_marker("xdist_group")
-    name = f"@{group.args[0]}" if group else item.nodeid
+    name = _together(item.nodeid)
     return next((place for place, start in enumerate(_LONGEST) if name.startswith(start)), len(_LONGEST))
+
+
+def _together(nodeid: str) -> str:
+    """What a worker takes at a time: a test, or all that share something with it."""
+    return _TOGETHER.get(nodeid.partition("::")[0], nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each worker takes the next test, in the order of _rank, when it is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InOrder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False
+    return InOrder(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -100,7 +119,7 @@ def own_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Embedd
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeRun]:
     """A finished run of real processes, for questions that change nothing.
 
-    Tests that ask are in the xdist group `whole run`, so that one worker has all of them and makes one run.
+    The files of the tests that ask are in _TOGETHER, so that one worker makes the run and answers all of them.
     """
     yield from observe(tmp_path_factory.mktemp("whole"))
 

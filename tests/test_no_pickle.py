@@ -1,13 +1,14 @@
-"""No data of Katana's becomes code: nothing is unpickled, evaluated, or loaded with code from a model's folder."""
+"""No data of Katana's becomes code: nothing is unpickled, evaluated, or loaded with code from a model's folder.
+
+tests/e2e/test_whole_run.py watches the processes of a run for the same.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from whole_run import WholeRun
 
 from common.pretrained import PACKAGE_ROOT
 
@@ -72,14 +73,3 @@ from_pretrained(x, trust_remote_code=False)
         "yaml.load()",
         "trust_remote_code=",
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.xdist_group("whole run")
-def test_no_process_of_a_run_unpickles_anything(whole_run: WholeRun) -> None:
-    lines = whole_run.unpickled
-    print(Counter(tuple(line[:3]) for line in lines))
-    started = {line[1] for line in lines if line[0] == "started" and len(line) > 1}
-    assert {"run", "feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"} <= started
-    assert [line for line in lines if line[0] != "started"] == []

@@ -13,7 +13,7 @@ from small_redis import SHORT, leave_least
 
 from ops.reach.embedded import EmbeddedRedis
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("deterministic")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 STEPS = 12
 EXACT = (
     "deterministic=true",

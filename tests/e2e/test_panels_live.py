@@ -20,7 +20,7 @@ from ops.monitoring import panels
 from ops.monitoring.dashboards import DASHBOARDS, Panel
 from ops.stats.saving import length_saving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("whole run")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 PANELS = [panel for board in DASHBOARDS for row in board.rows for panel in row.panels]
 # Lines of a panel that a healthy run may lack, since nothing was counted under their label: then this one says 0.
 NOTHING_HAPPENED = {

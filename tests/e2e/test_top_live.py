@@ -14,7 +14,7 @@ from common.config import ConfigError
 from common.metrics import TARGETS
 from ops.live.watch import watch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("whole run")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROLES = {"feeder", "arbiter", "learner", "rollout", "teacher", "evaluator"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import ops.chaos
 from common.pretrained import PACKAGE_ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("poison shim")]
+pytestmark = pytest.mark.slow
 SHIM = Path(ops.chaos.__file__).parent / "shim"
 SCORE = """
 import sys

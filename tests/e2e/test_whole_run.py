@@ -1,0 +1,77 @@
+"""`katana run` on the shipped models, to its end: what a run of real processes leaves behind."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_runs import check_books, children_of, finish, read, start
+from whole_run import EVALUATED_EVERY, NAME, STEPS, WholeRun
+
+from common.termination import kat_verdict
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def check_verdicts(folder: Path) -> int:
+    """Each verdict equals the rule replayed offline on the recorded divergences; returns the number of cuts."""
+    cuts = 0
+    for trace in read(folder / "traces.jsonl"):
+        divergence = np.frombuffer(base64.b64decode(trace["divergence"]), dtype="<f4")
+        trigger, keep, _ = kat_verdict(divergence, window=16, patience=4, threshold=trace["threshold"])
+        total = len(divergence)
+        assert (trace["trigger"], trace["keep"]) == ((total, total) if trigger is None else (trigger, keep))
+        assert trace["cut"] == (trigger is not None and trace["arm"] == "treated")
+        cuts += trace["cut"]
+    return cuts
+
+
+def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(whole_run: WholeRun) -> None:
+    folder = whole_run.folder
+    summary = check_books(folder, steps=STEPS)
+    assert check_verdicts(folder) > 0
+    assert [line["step"] for line in read(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert set(summary) >= {
+        "steps",
+        "policy_version",
+        "wall_s",
+        "arms",
+        "length_saving",
+        "finish_reasons",
+        "eval",
+        "ledger",
+    }
+    assert set(summary["arms"]) == {"treated", "control"}
+    assert set(summary["length_saving"]) == {"ratio", "low", "high"}
+    assert sum(summary["finish_reasons"].values()) == summary["ledger"]["admitted"]
+    assert [line["policy_version"] for line in summary["eval"]] == list(range(0, STEPS + 1, EVALUATED_EVERY))
+    assert all({"k", "n", "avg@k", "pass@k", "mean_length"} <= set(line) for line in summary["eval"])
+    assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "ledger: admitted" in whole_run.output
+    assert not children_of(folder), "a process was left behind"
+    assert len(list((folder / "weights").glob("*.safetensors"))) == 6  # max_staleness + 2
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    ids = tokenizer("1+2?", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_a_folder_that_exists_is_not_written_over(whole_run: WholeRun) -> None:
+    code, output = finish(start(whole_run.folder.parent, name=NAME))
+    assert code == 2
+    assert "exists already" in output
+
+
+def test_no_process_of_a_run_unpickles_anything(whole_run: WholeRun) -> None:
+    lines = whole_run.unpickled
+    print(Counter(tuple(line[:3]) for line in lines))
+    started = {line[1] for line in lines if line[0] == "started" and len(line) > 1}
+    assert {"run", "feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"} <= started
+    assert [line for line in lines if line[0] != "started"] == []
