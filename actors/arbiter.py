@@ -89,7 +89,7 @@ class Arbiter:
 
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until told to stop or the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
-        self._lease.take(self._stop)
+        self._lease.acquire(self._stop)
         self._version = self._policy_version()
         self._load_minima()
         self._show_threshold()

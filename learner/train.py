@@ -100,7 +100,7 @@ class Learner:
 
         Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible.
         """
-        self._lease.take(self._stop, wait_s=60.0)
+        self._lease.acquire(self._stop, wait_s=60.0)
         try:
             with self._pulse:
                 self._train(until_idle)

@@ -59,7 +59,7 @@ def make_learner(run: Run) -> Learner:
     facts = read_facts(Path(MODELS["student"]))
     pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
     learner_ = Learner(run.config, run.plane, pair, threading.Event())
-    learner_._lease.take(threading.Event())
+    learner_._lease.acquire(threading.Event())
     MADE.append(learner_)
     return learner_
 

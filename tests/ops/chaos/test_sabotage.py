@@ -52,7 +52,7 @@ def new():
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(student)
     learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
-    learner._lease.take(threading.Event())
+    learner._lease.acquire(threading.Event())
     learner.start()
     return learner
 def show(learner):
