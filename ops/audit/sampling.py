@@ -26,7 +26,7 @@ _TOLD_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class Continuer:
     """A model that writes on. `file`: weights to put into the model of `folder`; None: its own. `name`: to be told."""
 
     folder: Path
@@ -34,7 +34,7 @@ class Weights:
     name: str
 
 
-def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> Weights:
+def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> Continuer:
     """The student that continues: `model` if given, else the one that the run left, else its newest weights.
 
     Those that wrote the rollouts are gone. Raises ModelError, ConfigError.
@@ -47,15 +47,15 @@ def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> We
     if newest < 0:
         raise ConfigError(f"{run}: neither model/ nor weights/ is in it; name a student by --student")
     file = run / "weights" / f"v{newest:08d}.safetensors"
-    return Weights(pair.student.folder, file, f"weights/{file.name}, the newest of the run")
+    return Continuer(pair.student.folder, file, f"weights/{file.name}, the newest of the run")
 
 
-def _other(folder: Path, pair: Pair, name: str) -> Weights:
+def _other(folder: Path, pair: Pair, name: str) -> Continuer:
     compare_tokenizers(load_tokenizer(pair.student.folder).get_vocab(), load_tokenizer(folder).get_vocab())
-    return Weights(folder, None, name)
+    return Continuer(folder, None, name)
 
 
-def make_decoder(config: Config, pair: Pair, weights: Weights, *, dtype: str, device: str) -> Decoder:
+def make_decoder(config: Config, pair: Pair, weights: Continuer, *, dtype: str, device: str) -> Decoder:
     """An engine that writes as rollouts of the run were written: stop set, temperature, nucleus, lengths. Raises
     ModelError."""
     torch.set_num_threads(config.eval.threads)
@@ -89,7 +89,7 @@ class Prefix:
     tokens: Ints
 
 
-class Progress:
+class SamplingProgress:
     """A line on standard error now and then: continuations done, tokens written, tokens a second."""
 
     def __init__(self, total: int) -> None:
@@ -120,7 +120,7 @@ def continue_all(
     limit: int,
     samples: int,
     seed: int,
-    progress: Progress,
+    progress: SamplingProgress,
 ) -> list[float | None]:
     """For each prefix the share of its `samples` continuations, each `limit` tokens at most in all, that are right.
 

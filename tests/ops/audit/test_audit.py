@@ -18,7 +18,7 @@ from common.pretrained import ModelError, check_pair, find_model
 from ops.audit import command as module
 from ops.audit.command import audit
 from ops.audit.cuts import AFTER, BEFORE, LOOP
-from ops.audit.sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
+from ops.audit.sampling import Continuer, Prefix, SamplingProgress, continue_all, find_student, make_decoder
 from ops.cli.main import main
 from ops.reading.rollouts import Words
 from ops.tasks.arithmetic import solution_of
@@ -165,12 +165,12 @@ def test_an_interrupted_audit_leaves_the_former_files(
 def test_what_has_ended_is_judged_as_it_is_and_needs_no_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(run / "config.yaml")
     pair, source = check_pair(config), TaskSource(config)
-    weights = Weights(pair.student.folder, None, "student")
+    weights = Continuer(pair.student.folder, None, "student")
     decoder = make_decoder(config, pair, weights, dtype="float32", device="cpu")
     solution = source.tokenizer(solution_of(source.problem(0).prompt), add_special_tokens=False)["input_ids"]
     ended, long = [*solution, pair.stop_ids[0]], solution[:20]
     prefixes = [Prefix("a", 0, np.array(ended, np.int32)), Prefix("b", 0, np.array(long, np.int32))]
-    progress = Progress(4)
+    progress = SamplingProgress(4)
     shares = continue_all(
         decoder, source, prefixes, stop_ids=pair.stop_ids, limit=20, samples=2, seed=0, progress=progress
     )

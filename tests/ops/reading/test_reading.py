@@ -23,8 +23,8 @@ from common.pretrained import find_model
 from common.runfiles import records
 from common.wire.messages import Verdict
 from ops.reading.rollouts import (
-    Chunk,
     Words,
+    WrittenChunk,
     audited_chunks,
     booked_ends,
     booked_line,
@@ -187,7 +187,7 @@ def test_a_rollout_that_is_being_written(run: Run) -> None:
     assert [token.text for token in reading.tokens] == list("abcde")
     assert [token.divergence for token in reading.tokens] == [0.5, 0.25, 0.0, None, None]
     assert {token.part for token in reading.tokens} == {"kept"}
-    assert reading.chunks == (Chunk(0, 0, 3, 2, "n1", "w7"), Chunk(1, 3, 2, 3, "n1", "w7"))
+    assert reading.chunks == (WrittenChunk(0, 0, 3, 2, "n1", "w7"), WrittenChunk(1, 3, 2, 3, "n1", "w7"))
     assert (reading.versions, reading.generated, reading.threshold) == ((2, 3), 5, None)
 
 
@@ -285,7 +285,7 @@ def test_booked_rollouts_are_read_in_order_and_by_id(tmp_path: Path) -> None:
     assert (only.keep, only.trigger, only.generated, only.ending, only.min_window) == (2, 3, 5, "trained", 0.125)
     assert [token.divergence for token in only.tokens] == [0.5, 0.25, 0.0]
     assert only.prompt.endswith("?")
-    assert audited_chunks(tmp_path, "r3") == (Chunk(0, 0, 3, 1, "n4"),)
+    assert audited_chunks(tmp_path, "r3") == (WrittenChunk(0, 0, 3, 1, "n4"),)
     assert list(readings_from_folder(tmp_path, config, {"r9"})) == []
 
 
