@@ -203,7 +203,7 @@ class Arbiter:
         left = sorted(rids)
         while left:
             answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
-            left = [rid for rid, values in zip(left, answers, strict=True) if self._advance(rid, values)]
+            left = [rid for rid, values in zip(left, answers, strict=True) if self._read_on(rid, values)]
             self._send_due()
 
     def _wanted(self, track: _Track) -> list[str]:
@@ -212,7 +212,7 @@ class Arbiter:
         chunks = [name for seq in seqs for name in (tokens_field(seq), divergence_field(seq))]
         return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
 
-    def _advance(self, rid: str, values: list[bytes | None]) -> bool:
+    def _read_on(self, rid: str, values: list[bytes | None]) -> bool:
         """Take in new chunks and judge; True if there may be more to read."""
         track = self._tracks[rid]
         head, verdict, threshold, finish, chunks, length = values[:6]

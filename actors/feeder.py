@@ -18,7 +18,7 @@ from actors.books import Booking, Books, Ledger, audit_of, number_of, rid_of, un
 from actors.unbooked import FACTS, Unbooked
 from common import metrics, policies
 from common.config import Config
-from common.draws import draw, rollout_seed
+from common.draws import rollout_seed, uniform_bits
 from common.episode import Episode
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
 from common.runfiles.lines import read_lines
@@ -389,7 +389,7 @@ def head_of(
 ) -> RolloutHead:
     """The rollout that is admitted as number `number`; by itself it takes the problem that is next in the data."""
     problem = number // config.data.num_generations if problem is None else problem
-    treated = draw(config.seed, "arm", number) / 2**64 >= config.termination.control_fraction
+    treated = uniform_bits(config.seed, "arm", number) / 2**64 >= config.termination.control_fraction
     return RolloutHead(
         rid=rid_of(number),
         arm="treated" if treated else "control",

@@ -211,10 +211,10 @@ class RolloutWorker:
         self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
         del self._counts[: len(counts)]
         for (one, chunk, _), answer in zip(sent, stored, strict=True):
-            self._take_reply(one, chunk, answer)
+            self._heed_answer(one, chunk, answer)
         for beat in told:
-            self._take_control(asked, beat)
-        return all(self._take(reply, nonce) for reply in given)
+            self._heed_control(asked, beat)
+        return all(self._begin_all(reply, nonce) for reply in given)
 
     def _free(self) -> int:
         """Slots to be filled; none while Redis is full."""
@@ -229,7 +229,7 @@ class RolloutWorker:
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
         return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from)
 
-    def _take(self, given: Given, nonce: str) -> bool:
+    def _begin_all(self, given: Given, nonce: str) -> bool:
         """Begin the rollouts that Redis gave. False once the run is over."""
         if given.ended:
             return False
@@ -300,7 +300,7 @@ class RolloutWorker:
     def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
         return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
 
-    def _take_control(self, asked: list[_Writing], beat: Beat) -> None:
+    def _heed_control(self, asked: list[_Writing], beat: Beat) -> None:
         """Signals, weights, and what was scored, ended, or taken away of those that were asked about."""
         self._done = [entry for entry, _ in beat.signals]
         for entry, rid in beat.signals:
@@ -399,7 +399,7 @@ class RolloutWorker:
         shard = self._plane.shard_of(writing.rid)
         return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
 
-    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
+    def _heed_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # behind one that was not taken
         if stored.word is scripts.ChunkAnswer.FULL:

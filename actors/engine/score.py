@@ -181,7 +181,7 @@ class Scorer:
         while runs:
             wave, runs = self._wave(runs)
             for run in wave:
-                self._settle(run)
+                self._seat(run)
                 run.prepare(self._stop_ids)
             wave.sort(key=lambda run: run.slot)  # slots that follow each other are read without a copy
             for batch in self._batches(wave, np.array([run.begin - 1 for run in wave])):
@@ -258,7 +258,7 @@ class Scorer:
                 self._slot[key] = self._slot.pop(key)
         return list(wave.values()), left
 
-    def _settle(self, run: _Run) -> None:
+    def _seat(self, run: _Run) -> None:
         """Give a run its slot, with all of its text.
 
         What the slot has forwarded of the same text stays, even another rollout's: of the same prompt, say.

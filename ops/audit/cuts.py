@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.draws import draw
+from common.draws import uniform_bits
 from common.runfiles.lines import read_lines
 from common.runfiles.records import BookLine, Trace
 from common.wire.messages import Ints
@@ -78,7 +78,7 @@ def chosen(cuts: Sequence[AuditedRollout], most: int, seed: int) -> list[Audited
     if len(cuts) <= most:
         return list(cuts)
     ends = [len(cuts) * place // most for place in range(most + 1)]
-    return [cuts[begin + draw(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
+    return [cuts[begin + uniform_bits(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
 
 
 def matched(
@@ -89,7 +89,7 @@ def matched(
     Among those that the policy could have cut the nearest is taken: of the same prompt if there is one, then of the
     nearest policy version, then of the same arm, then by draw. Each is taken once; cuts choose in their order.
     """
-    luck = {one.rid: draw(seed, f"audit:reference:{one.rid}") for one in records if one.active}
+    luck = {one.rid: uniform_bits(seed, f"audit:reference:{one.rid}") for one in records if one.active}
     free = {one.rid: one for one in records if one.active}
     found: list[AuditedRollout | None] = []
     for cut in cuts:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from actors.engine import Decoder
 from actors.engine.models import load_model
 from common.config import Config, ConfigError
-from common.draws import draw
+from common.draws import uniform_bits
 from common.pretrained import ModelError, Pair, compare_tokenizers, find_model, load_tokenizer
 from common.wire.messages import Ints
 from common.wire.weights import newest_version
@@ -143,7 +143,7 @@ def continue_all(
             decoder.add(
                 f"{place}:{sample}",
                 source.prompt(one.problem),
-                seed=draw(seed, f"audit:{one.name}", sample),
+                seed=uniform_bits(seed, f"audit:{one.name}", sample),
                 max_new_tokens=limit,
                 generated=one.tokens,
             )

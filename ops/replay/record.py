@@ -11,7 +11,7 @@ import numpy as np
 
 from actors.books import number_of
 from common.config import Config, ConfigError, load
-from common.draws import draw, rollout_seed
+from common.draws import rollout_seed, uniform_bits
 from common.runfiles.lines import read_lines
 from common.runfiles.records import CONFIG, METRICS, ROLLOUTS, TRACES, BookLine, Trace
 from common.wire.messages import Floats, Ints
@@ -122,7 +122,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
                 arm=line.arm,
                 problem=line.problem,
                 seed=rollout_seed(config.seed, number),
-                lot=draw(config.seed, "arm", number) / 2**64,
+                lot=uniform_bits(config.seed, "arm", number) / 2**64,
                 threshold=trace.threshold,
                 trigger=trace.trigger,
                 keep=trace.keep,
