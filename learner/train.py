@@ -40,7 +40,7 @@ from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
-from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
+from learner.checkpoint import capture, load_newest, restore, save, untied_tensors
 from learner.culprits import StepImpossible, culprits, witness
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
@@ -513,18 +513,11 @@ class Learner:
         self._careful = False
 
     def _save(self) -> None:
-        settings = self._config.learner
-        state: CheckpointState = capture(
+        state = capture(
             self.model,
             self.optimizer,
             step=self.step_count,
             policy_version=self.version,
-            schedule={
-                "name": settings.schedule,
-                "base": settings.learning_rate,
-                "max_steps": settings.max_steps,
-                "max_generated_tokens": settings.max_generated_tokens,
-            },
             consumed=[one.trajectory.rid for one, _ in self._since_checkpoint],
             counters={"tokens_trained": self._tokens_trained, "tokens_generated": self.tokens_generated},
         )

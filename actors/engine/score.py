@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import check_stop_ids, log_outcomes, on_support
-from actors.engine.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
+from actors.engine.outcomes import log_outcomes, on_support
+from actors.engine.slots import IntArray, padded, rectangles
+from actors.engine.texts import TextSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,33 +98,16 @@ class _Batch:
     lengths: IntArray
 
 
-class Scorer:
+class Scorer(TextSlots):
     """Scores chunks with a teacher that keeps up to `slots` rollouts in its cache.
 
     max_length: tokens of prompt and completion together. stop_ids: U. prefill_tokens: most tokens, padding
     included, that one forward takes. Raises UnsupportedModelError, ValueError.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        slots: int,
-        max_length: int,
-        stop_ids: tuple[int, ...],
-        vocab_size: int,
-        prefill_tokens: int,
-    ) -> None:
-        check_stop_ids(stop_ids, vocab_size)
-        self._model = SlotModel(model, slots=slots, capacity=max_length)
-        self._stop_ids, self._vocab_size, self._budget = stop_ids, vocab_size, prefill_tokens
-        self._stops = torch.tensor(stop_ids, device=self._model.device)
-        self._text = np.zeros((slots, max_length), dtype=np.int64)
-        self._known = np.zeros(slots, dtype=np.int64)  # tokens of the text
-        self._cached = np.zeros(slots, dtype=np.int64)  # of these, forwarded
-        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
-        self._slot: dict[str, int] = {}  # least recently used first
-        self._unused = list(range(slots))
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._unused = list(range(len(self._known)))  # `_slot` is in the order of use, the least recent first
 
     @property
     def held(self) -> int:
@@ -155,17 +139,6 @@ class Scorer:
         self._unused += slots
         if slots:
             self._model.clear(np.array(slots))
-
-    def economize(self) -> int:
-        """Take half as many tokens in one forward from now on: how many that is; 0 where they are few already."""
-        if self._budget < 2 * FEWEST_TOKENS:
-            return 0
-        self._budget //= 2
-        return self._budget
-
-    def prove(self) -> None:
-        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
-        self_test(self._model.model, vocab_size=self._vocab_size)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
@@ -282,7 +255,7 @@ class Scorer:
         slots = np.array([run.slot for run in runs])
         while (left := goals - self._cached[slots]).any():
             waiting = np.flatnonzero(left)
-            lengths = np.array(rectangles(left[waiting].tolist(), self._budget))
+            lengths = np.array(rectangles(left[waiting].tolist(), self._prefill_tokens))
             picked = waiting[: len(lengths)]
             rows = slots[picked]
             starts = self._cached[rows]

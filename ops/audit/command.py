@@ -63,7 +63,7 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
     if not fired:
         raise ConfigError(_without_cuts(run, len(records)))
     pair = check_pair(run.config)
-    writer = find_student(folder, run.config, pair, student)
+    writer = find_student(folder, pair, student)
     source = TaskSource(run.config)
     source.prepare()
     cuts = chosen(fired, rollouts, seed)

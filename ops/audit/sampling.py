@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from actors.engine import Decoder
-from actors.engine.models import load_model
+from actors.engine.loaded import sampler
 from common.config import Config, ConfigError
 from common.draws import uniform_bits
 from common.pretrained import ModelError, Pair, compare_tokenizers, find_model, load_tokenizer
@@ -34,7 +33,7 @@ class Continuer:
     name: str
 
 
-def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> Continuer:
+def find_student(run: Path, pair: Pair, model: str | None) -> Continuer:
     """The student that continues: `model` if given, else the one that the run left, else its newest weights.
 
     Those that wrote the rollouts are gone. Raises ModelError, ConfigError.
@@ -58,19 +57,8 @@ def _other(folder: Path, pair: Pair, name: str) -> Continuer:
 def make_decoder(config: Config, pair: Pair, weights: Continuer, *, dtype: str, device: str) -> Decoder:
     """An engine that writes as rollouts of the run were written: stop set, temperature, nucleus, lengths. Raises
     ModelError."""
-    torch.set_num_threads(config.eval.threads)
-    decoder = Decoder(
-        load_model(weights.folder, dtype=dtype, device=device, vocab_size=pair.vocab_size),
-        slots=config.eval.slots,
-        max_length=config.max_length,
-        stop_ids=pair.stop_ids,
-        vocab_size=pair.vocab_size,
-        teacher_top_k=1,
-        chunk_tokens=config.rollout.max_completion_length,  # what is written comes in one piece
-        prefill_tokens=config.rollout.prefill_tokens,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-    )
+    temperature, top_p = config.rollout.temperature, config.rollout.top_p
+    decoder = sampler(config, pair, weights.folder, dtype=dtype, device=device, temperature=temperature, top_p=top_p)
     if weights.file is not None:
         try:
             decoder.swap(load_file(weights.file, device=device))

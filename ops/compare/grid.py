@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import policy_names
-from common.config import Config, ConfigError, load, parse
+from common.config import Config, ConfigError, flatten, load, parse
 from common.files import write_json
 from common.runfiles.lines import read_lines
 from common.runfiles.records import EVALUATIONS
@@ -364,7 +364,7 @@ def check_one_experiment(grid: Grid, configs: Mapping[Cell, Config]) -> None:
     Within a row all is the same; between rows a key is the same in all those that do not change it.
     """
     changed = {row.label: _changed_by(row, grid.budget) for row in grid.rows}
-    flat = {cell: dict(_flat(config)) for cell, config in configs.items()}
+    flat = {cell: flatten(config) for cell, config in configs.items()}
     for cell, values in flat.items():
         if values["seed"] != cell.seed:
             raise ConfigError(f"{cell.name}: its config has seed {values['seed']}; it is another cell's")
@@ -395,14 +395,5 @@ def _names(changed: Sequence[str], key: str) -> bool:
 
 
 def _differences(old: Config, new: Config) -> Iterable[tuple[str, Any, Any]]:
-    now = dict(_flat(new))
-    return ((key, was, now[key]) for key, was in _flat(old) if was != now[key])
-
-
-def _flat(config: Config) -> Iterator[tuple[str, Any]]:
-    """`section.key` and its value, for every key."""
-    for name, value in config.model_dump().items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", one) for key, one in value.items())
-        else:
-            yield name, value
+    now = flatten(new)
+    return ((key, was, now[key]) for key, was in flatten(old).items() if was != now[key])

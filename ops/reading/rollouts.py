@@ -308,7 +308,7 @@ class _Prompts:
 
 
 def reading_from_hash(
-    fields: Mapping[bytes, bytes], config: Config, decode: Decode, *, stop_ids: Collection[int] = (), rid: str = ""
+    fields: Mapping[bytes, bytes], decode: Decode, *, stop_ids: Collection[int] = (), rid: str = ""
 ) -> Reading:
     """A rollout from its hash, whatever state it is in: being written, judged, dead.
 

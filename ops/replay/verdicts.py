@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from common import policies
 from common.config import ConfigError, Termination
@@ -20,7 +19,6 @@ from common.termination import Cut, MinimaBuffer
 from common.wire.messages import Floats
 from ops.replay.record import ReplayRecord, ReplayRollout
 
-_Int64s = npt.NDArray[np.int64]
 _BITS = 30  # a sum is high · 2^30 + low, in the units of 2^-60 nats that common.termination counts in
 _LOW = (1 << _BITS) - 1
 _KAT = (policies.KatPolicy, policies.KatAbsolutePolicy, policies.KatInversePolicy)
