@@ -130,9 +130,6 @@ def git(folder: Path, *words: str) -> str:
 def installed(site: Path) -> None:
     """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
     shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "ops").mkdir()
-    for name in ("__init__.py", "rundir.py"):
-        shutil.copy(PACKAGE_ROOT / "ops" / name, site / "ops" / name)
     (site / "katana_distill-9.8.7.dist-info").mkdir()
     (site / "katana_distill-9.8.7.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: katana-distill\nVersion: 9.8.7\n"
