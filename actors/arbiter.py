@@ -161,12 +161,7 @@ class Arbiter:
                 rid = read_rid(values.get(b"rid"))
             except MessageError as error:
                 self._plane.fail(
-                    "",
-                    "scores",
-                    str(error),
-                    max_attempts=1,
-                    shown=shown(values),
-                    at=("scores", "arbiter", entry),
+                    "", "scores", str(error), max_attempts=1, shown=shown(values), at=("scores", "arbiter", entry)
                 )
                 metrics.dead_letters.labels("scores").inc()
                 continue

@@ -288,11 +288,7 @@ class RolloutWorker:
                 self._release(Written(taken.rid, taken.entry, nonce))
                 return
             self._decoder.add(
-                taken.rid,
-                head.prompt,
-                seed=head.seed,
-                max_new_tokens=head.max_new_tokens,
-                generated=_join(chunks),
+                taken.rid, head.prompt, seed=head.seed, max_new_tokens=head.max_new_tokens, generated=_join(chunks)
             )
         except (MessageError, ValueError) as error:
             self._release(Written(taken.rid, taken.entry, nonce))

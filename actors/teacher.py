@@ -408,9 +408,7 @@ def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
         one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs, scored.tail_logprobs
     )
     support = ScoreSupport(
-        teacher_logprobs=scored.teacher_logprobs,
-        tail_logprobs=scored.tail_logprobs,
-        sampled_logprobs=scored.sampled,
+        teacher_logprobs=scored.teacher_logprobs, tail_logprobs=scored.tail_logprobs, sampled_logprobs=scored.sampled
     )
     return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
 
