@@ -196,7 +196,8 @@ class Feeder:
             rollout = self._rollouts.get(rid, Unbooked())
             rollout.absorb(entry, values, self._clock())
         except MessageError as error:
-            self._refuse("finished", "books", entry, values, error)
+            at = ("finished", "books", entry)
+            self._plane.fail("", "finished", str(error), max_attempts=1, shown=shown(values), at=at)
             return
         if rollout.judged:
             self._running.discard(rid)
@@ -206,11 +207,6 @@ class Feeder:
             self._rollouts.pop(rid, None)
         else:
             self._rollouts[rid] = rollout
-
-    def _refuse(self, stream: str, group: str, entry: bytes, values: dict[bytes, bytes], error: Exception) -> None:
-        at = (stream, group, entry)
-        self._plane.fail("", stream, str(error), max_attempts=1, shown=shown(values), at=at)
-        metrics.dead_letters.labels(stream).inc()
 
     def _book_ready(self, wait_s: float = COUNT_WAIT_S) -> None:
         now = self._clock()
@@ -328,7 +324,8 @@ class Feeder:
                 problem = read_number(values.get(b"problem"), "again.problem")
                 self._source.prompt(problem)
             except ValueError as error:
-                self._refuse("again", "", entry, values, error)
+                at = ("again", "", entry)
+                self._plane.fail("", "again", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             found.append((entry, problem))
         return found
