@@ -15,15 +15,7 @@ import numpy as np
 
 from common.wire import scripts
 from common.wire.lease import Lease
-from common.wire.messages import (
-    ChunkSupport,
-    ChunkTokens,
-    MessageError,
-    RolloutHead,
-    ScoreSupport,
-    Verdict,
-    read_rid,
-)
+from common.wire.messages import ChunkSupport, ChunkTokens, MessageError, RolloutHead, ScoreSupport, Verdict, read_rid
 from common.wire.plane import Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
