@@ -222,7 +222,7 @@ def test_every_role_killed_and_told_to_stop_once_loses_nothing(tmp_path: Path) -
         os.kill(pid, number)
     code, output = finish(process)
     assert code == 0, output
-    assert output.count("started again") >= 7
+    assert output.count("; restarted") >= 7
     check_books(folder, steps=16)
 
 
@@ -263,15 +263,15 @@ def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: 
     assert code == 2
     assert "cannot be loaded" in output
     assert str(model) in output
-    assert "ended with 0" not in output
+    assert "exited with 0" not in output
     assert "--resume" not in output  # it could not go on
     log = (tmp_path / "e2e" / "logs" / ("teacher-0.log" if who == "teacher" else "learner.log")).read_text()
     assert "succeeded" not in log
     assert not children_of(tmp_path / "e2e"), "a process was left behind"
 
 
-def test_a_worker_that_fails_slowly_is_given_up_with_its_last_words(tmp_path: Path) -> None:
-    """Each failure takes longer than a fifth of a minute would allow: what counts is that nothing gets on."""
+def test_a_worker_that_fails_slowly_is_given_up_with_its_last_error(tmp_path: Path) -> None:
+    """Each failure takes longer than a fifth of a minute would allow: what counts is that it makes no progress."""
     shim = """
 import os, sys, time
 if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
@@ -281,6 +281,6 @@ if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
     (tmp_path / "shim" / "sitecustomize.py").write_text(shim)
     code, output = finish(start(tmp_path, environment={"PYTHONPATH": str(tmp_path / "shim")}), timeout_s=120)
     assert code == 1, output
-    assert output.count("teacher-0 ended with 1; started again (error: out of memory") == 5
-    assert "teacher-0 failed 6 times in a row without getting on: error: out of memory" in output
+    assert output.count("teacher-0 exited with 1; restarted (error: out of memory") == 5
+    assert "teacher-0 failed 6 times in a row without progress: error: out of memory" in output
     assert not children_of(tmp_path / "e2e"), "a process was left behind"

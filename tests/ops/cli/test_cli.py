@@ -86,7 +86,7 @@ def test_check_tells_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["loss.weighting=position"], "weighting position (half-life 64 tokens), AdamW", "retention"),
         (["loss.weighting=random_drop"], "warning    loss.weighting random_drop drops nothing with loss.retention", ""),
         (["loss.retention=0.5"], "reverse_kl_topk_tail, AdamW", "retention"),
-        (["termination.apply=mask"], "; mask: nothing is stopped, what is cut is left out of the loss", ""),
+        (["termination.apply=mask"], "; mask: no rollout is stopped; the cut tokens are left out of the loss", ""),
         (["termination.policy=none", "termination.apply=mask"], "policy     none: no rollout is cut\n", "mask"),
         (["termination.policy=none", "termination.shadow=true"], "policy     none: no rollout is cut\n", "shadow"),
     ],
@@ -109,8 +109,8 @@ def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name, told in (
-        ("own_calibrated:Mine", "your own; calibrated on control; "),
-        ("own_policy:Halved", "your own; "),
+        ("own_calibrated:Mine", "a custom policy; calibrated on control; "),
+        ("own_policy:Halved", "a custom policy; "),
     ):
         own = ("--set", f"termination.policy={name}", "--set", "termination.options={head: 4}")
         assert main(["check", DEMO, *own]) == 0
