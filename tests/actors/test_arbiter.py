@@ -756,6 +756,6 @@ def test_a_rollout_that_kills_its_arbiters_dies_and_the_others_keep_their_verdic
             killed += 1
             assert killed < 8, "it kills for ever"
     assert killed <= 1 + run.config.liveness.max_attempts
-    assert dead(run) == [(rids[3], "3 arbiters ended while they judged it, and nothing else")]
+    assert dead(run) == [(rids[3], "3 arbiters ended while judging only this rollout")]
     assert [verdict(run, rid).keep for rid in rids if rid != rids[3]] == [6] * 5
     assert run.pending("scores") == 0

@@ -54,7 +54,7 @@ def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complain
     assert arbiter._version == 3
     assert run.field("r1", "verdict") is not None
     assert [one.getMessage() for one in caplog.records if one.name == "katana.arbiter"] == [
-        "ignored, going on as of version 3: policy pointer: version 'new' is no number"
+        "ignored, continuing with version 3: policy pointer: version 'new' is no number"
     ]
 
 

@@ -426,8 +426,8 @@ def shortened(data: bytes) -> bytes:
     [
         (None, "chunk 0 is missing"),
         (shortened, "7 tokens are stored before token 8"),
-        (changed(seq=1), "chunk 1 from token 0 stands as chunk 0"),
-        (changed(start=2), "chunk 0 from token 2 stands as chunk 0"),
+        (changed(seq=1), "chunk 1 from token 0 is stored as chunk 0"),
+        (changed(start=2), "chunk 0 from token 2 is stored as chunk 0"),
     ],
     ids=["missing", "short", "another", "elsewhere"],
 )

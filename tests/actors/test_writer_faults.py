@@ -161,7 +161,7 @@ def test_a_student_that_fails_its_own_test_blames_no_rollout(run: Run, student: 
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(EngineBroken, match="not finite; nor does the student pass its own test"):
+    with pytest.raises(EngineBroken, match="not finite; the student fails its self-test too"):
         go(worker, run)
     assert dead(run) == {}
     assert {run.field(rid, "attempts") for rid in RIDS} == {None}
@@ -206,7 +206,7 @@ def test_a_rollout_that_kills_its_workers_dies_and_takes_no_neighbour_with_it(
         killed += 1
         assert killed < 12, "it kills for ever"
         time.sleep(run.config.liveness.claim_s)
-    assert dead(run) == {"r5": "3 workers ended while they wrote it, and nothing else"}
+    assert dead(run) == {"r5": "3 workers ended while writing only this rollout"}
     assert all(run.field(rid, "finish") for rid in RIDS if rid != "r5")
     assert killed <= 6
     assert run.pending("prompts") == 0

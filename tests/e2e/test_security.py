@@ -449,8 +449,8 @@ def test_the_broker_is_checked_as_the_data_redis_is(
     sender, away = make_app(config.redis, "feeder"), Episode(logging.getLogger("katana.test"))
     for _ in range(3):
         keep_shifts_open(sender, "none", away)
-    assert re.search(f"no shift was opened: .*({words})", caplog.text)
-    assert caplog.text.count("no shift was opened") == 1, "said at every try"
+    assert re.search(f"no worker task was sent: .*({words})", caplog.text)
+    assert caplog.text.count("no worker task was sent") == 1, "logged at every attempt"
 
 
 def test_plain_and_sealed_do_not_talk(sealed: Server, serve: Callable[..., Server]) -> None:
