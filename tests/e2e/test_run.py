@@ -250,7 +250,7 @@ def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path
     assert [line["step"] for line in read(folder / "metrics.jsonl")] == list(range(1, 11))
     assert newest.with_name(f"{newest.name}.torn").exists()
     assert "Redis lost this run" in (folder / "logs" / "feeder.log").read_text()
-    assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()
+    assert "torn checkpoint skipped" in (folder / "logs" / "learner.log").read_text()
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

@@ -272,10 +272,10 @@ def other_groups(state: CheckpointState) -> CheckpointState:
     [
         (other_shape, r"model.norm.weight is torch.float32\[3\] in the checkpoint, torch.float32\[16\]"),
         (other_dtype, r"is torch.bfloat16\[16, 16\] in the checkpoint"),
-        (one_more, "the checkpoint's adapter have no place"),
+        (one_more, "the checkpoint has adapter, which the model lacks"),
         (other_moment, r"model.norm.weight/exp_avg is \[3\], the parameter another shape"),
-        (unknown_moment, "gone/exp_avg has no place"),
-        (other_groups, "parameter groups hold other parameters"),
+        (unknown_moment, "the checkpoint has gone/exp_avg, which the model lacks"),
+        (other_groups, "the parameter groups in the checkpoint differ"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_changed(
