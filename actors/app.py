@@ -229,7 +229,7 @@ def serve_metrics(**_: Any) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def keep_shifts_open(sender: Celery, run_key: str, away: Episode) -> None:
+def keep_tasks_waiting(sender: Celery, run_key: str, away: Episode) -> None:
     """Keep one waiting task in every queue, so that any idle worker finds one, and none finds two.
 
     If the broker does not answer or is full, this is logged once (by `away`) and tried again at the next call: workers
@@ -248,7 +248,7 @@ def keep_shifts_open(sender: Celery, run_key: str, away: Episode) -> None:
         away.not_seen("the broker accepts worker tasks again")
 
 
-def close_shifts(sender: Celery) -> None:
+def remove_waiting_tasks(sender: Celery) -> None:
     """Remove the waiting tasks: the run has ended."""
     try:
         with sender.connection_for_write() as connection:

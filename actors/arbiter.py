@@ -304,12 +304,12 @@ class Arbiter:
         due, self._due = self._due, []
         failed = self._plane.failed_calls
         replies = self._lease.call_all([call for call, _ in due]) if due else []
-        words = [(one, word) for (_, one), word in zip(due, replies, strict=True) if one is not None]
-        if any(word is not Judged.OK for _, word in words):
+        given = [(one, answer) for (_, one), answer in zip(due, replies, strict=True) if one is not None]
+        if any(answer is not Judged.OK for _, answer in given):
             self._load_minima()
         # If an answer was lost and the call repeated, our own verdict is a duplicate.
         ours = (Judged.OK, Judged.DUPLICATE) if self._plane.failed_calls != failed else (Judged.OK,)
-        self._observe([one for one, word in words if word in ours])
+        self._observe([one for one, answer in given if answer in ours])
 
     def _verdict(
         self, rid: str, track: _Track, finish: bytes | None, chunks: bytes | None, length: bytes | None

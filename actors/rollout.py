@@ -43,7 +43,7 @@ from common.wire.scripts import Beat, Call, Counted, Given, Ownership, Stored, W
 
 log = logging.getLogger("katana.rollout")
 _CONTROL_S = 0.01  # interval for reading signals, scored counts and the policy pointer, and for filling free slots
-_TALK_SHARE = 0.25  # share of its time, at most, that a generating worker waits for the answers of Redis
+_EXCHANGE_SHARE = 0.25  # share of its time, at most, that a generating worker waits for the answers of Redis
 _LONGEST_SILENCE_S = 0.5  # limit of the pause after a slow round trip
 _LONGEST_IDLE_S = 2.0  # between two polls of a worker that has nothing to write
 
@@ -101,7 +101,7 @@ class RolloutWorker:
         self._writing: dict[str, _Writing] = {}
         self._counts: list[Call[Counted]] = []  # lengths of stopped rollouts, to be sent
         self._done: list[bytes] = []  # signals that have been read
-        self._talk_at = 0.0
+        self._exchange_at = 0.0
         self.version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
@@ -112,7 +112,7 @@ class RolloutWorker:
         self._full = Episode(log)
         self._due: dict[str, float] = {}
         live = config.liveness
-        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
+        self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
         metrics.slots_total.labels("rollout").set(config.rollout.slots)
 
     def serve(self, until: float) -> None:
@@ -133,7 +133,7 @@ class RolloutWorker:
     def step(self) -> bool:
         """One iteration: heartbeat, signals, weights, refill, one engine step. False if the run has ended."""
         self._pulse.turn()
-        if not self._talk():
+        if not self._exchange_if_due():
             return False
         self._try_alone()
         if all(one.held or self._waits_for_another(one.rid) for one in self._writing.values()):
@@ -142,9 +142,9 @@ class RolloutWorker:
         self._idle.worked()
         closed = self._write()
         self._close(closed)
-        if closed and self._clock() >= self._talk_at:
+        if closed and self._clock() >= self._exchange_at:
             # With control: if chunks close at every step, this may be the only round trip for a long time.
-            return self._say(control=self._is_due("control", _CONTROL_S))
+            return self._exchange(control=self._is_due("control", _CONTROL_S))
         return True
 
     @property
@@ -196,17 +196,17 @@ class RolloutWorker:
         """Whether another rollout is being written alone."""
         return bool(self._alone) and rid != self._alone[0]
 
-    def _talk(self) -> bool:
+    def _exchange_if_due(self) -> bool:
         """All communication with Redis that is due, in one round trip. False if the run has ended.
 
         On a connection with high latency a trip takes the time of many tokens, so the next one is delayed.
         """
         writing = any(not writing.held for writing in self._writing.values())
-        if writing and self._clock() < self._talk_at:
+        if writing and self._clock() < self._exchange_at:
             return True
-        return self._say(control=not writing or self._is_due("control", _CONTROL_S))
+        return self._exchange(control=not writing or self._is_due("control", _CONTROL_S))
 
-    def _say(self, *, control: bool) -> bool:
+    def _exchange(self, *, control: bool) -> bool:
         """Send chunks and counts; with `control`, read signals, scored counts and weights, and take rollouts."""
         free = self._free() if control else 0  # before `refused` is reset: a full Redis gets no new rollouts
         everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
@@ -220,15 +220,15 @@ class RolloutWorker:
         nonce = secrets.token_hex(8)
         takes = [self._take_call(nonce, free)] if free else []
         began = self._clock()
-        stored, _, told, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
+        stored, _, answered, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
         now = self._clock()
         longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
-        self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
+        self._exchange_at = now + min((now - began) * (1 / _EXCHANGE_SHARE - 1), longest)
         del self._counts[: len(counts)]
         for (one, chunk, _), answer in zip(sent, stored, strict=True):
-            self._heed_answer(one, chunk, answer)
-        for beat in told:
-            self._heed_control(asked, beat)
+            self._handle_answer(one, chunk, answer)
+        for beat in answered:
+            self._handle_control(asked, beat)
         return all(self._begin_all(reply, nonce) for reply in given)
 
     def _free(self) -> int:
@@ -315,7 +315,7 @@ class RolloutWorker:
     def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
         return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
 
-    def _heed_control(self, asked: list[_Writing], beat: Beat) -> None:
+    def _handle_control(self, asked: list[_Writing], beat: Beat) -> None:
         """Read signals and weights, and for the rollouts `asked`: scored counts, endings, lost ownership."""
         self._done = [entry for entry, _ in beat.signals]
         for entry, rid in beat.signals:
@@ -414,7 +414,7 @@ class RolloutWorker:
         shard = self._plane.shard_of(writing.rid)
         return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
 
-    def _heed_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
+    def _handle_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # it follows a refused chunk
         if stored.word is scripts.ChunkAnswer.FULL:
@@ -483,7 +483,7 @@ class RolloutWorker:
             # Deterministic: chunks are not closed early; the next worker writes the open ones again, bit for bit.
             if not self._config.deterministic:
                 self._close(self._decoder.close_chunks())
-            self._say(control=False)
+            self._exchange(control=False)
             self._plane.call_all(self._counts)  # of rollouts that those answers ended
             if self._writing:
                 self._release(*(one.owned for one in self._writing.values()))
@@ -496,7 +496,7 @@ class RolloutWorker:
             self._alone.clear()
         metrics.slots_busy.labels("rollout").set(0)
 
-    def _say_alive(self) -> None:
+    def _report_alive(self) -> None:
         metrics.turned("rollout")
         metrics.busy_ratio.labels("rollout").set(self._busy.share)
         self._plane.seen(

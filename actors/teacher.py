@@ -87,7 +87,7 @@ class TeacherWorker:
         self._idle = Idling(_SHORTEST_IDLE_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         live = config.liveness
         self._roster = Roster(silence_s=3 * live.heartbeat_s + 1)
-        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
+        self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
         self._mine = list(range(plane.shards))  # this teacher's shards by revision `_mine_of` of the roster
         self._mine_of = self._roster.revision
         self._claim_at = 0.0
@@ -181,7 +181,7 @@ class TeacherWorker:
             if (stream, entry[0]) not in known:
                 self._note([(stream, entry)])
 
-    def _say_alive(self) -> None:
+    def _report_alive(self) -> None:
         metrics.turned("teacher")
         metrics.busy_ratio.labels("teacher").set(self._busy.share)
         self._plane.seen(

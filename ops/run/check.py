@@ -117,7 +117,7 @@ def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
 
 
 def _check_devices(config: Config, found: Findings) -> None:
-    """A missing device is no problem but unchecked: the config may be meant for another machine."""
+    """A missing device is reported as unchecked, not as a problem: the config may be for another machine."""
     for key, device in devices_of(config):
         if device == "cpu":
             continue

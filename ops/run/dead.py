@@ -128,7 +128,7 @@ def show(config: Config, source: Path, entry: str) -> None:
 
 
 def send_back(config: Config, source: Path, entry: str) -> None:
-    """Have the feeder admit the problem of a dead rollout anew, exactly once. Raises ConfigError."""
+    """Have the feeder admit the problem of a dead rollout again, exactly once. Raises ConfigError."""
     with opened(config, source) as run:
         config, plane = run.config, run.plane
         letter = _letter(plane, entry)

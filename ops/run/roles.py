@@ -142,7 +142,7 @@ def _open_run(config: Config, client: redis.Redis) -> str:
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.app import close_shifts, keep_shifts_open, make_app
+    from actors.app import keep_tasks_waiting, make_app, remove_waiting_tasks
     from actors.feeder import Feeder
     from ops.run.tracking import Tracking
     from ops.tasks.source import TaskSource
@@ -154,11 +154,11 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
         log.warning("data: %s", note)
     source.prepare()
     away = Episode(log)
-    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key, away))
+    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_tasks_waiting(broker, plane.run_key, away))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
-            close_shifts(broker)
+            remove_waiting_tasks(broker)
             _sum_up(config.run_dir)
             tracking.wait_for_evaluations(stop)
 
