@@ -160,15 +160,8 @@ class Arbiter:
             try:
                 rid = read_rid(values.get(b"rid"))
             except MessageError as error:
-                self._plane.fail(
-                    "",
-                    "scores",
-                    str(error),
-                    max_attempts=1,
-                    shown=shown(values),
-                    at=("scores", "arbiter", entry),
-                )
-                metrics.dead_letters.labels("scores").inc()
+                at = ("scores", "arbiter", entry)
+                self._plane.fail("", "scores", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             self._tracks.setdefault(rid, _Track()).entries.append(entry)
             touched.add(rid)
@@ -278,7 +271,6 @@ class Arbiter:
     def _report(self, rid: str, track: _Track, reason: str, max_attempts: int | None = None) -> None:
         log.warning("rollout %s cannot be judged: %s", rid, reason)
         if self._plane.fail(rid, "arbiter", reason, max_attempts=max_attempts or self._max_attempts):
-            metrics.dead_letters.labels("arbiter").inc()
             self._acknowledge(rid)
         else:
             self._tracks[rid] = _Track(entries=track.entries)

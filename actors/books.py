@@ -129,7 +129,7 @@ class Booked:
         return max(self._beyond, default=self._upto - 1) + 1
 
 
-class Ledger:
+class Tally:
     """How many rollouts were admitted and how they ended, by ledger field."""
 
     def __init__(self, fields: Mapping[str, int]) -> None:

@@ -287,11 +287,7 @@ class RolloutWorker:
                 self._release(Written(taken.rid, taken.entry, nonce))
                 return
             self._decoder.add(
-                taken.rid,
-                head.prompt,
-                seed=head.seed,
-                max_new_tokens=head.max_new_tokens,
-                generated=_join(chunks),
+                taken.rid, head.prompt, seed=head.seed, max_new_tokens=head.max_new_tokens, generated=_join(chunks)
             )
         except (MessageError, ValueError) as error:
             self._release(Written(taken.rid, taken.entry, nonce))
@@ -305,8 +301,7 @@ class RolloutWorker:
     def _give_up(self, rid: str, reason: str, entry: bytes, attempts: int | None = None) -> None:
         log.warning("rollout %s cannot be written: %s", rid or "?", reason)
         attempts = attempts or (self._config.liveness.max_attempts if rid else 1)
-        if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
-            metrics.dead_letters.labels("rollout").inc()
+        self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry))
 
     def _release(self, *written: Written) -> None:
         """Release rollouts: the next worker that asks takes them."""

@@ -9,16 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.config import Config, ConfigError
-from ops.cli.arguments import (
-    Commands,
-    Once,
-    add_config,
-    add_overrides,
-    add_run_folder,
-    command,
-    load_config,
-    positive,
-)
+from ops.cli.arguments import Commands, Once, add_config, add_overrides, add_run_folder, command, load_config, positive
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -16,10 +16,7 @@ N = TypeVar("N", int, float)
 
 
 def command(
-    commands: Commands[argparse.ArgumentParser],
-    name: str,
-    act: Callable[[argparse.Namespace], int],
-    help_text: str,
+    commands: Commands[argparse.ArgumentParser], name: str, act: Callable[[argparse.Namespace], int], help_text: str
 ) -> argparse.ArgumentParser:
     """Add a sub-parser. `act` gets its arguments and returns the exit code."""
     parser = commands.add_parser(name, help=help_text)

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from ops.cli.arguments import (
-    Commands,
-    add_config,
-    add_overrides,
-    command,
-    load_config,
-    positive,
-    positive_float,
-)
+from ops.cli.arguments import Commands, add_config, add_overrides, command, load_config, positive, positive_float
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
