@@ -118,7 +118,7 @@ def show_rest(tracker: Tracker, follower: Follower) -> None:
 
 
 def test_every_name_stands_in_what_the_learner_writes() -> None:
-    source = (ROOT / "learner" / "train.py").read_text()
+    source = (ROOT / "learner" / "journal.py").read_text()
     assert [key for key in tracking._TRAIN.values() if f'"{key}":' not in source] == []
 
 
