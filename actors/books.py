@@ -19,8 +19,9 @@ from io import FileIO
 from pathlib import Path
 
 from common import metrics
-from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
-from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.runfiles.lines import append_lines, open_whole_lines, rid_of_line, whole_lines
+from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.wire.record import divergence_field, holds_tokens, tokens_field
 
@@ -140,22 +141,23 @@ class Books:
 
     def __init__(self, folder: Path, *, record_traces: bool, record_audit: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        files = RunFolder(folder)
         self.booked = Booked()
         self.endings: Counter[str] = Counter()  # by ledger field
-        for line in read_lines(folder / ROLLOUTS, BookLine.from_json):
+        for line in files.rollouts():
             self._count(line)
-        self._lines = open_whole_lines(folder / ROLLOUTS)
-        self._traces = self._open_beside(folder / TRACES) if record_traces else None
-        self._audit = self._open_beside(folder / AUDIT) if record_audit else None
+        self._lines = open_whole_lines(files.rollouts.path)
+        self._traces = self._open_beside(files.traces.path) if record_traces else None
+        self._audit = self._open_beside(files.audits.path) if record_audit else None
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Put rollouts on record, on disk when this returns; without effect for those that are there."""
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
-        append_lines(self._traces, [Trace.of(one.verdict).to_json() for one in fresh if one.verdict is not None])
-        append_lines(self._audit, [one.audit.to_json() for one in fresh if one.audit is not None])
-        append_lines(self._lines, [one.line.to_json() for one in fresh])
+        append_lines(self._traces, [Trace.of(one.verdict) for one in fresh if one.verdict is not None])
+        append_lines(self._audit, [one.audit for one in fresh if one.audit is not None])
+        append_lines(self._lines, [one.line for one in fresh])
         for one in fresh:
             self._count(one.line)
 

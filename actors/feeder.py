@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from actors.books import (
@@ -30,8 +29,9 @@ from common.draws import draw, rollout_seed
 from common.episode import Episode
 from common.files import locked, write_text
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
-from common.runfiles.lines import read_lines
-from common.runfiles.records import ROLLOUTS, TRAINED, Audit, BookLine, Trained, ledger_field
+from common.runfiles.names import BOOKS_LOCK, LEDGER
+from common.runfiles.records import Audit, BookLine, Ledger, ledger_field
+from common.runfiles.run import RunFolder
 from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import Ints, MessageError, RolloutHead, Verdict, read_number, read_rid
@@ -96,7 +96,8 @@ class Feeder:
         self._books: Books  # opened when the lease is ours: a former feeder may still write
         self._open_shifts = open_shifts
         self._policy = policies.find(config.termination.policy)
-        self._lock = config.run_dir / ".books.lock"
+        self._folder = RunFolder(config.run_dir)
+        self._lock = config.run_dir / BOOKS_LOCK
         self._rollouts: dict[str, _Open] = {}
         self._running: set[str] = set()
         self._ledger: dict[str, int] = {}
@@ -154,7 +155,7 @@ class Feeder:
             )
         self._ledger = self._plane.ledger()
         self._cursor = self._plane.cursor()
-        known = _admitted_on_disk(self._config.run_dir, self._books)
+        known = _admitted_on_disk(self._folder, self._books)
         if self._cursor < known:
             self._restore(known)
         rids = self._plane.open_rollouts()
@@ -187,8 +188,7 @@ class Feeder:
         )
         self._cursor = cursor
         self._ledger = {"admitted": cursor, **self._books.endings}
-        lines = read_lines(self._config.run_dir / ROLLOUTS, BookLine.from_json)
-        generated = sum(line.tokens_generated for line in lines)
+        generated = sum(line.tokens_generated for line in self._folder.rollouts())
         # These have a count of their own in their records, to which their writers may be adding.
         unbooked = [rid for rid in alive if rid not in self._books.booked]
         self._lease.call(scripts.restore(cursor, generated, unbooked, self._ledger))
@@ -213,24 +213,15 @@ class Feeder:
 
     def _write_ledger(self) -> None:
         """Unless another feeder, which took over from this one, has written a later one. Needs no Redis."""
-        path, ledger = self._config.run_dir / "ledger.json", self.ledger()
+        ledger = self.ledger()
         with locked(self._lock):
-            if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(ledger):
-                write_text(path, json.dumps(ledger))
+            there = self._folder.ledger
+            # Both numbers never fall.
+            if there is None or (there.admitted, there.ended) <= (ledger.admitted, ledger.ended):
+                write_text(self._folder.path / LEDGER, json.dumps(ledger.to_json()))
 
-    def ledger(self) -> dict[str, Any]:
-        """admitted = trained + dropped + dead + open."""
-        dropped = {
-            name.removeprefix("dropped:"): value for name, value in self._ledger.items() if name.startswith("dropped:")
-        }
-        admitted, trained, dead = (self._ledger.get(name, 0) for name in ("admitted", "trained", "dead"))
-        return {
-            "admitted": admitted,
-            "trained": trained,
-            "dropped": dropped,
-            "dead": dead,
-            "open": admitted - trained - dead - sum(dropped.values()),
-        }
+    def ledger(self) -> Ledger:
+        return Ledger.of(self._ledger)
 
     # --- books -------------------------------------------------------------------------------------------------
 
@@ -529,7 +520,7 @@ class Feeder:
         for role in ("rollout", "teacher"):
             metrics.workers_live.labels(role).set(sum(facts.get("role") == role for facts in live.values()))
         metrics.config_value.labels("concurrency").set(self._concurrency())
-        metrics.rollouts_open.set(self.ledger()["open"])
+        metrics.rollouts_open.set(self.ledger().open)
         self._measure_streams()
 
     def _measure_streams(self) -> None:
@@ -570,13 +561,11 @@ def _show(config: Config) -> None:
         metrics.config_value.labels(kind).set(value)
 
 
-def _admitted_on_disk(folder: Path, books: Books) -> int:
+def _admitted_on_disk(folder: RunFolder, books: Books) -> int:
     """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
-    path = folder / "ledger.json"
-    admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
-    lines = read_lines(folder / TRAINED, Trained.from_json)
-    trained = max((number_of(rid) + 1 for line in lines for rid in line.rids), default=0)
-    return max(books.booked.next_number, admitted, trained)
+    ledger = folder.ledger
+    trained = max((number_of(rid) + 1 for line in folder.trained() for rid in line.rids), default=0)
+    return max(books.booked.next_number, ledger.admitted if ledger else 0, trained)
 
 
 def _stored(length: bytes | None) -> int:
@@ -593,8 +582,3 @@ def _moment(entry: bytes | None) -> float | None:
         return None if entry is None else unix_s(entry)
     except ValueError:
         return None
-
-
-def _reached(ledger: dict[str, Any]) -> tuple[int, int]:
-    """How far a ledger is: both numbers never fall."""
-    return ledger["admitted"], ledger["admitted"] - ledger["open"]

@@ -30,8 +30,9 @@ from common.footprint import free_bytes, rollout_bytes
 from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
-from common.runfiles.lines import open_cut_back
-from common.runfiles.records import METRICS, TRAINED, Trained
+from common.runfiles.names import CHECKPOINTS, COUNTED, LEARNER_LOCK, MODEL, TO_EVALUATE, WEIGHTS
+from common.runfiles.records import Step, ToEvaluate, Trained
+from common.runfiles.run import RunFolder
 from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
 from common.wire.messages import row_digest
@@ -83,7 +84,7 @@ class Learner:
         self.step_count = 0
         self.version = -1
         limited = config.learner.max_generated_tokens is not None
-        self._generated = GeneratedTokens(plane, config.run_dir / "counted.json" if limited else None)
+        self._generated = GeneratedTokens(plane, config.run_dir / COUNTED if limited else None)
         self._micro_batch_tokens = config.learner.micro_batch_tokens
         self._careful = False  # the learner before ended without a word: what ended it may come again
         self._aside = 0  # trajectories set aside since the last step
@@ -92,8 +93,8 @@ class Learner:
         self._idle_s = 0.0
         self._working_since = time.monotonic()
         self._starved_at = time.monotonic() + _STARVED_S  # when the wait for a batch becomes too long
-        self._lock = config.run_dir / ".learner.lock"
-        self._lines: dict[str, IO[str]] = {}
+        self._lock = config.run_dir / LEARNER_LOCK
+        self._lines: dict[type, IO[str]] = {}  # by the record that each file holds
 
     def run(self, *, until_idle: bool = False) -> None:
         """Train to the end (see `done`), or until told to stop; a checkpoint is written either way.
@@ -148,7 +149,7 @@ class Learner:
         consumed: tuple[str, ...] = ()
         generated = 0
         with self._pulse.busy("the start"), self._lease.exclusively(self._lock):  # a former learner wrote its last
-            state = load_newest(folder / "checkpoints")
+            state = load_newest(folder / CHECKPOINTS)
             if state is not None:
                 restore(self.model, self.optimizer, state)
                 self.step_count, consumed = state.step, state.consumed
@@ -157,10 +158,11 @@ class Learner:
                 generated = state.counters.get("tokens_generated", 0)
                 log.info("going on from step %d", self.step_count)
             self._generated.go_on(self.step_count, generated)
-            for name in (METRICS, TRAINED):
-                self._lines[name] = open_cut_back(folder / name, lambda line: line["step"] <= self.step_count)
+            files = RunFolder(folder)
+            self._lines[Step] = files.steps.open_cut_back(lambda line: line.step <= self.step_count)
+            self._lines[Trained] = files.trained.open_cut_back(lambda line: line.step <= self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
-            self.version = max(self.version, newest_version(folder / "weights"))
+            self.version = max(self.version, newest_version(folder / WEIGHTS))
         self.version = max(self.version, self._announced())
         self._careful = self._plane.policy().get("learning", "0") != "0"
         self._lease.advance("learning", 1)
@@ -180,7 +182,7 @@ class Learner:
 
     def _finish(self) -> None:
         """Write `model/`, and tell the feeder that no more is wanted."""
-        folder = self._config.run_dir / "model"
+        folder = self._config.run_dir / MODEL
         source = self._pair.student.folder / "generation_config.json"
         with self._pulse.busy("the model"), self._lease.exclusively(self._lock):
             self.model.save_pretrained(folder)
@@ -409,34 +411,35 @@ class Learner:
         whole, self._working_since = now - self._working_since, now
         idle_ratio = idle / max(whole, 1e-9)
         drift = drift_of([one.trajectory for one in batch])
-        line = {
-            "step": self.step_count,
-            "policy_version": self.version,
-            "loss": loss,
-            "kl": seen.kl_nats,
-            "entropy": seen.entropy_nats,
-            "support_mass": seen.support_mass,
-            "support_mass_teacher": seen.support_mass_teacher,
-            "topk_overlap": seen.topk_overlap,
-            **asdict(drift),
-            "ratio_mean": seen.ratio_mean,
-            "ratio_max": seen.ratio_max,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "trajectories": len(batch),
-            "tokens_trained": seen.tokens,
-            "tokens_trained_total": self._tokens_trained,
-            "tokens_generated": self.tokens_generated,
-            "mean_kept": seen.tokens / len(batch),
-            "staleness_mean": sum(staleness) / len(staleness),
-            "staleness_max": max(staleness),
-            "stale_dropped": dict(self._intake.dropped),
-            "step_s": step_s,
-            "idle_ratio": idle_ratio,
-            "unix_s": time.time(),
-        }
-        self._append(METRICS, line)
-        self._append(TRAINED, _trained_line(self.step_count, self.version, batch).to_json())
+        self._append(
+            Step(
+                step=self.step_count,
+                policy_version=self.version,
+                loss=loss,
+                kl=seen.kl_nats,
+                entropy=seen.entropy_nats,
+                support_mass=seen.support_mass,
+                support_mass_teacher=seen.support_mass_teacher,
+                topk_overlap=seen.topk_overlap,
+                **asdict(drift),
+                ratio_mean=seen.ratio_mean,
+                ratio_max=seen.ratio_max,
+                grad_norm=norm,
+                learning_rate=rate,
+                trajectories=len(batch),
+                tokens_trained=seen.tokens,
+                tokens_trained_total=self._tokens_trained,
+                tokens_generated=self.tokens_generated,
+                mean_kept=seen.tokens / len(batch),
+                staleness_mean=sum(staleness) / len(staleness),
+                staleness_max=max(staleness),
+                stale_dropped=dict(self._intake.dropped),
+                step_s=step_s,
+                idle_ratio=idle_ratio,
+                unix_s=time.time(),
+            )
+        )
+        self._append(_trained_line(self.step_count, self.version, batch))
         metrics.learner_steps.inc()
         metrics.learner_tokens.inc(seen.tokens)
         metrics.learner_loss.set(loss)
@@ -462,15 +465,16 @@ class Learner:
         if drift.threshold is not None and unit_of(self._config.termination.policy) == "nats":
             metrics.learner_threshold.set(drift.threshold)
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        self._lines[name].write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines[name].flush()
+    def _append(self, line: Step | Trained) -> None:
+        file = self._lines[type(line)]
+        file.write(json.dumps(line.to_json(), allow_nan=False) + "\n")
+        file.flush()
 
     # --- weights and checkpoints -------------------------------------------------------------------------------
 
     def publish(self) -> None:
         """Write the weights as the next version and announce them; the version never goes back."""
-        folder = self._config.run_dir / "weights"
+        folder = self._config.run_dir / WEIGHTS
         self.version += 1
         dtype = getattr(torch, self._config.rollout.dtype)
         with self._pulse.busy("weights"), self._lease.exclusively(self._lock):
@@ -525,7 +529,7 @@ class Learner:
             counters={"tokens_trained": self._tokens_trained, "tokens_generated": self.tokens_generated},
         )
         with self._lease.exclusively(self._lock):
-            save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
+            save(self._config.run_dir / CHECKPOINTS, state, keep=self._config.checkpoints.keep)
             for file in self._lines.values():
                 os.fsync(file.fileno())
 
@@ -555,14 +559,13 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: int) -> None:
     """Link the weights into `eval/`, where retention does not reach; the evaluator removes them."""
-    folder = run_dir / "eval"
+    folder = run_dir / TO_EVALUATE
     folder.mkdir(exist_ok=True)
     target = folder / ref.file
     target.unlink(missing_ok=True)
-    os.link(run_dir / "weights" / ref.file, target)
-    note = {"version": ref.version, "step": step, "tokens_trained": tokens_trained, "sha256": ref.sha256}
+    os.link(run_dir / WEIGHTS / ref.file, target)
     draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(note))
+    draft.write_text(json.dumps(ToEvaluate(ref.version, step, tokens_trained, ref.sha256).to_json()))
     os.replace(draft, target.with_suffix(".json"))
 
 

@@ -12,15 +12,17 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, overload
+from typing import IO, Any, Generic, TypeVar
 
 from common.config import ConfigError
+from common.runfiles.fields import Object, Record, an_object
 
 T = TypeVar("T")
-Object = dict[str, Any]
+R = TypeVar("R", bound=Record)
 _RID = b'{"rid":"'  # how every line about a rollout begins
 _AT_ONCE = 8 << 20  # bytes of one read: a file that is long already is not held whole beside what is made of it
-_BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+"""What a damaged line or file raises when it is decoded."""
 
 
 class DamagedLine(ConfigError):
@@ -43,13 +45,6 @@ def skip(damage: DamagedLine) -> None:
     """Pass over it."""
 
 
-def an_object(value: Any) -> Object:
-    """The decoder of lines that need no more than to be objects."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -65,22 +60,6 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             place += len(raw)
 
 
-@overload
-def read_lines(
-    path: Path, *, damaged: Callable[[DamagedLine], None] = ..., rids: Collection[str] | None = ...
-) -> Iterator[Object]: ...
-
-
-@overload
-def read_lines(
-    path: Path,
-    decode: Callable[[Any], T],
-    *,
-    damaged: Callable[[DamagedLine], None] = ...,
-    rids: Collection[str] | None = ...,
-) -> Iterator[T]: ...
-
-
 def read_lines(
     path: Path,
     decode: Callable[[Any], Any] = an_object,
@@ -93,24 +72,18 @@ def read_lines(
         if rids is not None and rid_of_line(raw) not in rids:
             continue
         try:
-            value = decode(json.loads(raw))
-        except _BROKEN as error:
-            damaged(DamagedLine(path, number, error))
+            value = _decoded(path, number, raw, decode)
+        except DamagedLine as damage:
+            damaged(damage)
             continue
         yield value
 
 
-def read_at(path: Path, places: Iterable[int], decode: Callable[[Any], T]) -> dict[int, T]:
-    """The lines that begin at these bytes, by place. Raises ValueError, TypeError or KeyError for a damaged one."""
-    found: dict[int, T] = {}
-    wanted = list(places)
-    if not wanted:
-        return found
-    with path.open("rb") as file:
-        for place in wanted:
-            file.seek(place)
-            found[place] = decode(json.loads(file.readline()))
-    return found
+def _decoded(path: Path, number: int, raw: bytes, decode: Callable[[Any], T]) -> T:
+    try:
+        return decode(json.loads(raw))
+    except BROKEN as error:
+        raise DamagedLine(path, number, error) from error
 
 
 def last_lines(path: Path, decode: Callable[[Any], T], most_bytes: int) -> list[T]:
@@ -174,17 +147,59 @@ class Tail(Generic[T]):
 def _parsed(raw: bytes, decode: Callable[[Any], T]) -> T | None:
     try:
         return decode(json.loads(raw))
-    except _BROKEN:
+    except BROKEN:
         return None
+
+
+class Lines(Generic[R]):
+    """A file of a run's folder whose lines are records of one kind. Where there is no file, there are no lines."""
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path, self._decode = path, kind.from_json
+
+    def __call__(
+        self, rids: Collection[str] | None = None, damaged: Callable[[DamagedLine], None] = refuse
+    ) -> Iterator[R]:
+        """All whole lines, or those of `rids`. Raises DamagedLine, unless `damaged` does something else."""
+        return read_lines(self.path, self._decode, damaged=damaged, rids=rids)
+
+    def tail(self) -> Tail[R]:
+        """To read on while the file grows."""
+        return Tail(self.path, self._decode)
+
+    def last(self, most_bytes: int) -> list[R]:
+        """The newest, oldest first, out of the last bytes of the file; damaged ones are left out."""
+        return last_lines(self.path, self._decode, most_bytes)
+
+    def placed(self) -> Iterator[tuple[int, R]]:
+        """As `self()`, each with the byte at which it begins."""
+        for number, (place, raw) in enumerate(whole_lines(self.path), start=1):
+            yield place, _decoded(self.path, number, raw, self._decode)
+
+    def at(self, places: Iterable[int]) -> dict[int, R]:
+        """Lines that were read before, by the byte at which they begin."""
+        if not (wanted := list(places)):
+            return {}
+        with self.path.open("rb") as file:
+            return {place: self._decode(json.loads(_line_at(file, place))) for place in wanted}
+
+    def open_cut_back(self, keeps: Callable[[R], bool]) -> IO[str]:
+        """As the function of that name."""
+        return open_cut_back(self.path, keeps, self._decode)
+
+
+def _line_at(file: IO[bytes], place: int) -> bytes:
+    file.seek(place)
+    return file.readline()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def append_lines(file: FileIO | None, values: Sequence[Object]) -> None:
+def append_lines(file: FileIO | None, records: Sequence[Record]) -> None:
     """On disk when this returns."""
-    if file is not None and values:
-        data = b"".join(_json_line(value) for value in values)
+    if file is not None and records:
+        data = b"".join(_json_line(record.to_json()) for record in records)
         while data:  # a raw file may take a part
             data = data[file.write(data) or 0 :]
         os.fsync(file.fileno())
@@ -213,7 +228,7 @@ def open_whole_lines(path: Path) -> FileIO:
     return file
 
 
-def open_cut_back(path: Path, keeps: Callable[[Object], bool]) -> IO[str]:
+def open_cut_back(path: Path, keeps: Callable[[Any], bool], decode: Callable[[Any], Any] = an_object) -> IO[str]:
     """Open for appending, without the first line that is not to be kept and all behind it.
 
     The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
@@ -221,11 +236,7 @@ def open_cut_back(path: Path, keeps: Callable[[Object], bool]) -> IO[str]:
     draft = path.with_suffix(".tmp")
     with draft.open("wb") as file:
         for number, (_, raw) in enumerate(whole_lines(path), start=1):
-            try:
-                kept = keeps(an_object(json.loads(raw)))
-            except _BROKEN as error:
-                raise DamagedLine(path, number, error) from error
-            if not kept:
+            if not _decoded(path, number, raw, lambda tree: keeps(decode(tree))):
                 break
             file.write(raw)
     os.replace(draft, path)

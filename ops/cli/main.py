@@ -16,6 +16,7 @@ from typing import Any
 from common.config import Config, ConfigError, keys, load
 from common.policy_names import PolicyError
 from common.pretrained import ModelError
+from common.runfiles.names import CONFIG, REPORT_PAGE, RUN
 
 _EPILOG = """\
 A first run:       katana run ops/experiments/demo.yaml
@@ -302,7 +303,7 @@ def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
     """The config that is asked for, with `more` overrides on top. Raises ConfigError."""
     path: Path = arguments.config
     if arguments.command in _OF_A_RUN and path.is_dir():
-        path = arguments.config = path / "config.yaml"  # a run's folder stands for the config in it
+        path = arguments.config = path / CONFIG  # a run's folder stands for the config in it
     if not path.exists():
         from common.pretrained import PACKAGE_ROOT
 
@@ -311,7 +312,7 @@ def _load(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
     where = [f"name={json.dumps(arguments.name)}"] if getattr(arguments, "name", None) else []
     folder = path.resolve().parent
     own = getattr(arguments, "resume", False) or arguments.command in _OF_A_RUN
-    if own and (folder / "run.json").is_file():
+    if own and (folder / RUN).is_file():
         # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
     config = load(path, [*arguments.overrides, *more, *where])
@@ -418,7 +419,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     folder = find_model(arguments.model)
     scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
     assert scores is not None
-    print(json.dumps({"model": str(folder), **scores.line()}))
+    print(json.dumps({"model": str(folder), **scores.to_json()}))
     return 0
 
 
@@ -496,7 +497,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from ops.report.command import write_report
 
     write_report(arguments.run)
-    print(arguments.run / "report.html")
+    print(arguments.run / REPORT_PAGE)
     return 0
 
 

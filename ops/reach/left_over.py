@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from common.config import Config, ConfigError, parse
+from common.runfiles.names import CONFIG, RUN
 
 SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 
@@ -38,8 +39,8 @@ def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
 
 def _names(folder: Path, url: str) -> bool:
     """Whether the harness's folder is that of the run on this Redis (and no run's folder, whatever its name)."""
-    path = folder / "config.yaml"
-    if not path.is_file() or (folder / "run.json").exists():
+    path = folder / CONFIG
+    if not path.is_file() or (folder / RUN).exists():
         return False
     try:
         return parse(path.read_bytes(), source=str(path)).redis.url == url

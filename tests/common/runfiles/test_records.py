@@ -10,7 +10,7 @@ import pytest
 from samples import make_verdict
 
 from common.runfiles.lines import DamagedLine, append_lines, open_cut_back, open_whole_lines, read_lines, skip
-from common.runfiles.records import Audit, BookLine, Chunk, Trace, Trained
+from common.runfiles.records import Audit, BookLine, Chunk, Trace, Trained, Wall
 
 LINE = BookLine(
     rid="r1",
@@ -104,11 +104,11 @@ def test_lines_of_other_rollouts_are_not_parsed(tmp_path: Path) -> None:
 
 
 def test_what_is_appended_stands_behind_the_last_whole_line(tmp_path: Path) -> None:
-    path = tmp_path / "eval.jsonl"
-    path.write_bytes(b'{"step":1}\n{"st')
+    path = tmp_path / "wall.jsonl"
+    path.write_bytes(b'{"wall_s":1}\n{"wa')
     with open_whole_lines(path) as file:
-        append_lines(file, [{"step": 2}])
-    assert path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+        append_lines(file, [Wall(2)])
+    assert path.read_bytes() == b'{"wall_s":1}\n{"wall_s":2}\n'
 
 
 def test_a_file_is_cut_back_in_another_one(tmp_path: Path) -> None:
