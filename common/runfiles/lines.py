@@ -86,22 +86,6 @@ def _decoded(path: Path, number: int, raw: bytes, decode: Callable[[Any], T]) ->
         raise DamagedLine(path, number, error) from error
 
 
-def last_lines(path: Path, decode: Callable[[Any], T], most_bytes: int) -> list[T]:
-    """Whole lines at the end of a file, oldest first, out of its last bytes; those that cannot be read are left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            begin = max(0, size - most_bytes)
-            file.seek(begin)
-            data = file.read(most_bytes)
-    except FileNotFoundError:
-        return []
-    first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
-    return [
-        line for raw in data[first : data.rfind(b"\n") + 1].splitlines() if (line := _parsed(raw, decode)) is not None
-    ]
-
-
 def rid_of_line(raw: bytes) -> str:
     """The id that a line begins with, unparsed; "" for a line that begins otherwise."""
     if not raw.startswith(_RID):
@@ -168,8 +152,17 @@ class Lines(Generic[R]):
         return Tail(self.path, self._decode)
 
     def last(self, most_bytes: int) -> list[R]:
-        """The newest, oldest first, out of the last bytes of the file; damaged ones are left out."""
-        return last_lines(self.path, self._decode, most_bytes)
+        """Whole lines at the end of the file, oldest first, out of its last bytes; damaged ones are left out."""
+        try:
+            with self.path.open("rb") as file:
+                begin = max(0, file.seek(0, os.SEEK_END) - most_bytes)
+                file.seek(begin)
+                data = file.read(most_bytes)
+        except FileNotFoundError:
+            return []
+        first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
+        lines = (_parsed(raw, self._decode) for raw in data[first : data.rfind(b"\n") + 1].splitlines())
+        return [line for line in lines if line is not None]
 
     def placed(self) -> Iterator[tuple[int, R]]:
         """As `self()`, each with the byte at which it begins."""
@@ -184,8 +177,18 @@ class Lines(Generic[R]):
             return {place: self._decode(json.loads(_line_at(file, place))) for place in wanted}
 
     def open_cut_back(self, keeps: Callable[[R], bool]) -> IO[str]:
-        """As the function of that name."""
-        return open_cut_back(self.path, keeps, self._decode)
+        """Open for appending, without the first line that is not to be kept and all behind it.
+
+        The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
+        """
+        draft = self.path.with_suffix(".tmp")
+        with draft.open("wb") as file:
+            for number, (_, raw) in enumerate(whole_lines(self.path), start=1):
+                if not keeps(_decoded(self.path, number, raw, self._decode)):
+                    break
+                file.write(raw)
+        os.replace(draft, self.path)
+        return self.path.open("a")
 
 
 def _line_at(file: IO[bytes], place: int) -> bytes:
@@ -226,18 +229,3 @@ def open_whole_lines(path: Path) -> FileIO:
         file.truncate(end)
     file.seek(0, os.SEEK_END)
     return file
-
-
-def open_cut_back(path: Path, keeps: Callable[[Any], bool], decode: Callable[[Any], Any] = an_object) -> IO[str]:
-    """Open for appending, without the first line that is not to be kept and all behind it.
-
-    The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
-    """
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
-        for number, (_, raw) in enumerate(whole_lines(path), start=1):
-            if not _decoded(path, number, raw, lambda tree: keeps(decode(tree))):
-                break
-            file.write(raw)
-    os.replace(draft, path)
-    return path.open("a")

@@ -9,5 +9,6 @@ SUMMARY, WALL, BUSY = "summary.json", "wall.json", "busy.json"
 REPORT_PAGE, REPORT_PICTURE, REPORT_PLOTS = "report.html", "report.png", "figures"
 REPLAYS, AUDITS = "replay", "audit"
 LOGS, REDIS, TENSORBOARD, WANDB = "logs", "redis", "tensorboard", "wandb"
+CHAOS, SOAK, MEMORY = "chaos.json", "soak.json", "memory.jsonl"
 
 LOCK, BOOKS_LOCK, LEARNER_LOCK, REPORT_LOCK = ".lock", ".books.lock", ".learner.lock", ".report.lock"

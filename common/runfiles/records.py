@@ -167,12 +167,12 @@ class Trace(Record):
         if trace.arm not in ARMS:
             raise ValueError(f"arm is {trace.arm!r:.40}")
         tokens, divergence = len(trace.token_bytes), len(trace.divergence_bytes)
-        if tokens != divergence or tokens % 4:
+        if tokens != divergence or tokens % 4 or not tokens:
             raise ValueError(f"{tokens / 4:g} tokens with {divergence / 4:g} divergences")
         if not trace.keep <= trace.trigger <= trace.written:
             raise ValueError(f"rollout {trace.rid}: keep {trace.keep}, trigger {trace.trigger}, {trace.written} tokens")
-        if not np.isfinite(trace.divergence).all():
-            raise ValueError(f"rollout {trace.rid}: a divergence is not finite")
+        if not (trace.divergence >= 0).all() or np.isinf(trace.divergence).any():
+            raise ValueError(f"rollout {trace.rid}: a divergence is not finite, or below 0")
         return trace
 
 

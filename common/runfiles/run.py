@@ -7,22 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.config import Config, ConfigError, load
+from common.runfiles import names
 from common.runfiles.fields import Record
 from common.runfiles.lines import BROKEN, Lines
-from common.runfiles.names import (
-    AUDIT,
-    CONFIG,
-    EVALUATIONS,
-    LEDGER,
-    METRICS,
-    ROLLOUTS,
-    RUN,
-    SUMMARY,
-    TO_EVALUATE,
-    TRACES,
-    TRAINED,
-    WALL,
-)
 from common.runfiles.records import Audit, BookLine, Evaluation, Ledger, Step, Summary, Trace, Trained, Wall
 
 R = TypeVar("R", bound=Record)
@@ -37,52 +24,52 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rollouts = Lines(path / ROLLOUTS, BookLine)
-        self.traces = Lines(path / TRACES, Trace)
-        self.audits = Lines(path / AUDIT, Audit)
-        self.steps = Lines(path / METRICS, Step)
-        self.trained = Lines(path / TRAINED, Trained)
-        self.evaluations = Lines(path / EVALUATIONS, Evaluation)
+        self.rollouts = Lines(path / names.ROLLOUTS, BookLine)
+        self.traces = Lines(path / names.TRACES, Trace)
+        self.audits = Lines(path / names.AUDIT, Audit)
+        self.steps = Lines(path / names.METRICS, Step)
+        self.trained = Lines(path / names.TRAINED, Trained)
+        self.evaluations = Lines(path / names.EVALUATIONS, Evaluation)
 
     @property
     def begun(self) -> bool:
         """Whether it is a run's folder."""
-        return (self.path / CONFIG).is_file()
+        return (self.path / names.CONFIG).is_file()
 
     @property
     def config(self) -> Config:
         """Raises ConfigError, also where the folder is no run's."""
         if not self.begun:
-            raise ConfigError(f"{self.path}: no run's folder, there is no {CONFIG}; expected one like runs/demo")
-        return load(self.path / CONFIG)
+            raise ConfigError(f"{self.path}: no run's folder, there is no {names.CONFIG}; expected one like runs/demo")
+        return load(self.path / names.CONFIG)
 
     @property
     def run_key(self) -> str:
         """The run's id. Raises ConfigError also where it is not there."""
-        found = read_json(self.path / RUN)
+        found = read_json(self.path / names.RUN)
         if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
-            raise ConfigError(f"{self.path / RUN}: no run_key in it")
+            raise ConfigError(f"{self.path / names.RUN}: no run_key in it")
         run_key: str = found["run_key"]
         return run_key
 
     @property
     def ledger(self) -> Ledger | None:
-        return _read(self.path / LEDGER, Ledger)
+        return _read(self.path / names.LEDGER, Ledger)
 
     @property
     def summary(self) -> Summary | None:
-        return _read(self.path / SUMMARY, Summary)
+        return _read(self.path / names.SUMMARY, Summary)
 
     @property
     def wall_s(self) -> float | None:
         """Seconds that the run took, over all its sittings; None while it runs for the first time."""
-        wall = _read(self.path / WALL, Wall)
+        wall = _read(self.path / names.WALL, Wall)
         return None if wall is None else wall.wall_s
 
     @property
     def to_evaluate(self) -> list[Path]:
         """The files that say which weights wait for the evaluator, each a `ToEvaluate`, oldest first."""
-        return sorted((self.path / TO_EVALUATE).glob("v*.json"))
+        return sorted((self.path / names.TO_EVALUATE).glob("v*.json"))
 
 
 def _read(path: Path, kind: type[R]) -> R | None:

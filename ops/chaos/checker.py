@@ -36,6 +36,7 @@ from actors.books import number_of, rid_of
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
+from common.policy_names import OF_WINDOWS
 from common.runfiles.names import CONFIG, LEDGER, ROLLOUTS, TRACES, TRAINED
 from common.runfiles.records import ENDS_BY_ITSELF, BookLine, Chunk, Trace
 from common.termination import Kat, kat_verdict
@@ -300,14 +301,11 @@ class _Rule:
         return abs(value - self.min_window) <= self.doubt
 
 
-_KAT = (policies.KatPolicy, policies.KatAbsolutePolicy, policies.KatInversePolicy)
-
-
 def _replay(trace: Trace, config: Config) -> _Rule:
     settings = config.termination
     policy = policies.find(settings.policy)
     sign, stopped = -1 if policy.looks_high else 1, settings.stops(trace.arm)
-    if policy in _KAT:
+    if settings.policy in OF_WINDOWS:
         number = None if trace.threshold is None else sign * trace.threshold
         trigger, keep, minimum, doubt = _kat(sign * trace.divergence, settings, number)
         if not stopped and trigger is not None:

@@ -22,7 +22,7 @@ import redis
 from common.config import Config, ConfigError
 from common.files import write_json
 from common.runfiles.making import move_aside
-from common.runfiles.names import RUN
+from common.runfiles.names import CHAOS, RUN
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
@@ -70,7 +70,7 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
             fault.survived = fault.injected and not result.violations
     result.wall_s = time.monotonic() - began
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(config.run_dir / "chaos.json", asdict(result))
+    write_json(config.run_dir / CHAOS, asdict(result))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -46,9 +46,11 @@ class Records:
     def note(self, detail: str) -> None:
         self.broken.append(Violation("record", "", detail))
 
-    def lines(self, file: Lines[R]) -> Iterator[R]:
+    def lines(self, file: Lines[R], wanted: Collection[str]) -> Iterator[R]:
+        """Those that can be read; none of a file that is not wanted."""
         damaged: list[DamagedLine] = []
-        yield from file(damaged=damaged.append)
+        if file.path.name in wanted:
+            yield from file(damaged=damaged.append)
         for one in damaged:
             self.note(f"{file.path.name}:{one.number}: {one.why}")
 
@@ -69,26 +71,14 @@ def read_records(folder: Path, *names: str) -> Records:
     for name in wanted - {CONFIG, AUDIT} - ({TRACES} if untraced else set()):
         if not (folder / name).exists():
             records.note(f"{name}: missing")
-    if ROLLOUTS in wanted:
-        for line in records.lines(run.rollouts):
-            records.booked[line.rid] += 1
-            records.books.setdefault(line.rid, line)
-    if TRACES in wanted:
-        _read_traces(run, records)
-    if TRAINED in wanted:
-        records.trained += records.lines(run.trained)
-    if METRICS in wanted:
-        records.steps += records.lines(run.steps)
-    if AUDIT in wanted:
-        records.audits += records.lines(run.audits)
+    for line in records.lines(run.rollouts, wanted):
+        records.booked[line.rid] += 1
+        records.books.setdefault(line.rid, line)
+    for trace in records.lines(run.traces, wanted):
+        if records.traces.setdefault(trace.rid, trace) != trace:
+            records.judged_again.append(trace)
+    records.trained += records.lines(run.trained, wanted)
+    records.steps += records.lines(run.steps, wanted)
+    records.audits += records.lines(run.audits, wanted)
     records.audited = run.audits.path.exists()
     return records
-
-
-def _read_traces(run: RunFolder, records: Records) -> None:
-    for trace in records.lines(run.traces):
-        if not trace.written or (trace.divergence < 0).any():
-            what = "a divergence is below 0" if trace.written else "no token"
-            records.note(f"{TRACES}: rollout {trace.rid}: {what}")
-        elif records.traces.setdefault(trace.rid, trace) != trace:
-            records.judged_again.append(trace)

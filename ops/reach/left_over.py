@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from common.config import Config, ConfigError, parse
-from common.runfiles.names import CONFIG, RUN
+from common.runfiles.names import CHAOS, CONFIG, RUN, SOAK
 
 SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 
@@ -33,7 +33,7 @@ def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
     left: Path | None = beside(folder)
     if not _names(beside(folder), url):
         left = None
-    marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
+    marked = any((folder / name).is_file() for name in (CHAOS, SOAK))
     return marked or left is not None, left
 
 

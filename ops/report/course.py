@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
+from common.policy_names import OF_WINDOWS
 from common.runfiles.records import Ended, Step
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data, series
@@ -65,7 +66,7 @@ def draw_threshold(figure: Figure, run: Run) -> None:
         _over_tokens(above, run)
         above.set_xlabel("")
     else:
-        say_missing(above, "Threshold", "never active" if policy.startswith("kat") else f"policy {policy} has none")
+        say_missing(above, "Threshold", "never active" if policy in OF_WINDOWS else f"policy {policy} has none")
     _draw_cut_rate(below, run)
 
 

@@ -167,8 +167,6 @@ def sample_traces(run: RunFolder, most: int) -> dict[str, TraceSample]:
     """
     found: dict[str, list[int]] = {"treated": [], "control": [], "uncut": [], "booked": []}
     for place, trace in run.traces.placed():
-        if not trace.written:
-            continue
         found["booked"].append(place)
         if trace.fired:
             found[trace.arm].append(place)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from common.config import Config
 from common.policies import written
+from common.policy_names import CALIBRATED
 from common.runfiles.records import BookLine, Evaluation, Step, Summary
 from common.runfiles.run import RunFolder
 from common.wire.plane import Plane
@@ -183,7 +184,7 @@ class Progress:
             if threshold is not None
             else (
                 f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
-                if self._config.termination.policy in ("kat", "kat_inverse")
+                if self._config.termination.policy in CALIBRATED
                 else "–"
             ),
             "lag": f"{_number(step and step.staleness_mean, '.2f')} versions",

@@ -28,8 +28,8 @@ from common.config import Config, ConfigError
 from common.files import write_json, write_text
 from common.metrics import TARGETS
 from common.pretrained import find_model, load_tokenizer
-from common.runfiles.lines import Tail, an_object, last_lines, read_lines
-from common.runfiles.records import BookLine
+from common.runfiles.lines import Lines, Tail, an_object, read_lines
+from common.runfiles.records import BookLine, Wall
 from common.wire.connect import connect
 from ops.live.growth import Folder, Rate
 from ops.live.snapshot import Judged, Observer, Snapshot, Stream, as_dict
@@ -230,10 +230,10 @@ def test_a_tail_reads_on_and_passes_over_what_is_broken(tmp_path: Path) -> None:
 
 def test_the_last_lines_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert last_lines(path, an_object, 100) == []
-    path.write_text("".join(f'{{"a": {n}}}\n' for n in range(100)) + '{"a": ')
-    assert last_lines(path, an_object, 30) == [{"a": 98}, {"a": 99}]
-    assert len(last_lines(path, an_object, 1 << 20)) == 100
+    assert Lines(path, Wall).last(100) == []
+    path.write_text("".join(f'{{"wall_s": {n}}}\n' for n in range(100)) + '{"wall_s": ')
+    assert Lines(path, Wall).last(40) == [Wall(98), Wall(99)]
+    assert len(Lines(path, Wall).last(1 << 20)) == 100
 
 
 # --- what it sees ---

@@ -182,6 +182,8 @@ def test_policy_and_finish_reasons_in_words() -> None:
     assert policy_text(config, []).endswith("threshold never active")
     fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
     assert policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
+    custom = parse(CONFIG, ["termination.policy=katydid.policies:Chirp"])
+    assert policy_text(custom, thresholds) == "katydid.policies:Chirp"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 

@@ -64,7 +64,7 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """As `open_cut_back` does: another file takes the place."""
+    """As `Lines.open_cut_back` does: another file takes the place."""
     path, draft = folder / "metrics.jsonl", folder / "metrics.tmp"
     kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     draft.write_text("".join(kept))
