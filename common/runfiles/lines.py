@@ -1,8 +1,8 @@
 """JSON lines: one process appends to a file, others read it meanwhile or afterwards.
 
 Readers see whole lines: one without its line feed was torn off by a crash, or is being written, and was never
-acknowledged. What they do with a whole line that cannot be read is theirs to say, by `damaged`: it raises (`refuse`),
-collects (a list's `append`) or does nothing (`skip`).
+acknowledged. A whole line that cannot be read is raised as DamagedLine, unless the reader gives a `damaged` that takes
+it, say a list's `append`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,6 @@ class DamagedLine(ConfigError):
         self.path, self.number, self.why = path, number, why[:200]
 
 
-def refuse(damage: DamagedLine) -> None:
-    raise damage
-
-
-def skip(damage: DamagedLine) -> None:
-    """Pass over it."""
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +56,7 @@ def read_lines(
     path: Path,
     decode: Callable[[Any], Any] = an_object,
     *,
-    damaged: Callable[[DamagedLine], None] = refuse,
+    damaged: Callable[[DamagedLine], object] | None = None,
     rids: Collection[str] | None = None,
 ) -> Iterator[Any]:
     """All lines, decoded; of `rids` alone where they are given: the others are not even parsed."""
@@ -74,6 +66,8 @@ def read_lines(
         try:
             value = _decoded(path, number, raw, decode)
         except DamagedLine as damage:
+            if damaged is None:
+                raise
             damaged(damage)
             continue
         yield value
@@ -142,9 +136,9 @@ class Lines(Generic[R]):
         self.path, self._decode = path, kind.from_json
 
     def __call__(
-        self, rids: Collection[str] | None = None, damaged: Callable[[DamagedLine], None] = refuse
+        self, rids: Collection[str] | None = None, damaged: Callable[[DamagedLine], object] | None = None
     ) -> Iterator[R]:
-        """All whole lines, or those of `rids`. Raises DamagedLine, unless `damaged` does something else."""
+        """All whole lines, or those of `rids`."""
         return read_lines(self.path, self._decode, damaged=damaged, rids=rids)
 
     def tail(self) -> Tail[R]:

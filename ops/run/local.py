@@ -25,7 +25,7 @@ from ops.reach.run import with_redis
 from ops.reach.server import reach
 from ops.report.command import write_report
 from ops.run.failures import MOST, Failures, mark_of
-from ops.run.progress import Progress
+from ops.run.progress import Progress, describe
 from ops.run.roles import RUN_KEY, WORKERS
 from ops.run.summary import write_summary
 
@@ -112,7 +112,7 @@ class LocalRun:
         write_json(self._folder / BUSY, progress.busy_shares())
         summary = write_summary(self._folder)
         write_report(self._folder)
-        progress.finish(summary)
+        print(describe(summary, self._config))
         return EXIT_OK
 
     def _start_redis(self) -> Plane:

@@ -214,12 +214,6 @@ class Progress:
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
 
-    # --- the end -----------------------------------------------------------------------------------------------
-
-    def finish(self, summary: Summary) -> None:
-        """The summary, for people."""
-        print(describe(summary, self._config))
-
 
 def _number(value: Any, spec: str) -> str:
     return "–" if value is None else format(value, spec)

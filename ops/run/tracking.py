@@ -38,24 +38,14 @@ _LONGEST_RETRY_S = 600.0
 _FINISH_S = 8.0  # `katana run` gives its processes 15 s to stop
 _LAST_EVALUATION_S = 1800.0
 
-# Name in a tracker → field of a Step.
-_TRAIN = {
-    "train/loss": "loss",
-    "train/kl": "kl",
-    "train/entropy": "entropy",
-    "train/grad_norm": "grad_norm",
-    "train/learning_rate": "learning_rate",
-    "train/staleness_mean": "staleness_mean",
-    "train/staleness_max": "staleness_max",
-    "train/support_mass": "support_mass",
-    "train/ratio_mean": "ratio_mean",
-    "train/ratio_max": "ratio_max",
-    "train/policy_version": "policy_version",
-    "perf/step_s": "step_s",
-    "perf/idle_ratio": "idle_ratio",
-    "perf/tokens_trained": "tokens_trained",
-    "perf/tokens_trained_total": "tokens_trained_total",
+_STEP = {
+    "train": (
+        *("loss", "kl", "entropy", "grad_norm", "learning_rate", "staleness_mean", "staleness_max"),
+        *("support_mass", "ratio_mean", "ratio_max", "policy_version"),
+    ),
+    "perf": ("step_s", "idle_ratio", "tokens_trained", "tokens_trained_total"),
 }
+"""Fields of a Step, by the group that they have in a tracker."""
 
 
 def missing(names: Sequence[str]) -> list[str]:
@@ -189,7 +179,8 @@ class _Rollouts:
 
 
 def _train_point(step: Step) -> Point:
-    return Point("train", step.step, {name: float(getattr(step, key)) for name, key in _TRAIN.items()}, step.unix_s)
+    values = {f"{group}/{name}": float(getattr(step, name)) for group, names in _STEP.items() for name in names}
+    return Point("train", step.step, values, step.unix_s)
 
 
 def _eval_point(evaluation: Evaluation) -> Point:

@@ -56,14 +56,8 @@ def _ratio(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def arm_totals(lines: Sequence[BookLine], arm: str) -> ArmTotals:
     """Sums over the arm's booked rollouts."""
     mine = [line for line in lines if line.arm == arm]
-    generated = sum(line.tokens_generated for line in mine)
-    return ArmTotals(
-        rollouts=len(mine),
-        tokens_generated=generated,
-        tokens_kept=sum(line.tokens_kept for line in mine),
-        tokens_trained=sum(line.tokens_trained for line in mine),
-        tokens_detection=sum(line.tokens_detection for line in mine),
-        tokens_overshoot=sum(line.tokens_overshoot for line in mine),
-        mean_generated=generated / len(mine) if mine else None,
-        dropped=dict(sorted(Counter(line.reason for line in mine if line.ending == "dropped").items())),
-    )
+    names = ("tokens_generated", "tokens_kept", "tokens_trained", "tokens_detection", "tokens_overshoot")
+    sums = {name: sum(getattr(line, name) for line in mine) for name in names}
+    dropped = Counter(line.reason for line in mine if line.ending == "dropped")
+    mean = sums["tokens_generated"] / len(mine) if mine else None
+    return ArmTotals(rollouts=len(mine), **sums, mean_generated=mean, dropped=dict(sorted(dropped.items())))

@@ -12,7 +12,7 @@ import pytest
 from run_folders import step_line
 from samples import make_verdict
 
-from common.runfiles.lines import DamagedLine, Lines, append_lines, open_whole_lines, read_lines, skip
+from common.runfiles.lines import DamagedLine, Lines, append_lines, open_whole_lines, read_lines
 from common.runfiles.records import (
     ArmTotals,
     Audit,
@@ -189,9 +189,8 @@ def test_a_torn_line_is_not_there_and_a_damaged_one_is_named(tmp_path: Path) -> 
     path.write_bytes(b'{"a":1}\n[2]\n{"a":3}\n{"a"')
     with pytest.raises(DamagedLine, match=r"rollouts.jsonl:2: damaged \(expected an object, found list\)"):
         list(read_lines(path))
-    assert list(read_lines(path, damaged=skip)) == [{"a": 1}, {"a": 3}]
     found: list[DamagedLine] = []
-    assert len(list(read_lines(path, damaged=found.append))) == 2
+    assert list(read_lines(path, damaged=found.append)) == [{"a": 1}, {"a": 3}]
     assert [(one.path, one.number) for one in found] == [(path, 2)]
     assert list(read_lines(tmp_path / "absent.jsonl")) == []
 
