@@ -29,12 +29,16 @@ class DamagedLine(ConfigError):
     """A whole line that cannot be read, with its file, its number from 1, and why."""
 
     def __init__(self, path: Path, number: int, error: BaseException) -> None:
-        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        self.path, self.number, self.why = path, number, why_of(error)
         super().__init__(
-            f"{path}:{number}: damaged ({why[:200]}); expected one whole JSON object a line: put back the "
-            f"line as it was written, or the file from a copy"
+            f"{path}:{number}: damaged ({self.why}); expected one whole JSON object a line: put back the line as it "
+            f"was written, or the file from a copy"
         )
-        self.path, self.number, self.why = path, number, why[:200]
+
+
+def why_of(error: BaseException) -> str:
+    """What a decoder said of damage."""
+    return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from common.config import Config, ConfigError, load
 from common.runfiles import names
 from common.runfiles.fields import Record
-from common.runfiles.lines import BROKEN, Lines
+from common.runfiles.lines import BROKEN, Lines, why_of
 from common.runfiles.records import Audit, BookLine, Evaluation, Ledger, Step, Summary, Trace, Trained, Wall
 
 R = TypeVar("R", bound=Record)
@@ -78,7 +78,9 @@ def _read(path: Path, kind: type[R]) -> R | None:
     except FileNotFoundError:
         return None
     except (OSError, *BROKEN) as error:
-        raise ConfigError(f"{path}: damaged ({error!r:.200}); expected the {kind.__name__.lower()} of a run") from error
+        raise ConfigError(
+            f"{path}: damaged ({why_of(error)}); expected the {kind.__name__.lower()} of a run"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

@@ -53,6 +53,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
         getattr(RunFolder(tmp_path), "wall_s" if name == "wall" else name)
 
 
+def test_damage_is_told_by_field(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"admitted": 1, "trained": null, "dropped": {}, "dead": 0, "open": 1}')
+    with pytest.raises(ConfigError, match=r"damaged \(trained is None, expected int\); expected the ledger of a run"):
+        _ = RunFolder(tmp_path).ledger
+
+
 def test_a_damaged_line_is_named_or_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{json.dumps(step_line(1))}\n{{"step": 2}}\n{json.dumps(step_line(3))}\n{{"step"')
