@@ -10,17 +10,20 @@ what its verdict hands on, whatever became of it after: so one sees how long wha
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from common import metrics
+from common.files import locked, write_text
 from common.runfiles.lines import append_lines, open_whole_lines, rid_of_line, whole_lines
-from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.runfiles.names import LEDGER
+from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Ledger, Trace
 from common.runfiles.run import RunFolder
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.wire.record import divergence_field, holds_tokens, tokens_field
@@ -125,6 +128,27 @@ class Booked:
     def next_number(self) -> int:
         """The highest admission number and one."""
         return max(self._beyond, default=self._upto - 1) + 1
+
+
+class Tally:
+    """How many rollouts were admitted and how they ended, by ledger field."""
+
+    def __init__(self, fields: Mapping[str, int]) -> None:
+        self.fields = Counter(fields)
+
+    @property
+    def open(self) -> int:
+        """Admitted and not booked."""
+        return 2 * self.fields["admitted"] - self.fields.total()
+
+    def write(self, folder: RunFolder, lock: Path) -> None:
+        """Unless another feeder, which took over from this one, has written a later one."""
+        ledger = Ledger.of(self.fields)
+        with locked(lock):
+            there = folder.ledger
+            # Both numbers never fall.
+            if there is None or (there.admitted, there.ended) <= (ledger.admitted, ledger.ended):
+                write_text(folder.path / LEDGER, json.dumps(ledger.to_json()))
 
 
 @dataclass(frozen=True, slots=True)

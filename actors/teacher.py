@@ -161,10 +161,8 @@ class TeacherWorker:
                 rid = read_rid(values.get(b"rid"))
                 seq = read_number(values.get(b"seq"), "chunks.seq", high=1 << 31)
             except MessageError as error:
-                self._plane.fail(
-                    "", "chunks", str(error), max_attempts=1, shown=shown(values), at=(stream, "teacher", entry)
-                )
-                metrics.dead_letters.labels("chunks").inc()
+                at = (stream, "teacher", entry)
+                self._plane.fail("", "chunks", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             self._waiting.append(_Work(shard, entry, rid, seq))
 
@@ -391,7 +389,6 @@ class TeacherWorker:
         at = (f"chunks:{work.shard}", "teacher", work.entry)
         most = attempts or self._config.liveness.max_attempts
         if self._plane.fail(work.rid, "teacher", reason, max_attempts=most, at=at):
-            metrics.dead_letters.labels("teacher").inc()
             self._drop(work.rid)
         else:
             self._waiting.append(work)
@@ -408,9 +405,7 @@ def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
         one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs, scored.tail_logprobs
     )
     support = ScoreSupport(
-        teacher_logprobs=scored.teacher_logprobs,
-        tail_logprobs=scored.tail_logprobs,
-        sampled_logprobs=scored.sampled,
+        teacher_logprobs=scored.teacher_logprobs, tail_logprobs=scored.tail_logprobs, sampled_logprobs=scored.sampled
     )
     return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
 

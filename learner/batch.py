@@ -178,11 +178,7 @@ def token_weights(
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory],
-    *,
-    max_tokens: int,
-    denominator: Denominator = "kept",
-    shares: Shares = uniform,
+    trajectories: Sequence[Trajectory], *, max_tokens: int, denominator: Denominator = "kept", shares: Shares = uniform
 ) -> list[MicroBatch]:
     """Cut a batch into micro-batches of like length, of at most `max_tokens` padded tokens each.
 

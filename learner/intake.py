@@ -13,18 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import metrics
 from common.wire import scripts
 from common.wire.lease import Lease
-from common.wire.messages import (
-    ChunkSupport,
-    ChunkTokens,
-    MessageError,
-    RolloutHead,
-    ScoreSupport,
-    Verdict,
-    read_rid,
-)
+from common.wire.messages import ChunkSupport, ChunkTokens, MessageError, RolloutHead, ScoreSupport, Verdict, read_rid
 from common.wire.plane import Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
@@ -81,7 +72,6 @@ class Intake:
         """A trajectory that cannot be trained on is dead, and leaves its reason."""
         rid = one.trajectory.rid
         log.warning("trajectory %s is set aside: %s", rid, reason)
-        metrics.dead_letters.labels("learner").inc()
         self._plane.fail(rid, "learner", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
         self.settle([Ending(one.entry, rid, "dead", "learner")])
 
@@ -154,14 +144,12 @@ class Intake:
     def _refuse(self, entry: bytes, reason: str, what: bytes) -> None:
         """Take a notice off that leads to no trajectory; no rollout ends by it."""
         log.warning("a notice of a trajectory is taken off: %s", reason)
-        metrics.dead_letters.labels("trajectories").inc()
         at = ("trajectories", "learner", entry)
         self._plane.fail("", "trajectories", reason, max_attempts=1, shown=what, at=at)
 
     def _give_up(self, rid: str, reason: str, entry: bytes) -> None:
         """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
         log.warning("trajectory %s cannot be read: %s", rid, reason)
-        metrics.dead_letters.labels("trajectories").inc()
         self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
         self.settle([Ending(entry, rid, "dead", "trajectories")])
 

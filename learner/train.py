@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,30 +27,27 @@ from common import metrics
 from common.config import Config
 from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
-from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
 from common.runfiles.names import CHECKPOINTS, COUNTED, LEARNER_LOCK, MODEL, TO_EVALUATE, WEIGHTS
-from common.runfiles.records import Step, ToEvaluate, Trained
-from common.runfiles.run import RunFolder
+from common.runfiles.records import ToEvaluate
 from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
-from common.wire.messages import row_digest
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
-from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
+from learner.checkpoint import capture, load_newest, restore, save, untied_tensors
 from learner.culprits import StepImpossible, culprits, witness
-from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
+from learner.journal import Journal
 from learner.loss import Diagnostics, diagnostics, keep_head_in_float32, kept_logits, log_outcomes, merged, token_losses
 from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
 
 log = logging.getLogger("katana.learner")
-_STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
+STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
 _NOT_THE_STEP = (LeaseLost, RunGone, RedisUnavailable, Stopping)  # what ends a learner whatever it is at
 _FEWEST_ASIDE = 8  # set aside without a step between them, and at least two batches: it is not the trajectories
 
@@ -92,28 +89,27 @@ class Learner:
         self._tokens_trained = 0
         self._idle_s = 0.0
         self._working_since = time.monotonic()
-        self._starved_at = time.monotonic() + _STARVED_S  # when the wait for a batch becomes too long
+        self._starved_at = time.monotonic() + STARVED_S  # when the wait for a batch becomes too long
         self._lock = config.run_dir / LEARNER_LOCK
-        self._lines: dict[type, IO[str]] = {}  # by the record that each file holds
+        self._journal = Journal(config)
 
     def run(self, *, until_idle: bool = False) -> None:
         """Train to the end (see `done`), or until told to stop; a checkpoint is written either way.
 
         Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible.
         """
-        self._lease.take(self._stop, wait_s=60.0)
+        self.open()
         try:
             with self._pulse:
                 self._train(until_idle)
             self._lease.advance("learning", 0)
         finally:
-            self._lease.drop()
             self.close()
 
     def _train(self, until_idle: bool) -> None:
         self.start()
         while not self._stop.is_set() and not self.done:
-            batch = self._next_batch(block_s=0.01 if until_idle else 0.1)
+            batch = self.next_batch(block_s=0.01 if until_idle else 0.1)
             if batch is not None:
                 self.step(batch)
             elif until_idle:
@@ -136,10 +132,14 @@ class Learner:
         """In the whole run, as counted at the last step."""
         return self._generated.total
 
+    def open(self) -> None:
+        """Take the lease."""
+        self._lease.acquire(self._stop, wait_s=60.0)
+
     def close(self) -> None:
-        """Let go of the files; nothing is written any more."""
-        for file in self._lines.values():
-            file.close()
+        """Let go of the lease and the files; nothing is written any more."""
+        self._lease.drop()
+        self._journal.close()
 
     # --- start and end -----------------------------------------------------------------------------------------
 
@@ -158,19 +158,17 @@ class Learner:
                 generated = state.counters.get("tokens_generated", 0)
                 log.info("going on from step %d", self.step_count)
             self._generated.go_on(self.step_count, generated)
-            files = RunFolder(folder)
-            self._lines[Step] = files.steps.open_cut_back(lambda line: line.step <= self.step_count)
-            self._lines[Trained] = files.trained.open_cut_back(lambda line: line.step <= self.step_count)
+            self._journal.open(self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / WEIGHTS))
-        self.version = max(self.version, self._announced())
+        self.version = max(self.version, self.announced())
         self._careful = self._plane.policy().get("learning", "0") != "0"
         self._lease.advance("learning", 1)
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
 
-    def _announced(self) -> int:
+    def announced(self) -> int:
         """The version that Redis holds; -1 where it holds none that can be read."""
         try:
             found = read_pointer(self._plane.policy())
@@ -194,7 +192,7 @@ class Learner:
 
     # --- a step ------------------------------------------------------------------------------------------------
 
-    def _next_batch(self, block_s: float) -> list[Received] | None:
+    def next_batch(self, block_s: float) -> list[Received] | None:
         self._lease.keep()
         self._pulse.turn()
         waited = time.monotonic()
@@ -211,7 +209,7 @@ class Learner:
         Else each would wait for the other: the checkpoint for the steps that are left until it is due, they for
         rollouts, and those for the memory that trained ones hold until the checkpoint.
         """
-        self._starved_at = time.monotonic() + _STARVED_S
+        self._starved_at = time.monotonic() + STARVED_S
         if self._plane.policy().get("refused") == str(self.version):
             log.warning("no batch comes and a worker could not take version %d: published again", self.version)
             self.publish()
@@ -255,10 +253,31 @@ class Learner:
             self.publish()
         else:
             self._lease.advance("step", self.step_count)
-        self._write_line(batch, staleness, loss, norm, rate, seen, time.monotonic() - began)
+        self._journal.write(
+            [one.trajectory for one in batch],
+            seen,
+            step=self.step_count,
+            policy_version=self.version,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens_trained_total=self._tokens_trained,
+            tokens_generated=self.tokens_generated,
+            staleness=staleness,
+            stale_dropped=self._intake.dropped,
+            step_s=time.monotonic() - began,
+            idle_ratio=self._idle_ratio(),
+        )
         if self.step_count % self._config.checkpoints.every_steps == 0 or self.done:
             self.checkpoint()
-        self._starved_at = time.monotonic() + _STARVED_S
+        self._starved_at = time.monotonic() + STARVED_S
+
+    def _idle_ratio(self) -> float:
+        """Share of the time since it was last asked for that the learner waited for a batch."""
+        now = time.monotonic()
+        idle, self._idle_s = self._idle_s, 0.0
+        whole, self._working_since = now - self._working_since, now
+        return idle / max(whole, 1e-9)
 
     def _gradients(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """As `_backward`. Raises FloatingPointError, with the reason, where there is no finite loss and gradient, and
@@ -396,80 +415,6 @@ class Learner:
             max_steps=settings.max_steps,
         )
 
-    def _write_line(
-        self,
-        batch: list[Received],
-        staleness: list[int],
-        loss: float,
-        norm: float,
-        rate: float,
-        seen: Diagnostics,
-        step_s: float,
-    ) -> None:
-        now = time.monotonic()
-        idle, self._idle_s = self._idle_s, 0.0
-        whole, self._working_since = now - self._working_since, now
-        idle_ratio = idle / max(whole, 1e-9)
-        drift = drift_of([one.trajectory for one in batch])
-        self._append(
-            Step(
-                step=self.step_count,
-                policy_version=self.version,
-                loss=loss,
-                kl=seen.kl_nats,
-                entropy=seen.entropy_nats,
-                support_mass=seen.support_mass,
-                support_mass_teacher=seen.support_mass_teacher,
-                topk_overlap=seen.topk_overlap,
-                **asdict(drift),
-                ratio_mean=seen.ratio_mean,
-                ratio_max=seen.ratio_max,
-                grad_norm=norm,
-                learning_rate=rate,
-                trajectories=len(batch),
-                tokens_trained=seen.tokens,
-                tokens_trained_total=self._tokens_trained,
-                tokens_generated=self.tokens_generated,
-                mean_kept=seen.tokens / len(batch),
-                staleness_mean=sum(staleness) / len(staleness),
-                staleness_max=max(staleness),
-                stale_dropped=dict(self._intake.dropped),
-                step_s=step_s,
-                idle_ratio=idle_ratio,
-                unix_s=time.time(),
-            )
-        )
-        self._append(_trained_line(self.step_count, self.version, batch))
-        metrics.learner_steps.inc()
-        metrics.learner_tokens.inc(seen.tokens)
-        metrics.learner_loss.set(loss)
-        metrics.learner_step_seconds.observe(step_s)
-        metrics.learner_idle.set(idle_ratio)
-        self._show_drift(seen, drift)
-
-    def _show_drift(self, seen: Diagnostics, drift: Drift) -> None:
-        """What a batch cannot tell stays as the last one told it."""
-        metrics.learner_entropy.set(seen.entropy_nats)
-        shares = {
-            "support_mass": seen.support_mass,
-            "support_mass_teacher": seen.support_mass_teacher,
-            "topk_overlap": seen.topk_overlap,
-            "repetition": drift.repetition,
-            "truncation": drift.truncation_rate,
-            "cut_treated": drift.cut_rate_treated,
-            "cut_control": drift.cut_rate_control,
-        }
-        for kind, share in shares.items():
-            if share is not None:
-                metrics.learner_drift.labels(kind).set(share)
-        if drift.threshold is not None and unit_of(self._config.termination.policy) == "nats":
-            metrics.learner_threshold.set(drift.threshold)
-
-    def _append(self, line: Step | Trained) -> None:
-        file = self._lines[type(line)]
-        file.write(json.dumps(line.to_json(), allow_nan=False) + "\n")
-        file.flush()
-
     # --- weights and checkpoints -------------------------------------------------------------------------------
 
     def publish(self) -> None:
@@ -513,25 +458,17 @@ class Learner:
         self._careful = False
 
     def _save(self) -> None:
-        settings = self._config.learner
-        state: CheckpointState = capture(
+        state = capture(
             self.model,
             self.optimizer,
             step=self.step_count,
             policy_version=self.version,
-            schedule={
-                "name": settings.schedule,
-                "base": settings.learning_rate,
-                "max_steps": settings.max_steps,
-                "max_generated_tokens": settings.max_generated_tokens,
-            },
             consumed=[one.trajectory.rid for one, _ in self._since_checkpoint],
             counters={"tokens_trained": self._tokens_trained, "tokens_generated": self.tokens_generated},
         )
         with self._lease.exclusively(self._lock):
             save(self._config.run_dir / CHECKPOINTS, state, keep=self._config.checkpoints.keep)
-            for file in self._lines.values():
-                os.fsync(file.fileno())
+            self._journal.sync()
 
 
 def _load(folder: Path, config: Config) -> Any:
@@ -567,15 +504,3 @@ def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: in
     draft = target.with_suffix(".tmp")
     draft.write_text(json.dumps(ToEvaluate(ref.version, step, tokens_trained, ref.sha256).to_json()))
     os.replace(draft, target.with_suffix(".json"))
-
-
-def _trained_line(step: int, version: int, batch: list[Received]) -> Trained:
-    """What a step was trained on: rollout, tokens, digest (8 bytes) of their ids as little-endian int32."""
-    trajectories = [one.trajectory for one in batch]
-    return Trained(
-        step=step,
-        policy_version=version,
-        rids=[one.rid for one in trajectories],
-        tokens=[len(one.tokens) for one in trajectories],
-        digests=[row_digest(one.tokens) for one in trajectories],
-    )

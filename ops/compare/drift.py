@@ -14,7 +14,7 @@ _LEAST = 3  # steps: of fewer there is no early and late
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class GuardPoint:
     """A guard in the middle of a stretch of steps."""
 
     step: float
@@ -59,7 +59,7 @@ def mean_known(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def course(cells: Sequence[Sequence[Step]], guard: str, bins: int = 12) -> list[Point]:
+def course(cells: Sequence[Sequence[Step]], guard: str, bins: int = 12) -> list[GuardPoint]:
     """A guard along a row's cells: at most `bins` points, each the mean over the cells of their means over a stretch of
     steps. Stretches that not all cells have are left out, or the line would move where a cell begins or ends; empty
     where there is none."""
@@ -71,5 +71,5 @@ def course(cells: Sequence[Sequence[Step]], guard: str, bins: int = 12) -> list[
         means = [mean_known(getattr(step, guard) for step in stretch) for stretch in stretches]
         known = [mean for mean in means if mean is not None]
         if known and len(known) == len(means):
-            points.append(Point(begin + (width - 1) / 2, sum(known) / len(known)))
+            points.append(GuardPoint(begin + (width - 1) / 2, sum(known) / len(known)))
     return points

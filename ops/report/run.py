@@ -18,7 +18,7 @@ _SAMPLED_TRACES = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReportRun:
     """The contents of a run's folder that its report is made of."""
 
     folder: RunFolder
@@ -40,7 +40,7 @@ class Run:
         return self.steps[-1].step if self.steps else 0
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> ReportRun:
     """A run's folder in whatever state the run is; files that are not there yet count as empty.
 
     Raises:
@@ -50,7 +50,7 @@ def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     try:
         config, lines = folder.config, list(folder.rollouts())
-        return Run(
+        return ReportRun(
             folder=folder,
             config=config,
             lines=lines,
@@ -64,7 +64,7 @@ def read_run(path: Path) -> Run:
         raise ConfigError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
-def find_decoder(run: Run) -> Callable[[list[int]], str] | None:
+def find_decoder(run: ReportRun) -> Callable[[list[int]], str] | None:
     """Token ids to text; None where no tokenizer is to be had, or nothing to be decoded."""
     if not any(sample.traces for sample in run.traces.values()):
         return None

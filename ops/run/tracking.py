@@ -62,7 +62,7 @@ def missing(names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class TrackedPoint:
     """Figures at one learner step. `kind`: train | rollout | eval; within a kind the steps of a lineage rise."""
 
     kind: str
@@ -144,7 +144,7 @@ class _Rollouts:
     def booked(self, line: BookLine) -> None:
         self._waiting.append(line)
 
-    def points(self, over: bool) -> Iterator[Point]:
+    def points(self, over: bool) -> Iterator[TrackedPoint]:
         """The points that are complete; when it is over, also the one that is open."""
         while self._waiting and (over or self._waiting[0].policy_version_last <= self._newest):
             line = self._waiting.popleft()
@@ -167,7 +167,7 @@ class _Rollouts:
             sums[0] += line.tokens_generated
             sums[1] += 1
 
-    def _close(self) -> Iterator[Point]:
+    def _close(self) -> Iterator[TrackedPoint]:
         window, self._window = self._window, _Window()
         if not window.rollouts:
             return
@@ -175,15 +175,15 @@ class _Rollouts:
         (treated, n_treated), (control, n_control) = self._compared["treated"], self._compared["control"]
         if n_treated and n_control:  # as in summary.json
             values["rollout/length_saving"] = 1 - (treated / n_treated) / (control / n_control)
-        yield Point("rollout", self._step, values, window.unix_s)
+        yield TrackedPoint("rollout", self._step, values, window.unix_s)
 
 
-def _train_point(step: Step) -> Point:
+def _train_point(step: Step) -> TrackedPoint:
     values = {f"{group}/{name}": float(getattr(step, name)) for group, names in _STEP.items() for name in names}
-    return Point("train", step.step, values, step.unix_s)
+    return TrackedPoint("train", step.step, values, step.unix_s)
 
 
-def _eval_point(evaluation: Evaluation) -> Point:
+def _eval_point(evaluation: Evaluation) -> TrackedPoint:
     scores = evaluation.scores
     values = {
         f"eval/avg@{scores.k}": scores.avg_at_k,
@@ -191,14 +191,14 @@ def _eval_point(evaluation: Evaluation) -> Point:
         "eval/completion_length": scores.mean_length,
         "eval/eos_rate": scores.eos_rate,
     }
-    return Point("eval", evaluation.step, values)
+    return TrackedPoint("eval", evaluation.step, values)
 
 
 @dataclass(frozen=True, slots=True)
 class News:
     """Points since the last look. `anew`: all that was told before is void, the points begin from the beginning."""
 
-    points: list[Point]
+    points: list[TrackedPoint]
     anew: bool
     more: bool  # whether there is more to read at once
 
@@ -238,7 +238,7 @@ class Follower:
         # Steps before rollouts: a step is written before anything that its weights wrote is booked.
         return self._steps.read(), self._evaluations.read(), self._booked.read()
 
-    def _points(self, steps: list[Step], evaluations: list[Evaluation], rollouts: list[BookLine]) -> list[Point]:
+    def _points(self, steps: list[Step], evaluations: list[Evaluation], rollouts: list[BookLine]) -> list[TrackedPoint]:
         for step in steps:
             self._rollouts.trained(step.policy_version, step.step)
         for line in rollouts:
@@ -257,7 +257,7 @@ class Tracker(Protocol):
     def begin(self) -> None:
         """Make ready. If something was shown already, all points come again, from the first; some may differ."""
 
-    def show(self, point: Point) -> None: ...
+    def show(self, point: TrackedPoint) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -298,7 +298,7 @@ class TensorBoard:
         start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(session_log=start, step=0)
 
-    def show(self, point: Point) -> None:
+    def show(self, point: TrackedPoint) -> None:
         values = [self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in point.values.items()]
         self._write(wall_time=point.unix_s, step=point.step, summary=self._summaries.Summary(value=values))
 
@@ -359,7 +359,7 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
         log.info("wandb: %s", self._run.url or f"offline; send it by: wandb sync {self._run.settings.sync_dir}")
 
-    def show(self, point: Point) -> None:
+    def show(self, point: TrackedPoint) -> None:
         if point.step > self._told.get(point.kind, -1):
             self._run.log({"step": point.step, **point.values})
             self._told[point.kind] = point.step

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import redis
 from conftest import _server
+from real_runs import DEMO, SMALL, check_books
 from samples import make_config, script, start_run
-from test_run import DEMO, SMALL, check_books
 
 from actors.app import close_shifts, keep_shifts_open, make_app, serve_metrics, settings_from_environment
 from common.config import Config, ConfigError

@@ -17,7 +17,7 @@ from ops.audit.cuts import (
     BEFORE,
     LOOP,
     Reader,
-    Record,
+    Recorded,
     answer_tokens,
     chosen,
     class_of,
@@ -49,7 +49,7 @@ def mathematics(answer: str) -> Reader:
     return Reader(text_of, lambda tokens: Exact().verify(answer, text_of(tokens)), answer_end)
 
 
-def record(number: int, **changes: Any) -> Record:
+def record(number: int, **changes: Any) -> Recorded:
     values: dict[str, Any] = {
         "rid": f"r{number:09d}",
         "arm": "treated",
@@ -62,10 +62,10 @@ def record(number: int, **changes: Any) -> Record:
         "active": True,
         "whole": None,
     }
-    return Record(**values | changes)
+    return Recorded(**values | changes)
 
 
-def uncut(number: int, written: int = 100, **changes: Any) -> Record:
+def uncut(number: int, written: int = 100, **changes: Any) -> Recorded:
     """A rollout in which the policy did not fire."""
     return record(number, keep=written, trigger=written, written=written, fired=False, **changes)
 
