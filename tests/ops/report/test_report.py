@@ -179,6 +179,8 @@ def test_policy_and_finish_reasons_in_words() -> None:
     assert policy_text(config, []).endswith("threshold never active")
     fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
     assert policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
+    repetition = parse(CONFIG, ["termination.policy=repetition", "termination.shadow=true"])
+    assert policy_text(repetition, [None]) == "repetition (shadow): the first 8 tokens that come twice"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 
