@@ -1,11 +1,11 @@
-"""The books: a line in `rollouts.jsonl` for every rollout that ended, and the same in the metrics. No torch, no Redis.
+"""The books: a line in `rollouts.jsonl` for every rollout that ended, and its metrics. No torch, no Redis.
 
 `traces.jsonl` (feeder.record_traces) holds tokens and divergences of each verdict, `audit.jsonl` (feeder.record_audit)
-who wrote which chunk. Both are on disk before the line in `rollouts.jsonl` is, and hold nothing that is not booked.
+the writer of each chunk. Both are on disk before the line in `rollouts.jsonl`, and hold only booked rollouts.
 
 Per rollout, in tokens: generated = kept + detection + overshoot, with detection = trigger - keep and overshoot =
-generated - trigger. `tokens_trained` is what the learner was given, 0 of one that was dropped; `tokens_trainable`
-what its verdict hands on, whatever became of it after: so one sees how long what was left out would have been.
+generated - trigger. `tokens_trained` is what the learner trained on, 0 for a dropped rollout; `tokens_trainable` is
+what its verdict passes on, also if it was dropped later: this shows the length of the dropped rollouts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from common import metrics
 from common.files import locked, write_text
-from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
-from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.runfiles.lines import append_lines, open_whole_lines, rid_of_line, whole_lines
+from common.runfiles.names import LEDGER
+from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Ledger, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.wire.record import divergence_field, holds_tokens, tokens_field
 
@@ -41,7 +42,7 @@ def line_of(
     correct: bool | None,
 ) -> BookLine:
     """The line of a rollout that has a verdict."""
-    # The last stored count may lie below the trigger only if the record is broken; the identity must hold anyway.
+    # The last stored count is below the trigger only if the record is broken; the identity must hold even then.
     generated = max(generated, verdict.trigger)
     return BookLine(
         rid=verdict.rid,
@@ -91,21 +92,21 @@ def unjudged_line(rid: str, arm: str, problem: int, *, ending: str, reason: str,
 
 
 def rid_of(index: int) -> str:
-    """The id of the rollout that was admitted as number `index`, from 0."""
+    """The id of the rollout with admission number `index`, from 0."""
     return f"r{index:09d}"
 
 
 def number_of(rid: str) -> int:
-    """The admission number of a rollout; -1 for an id that `rid_of` does not give."""
+    """The admission number of a rollout; -1 for an id that does not come from `rid_of`."""
     number = int(rid[1:]) if rid.isascii() and rid[1:].isdigit() else -1
     return number if number >= 0 and rid_of(number) == rid else -1
 
 
 class Booked:
-    """A set of rollouts that takes no more room as a run grows: admission numbers up to one, and those beyond."""
+    """A set of rollouts that needs little memory: all admission numbers up to one, and the few above it."""
 
     def __init__(self) -> None:
-        self._upto = 0  # all below are in
+        self._upto = 0  # all numbers below are in the set
         self._beyond: set[int] = set()
         self._others: set[str] = set()
 
@@ -125,7 +126,7 @@ class Booked:
 
     @property
     def next_number(self) -> int:
-        """The highest admission number and one."""
+        """The highest admission number plus one."""
         return max(self._beyond, default=self._upto - 1) + 1
 
 
@@ -140,33 +141,19 @@ class Tally:
         """Admitted and not booked."""
         return 2 * self.fields["admitted"] - self.fields.total()
 
-    def counts(self) -> dict[str, Any]:
-        """As ledger.json has them: admitted = trained + dropped + dead + open."""
-        dropped = "dropped:"
-        return {
-            "admitted": self.fields["admitted"],
-            "trained": self.fields["trained"],
-            "dropped": {name.removeprefix(dropped): n for name, n in self.fields.items() if name.startswith(dropped)},
-            "dead": self.fields["dead"],
-            "open": self.open,
-        }
-
-    def write(self, path: Path, lock: Path) -> None:
+    def write(self, folder: RunFolder, lock: Path) -> None:
         """Unless another feeder, which took over from this one, has written a later one."""
-        counts = self.counts()
+        ledger = Ledger.of(self.fields)
         with locked(lock):
-            if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(counts):
-                write_text(path, json.dumps(counts))
-
-
-def _reached(counts: dict[str, Any]) -> tuple[int, int]:
-    """How far a ledger is: both numbers never fall."""
-    return counts["admitted"], counts["admitted"] - counts["open"]
+            there = folder.ledger
+            # Both numbers never fall.
+            if there is None or (there.admitted, there.ended) <= (ledger.admitted, ledger.ended):
+                write_text(folder.path / LEDGER, json.dumps(ledger.to_json()))
 
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """A line with what is kept beside it."""
+    """A line with its trace and audit."""
 
     line: BookLine
     verdict: Verdict | None = None
@@ -174,31 +161,32 @@ class Booking:
 
 
 class Books:
-    """Appends lines; knows which rollouts are booked, so that booking twice does nothing."""
+    """Appends lines, and remembers which rollouts are booked, so that booking twice has no effect."""
 
     def __init__(self, folder: Path, *, record_traces: bool, record_audit: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        files = RunFolder(folder)
         self.booked = Booked()
         self.endings: Counter[str] = Counter()  # by ledger field
-        for line in read_lines(folder / ROLLOUTS, BookLine.from_json):
+        for line in files.rollouts():
             self._count(line)
-        self._lines = open_whole_lines(folder / ROLLOUTS)
-        self._traces = self._open_beside(folder / TRACES) if record_traces else None
-        self._audit = self._open_beside(folder / AUDIT) if record_audit else None
+        self._lines = open_whole_lines(files.rollouts.path)
+        self._traces = self._open_beside(files.traces.path) if record_traces else None
+        self._audit = self._open_beside(files.audits.path) if record_audit else None
 
     def write(self, bookings: Sequence[Booking]) -> None:
-        """Put rollouts on record, on disk when this returns; without effect for those that are there."""
+        """Book rollouts; they are on disk when this returns. Has no effect for rollouts that are already booked."""
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
-        append_lines(self._traces, [Trace.of(one.verdict).to_json() for one in fresh if one.verdict is not None])
-        append_lines(self._audit, [one.audit.to_json() for one in fresh if one.audit is not None])
-        append_lines(self._lines, [one.line.to_json() for one in fresh])
+        append_lines(self._traces, [Trace.of(one.verdict) for one in fresh if one.verdict is not None])
+        append_lines(self._audit, [one.audit for one in fresh if one.audit is not None])
+        append_lines(self._lines, [one.line for one in fresh])
         for one in fresh:
             self._count(one.line)
 
     def _open_beside(self, path: Path) -> FileIO:
-        """Open for appending, behind the last line whose rollout is booked: a crash came before the others were."""
+        """Open for appending after the last line of a booked rollout; later lines are of a crash before booking."""
         file = open_whole_lines(path)
         end = 0
         for place, raw in whole_lines(path):
@@ -220,16 +208,16 @@ class Books:
 
 
 def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
-    """A count from a rollout's hash; `otherwise` where the record is broken."""
+    """A count from a rollout's hash; `otherwise` if the field is broken."""
     try:
         return read_number(value, name, high=1 << 16)
     except MessageError as error:
-        log.warning("rollout %s: audited with %d instead: %s", rid, otherwise, error)
+        log.warning("rollout %s: the audit uses %d instead: %s", rid, otherwise, error)
         return otherwise
 
 
 def audit_of(rid: str, record: dict[bytes, bytes]) -> Audit:
-    """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
+    """The writer and the digests of each chunk, from a rollout's hash at the time of booking."""
     owners = record.get(b"owners", b"").decode("ascii", "replace").split()
     threshold = record.get(b"threshold")
     chunks, stored = record.get(b"chunks", b"0"), sum(map(holds_tokens, record))
@@ -265,7 +253,7 @@ def _audited_chunk(record: dict[bytes, bytes], seq: int) -> Chunk:
 
 
 def count(line: BookLine) -> None:
-    """Put a line into the metrics; also done for every line on record when a feeder starts."""
+    """Add a line to the metrics; a starting feeder does so for every line in the books."""
     arm, reason = line.arm, line.finish_reason
     metrics.rollouts_finished.labels(arm, reason).inc()
     metrics.tokens_generated.labels(arm).inc(line.tokens_generated)
@@ -277,7 +265,7 @@ def count(line: BookLine) -> None:
         metrics.rollout_kept.labels(arm, reason).observe(line.tokens_kept)
     if line.ending == "dropped":
         metrics.trajectories_dropped.labels(line.reason).inc()
-    if line.fate != "lost":  # what it had written was lost with Redis's data
+    if line.fate != "lost":  # its length was lost with the data of Redis
         metrics.ended_length.labels(line.fate).observe(line.tokens_generated)
     if line.tokens_trainable is not None:
         metrics.ended_trainable.labels(line.fate).observe(line.tokens_trainable)

@@ -51,7 +51,7 @@ def test_a_run_is_interrupted_and_survives_a_lost_redis_and_a_torn_checkpoint(
     assert versions == sorted(versions)
     assert newest.with_name(f"{newest.name}.torn").exists()
     assert "Redis lost this run" in (folder / "logs" / "feeder.log").read_text()
-    assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()
+    assert "torn checkpoint skipped" in (folder / "logs" / "learner.log").read_text()
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -66,15 +66,15 @@ def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: 
     assert code == 2
     assert "cannot be loaded" in output
     assert str(model) in output
-    assert "ended with 0" not in output
+    assert "exited with 0" not in output
     assert "--resume" not in output  # it could not go on
     log = (tmp_path / "e2e" / "logs" / ("teacher-0.log" if who == "teacher" else "learner.log")).read_text()
     assert "succeeded" not in log
     assert not children_of(tmp_path / "e2e"), "a process was left behind"
 
 
-def test_a_worker_that_fails_slowly_is_given_up_with_its_last_words(tmp_path: Path) -> None:
-    """Each failure takes longer than a fifth of a minute would allow: what counts is that nothing gets on."""
+def test_a_worker_that_fails_slowly_is_given_up_with_its_last_error(tmp_path: Path) -> None:
+    """Each failure takes longer than a fifth of a minute would allow: what counts is that it makes no progress."""
     shim = """
 import os, sys, time
 if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
@@ -85,6 +85,6 @@ if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
     settings, environment = (*SMALL, "eval.every_steps=0"), {"PYTHONPATH": str(tmp_path / "shim")}
     code, output = finish(start(tmp_path, settings=settings, environment=environment), timeout_s=120)
     assert code == 1, output
-    assert output.count("teacher-0 ended with 1; started again (error: out of memory") == 5
-    assert "teacher-0 failed 6 times in a row without getting on: error: out of memory" in output
+    assert output.count("teacher-0 exited with 1; restarted (error: out of memory") == 5
+    assert "teacher-0 failed 6 times in a row without progress: error: out of memory" in output
     assert not children_of(tmp_path / "e2e"), "a process was left behind"

@@ -1,172 +1,93 @@
-"""A run's folder: made once, found again, moved aside, held by one process."""
+"""`RunFolder`: a folder that is empty, growing, whole or damaged, read by its one front."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from samples import make_config
+from run_folders import fill, fill_long, step_line
 
-from common.config import ConfigError, load
-from common.files import write_json
-from common.pretrained import PACKAGE_ROOT
-from common.runfiles.run import lock, move_aside, open_folder, read_json, versions, write_text
-
-
-def test_a_new_run_has_its_config_its_id_and_the_versions(tmp_path: Path) -> None:
-    config = make_config(tmp_path / "runs")
-    run_key = open_folder(config, resume=False)
-    assert re.fullmatch(r"test-[0-9a-f]{8}", run_key)
-    assert load(config.run_dir / "config.yaml") == config
-    found = json.loads((config.run_dir / "run.json").read_text())
-    assert found["run_key"] == run_key
-    assert found["versions"]["redis"] == version("redis")
-    assert set(found["versions"]) >= {"python", "torch", "transformers", "celery", "katana", "commit"}
+from common.config import ConfigError
+from common.runfiles.lines import DamagedLine
+from common.runfiles.records import Ledger
+from common.runfiles.run import RunFolder
 
 
-def test_a_folder_with_something_in_it_is_not_taken_over(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    run_key = open_folder(config, resume=False)
-    before = (config.run_dir / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"exists already\. Go on with it: --resume"):
-        open_folder(config, resume=False)
-    assert (config.run_dir / "run.json").read_bytes() == before
-    assert run_key in before.decode()
-
-
-def test_an_empty_folder_is_used(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    config.run_dir.mkdir()
-    assert open_folder(config, resume=False).startswith("test-")
-
-
-def test_resuming_keeps_the_id_and_notes_what_changed(tmp_path: Path) -> None:
-    before = make_config(tmp_path)
-    run_key = open_folder(before, resume=False)
-    after = make_config(tmp_path, learner={"max_steps": 7})
-    assert open_folder(after, resume=True) == run_key
-    assert load(before.run_dir / "config.yaml").learner.max_steps == 7
-
-
-def test_a_change_that_the_record_forbids_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
-    before = make_config(tmp_path)
-    open_folder(before, resume=False)
-    with pytest.raises(ConfigError, match=r"learner\.batch_size: 32 cannot become 3"):
-        open_folder(make_config(tmp_path, learner={"batch_size": 3}), resume=True)
-    assert load(before.run_dir / "config.yaml") == before
-
-
-def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    with pytest.raises(ConfigError, match="nothing to resume"):
-        open_folder(config, resume=True)
-    assert not config.run_dir.exists()
-    open_folder(config, resume=False)
-    for damaged in ("", "{"):
-        (config.run_dir / "run.json").write_text(damaged)
-        with pytest.raises(ConfigError, match=r"run\.json"):
-            open_folder(config, resume=True)
-    (config.run_dir / "run.json").unlink()
+def test_a_folder_in_which_nothing_is_yet(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    files = (run.rollouts, run.traces, run.audits, run.steps, run.trained, run.evaluations)
+    assert not any(list(file()) or file.last(1000) or file.tail().read() or list(file.placed()) for file in files)
+    assert (run.ledger, run.summary, run.wall_s, run.to_evaluate, run.begun) == (None, None, None, [], False)
+    with pytest.raises(ConfigError, match=r"no run's folder, there is no config\.yaml"):
+        _ = run.config
     with pytest.raises(ConfigError, match=r"run\.json"):
-        open_folder(config, resume=True)
+        _ = run.run_key
 
 
-def test_a_fresh_run_moves_the_former_aside(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    keys = [open_folder(config, resume=False, fresh=True) for _ in range(3)]
-    assert len(set(keys)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "test.1", "test.2"]
-    found = [read_json(tmp_path / name / "run.json")["run_key"] for name in ("test.1", "test.2", "test")]
-    assert found == keys
+def test_a_folder_of_a_run(tmp_path: Path) -> None:
+    run = RunFolder(fill(tmp_path))
+    (tmp_path / "run.json").write_text('{"run_key": "small-1"}')
+    (tmp_path / "wall.json").write_text('{"wall_s": 12}')
+    assert (run.begun, run.config.name, run.run_key, run.wall_s) == (True, "small", "small-1", 12)
+    assert [line.rid for line in run.rollouts()] == ["r0", "r1", "r2", "r3"]
+    assert [trace.rid for trace in run.traces()] == ["r0", "r1", "r3"]
+    assert [trace.rid for trace in run.traces({"r3", "r2", "r1"})] == ["r1", "r3"]
+    assert [step.step for step in run.steps()] == [1, 2]
+    assert [(one.step, one.scores.avg_at_k) for one in run.evaluations()] == [(0, 0.2), (2, 0.4)]
+    assert run.ledger == Ledger(4, 4, {}, 0, 0)
 
 
-def test_a_folder_at_work_is_not_moved(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    open_folder(config, resume=False)
-    with lock(config.run_dir):
-        with pytest.raises(ConfigError, match="at work in this folder"):
-            move_aside(config.run_dir)
-        with pytest.raises(ConfigError, match="at work in this folder"):
-            lock(config.run_dir)
-        # Another process is told the same.
-        code = f"from pathlib import Path; from common.runfiles.run import lock; lock(Path({str(config.run_dir)!r}))"
-        command = [sys.executable, "-c", code]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE_ROOT)
-        assert told.returncode != 0
-        assert "at work in this folder" in told.stderr
-    assert move_aside(config.run_dir) == tmp_path / "test.1"
+def test_weights_wait_in_the_order_of_their_versions(tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    for name in ("v00000010.json", "v00000002.json", "v00000002.safetensors", "v00000003.tmp"):
+        (tmp_path / "eval" / name).touch()
+    assert [path.name for path in RunFolder(tmp_path).to_evaluate] == ["v00000002.json", "v00000010.json"]
 
 
-def test_files_are_written_whole(tmp_path: Path) -> None:
-    write_text(tmp_path / "a", "text ü")
-    write_json(tmp_path / "b", {"x": 1})
-    assert (tmp_path / "a").read_text() == "text ü"
-    assert read_json(tmp_path / "b") == {"x": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    with pytest.raises(ConfigError, match="absent: cannot be read"):
-        read_json(tmp_path / "absent")
+@pytest.mark.parametrize("name", ["ledger", "summary", "wall"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / f"{name}.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}\.json: damaged \(.+; expected the {name} of a run"):
+        getattr(RunFolder(tmp_path), "wall_s" if name == "wall" else name)
 
 
-def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert re.fullmatch(r"[0-9a-f]{40}|unknown", versions()["commit"])
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert versions()["commit"] == "unknown"
+def test_damage_is_told_by_field(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"admitted": 1, "trained": null, "dropped": {}, "dead": 0, "open": 1}')
+    with pytest.raises(ConfigError, match=r"damaged \(trained is None, expected int\); expected the ledger of a run"):
+        _ = RunFolder(tmp_path).ledger
 
 
-def git(folder: Path, *words: str) -> str:
-    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), *identity, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
+def test_a_damaged_line_is_named_or_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{json.dumps(step_line(1))}\n{{"step": 2}}\n{json.dumps(step_line(3))}\n{{"step"')
+    steps = RunFolder(tmp_path).steps
+    for read in (steps, steps.placed):
+        with pytest.raises(DamagedLine, match=r"metrics\.jsonl:2: damaged \(policy_version is missing\)"):
+            list(read())
+    assert [step.step for step in steps(damaged=str)] == [step.step for step in steps.last(1 << 20)] == [1, 3]
 
 
-def installed(site: Path) -> None:
-    """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
-    shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "katana_distill-9.8.7.dist-info").mkdir()
-    (site / "katana_distill-9.8.7.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: katana-distill\nVersion: 9.8.7\n"
-    )
+def test_lines_are_found_again_where_they_begin(tmp_path: Path) -> None:
+    traces = RunFolder(fill_long(tmp_path, 20)).traces
+    placed = dict(traces.placed())
+    chosen = list(placed)[3::5]
+    assert traces.at(chosen) == {place: placed[place] for place in chosen}
+    assert list(placed.values()) == list(traces())
 
 
-def versions_of(site: Path, **environment: str) -> dict[str, str]:
-    code = "import json, common.runfiles.run; print(json.dumps(common.runfiles.run.versions()))"
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        cwd=site,
-        env=os.environ | {"PYTHONPATH": str(site)} | environment,
-    )
-    found: dict[str, str] = json.loads(answer.stdout)
-    return found
+def test_a_tail_reads_what_is_new(tmp_path: Path) -> None:
+    tail = RunFolder(tmp_path).steps.tail()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(step_line(1)) + "\n" + json.dumps(step_line(2))[:9])
+    assert [step.step for step in tail.read()] == [1]
+    with path.open("a") as file:
+        file.write(json.dumps(step_line(2))[9:] + "\n")
+    assert [step.step for step in tail.read()] == [2]
 
 
-def test_a_repository_around_an_installed_copy_is_not_katanas(tmp_path: Path) -> None:
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project")
-    site = tmp_path / "site-packages"
-    installed(site)
-    found = versions_of(site)
-    assert (found["katana"], found["commit"]) == ("9.8.7", "unknown")
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
-    assert versions_of(site)["commit"] == "unknown"
-    shutil.copy(PACKAGE_ROOT / "pyproject.toml", site)  # a source tree, but vendored: the repository is the other's
-    assert versions_of(site)["commit"] == "unknown"
-    git(site, "init", "-q")
-    git(site, "commit", "-q", "--allow-empty", "-m", "Katana")
-    own, other = git(site, "rev-parse", "HEAD").strip(), git(tmp_path, "rev-parse", "HEAD").strip()
-    assert own != other
-    assert versions_of(site)["commit"] == own
-    assert versions_of(site, GIT_DIR=str(tmp_path / ".git"))["commit"] == own
-    (site / "pyproject.toml").write_text('[project]\nname = "another"\n')  # the root of one that copied the packages
-    assert versions_of(site)["commit"] == "unknown"
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").mkdir()
+    with pytest.raises(ConfigError, match=r"ledger\.json: damaged"):
+        _ = RunFolder(tmp_path).ledger
