@@ -154,7 +154,7 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
         log.warning("data: %s", note)
     source.prepare()
     away = Episode(log)
-    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_tasks_waiting(broker, plane.run_key, away))
+    feeder = Feeder(config, plane, source, stop, send_tasks=lambda: keep_tasks_waiting(broker, plane.run_key, away))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
