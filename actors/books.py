@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from common import metrics
 from common.files import locked, write_text
-from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
-from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
+from common.runfiles.lines import append_lines, open_whole_lines, rid_of_line, whole_lines
+from common.runfiles.names import LEDGER
+from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Ledger, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
 from common.wire.record import divergence_field, holds_tokens, tokens_field
 
@@ -140,28 +141,14 @@ class Tally:
         """Admitted and not booked."""
         return 2 * self.fields["admitted"] - self.fields.total()
 
-    def counts(self) -> dict[str, Any]:
-        """As ledger.json has them: admitted = trained + dropped + dead + open."""
-        dropped = "dropped:"
-        return {
-            "admitted": self.fields["admitted"],
-            "trained": self.fields["trained"],
-            "dropped": {name.removeprefix(dropped): n for name, n in self.fields.items() if name.startswith(dropped)},
-            "dead": self.fields["dead"],
-            "open": self.open,
-        }
-
-    def write(self, path: Path, lock: Path) -> None:
+    def write(self, folder: RunFolder, lock: Path) -> None:
         """Unless another feeder, which took over from this one, has written a later one."""
-        counts = self.counts()
+        ledger = Ledger.of(self.fields)
         with locked(lock):
-            if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(counts):
-                write_text(path, json.dumps(counts))
-
-
-def _reached(counts: dict[str, Any]) -> tuple[int, int]:
-    """How far a ledger is: both numbers never fall."""
-    return counts["admitted"], counts["admitted"] - counts["open"]
+            there = folder.ledger
+            # Both numbers never fall.
+            if there is None or (there.admitted, there.ended) <= (ledger.admitted, ledger.ended):
+                write_text(folder.path / LEDGER, json.dumps(ledger.to_json()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,22 +165,23 @@ class Books:
 
     def __init__(self, folder: Path, *, record_traces: bool, record_audit: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        files = RunFolder(folder)
         self.booked = Booked()
         self.endings: Counter[str] = Counter()  # by ledger field
-        for line in read_lines(folder / ROLLOUTS, BookLine.from_json):
+        for line in files.rollouts():
             self._count(line)
-        self._lines = open_whole_lines(folder / ROLLOUTS)
-        self._traces = self._open_beside(folder / TRACES) if record_traces else None
-        self._audit = self._open_beside(folder / AUDIT) if record_audit else None
+        self._lines = open_whole_lines(files.rollouts.path)
+        self._traces = self._open_beside(files.traces.path) if record_traces else None
+        self._audit = self._open_beside(files.audits.path) if record_audit else None
 
     def write(self, bookings: Sequence[Booking]) -> None:
         """Book rollouts; they are on disk when this returns. Has no effect for rollouts that are already booked."""
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
-        append_lines(self._traces, [Trace.of(one.verdict).to_json() for one in fresh if one.verdict is not None])
-        append_lines(self._audit, [one.audit.to_json() for one in fresh if one.audit is not None])
-        append_lines(self._lines, [one.line.to_json() for one in fresh])
+        append_lines(self._traces, [Trace.of(one.verdict) for one in fresh if one.verdict is not None])
+        append_lines(self._audit, [one.audit for one in fresh if one.audit is not None])
+        append_lines(self._lines, [one.line for one in fresh])
         for one in fresh:
             self._count(one.line)
 

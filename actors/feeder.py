@@ -5,12 +5,10 @@ Invariant: every admitted rollout ends exactly once, as trained, dropped (with a
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from actors import admission, stream_metrics
@@ -21,8 +19,9 @@ from common.config import Config
 from common.draws import rollout_seed, uniform_bits
 from common.episode import Episode
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
-from common.runfiles.lines import read_lines
-from common.runfiles.records import LEDGER, ROLLOUTS, TRAINED, Audit, BookLine, Trained
+from common.runfiles.names import BOOKS_LOCK
+from common.runfiles.records import Audit
+from common.runfiles.run import RunFolder
 from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import Ints, MessageError, RolloutHead, read_number, read_rid
@@ -66,7 +65,8 @@ class Feeder:
         self._send_tasks, self._clock = send_tasks, clock
         self._lease = Lease(plane, "feeder", config.liveness.lease_s)
         self._policy = policies.find(config.termination.policy)
-        self._lock = config.run_dir / ".books.lock"
+        self._folder = RunFolder(config.run_dir)
+        self._lock = config.run_dir / BOOKS_LOCK
         self._rollouts: dict[str, Unbooked] = {}
         self._running: set[str] = set()
         self._cursor = 0
@@ -104,7 +104,7 @@ class Feeder:
             )
         self.ledger = Tally(self._plane.ledger())
         self._cursor = self._plane.cursor()
-        known = _admitted_on_disk(self._config.run_dir, self.books)
+        known = _admitted_on_disk(self._folder, self.books)
         if self._cursor < known:
             self._restore(known)
         rids = self._plane.open_rollouts()
@@ -143,7 +143,7 @@ class Feeder:
 
     def close(self) -> None:
         """Write the ledger to disk, release the lease and close the books. Does not need Redis."""
-        self.ledger.write(self._config.run_dir / LEDGER, self._lock)
+        self.ledger.write(self._folder, self._lock)
         self._lease.drop()
         self.books.close()
 
@@ -168,8 +168,7 @@ class Feeder:
         )
         self._cursor = cursor
         self.ledger = Tally({"admitted": cursor, **self.books.endings})
-        lines = read_lines(self._config.run_dir / ROLLOUTS, BookLine.from_json)
-        generated = sum(line.tokens_generated for line in lines)
+        generated = sum(line.tokens_generated for line in self._folder.rollouts())
         # The records of these have their own counts, which their writers may still increase.
         unbooked = [rid for rid in alive if rid not in self.books.booked]
         self._lease.call(scripts.restore(cursor, generated, unbooked, self.ledger.fields))
@@ -371,7 +370,7 @@ class Feeder:
         if self._clock() >= self._sweep_at:
             self._sweep_at = self._clock() + _SWEEP_S
             self._plane.sweep(silent_s=_SWEEP_S)
-        self.ledger.write(self._config.run_dir / LEDGER, self._lock)
+        self.ledger.write(self._folder, self._lock)
         metrics.config_value.labels("concurrency").set(self._concurrency)
         metrics.rollouts_open.set(self.ledger.open)
         stream_metrics.show_workers(live)
@@ -395,13 +394,11 @@ def head_of(
     )
 
 
-def _admitted_on_disk(folder: Path, books: Books) -> int:
+def _admitted_on_disk(folder: RunFolder, books: Books) -> int:
     """How many rollouts were admitted, by books, ledger and the learner's record: no id may be used twice."""
-    path = folder / LEDGER
-    admitted = int(json.loads(path.read_text())["admitted"]) if path.exists() else 0
-    lines = read_lines(folder / TRAINED, Trained.from_json)
-    trained = max((number_of(rid) + 1 for line in lines for rid in line.rids), default=0)
-    return max(books.booked.next_number, admitted, trained)
+    ledger = folder.ledger
+    trained = max((number_of(rid) + 1 for line in folder.trained() for rid in line.rids), default=0)
+    return max(books.booked.next_number, ledger.admitted if ledger else 0, trained)
 
 
 def _stored(length: bytes | None) -> int:

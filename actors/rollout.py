@@ -26,6 +26,7 @@ from common.config import Config
 from common.episode import Episode
 from common.failing import brief
 from common.pulse import Pulse
+from common.runfiles.names import WEIGHTS
 from common.wire import scripts
 from common.wire.messages import (
     ChunkSupport,
@@ -97,7 +98,7 @@ class RolloutWorker:
     ) -> None:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._clock = clock
-        self._weights = WeightsReader(config.run_dir / "weights", plane.refuse)
+        self._weights = WeightsReader(config.run_dir / WEIGHTS, plane.refuse)
         self._writing: dict[str, _Writing] = {}
         self._counts: list[Call[Counted]] = []  # lengths of stopped rollouts, to be sent
         self._done: list[bytes] = []  # signals that have been read

@@ -21,6 +21,10 @@ BUILT_IN = (
     "kat_absolute",
     "kat_inverse",
 )
+OF_WINDOWS = ("kat", "kat_absolute", "kat_inverse")
+"""Judged by means of windows of the divergence."""
+CALIBRATED = ("kat", "kat_inverse")
+"""Judged by a quantile of those of earlier rollouts, and not active before there are enough."""
 _FORMS = "path/to/file.py:ClassName, or package.module:ClassName"
 _FILE = re.compile(r"(?:.*/)?[^/]+\.py:[A-Za-z_][A-Za-z0-9_]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

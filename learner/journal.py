@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import IO, Any
+from typing import IO
 
 from common import metrics
 from common.config import Config
 from common.policies import unit_of
-from common.runfiles.lines import open_cut_back
-from common.runfiles.records import METRICS, TRAINED, Trained
+from common.runfiles.records import Step, Trained
+from common.runfiles.run import RunFolder
 from common.wire.messages import row_digest
 from learner.batch import Trajectory
 from learner.drift import Drift, drift_of
@@ -24,14 +24,14 @@ class Journal:
     """Writes the lines. Its files are open from `open` to `close`; a line is on disk after `sync`."""
 
     def __init__(self, config: Config) -> None:
-        self._folder = config.run_dir
+        self._folder = RunFolder(config.run_dir)
         self._policy = config.termination.policy
-        self._lines: dict[str, IO[str]] = {}
+        self._lines: dict[type, IO[str]] = {}  # by the record that each file holds
 
     def open(self, step: int) -> None:
         """Open the files, without the lines after `step`: those steps will be repeated."""
-        for name in (METRICS, TRAINED):
-            self._lines[name] = open_cut_back(self._folder / name, lambda line: line["step"] <= step)
+        self._lines[Step] = self._folder.steps.open_cut_back(lambda line: line.step <= step)
+        self._lines[Trained] = self._folder.trained.open_cut_back(lambda line: line.step <= step)
 
     def write(
         self,
@@ -52,34 +52,35 @@ class Journal:
     ) -> None:
         """Write the lines of a step: its figures and its trajectories. `loss` in nats; `stale_dropped` by arm."""
         drift = drift_of(trajectories)
-        line = {
-            "step": step,
-            "policy_version": policy_version,
-            "loss": loss,
-            "kl": seen.kl_nats,
-            "entropy": seen.entropy_nats,
-            "support_mass": seen.support_mass,
-            "support_mass_teacher": seen.support_mass_teacher,
-            "topk_overlap": seen.topk_overlap,
-            **asdict(drift),
-            "ratio_mean": seen.ratio_mean,
-            "ratio_max": seen.ratio_max,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "trajectories": len(trajectories),
-            "tokens_trained": seen.tokens,
-            "tokens_trained_total": tokens_trained_total,
-            "tokens_generated": tokens_generated,
-            "mean_kept": seen.tokens / len(trajectories),
-            "staleness_mean": sum(staleness) / len(staleness),
-            "staleness_max": max(staleness),
-            "stale_dropped": dict(stale_dropped),
-            "step_s": step_s,
-            "idle_ratio": idle_ratio,
-            "unix_s": time.time(),
-        }
-        self._append(METRICS, line)
-        self._append(TRAINED, _trained_line(step, policy_version, trajectories).to_json())
+        self._append(
+            Step(
+                step=step,
+                policy_version=policy_version,
+                loss=loss,
+                kl=seen.kl_nats,
+                entropy=seen.entropy_nats,
+                support_mass=seen.support_mass,
+                support_mass_teacher=seen.support_mass_teacher,
+                topk_overlap=seen.topk_overlap,
+                **asdict(drift),
+                ratio_mean=seen.ratio_mean,
+                ratio_max=seen.ratio_max,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                trajectories=len(trajectories),
+                tokens_trained=seen.tokens,
+                tokens_trained_total=tokens_trained_total,
+                tokens_generated=tokens_generated,
+                mean_kept=seen.tokens / len(trajectories),
+                staleness_mean=sum(staleness) / len(staleness),
+                staleness_max=max(staleness),
+                stale_dropped=dict(stale_dropped),
+                step_s=step_s,
+                idle_ratio=idle_ratio,
+                unix_s=time.time(),
+            )
+        )
+        self._append(_trained_line(step, policy_version, trajectories))
         metrics.learner_steps.inc()
         metrics.learner_tokens.inc(seen.tokens)
         metrics.learner_loss.set(loss)
@@ -113,9 +114,10 @@ class Journal:
         if drift.threshold is not None and unit_of(self._policy) == "nats":
             metrics.learner_threshold.set(drift.threshold)
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        self._lines[name].write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines[name].flush()
+    def _append(self, line: Step | Trained) -> None:
+        file = self._lines[type(line)]
+        file.write(json.dumps(line.to_json(), allow_nan=False) + "\n")
+        file.flush()
 
 
 def _trained_line(step: int, version: int, trajectories: Sequence[Trajectory]) -> Trained:

@@ -29,6 +29,8 @@ from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
+from common.runfiles.names import CHECKPOINTS, COUNTED, LEARNER_LOCK, MODEL, TO_EVALUATE, WEIGHTS
+from common.runfiles.records import ToEvaluate
 from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
@@ -79,7 +81,7 @@ class Learner:
         self.step_count = 0
         self.version = -1
         limited = config.learner.max_generated_tokens is not None
-        self._generated = GeneratedTokens(plane, config.run_dir / "counted.json" if limited else None)
+        self._generated = GeneratedTokens(plane, config.run_dir / COUNTED if limited else None)
         self._micro_batch_tokens = config.learner.micro_batch_tokens
         self._careful = False  # the last learner crashed, and its trajectories may be the cause
         self._aside = 0  # trajectories set aside since the last step
@@ -88,7 +90,7 @@ class Learner:
         self._idle_s = 0.0
         self._working_since = time.monotonic()
         self._starved_at = time.monotonic() + STARVED_S  # when the wait for a batch becomes too long
-        self._lock = config.run_dir / ".learner.lock"
+        self._lock = config.run_dir / LEARNER_LOCK
         self._journal = Journal(config)
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -147,7 +149,7 @@ class Learner:
         consumed: tuple[str, ...] = ()
         generated = 0
         with self._pulse.busy("the start"), self._lease.exclusively(self._lock):  # a former learner has stopped writing
-            state = load_newest(folder / "checkpoints")
+            state = load_newest(folder / CHECKPOINTS)
             if state is not None:
                 restore(self.model, self.optimizer, state)
                 self.step_count, consumed = state.step, state.consumed
@@ -158,7 +160,7 @@ class Learner:
             self._generated.go_on(self.step_count, generated)
             self._journal.open(self.step_count)
             # If Redis lost the run, the pointer is gone, but the file names have the version.
-            self.version = max(self.version, newest_version(folder / "weights"))
+            self.version = max(self.version, newest_version(folder / WEIGHTS))
         self.version = max(self.version, self.announced())
         self._careful = self._plane.policy().get("learning", "0") != "0"
         self._lease.advance("learning", 1)
@@ -178,7 +180,7 @@ class Learner:
 
     def _finish(self) -> None:
         """Write `model/`, and signal the feeder that training is over."""
-        folder = self._config.run_dir / "model"
+        folder = self._config.run_dir / MODEL
         source = self._pair.student.folder / "generation_config.json"
         with self._pulse.busy("the model"), self._lease.exclusively(self._lock):
             self.model.save_pretrained(folder)
@@ -415,7 +417,7 @@ class Learner:
 
     def publish(self) -> None:
         """Write the weights as the next version and announce them; versions never decrease."""
-        folder = self._config.run_dir / "weights"
+        folder = self._config.run_dir / WEIGHTS
         self.version += 1
         dtype = getattr(torch, self._config.rollout.dtype)
         with self._pulse.busy("weights"), self._lease.exclusively(self._lock):
@@ -463,7 +465,7 @@ class Learner:
             counters={"tokens_trained": self._tokens_trained, "tokens_generated": self.tokens_generated},
         )
         with self._lease.exclusively(self._lock):
-            save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
+            save(self._config.run_dir / CHECKPOINTS, state, keep=self._config.checkpoints.keep)
             self._journal.sync()
 
 
@@ -492,12 +494,11 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: int) -> None:
     """Link the weights into `eval/`, which retention does not touch; the evaluator removes them."""
-    folder = run_dir / "eval"
+    folder = run_dir / TO_EVALUATE
     folder.mkdir(exist_ok=True)
     target = folder / ref.file
     target.unlink(missing_ok=True)
-    os.link(run_dir / "weights" / ref.file, target)
-    note = {"version": ref.version, "step": step, "tokens_trained": tokens_trained, "sha256": ref.sha256}
+    os.link(run_dir / WEIGHTS / ref.file, target)
     draft = target.with_suffix(".tmp")
-    draft.write_text(json.dumps(note))
+    draft.write_text(json.dumps(ToEvaluate(ref.version, step, tokens_trained, ref.sha256).to_json()))
     os.replace(draft, target.with_suffix(".json"))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from matplotlib.ticker import EngFormatter
 
+from common import policy_names
 from common.config import Config
 
 
@@ -29,7 +30,7 @@ def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:
     applied = " (shadow)" if settings.shadow else " (mask)" if settings.apply == "mask" else ""
     if settings.policy == "fixed":
         return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
-    if not settings.policy.startswith("kat"):
+    if settings.policy not in policy_names.OF_WINDOWS:
         return settings.policy + applied
     text = (
         f"{settings.policy}{applied}: W {settings.window}, C {settings.patience}, η {settings.eta:g}, "

@@ -100,10 +100,12 @@ def evaluation(step: int, average: float) -> dict[str, Any]:
     }
 
 
-def step_line(step: int) -> dict[str, Any]:
-    return {
+def step_line(step: int, **changes: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl; it has every field."""
+    fields: dict[str, Any] = {
         "step": step,
         "policy_version": step,
+        "loss": 0.5,
         "kl": 1.0 / step,
         "entropy": 0.5,
         "support_mass": 0.9,
@@ -114,12 +116,23 @@ def step_line(step: int) -> dict[str, Any]:
         "cut_rate_treated": 0.5,
         "cut_rate_control": None,
         "threshold": None,
+        "ratio_mean": 1.0,
+        "ratio_max": 2.0,
+        "grad_norm": 3.0,
+        "learning_rate": 1e-3,
+        "trajectories": 2,
+        "tokens_trained": 20,
+        "tokens_trained_total": 20 * step,
+        "tokens_generated": 25 * step,
+        "mean_kept": 10.0,
         "staleness_mean": 0.5,
         "staleness_max": 1,
+        "stale_dropped": {"treated": 0, "control": 0},
         "step_s": 0.25,
         "idle_ratio": 0.5,
         "unix_s": 1.7e9 + step,
     }
+    return fields | changes
 
 
 def write_lines(path: Path, items: Sequence[dict[str, Any] | BookLine]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,17 @@ def test_every_package_is_described() -> None:
         assert str(folder) == "ops" or f"| `{folder}/` |" in described, folder
 
 
-def test_every_field_of_a_finished_rollout_is_described() -> None:
-    from common.runfiles.records import BookLine
+def test_every_file_of_a_run_and_every_field_of_its_records_is_described() -> None:
+    from common.runfiles import names, records
+    from common.runfiles.fields import Record
 
     described = text("docs/run-folder.md")
-    assert not [name for name in BookLine.__dataclass_fields__ if f"`{name}`" not in described]
+    files = [value for name, value in vars(names).items() if name.isupper()]
+    assert not [name for name in files if f"`{name}`" not in described and f"`{name}/`" not in described]
+    kinds = [kind for kind in vars(records).values() if isinstance(kind, type) and issubclass(kind, Record)]
+    stored = {one.metadata.get("name") or one.name for kind in kinds if kind is not Record for one in fields(kind)}
+    assert len(kinds) > 15
+    assert not [name for name in stored - {"scores"} if f"`{name}`" not in described]
 
 
 def test_no_machine_s_path_in_tracked_text() -> None:

@@ -208,7 +208,7 @@ class Termination(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Termination:
-        calibrated = self.policy in ("kat", "kat_inverse")
+        calibrated = self.policy in policy_names.CALIBRATED
         if self.policy == "random_matched" and not self.hazard:
             raise ValueError("policy random_matched needs hazard: `katana match RUN` makes it from a run of kat")
         if self.policy == "scheduled" and self.scheduled_tokens < self.fixed_tokens:
@@ -551,7 +551,7 @@ class Config(Section):
         policy = self.termination.policy
         if policy in ("fixed", "scheduled") and self.termination.fixed_tokens > self.rollout.max_completion_length:
             raise ValueError("termination.fixed_tokens is above rollout.max_completion_length; nothing would be cut")
-        if policy in ("kat", "kat_absolute", "kat_inverse"):
+        if policy in policy_names.OF_WINDOWS:
             first = self.termination.grace_tokens + self.termination.window
             if first > self.rollout.max_completion_length:
                 raise ValueError(

@@ -1,8 +1,8 @@
 """JSON lines: one process appends to a file, others read it meanwhile or afterwards.
 
 Readers see whole lines: one without its line feed was torn off by a crash, or is being written, and was never
-acknowledged. What they do with a whole line that cannot be read is theirs to say, by `damaged`: it raises (`refuse`),
-collects (a list's `append`) or does nothing (`skip`).
+acknowledged. A whole line that cannot be read is raised as DamagedLine, unless the reader gives a `damaged` that takes
+it, say a list's `append`.
 """
 
 from __future__ import annotations
@@ -12,42 +12,33 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar, overload
+from typing import IO, Any, Generic, TypeVar
 
 from common.config import ConfigError
+from common.runfiles.fields import Object, Record, an_object
 
 T = TypeVar("T")
-Object = dict[str, Any]
+R = TypeVar("R", bound=Record)
 _RID = b'{"rid":"'  # how every line about a rollout begins
 _AT_ONCE = 8 << 20  # bytes of one read: a file that is long already is not held whole beside what is made of it
-_BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
+"""What a damaged line or file raises when it is decoded."""
 
 
 class DamagedLine(ConfigError):
     """A whole line that cannot be read, with its file, its number from 1, and why."""
 
     def __init__(self, path: Path, number: int, error: BaseException) -> None:
-        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        self.path, self.number, self.why = path, number, why_of(error)
         super().__init__(
-            f"{path}:{number}: damaged ({why[:200]}); expected one whole JSON object a line: put back the "
-            f"line as it was written, or the file from a copy"
+            f"{path}:{number}: damaged ({self.why}); expected one whole JSON object a line: put back the line as it "
+            f"was written, or the file from a copy"
         )
-        self.path, self.number, self.why = path, number, why[:200]
 
 
-def refuse(damage: DamagedLine) -> None:
-    raise damage
-
-
-def skip(damage: DamagedLine) -> None:
-    """Pass over it."""
-
-
-def an_object(value: Any) -> Object:
-    """The decoder of lines that need no more than to be objects."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
+def why_of(error: BaseException) -> str:
+    """What a decoder said of damage."""
+    return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -65,27 +56,11 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             place += len(raw)
 
 
-@overload
-def read_lines(
-    path: Path, *, damaged: Callable[[DamagedLine], None] = ..., rids: Collection[str] | None = ...
-) -> Iterator[Object]: ...
-
-
-@overload
-def read_lines(
-    path: Path,
-    decode: Callable[[Any], T],
-    *,
-    damaged: Callable[[DamagedLine], None] = ...,
-    rids: Collection[str] | None = ...,
-) -> Iterator[T]: ...
-
-
 def read_lines(
     path: Path,
     decode: Callable[[Any], Any] = an_object,
     *,
-    damaged: Callable[[DamagedLine], None] = refuse,
+    damaged: Callable[[DamagedLine], object] | None = None,
     rids: Collection[str] | None = None,
 ) -> Iterator[Any]:
     """All lines, decoded; of `rids` alone where they are given: the others are not even parsed."""
@@ -93,40 +68,20 @@ def read_lines(
         if rids is not None and rid_of_line(raw) not in rids:
             continue
         try:
-            value = decode(json.loads(raw))
-        except _BROKEN as error:
-            damaged(DamagedLine(path, number, error))
+            value = _decoded(path, number, raw, decode)
+        except DamagedLine as damage:
+            if damaged is None:
+                raise
+            damaged(damage)
             continue
         yield value
 
 
-def read_at(path: Path, places: Iterable[int], decode: Callable[[Any], T]) -> dict[int, T]:
-    """The lines that begin at these bytes, by place. Raises ValueError, TypeError or KeyError for a damaged one."""
-    found: dict[int, T] = {}
-    wanted = list(places)
-    if not wanted:
-        return found
-    with path.open("rb") as file:
-        for place in wanted:
-            file.seek(place)
-            found[place] = decode(json.loads(file.readline()))
-    return found
-
-
-def last_lines(path: Path, decode: Callable[[Any], T], most_bytes: int) -> list[T]:
-    """Whole lines at the end of a file, oldest first, out of its last bytes; those that cannot be read are left out."""
+def _decoded(path: Path, number: int, raw: bytes, decode: Callable[[Any], T]) -> T:
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            begin = max(0, size - most_bytes)
-            file.seek(begin)
-            data = file.read(most_bytes)
-    except FileNotFoundError:
-        return []
-    first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
-    return [
-        line for raw in data[first : data.rfind(b"\n") + 1].splitlines() if (line := _parsed(raw, decode)) is not None
-    ]
+        return decode(json.loads(raw))
+    except BROKEN as error:
+        raise DamagedLine(path, number, error) from error
 
 
 def rid_of_line(raw: bytes) -> str:
@@ -174,17 +129,78 @@ class Tail(Generic[T]):
 def _parsed(raw: bytes, decode: Callable[[Any], T]) -> T | None:
     try:
         return decode(json.loads(raw))
-    except _BROKEN:
+    except BROKEN:
         return None
+
+
+class Lines(Generic[R]):
+    """A file of a run's folder whose lines are records of one kind. Where there is no file, there are no lines."""
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path, self._decode = path, kind.from_json
+
+    def __call__(
+        self, rids: Collection[str] | None = None, damaged: Callable[[DamagedLine], object] | None = None
+    ) -> Iterator[R]:
+        """All whole lines, or those of `rids`."""
+        return read_lines(self.path, self._decode, damaged=damaged, rids=rids)
+
+    def tail(self) -> Tail[R]:
+        """To read on while the file grows."""
+        return Tail(self.path, self._decode)
+
+    def last(self, most_bytes: int) -> list[R]:
+        """Whole lines at the end of the file, oldest first, out of its last bytes; damaged ones are left out."""
+        try:
+            with self.path.open("rb") as file:
+                begin = max(0, file.seek(0, os.SEEK_END) - most_bytes)
+                file.seek(begin)
+                data = file.read(most_bytes)
+        except FileNotFoundError:
+            return []
+        first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
+        lines = (_parsed(raw, self._decode) for raw in data[first : data.rfind(b"\n") + 1].splitlines())
+        return [line for line in lines if line is not None]
+
+    def placed(self) -> Iterator[tuple[int, R]]:
+        """As `self()`, each with the byte at which it begins."""
+        for number, (place, raw) in enumerate(whole_lines(self.path), start=1):
+            yield place, _decoded(self.path, number, raw, self._decode)
+
+    def at(self, places: Iterable[int]) -> dict[int, R]:
+        """Lines that were read before, by the byte at which they begin."""
+        if not (wanted := list(places)):
+            return {}
+        with self.path.open("rb") as file:
+            return {place: self._decode(json.loads(_line_at(file, place))) for place in wanted}
+
+    def open_cut_back(self, keeps: Callable[[R], bool]) -> IO[str]:
+        """Open for appending, without the first line that is not to be kept and all behind it.
+
+        The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
+        """
+        draft = self.path.with_suffix(".tmp")
+        with draft.open("wb") as file:
+            for number, (_, raw) in enumerate(whole_lines(self.path), start=1):
+                if not keeps(_decoded(self.path, number, raw, self._decode)):
+                    break
+                file.write(raw)
+        os.replace(draft, self.path)
+        return self.path.open("a")
+
+
+def _line_at(file: IO[bytes], place: int) -> bytes:
+    file.seek(place)
+    return file.readline()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def append_lines(file: FileIO | None, values: Sequence[Object]) -> None:
+def append_lines(file: FileIO | None, records: Sequence[Record]) -> None:
     """On disk when this returns."""
-    if file is not None and values:
-        data = b"".join(_json_line(value) for value in values)
+    if file is not None and records:
+        data = b"".join(_json_line(record.to_json()) for record in records)
         while data:  # a raw file may take a part
             data = data[file.write(data) or 0 :]
         os.fsync(file.fileno())
@@ -211,22 +227,3 @@ def open_whole_lines(path: Path) -> FileIO:
         file.truncate(end)
     file.seek(0, os.SEEK_END)
     return file
-
-
-def open_cut_back(path: Path, keeps: Callable[[Object], bool]) -> IO[str]:
-    """Open for appending, without the first line that is not to be kept and all behind it.
-
-    The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
-    """
-    draft = path.with_suffix(".tmp")
-    with draft.open("wb") as file:
-        for number, (_, raw) in enumerate(whole_lines(path), start=1):
-            try:
-                kept = keeps(an_object(json.loads(raw)))
-            except _BROKEN as error:
-                raise DamagedLine(path, number, error) from error
-            if not kept:
-                break
-            file.write(raw)
-    os.replace(draft, path)
-    return path.open("a")

@@ -1,32 +1,27 @@
 """The records in a run's folder: what each file's lines hold, and what that means.
 
-    rollouts.jsonl  BookLine    feeder → all who look on or back: a rollout that ended
-    traces.jsonl    Trace       feeder → report, replay, audit, checker: tokens and divergences of a verdict
-    audit.jsonl     Audit       feeder → checker: who wrote which chunk
-    trained.jsonl   Trained     learner → checker, feeder: which rollouts a step trained, and digests of their tokens
-
-Lines of metrics.jsonl (learner) and eval.jsonl (evaluator) are objects still, of figures for trackers and reports.
-`from_json` takes a parsed line, checks every field and raises ValueError, TypeError or KeyError; fields that older
-folders lack have defaults, and what is not known is ignored. Floats are finite, counts are not negative.
+rollouts.jsonl  BookLine     feeder → all who look on or back: a rollout that ended
+traces.jsonl    Trace        feeder → report, replay, audit, checker: tokens and divergences of a verdict
+audit.jsonl     Audit        feeder → checker: who wrote which chunk
+ledger.json     Ledger       feeder → itself, top, report, checker: how many rollouts ended how
+metrics.jsonl   Step         learner → all who look on or back: figures of an optimizer step
+trained.jsonl   Trained      learner → checker, feeder: which rollouts a step trained, and digests of their tokens
+eval/v….json    ToEvaluate   learner → evaluator: weights that wait for it
+eval.jsonl      Evaluation   evaluator → report, compare, trackers, summary: scores of a policy version
+summary.json    Summary      whoever ends the run → compare, match, bench: what the run came to
+wall.json       Wall         `katana run` → summary, report: how long it took
 """
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
-from types import NoneType, UnionType
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
+from common.runfiles.fields import Object, Record, an_object, decoded, encoded, stored
 from common.wire.messages import ARMS, Floats, Ints, Verdict, fired
-
-ROLLOUTS, TRACES, AUDIT = "rollouts.jsonl", "traces.jsonl", "audit.jsonl"
-METRICS, TRAINED, EVALUATIONS = "metrics.jsonl", "trained.jsonl", "eval.jsonl"
-CONFIG, LEDGER, SUMMARY, WALL = "config.yaml", "ledger.json", "summary.json", "wall.json"
 
 UNFINISHED = frozenset({"run_end", "lost"})
 """Dropped for these reasons a rollout was ended by the run, not by itself or its policy."""
@@ -35,14 +30,12 @@ ENDS_BY_ITSELF = ("eos", "length")
 UNJUDGED = "unfinished"
 """The finish reason of what ended before its verdict."""
 
-T = TypeVar("T")
-
 
 # --- rollouts.jsonl ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class BookLine:
+class BookLine(Record):
     """A finished rollout. `ending`: trained | dropped | dead; `reason`: why it was dropped or died."""
 
     rid: str
@@ -103,13 +96,6 @@ class BookLine:
     def ledger_field(self) -> str:
         return ledger_field(self.ending, self.reason)
 
-    @classmethod
-    def from_json(cls, tree: Any) -> BookLine:
-        return _decoded(cls, tree)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def ledger_field(ending: str, reason: str) -> str:
     """trained | dead | dropped:REASON, as the ledger counts them."""
@@ -120,7 +106,7 @@ def ledger_field(ending: str, reason: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Record):
     """A verdict. `stopped`: whether the policy stopped the writing (`cut` in the file).
 
     Where the policy fired and stopped nothing (control arm, mask, shadow) `keep` and `trigger` say where it would have
@@ -134,11 +120,11 @@ class Trace:
     keep: int
     train: int
     finish_reason: str
-    stopped: bool
+    stopped: bool = field(metadata=stored("cut"))
     threshold: float | None
     version: int  # that wrote its first token
-    token_bytes: bytes  # int32, little-endian, [n]; as bytes, so that two traces can be compared
-    divergence_bytes: bytes  # float32, little-endian, [n], nats
+    token_bytes: bytes = field(metadata=stored("tokens"))  # int32, little-endian, [n]; bytes compare
+    divergence_bytes: bytes = field(metadata=stored("divergence"))  # float32, little-endian, [n], nats
 
     @property
     def tokens(self) -> Ints:
@@ -177,43 +163,24 @@ class Trace:
 
     @classmethod
     def from_json(cls, tree: Any) -> Trace:
-        tree = _object(tree)
-        tokens, divergence = (_bytes(tree, name) for name in ("tokens", "divergence"))
-        others = {"stopped": tree["cut"], "token_bytes": "", "divergence_bytes": ""}
-        trace = _decoded(cls, tree | others, token_bytes=tokens, divergence_bytes=divergence)
+        trace = decoded(cls, tree)
         if trace.arm not in ARMS:
             raise ValueError(f"arm is {trace.arm!r:.40}")
-        if len(tokens) != len(divergence) or len(tokens) % 4:
-            raise ValueError(f"{len(tokens) / 4:g} tokens with {len(divergence) / 4:g} divergences")
+        tokens, divergence = len(trace.token_bytes), len(trace.divergence_bytes)
+        if tokens != divergence or tokens % 4 or not tokens:
+            raise ValueError(f"{tokens / 4:g} tokens with {divergence / 4:g} divergences")
+        if not trace.keep <= trace.trigger <= trace.written:
+            raise ValueError(f"rollout {trace.rid}: keep {trace.keep}, trigger {trace.trigger}, {trace.written} tokens")
+        if not (trace.divergence >= 0).all() or np.isinf(trace.divergence).any():
+            raise ValueError(f"rollout {trace.rid}: a divergence is not finite, or below 0")
         return trace
-
-    def to_json(self) -> dict[str, Any]:
-        """Tokens and divergences exact, as base64."""
-        return {
-            "rid": self.rid,
-            "arm": self.arm,
-            "problem": self.problem,
-            "trigger": self.trigger,
-            "keep": self.keep,
-            "train": self.train,
-            "finish_reason": self.finish_reason,
-            "cut": self.stopped,
-            "threshold": self.threshold,
-            "version": self.version,
-            "tokens": base64.b64encode(self.token_bytes).decode(),
-            "divergence": base64.b64encode(self.divergence_bytes).decode(),
-        }
-
-
-def _bytes(tree: Mapping[str, Any], name: str) -> bytes:
-    return base64.b64decode(_typed(tree[name], str, name), validate=True)
 
 
 # --- audit.jsonl ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Record):
     """A chunk as it was stored when its rollout was booked. `divergence`: digest, None where it was not scored."""
 
     seq: int
@@ -228,20 +195,20 @@ class Chunk:
 
     @classmethod
     def from_json(cls, tree: Any) -> Chunk:
-        if "broken" not in _object(tree):
-            for one in fields(cls):
-                if one.name != "broken":
-                    tree[one.name]
-        return _decoded(cls, tree)
+        if "broken" not in an_object(tree) and (lacking := [name for name in _CHUNK if name not in tree]):
+            raise ValueError(f"{lacking[0]} is missing")
+        return decoded(cls, tree)
 
-    def to_json(self) -> dict[str, Any]:
-        if self.broken is not None:
-            return {"seq": self.seq, "broken": self.broken}
-        return {name: value for name, value in asdict(self).items() if name != "broken"}
+    def to_json(self) -> Object:
+        tree, broken = encoded(self), self.broken is not None
+        return {name: value for name, value in tree.items() if name == "seq" or (name == "broken") == broken}
+
+
+_CHUNK = tuple(one.name for one in fields(Chunk) if one.name != "broken")
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class Audit(Record):
     """A rollout's hash when it was booked."""
 
     rid: str
@@ -250,32 +217,12 @@ class Audit:
     threshold: str | None
     verdict: bool
 
-    @classmethod
-    def from_json(cls, tree: Any) -> Audit:
-        tree = _object(tree)
-        return cls(
-            rid=_typed(tree["rid"], str, "rid"),
-            owners=[(_typed(nonce, str, "owners"), _typed(first, int, "owners")) for nonce, first in tree["owners"]],
-            chunks=[Chunk.from_json(chunk) for chunk in _typed(tree["chunks"], list, "chunks")],
-            threshold=None if tree["threshold"] is None else _typed(tree["threshold"], str, "threshold"),
-            verdict=_typed(tree["verdict"], bool, "verdict"),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "rid": self.rid,
-            "owners": [[nonce, first] for nonce, first in self.owners],
-            "chunks": [chunk.to_json() for chunk in self.chunks],
-            "threshold": self.threshold,
-            "verdict": self.verdict,
-        }
-
 
 # --- trained.jsonl ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class Trained(Record):
     """What an optimizer step was made of: of each rollout its id, how many tokens, and their digest."""
 
     step: int
@@ -284,67 +231,204 @@ class Trained:
     tokens: list[int]
     digests: list[str]
 
+    def __post_init__(self) -> None:
+        if not len(self.rids) == len(self.tokens) == len(self.digests):
+            raise ValueError(f"{len(self.rids)} rids, {len(self.tokens)} tokens, {len(self.digests)} digests")
+
+
+# --- ledger.json ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger(Record):
+    """How many rollouts were admitted and what became of them: admitted = trained + dropped + dead + open."""
+
+    admitted: int
+    trained: int
+    dropped: dict[str, int]  # by reason
+    dead: int
+    open: int
+
     @classmethod
-    def from_json(cls, tree: Any) -> Trained:
-        tree = _object(tree)
-        lists = {
-            name: [_typed(one, kind, name) for one in _typed(tree[name], list, name)]
-            for name, kind in (("rids", str), ("tokens", int), ("digests", str))
-        }
-        if len({len(found) for found in lists.values()}) > 1:
-            raise ValueError(", ".join(f"{len(found)} {name}" for name, found in lists.items()))
-        return _decoded(cls, tree, **lists)
+    def of(cls, counts: Mapping[str, int]) -> Ledger:
+        """From counts by `ledger_field`, with `admitted`, as Redis has them."""
+        begin = ledger_field("dropped", "")
+        dropped = {name.removeprefix(begin): count for name, count in counts.items() if name.startswith(begin)}
+        admitted, trained, dead = (counts.get(name, 0) for name in ("admitted", "trained", "dead"))
+        return cls(admitted, trained, dropped, dead, admitted - trained - sum(dropped.values()) - dead)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def counts(self) -> dict[str, int]:
+        """By `ledger_field`, with `admitted`."""
+        dropped = {ledger_field("dropped", reason): count for reason, count in self.dropped.items()}
+        return {"admitted": self.admitted, "trained": self.trained, "dead": self.dead} | dropped
 
-
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def _object(tree: Any) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise ValueError(f"expected an object, found {type(tree).__name__}")
-    return tree
+    @property
+    def ended(self) -> int:
+        return self.trained + sum(self.dropped.values()) + self.dead
 
 
-def _typed(value: Any, kind: type[T], name: str) -> T:
-    if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r:.60}, expected {kind.__name__}")
-    return value
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
-@cache
-def _plan(cls: Any) -> tuple[tuple[str, frozenset[type], bool, str], ...]:
-    """Of each field that has one of JSON's own types: name, types, whether it may be missing, how these are called."""
-    hints, plan = get_type_hints(cls), []
-    for one in fields(cls):
-        hint = hints[one.name]
-        kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,))
-        if kinds <= {str, int, float, bool, NoneType}:
-            # JSON has one kind of number: 1 stands for 1.0 as well.
-            allowed = kinds | {int} if float in kinds else kinds
-            plan.append(
-                (one.name, frozenset(allowed), one.default is not MISSING, getattr(hint, "__name__", str(hint)))
-            )
-    return tuple(plan)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step(Record):
+    """Figures of an optimizer step; of its batch, where nothing else is said. None: nothing in the batch can tell, or
+    the file is older than the field."""
+
+    step: int
+    policy_version: int  # of the weights after it
+    loss: float
+    kl: float  # mean reverse KL to the teacher, nats a token
+    entropy: float  # the student's, nats a token
+    support_mass: float  # the student's probability on the learner's support
+    support_mass_teacher: float | None = None
+    topk_overlap: float | None = None  # share of the student's top K that is in the support
+    repetition: float | None = None
+    truncation_rate: float | None = None
+    cut_rate_treated: float | None = None
+    cut_rate_control: float | None = None
+    threshold: float | None = None  # mean, in the policy's unit
+    ratio_mean: float  # p_θ / p_rollout of the drawn tokens
+    ratio_max: float
+    grad_norm: float  # before clipping
+    learning_rate: float
+    trajectories: int
+    tokens_trained: int
+    tokens_trained_total: int  # in the run so far
+    tokens_generated: int | None = None  # in the run so far
+    mean_kept: float
+    staleness_mean: float  # versions
+    staleness_max: int
+    stale_dropped: dict[str, int]  # in the run so far, by arm
+    step_s: float
+    idle_ratio: float
+    unix_s: float
 
 
-def _decoded(cls: type[T], tree: Any, **given: Any) -> T:
-    """The record, with `given` for what is decoded already. Raises ValueError."""
-    tree = _object(tree)
-    values = dict(given)
-    for name, kinds, optional, called in _plan(cast(Any, cls)):
-        if name not in tree:
-            if optional:
-                continue
-            raise ValueError(f"{name} is missing")
-        value = values[name] = tree[name]
-        kind = type(value)
-        if kind not in kinds:
-            raise ValueError(f"{name} is {value!r:.60}, expected {called}")
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{name} is not finite")
-        if kind is int and value < 0 and float not in kinds:
-            raise ValueError(f"{name} is {value}, below 0")
-    return cls(**values)
+# --- eval.jsonl -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToEvaluate(Record):
+    """Weights that wait for the evaluator: their version, the step they are of, and tokens trained on up to it."""
+
+    version: int
+    step: int
+    tokens_trained: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Record):
+    """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP.
+
+    A problem with a sample that nobody could judge is left out of accuracy and chance, and of n; `unjudged` counts such
+    samples. Of several benchmarks: n is their sum, as is `unjudged`, k that of the config, and every other number the
+    mean of theirs.
+    """
+
+    k: int
+    n: int
+    avg_at_k: float = field(metadata=stored("avg@k"))
+    pass_at_k: float = field(metadata=stored("pass@k"))
+    mean_length: float
+    eos_rate: float
+    unjudged: int = field(metadata=stored(sparse=True), default=0)
+    benchmarks: dict[str, Scores] = field(metadata=stored(sparse=True), default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation(Record):
+    """The scores of a policy version, which is that of `step`. `tokens_trained`: up to there."""
+
+    policy_version: int
+    step: int
+    tokens_trained: int
+    scores: Scores  # its fields stand among the others in the file
+    wall_s: float
+
+    @classmethod
+    def from_json(cls, tree: Any) -> Evaluation:
+        return decoded(cls, an_object(tree) | {"scores": tree})
+
+    def to_json(self) -> Object:
+        tree = encoded(self)
+        wall_s, scores = tree.pop("wall_s"), tree.pop("scores")
+        return {**tree, **scores, "wall_s": wall_s}
+
+
+# --- summary.json, wall.json ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wall(Record):
+    """Seconds that a run took, over all its sittings."""
+
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmTotals(Record):
+    """Sums over an arm's booked rollouts."""
+
+    rollouts: int
+    tokens_generated: int
+    tokens_kept: int
+    tokens_trained: int
+    tokens_detection: int
+    tokens_overshoot: int
+    mean_generated: float | None
+    dropped: dict[str, int]  # by reason
+
+
+@dataclass(frozen=True, slots=True)
+class Saving(Record):
+    """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None where an arm is empty."""
+
+    ratio: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths(Record):
+    """Lengths of some rollouts in tokens: how many are known, their mean and standard deviation (of all, not n - 1)."""
+
+    known: int
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Record):
+    """Rollouts that ended alike. `share`: of them and the trained, 1 of the trained; `at_limit`: reached the limit."""
+
+    fate: str
+    rollouts: int
+    share: float
+    trainable: Lengths | None
+    generated: Lengths | None
+    at_limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary(Record):
+    """What a run came to."""
+
+    steps: int
+    policy_version: int
+    wall_s: float | None
+    arms: dict[str, ArmTotals]
+    length_saving: Saving
+    endings: dict[str, Ended] = field(default_factory=dict)  # by fate
+    finish_reasons: dict[str, int]
+    evaluations: list[Evaluation] = field(metadata=stored("eval"))
+    ledger: Ledger | None
+
+    @classmethod
+    def from_json(cls, tree: Any) -> Summary:
+        return decoded(cls, an_object(tree) | {"ledger": tree.get("ledger") or None})
+
+    def to_json(self) -> Object:
+        return encoded(self) | {"ledger": self.ledger.to_json() if self.ledger else {}}

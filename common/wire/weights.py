@@ -47,10 +47,15 @@ def read_pointer(fields: Mapping[str, str]) -> tuple[WeightsRef, int] | None:
     return WeightsRef(int(fields["version"]), fields["file"], fields["sha256"]), int(fields["step"])
 
 
+def file_of(version: int) -> str:
+    """The name of a version's file."""
+    return f"v{version:08d}.safetensors"
+
+
 def publish(folder: Path, version: int, write: Callable[[Path], None]) -> WeightsRef:
     """Write `weights/v{version}.safetensors` and say what to announce."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"v{version:08d}.safetensors"
+    path = folder / file_of(version)
     digests: list[str] = []
 
     def write_and_digest(draft: Path) -> None:

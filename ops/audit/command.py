@@ -36,7 +36,7 @@ from pathlib import Path
 from common.config import ConfigError
 from common.files import write_text
 from common.pretrained import Pair, check_pair
-from common.runfiles.records import TRACES
+from common.runfiles.names import AUDITS
 from common.wire.messages import Ints
 from ops.audit.chances import SOURCES, Audited, rows_of
 from ops.audit.cuts import Reader, Recorded, answer_tokens, chosen, class_of, matched, read_records, read_tokens
@@ -70,25 +70,25 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
     uncut = matched(cuts, records, seed)
     found = _Auditor(run, source, pair, samples, seed).look(cuts, uncut, writer)
     done = _audit_of(run, writer, samples, seed, len(fired), found)
-    _write(folder / "audit", done)
-    return f"{text_of(done)}\n\n{folder / 'audit'}: audit.md, audit.csv, audit.json, audit.png"
+    _write(folder / AUDITS, done)
+    return f"{text_of(done)}\n\n{folder / AUDITS}: audit.md, audit.csv, audit.json, audit.png"
 
 
 def _records(run: ReportRun) -> list[Recorded]:
     """Raises ConfigError where there is nothing that could be continued, or nobody to judge it."""
-    data, traces = run.config.data, run.folder / TRACES
+    data, folder = run.config.data, run.folder.path
     if data.task == "dataset" and data.verifier == "none":
-        raise ConfigError(f"{run.folder}: data.verifier is none, so nobody can judge continuations; allowed: any other")
-    if not traces.is_file():
+        raise ConfigError(f"{folder}: data.verifier is none, so nobody can judge continuations; allowed: any other")
+    if not run.folder.traces.path.is_file():
         why = "it is on: has anything ended yet?" if run.config.feeder.record_traces else "it was off in this run"
-        raise ConfigError(f"{run.folder}: no traces.jsonl, which feeder.record_traces makes ({why})")
-    return read_records(traces, run.lines)
+        raise ConfigError(f"{folder}: no traces.jsonl, which feeder.record_traces makes ({why})")
+    return read_records(run.folder, run.lines)
 
 
 def _without_cuts(run: ReportRun, records: int) -> str:
     policy = run.config.termination.policy
     advice = "; with another policy and termination.shadow: true a run has cuts on record and cuts nothing"
-    text = f"{run.folder}: no cut on record in {records} rollouts (policy {policy}), so there is nothing to audit"
+    text = f"{run.folder.path}: no cut on record in {records} rollouts (policy {policy}), so there is nothing to audit"
     return text + (advice if policy == "none" else "")
 
 
@@ -97,12 +97,12 @@ class _Auditor:
 
     def __init__(self, run: ReportRun, source: TaskSource, pair: Pair, samples: int, seed: int) -> None:
         self._config, self._source, self._pair = run.config, source, pair
-        self._traces = run.folder / TRACES
+        self._folder = run.folder
         self._samples, self._seed = samples, seed
 
     def look(self, cuts: Sequence[Recorded], uncut: Sequence[Recorded | None], student: Continuer) -> list[Audited]:
         """Every cut with its class, what it is compared with, and its chances."""
-        tokens = read_tokens(self._traces, {one.rid for one in [*cuts, *uncut] if one is not None})
+        tokens = read_tokens(self._folder, {one.rid for one in [*cuts, *uncut] if one is not None})
         prefixes = _prefixes(cuts, uncut, tokens)
         right = self._continued(prefixes, student)
         return [self._audited(cut, other, tokens[cut.rid], right) for cut, other in zip(cuts, uncut, strict=True)]
@@ -165,7 +165,7 @@ def _audit_of(
     rule, rollout = config.termination, config.rollout
     versions = [one.record.version for one in cuts]
     return AuditResult(
-        run=run.folder.resolve().name,
+        run=run.folder.path.resolve().name,
         policy=rule.policy,
         applied="shadow" if rule.shadow else rule.apply,
         student=student.name,

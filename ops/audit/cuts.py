@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from common.draws import uniform_bits
-from common.runfiles.lines import read_lines
 from common.runfiles.records import BookLine, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import Ints
-from ops.report.data import read_trace
 from ops.tasks.verifiers import behind_thought
 
 BEFORE, AFTER, LOOP = "before the answer", "after the answer", "in a loop"
@@ -46,16 +44,16 @@ class Recorded:
     whole: bool | None
 
 
-def read_records(traces: Path, books: Iterable[BookLine]) -> list[Recorded]:
+def read_records(run: RunFolder, books: Iterable[BookLine]) -> list[Recorded]:
     """All booked rollouts of traces.jsonl, in the order they were booked. Raises ConfigError for a damaged line."""
     booked = {line.rid: line for line in books}
-    return [_record(trace, booked[trace.rid]) for trace in read_lines(traces, read_trace) if trace.rid in booked]
+    return [_record(trace, booked[trace.rid]) for trace in run.traces() if trace.rid in booked]
 
 
-def read_tokens(traces: Path, rids: Collection[str]) -> dict[str, Ints]:
+def read_tokens(run: RunFolder, rids: Collection[str]) -> dict[str, Ints]:
     """Tokens on record, int32 [written], of these rollouts: the file may be far larger than memory. Raises ConfigError
     for a damaged line."""
-    return {trace.rid: trace.tokens for trace in read_lines(traces, read_trace, rids=rids)}
+    return {trace.rid: trace.tokens for trace in run.traces(rids)}
 
 
 def _record(trace: Trace, booked: BookLine) -> Recorded:

@@ -17,8 +17,9 @@ from actors.engine.loaded import sampler
 from common.config import Config, ConfigError
 from common.draws import uniform_bits
 from common.pretrained import ModelError, Pair, compare_tokenizers, find_model, load_tokenizer
+from common.runfiles.names import MODEL, WEIGHTS
 from common.wire.messages import Ints
-from common.wire.weights import newest_version
+from common.wire.weights import file_of, newest_version
 from ops.tasks.source import TaskSource
 
 _TOLD_EVERY_S = 30.0
@@ -40,12 +41,12 @@ def find_student(run: Path, pair: Pair, model: str | None) -> Continuer:
     """
     if model is not None:
         return _other(find_model(model), pair, model)
-    if (run / "model" / "config.json").is_file():
-        return _other(run / "model", pair, "model/, the student at the end of the run")
-    newest = newest_version(run / "weights")
+    if (run / MODEL / "config.json").is_file():
+        return _other(run / MODEL, pair, "model/, the student at the end of the run")
+    newest = newest_version(run / WEIGHTS)
     if newest < 0:
         raise ConfigError(f"{run}: neither model/ nor weights/ is in it; name a student by --student")
-    file = run / "weights" / f"v{newest:08d}.safetensors"
+    file = run / WEIGHTS / file_of(newest)
     return Continuer(pair.student.folder, file, f"weights/{file.name}, the newest of the run")
 
 

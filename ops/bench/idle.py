@@ -16,6 +16,7 @@ from torch import zeros
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from common.config import Config, parse
+from common.runfiles.names import WEIGHTS
 from common.wire import scripts
 from common.wire.connect import connect
 from common.wire.lease import Lease
@@ -66,7 +67,7 @@ def _measure(config: Config, repeats: int, workers: int) -> dict[str, Any]:
     plane = open_plane(config, client, run_key)
     lease = Lease(plane, "learner", 3600.0)
     lease.acquire(stop)
-    ref = publish(config.run_dir / "weights", 0, lambda path: save_file({"none": zeros(1)}, path))
+    ref = publish(config.run_dir / WEIGHTS, 0, lambda path: save_file({"none": zeros(1)}, path))
     lease.call(scripts.publish(0, 0, ref.file, ref.sha256))
     context = multiprocessing.get_context("spawn")  # this process has threads: a fork of it could hang
     over = context.Event()

@@ -3,7 +3,6 @@ product, and the whole loop with each role's busy share."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -22,8 +21,8 @@ from actors.engine.head import Float32Head
 from actors.engine.models import load_model
 from common.config import Config
 from common.pretrained import Pair, check_pair
-from common.runfiles.lines import read_lines
-from common.runfiles.records import METRICS
+from common.runfiles.names import BUSY
+from common.runfiles.run import RunFolder, read_json
 from ops.tasks.source import TaskSource
 
 _WRITTEN = 160  # tokens a row in one repeat of the engine's bench
@@ -196,16 +195,16 @@ def _one_run(config: Config, repeat: int) -> dict[str, Any]:
         code = _quietly(lambda: run_locally(here, resume=False, fresh=False))
         if code != 0:
             raise RuntimeError(f"the run to measure ended with {code}")
-        steps = list(read_lines(here.run_dir / METRICS))
-        summary = json.loads((here.run_dir / "summary.json").read_text())
-        busy = json.loads((here.run_dir / "busy.json").read_text())
+        run = RunFolder(here.run_dir)
+        steps, summary, busy = list(run.steps()), run.summary, read_json(run.path / BUSY)
+    assert summary is not None
     # The first step waits for models to load and is left out.
-    seconds = steps[-1]["unix_s"] - steps[0]["unix_s"]
+    seconds = steps[-1].unix_s - steps[0].unix_s
     share = (len(steps) - 1) / len(steps)
-    generated = sum(arm["tokens_generated"] for arm in summary["arms"].values())
+    generated = sum(arm.tokens_generated for arm in summary.arms.values())
     return {
         "generated_tokens_per_s": generated * share / seconds,
-        "trained_tokens_per_s": sum(step["tokens_trained"] for step in steps[1:]) / seconds,
+        "trained_tokens_per_s": sum(step.tokens_trained for step in steps[1:]) / seconds,
         "steps_per_s": (len(steps) - 1) / seconds,
         "busy": busy,
     }

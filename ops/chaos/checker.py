@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -36,11 +36,13 @@ from actors.books import number_of, rid_of
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
-from common.runfiles.records import CONFIG, ENDS_BY_ITSELF, ROLLOUTS, TRACES, TRAINED, BookLine, Chunk, Trace
+from common.policy_names import OF_WINDOWS
+from common.runfiles.names import CONFIG, LEDGER, ROLLOUTS, TRACES, TRAINED
+from common.runfiles.records import ENDS_BY_ITSELF, BookLine, Chunk, Trace
 from common.termination import Kat, kat_verdict
 from common.wire.messages import Floats, row_digest
 from common.wire.plane import Plane, open_plane
-from ops.chaos.records import Measured, Records, Violation, read_records
+from ops.chaos.records import Records, Violation, read_records
 
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing
 
@@ -114,7 +116,7 @@ def count_folder(folder: Path) -> Counts:
         dropped=dict(sorted(Counter(line.reason for line in lines if line.ending == "dropped").items())),
         dead=endings["dead"],
         cut=sum(trace.stopped for trace in records.traces.values()),
-        steps=len(records.steps),
+        steps=len(records.trained),
     )
 
 
@@ -128,47 +130,52 @@ def _ended_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
     ledger = records.ledger
     if ledger is None:
         return
-    admitted = ledger["admitted"]
+    admitted = ledger.admitted
     missing = (rid for rid in map(rid_of, range(admitted)) if rid not in records.books)
     for rid in islice(missing, _MOST_NAMED):
         yield Violation("ended_once", rid, "admitted, and never booked")
     for rid in records.books:
         if not 0 <= number_of(rid) < admitted:
             yield Violation("ended_once", rid, f"booked, and not among the {admitted} admitted")
-    if ledger["open"] != 0:
-        yield Violation("ended_once", "", f"ledger.json: {ledger['open']} rollouts are open")
+    if ledger.open:
+        yield Violation("ended_once", "", f"ledger.json: {ledger.open} rollouts are open")
+    yield from _same_counts("ended_once", f"{LEDGER}: ", ledger.counts, records)
+
+
+def _same_counts(statement: str, where: str, ledger: Mapping[str, int], records: Records) -> Iterator[Violation]:
+    """A ledger against the books, by ledger field."""
     counts = Counter(line.ledger_field for line in records.books.values())
-    counts["admitted"], counts["open"] = sum(counts.values()), 0
+    counts["admitted"] = sum(counts.values())
     for name in sorted(set(ledger) | set(counts)):
-        if name != "open" and ledger.get(name, 0) != counts[name]:
-            yield Violation("ended_once", "", f"ledger.json: {name} {ledger.get(name, 0)}, the books: {counts[name]}")
+        if ledger.get(name, 0) != counts[name]:
+            yield Violation(statement, "", f"{where}{name} {ledger.get(name, 0)}, the books: {counts[name]}")
 
 
 def _trained_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
     trained_in: dict[str, int] = {}
-    for step in records.steps:
+    for step in records.trained:
         for rid in step.rids:
             if rid in trained_in:
                 yield Violation("trained_once", rid, f"trained in step {trained_in[rid]} and in step {step.step}")
             trained_in[rid] = step.step
-    for place, step in enumerate(records.steps, 1):
+    for place, step in enumerate(records.trained, 1):
         if step.step != place:
             yield Violation("trained_once", "", f"trained.jsonl: line {place} is step {step.step}")
             break
-    for before, after in pairwise(records.steps):
+    for before, after in pairwise(records.trained):
         if after.policy_version < before.policy_version:
             versions = f"{before.policy_version} to {after.policy_version}"
             yield Violation("trained_once", "", f"step {after.step}: the policy version falls from {versions}")
-    told = [Measured(one.step, one.policy_version, len(one.rids), sum(one.tokens)) for one in records.steps]
-    if told != records.measured:
-        measured = {one.step: one for one in records.measured}
-        differing = [one.step for one in told if measured.pop(one.step, None) != one] + list(measured)
+    told = [(one.step, one.policy_version, len(one.rids), sum(one.tokens)) for one in records.trained]
+    found = [(one.step, one.policy_version, one.trajectories, one.tokens_trained) for one in records.steps]
+    if told != found:
+        differing = {step for step, *_ in set(told) ^ set(found)}
         yield Violation("trained_once", "", f"trained.jsonl and metrics.jsonl differ in steps {sorted(differing)[:10]}")
 
 
 def _booked_as_trained(records: Records, allowed: Allowed) -> Iterator[Violation]:
     booked = {rid for rid, line in records.books.items() if line.ending == "trained"}
-    trained = {rid for step in records.steps for rid in step.rids}
+    trained = {rid for step in records.trained for rid in step.rids}
     for rid in sorted(booked - trained - allowed.rolled_back):
         yield Violation("booked_as_trained", rid, "booked as trained, and not in the lineage: its work is lost")
     for rid in sorted(trained - booked):
@@ -180,7 +187,7 @@ def _booked_as_trained(records: Records, allowed: Allowed) -> Iterator[Violation
 
 
 def _within_verdict(records: Records, allowed: Allowed) -> Iterator[Violation]:
-    for step in records.steps:
+    for step in records.trained:
         for rid, tokens, digest in zip(step.rids, step.tokens, step.digests, strict=True):
             trace = records.traces.get(rid)
             if trace is not None and tokens != trace.train:
@@ -294,14 +301,11 @@ class _Rule:
         return abs(value - self.min_window) <= self.doubt
 
 
-_KAT = (policies.KatPolicy, policies.KatAbsolutePolicy, policies.KatInversePolicy)
-
-
 def _replay(trace: Trace, config: Config) -> _Rule:
     settings = config.termination
     policy = policies.find(settings.policy)
     sign, stopped = -1 if policy.looks_high else 1, settings.stops(trace.arm)
-    if policy in _KAT:
+    if settings.policy in OF_WINDOWS:
         number = None if trace.threshold is None else sign * trace.threshold
         trigger, keep, minimum, doubt = _kat(sign * trace.divergence, settings, number)
         if not stopped and trigger is not None:
@@ -506,11 +510,7 @@ def _literal(key: str) -> str:
 
 def _redis_ledger(plane: Plane, records: Records) -> Iterator[Violation]:
     ledger = {name.decode(): int(value) for name, value in plane.client.hgetall(plane.key("ledger")).items()}
-    counts = Counter(line.ledger_field for line in records.books.values())
-    counts["admitted"] = sum(counts.values())
-    for name in sorted(set(ledger) | set(counts)):
-        if ledger.get(name, 0) != counts[name]:
-            yield Violation("redis_ledger", "", f"{name} {ledger.get(name, 0)}, the books: {counts[name]}")
+    yield from _same_counts("redis_ledger", "", ledger, records)
 
 
 def _dead_letters(plane: Plane, allowed: Allowed) -> Iterator[Violation]:

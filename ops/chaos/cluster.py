@@ -30,9 +30,9 @@ from redis.retry import Retry
 
 from common import own_packages
 from common.config import Config
-from common.runfiles.lines import an_object, last_lines, read_lines
-from common.runfiles.records import METRICS, TRAINED, Trained
-from common.runfiles.run import read_run_key
+from common.runfiles.names import CONFIG
+from common.runfiles.records import Step
+from common.runfiles.run import RunFolder
 from common.wire.plane import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
@@ -162,7 +162,7 @@ class Cluster:
 
     def launch(self, *flags: str, overrides: dict[str, Any] | None = None) -> None:
         """Start `katana run` (or, with `--resume`, go on). Its output goes to chaos.log beside the run's folder."""
-        source = self.folder / "config.yaml" if "--resume" in flags else self.beside / "config.yaml"
+        source = self.folder / CONFIG if "--resume" in flags else self.beside / CONFIG
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
             config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")
@@ -218,7 +218,7 @@ class Cluster:
                 begun = int((entry / "stat").read_text().rpartition(")")[2].split()[19])
             except (OSError, IndexError):
                 continue
-            if words[2:5] == [b"ops.cli", role.encode(), os.fsencode(self.folder / "config.yaml")]:
+            if words[2:5] == [b"ops.cli", role.encode(), os.fsencode(self.folder / CONFIG)]:
                 found.append((begun, int(entry.name)))
         return [pid for _, pid in sorted(found)]
 
@@ -276,7 +276,7 @@ class Cluster:
     def replacement(self, role: str) -> Any:
         """A second process of a role, on the same run; ended on leaving."""
         self.check_open()
-        words = (role, str(self.folder / "config.yaml"), "--set", "metrics.port=0")
+        words = (role, str(self.folder / CONFIG), "--set", "metrics.port=0")
         environment = self._environment() | {"KATANA_RUN_KEY": self.run_key, "OMP_NUM_THREADS": "1"}
         process = start(katana(*words), self.log_path, environment)
         self._extra[process.pid] = process
@@ -290,7 +290,7 @@ class Cluster:
 
     @property
     def run_key(self) -> str:
-        return read_run_key(self.folder)
+        return RunFolder(self.folder).run_key
 
     @property
     def plane(self) -> Plane:
@@ -320,7 +320,8 @@ class Cluster:
         if any(isinstance(one, Exception) for one in streams):
             return None
         last = [one["last-generated-id"] for one in streams]
-        taken = float(self._last_step().get("unix_s", 0.0))
+        step = self._last_step()
+        taken = step.unix_s if step else 0.0
         return Stage(
             chunks=max(last[:shards], key=order),
             scores=last[shards],
@@ -330,18 +331,19 @@ class Cluster:
         )
 
     def steps(self) -> int:
-        return int(self._last_step().get("step", 0))
+        step = self._last_step()
+        return step.step if step else 0
 
-    def _last_step(self) -> dict[str, Any]:
-        return [{}, *last_lines(self.folder / METRICS, an_object, 65536)][-1]
+    def _last_step(self) -> Step | None:
+        return [None, *RunFolder(self.folder).steps.last(65536)][-1]
 
     def open_rollouts(self) -> set[str]:
         return {rid.decode() for rid in self.plane.client.smembers(self.key("open"))}
 
     def trained_between(self, after: int, last: int) -> set[str]:
         """Rollouts of the steps behind `after`, up to `last`."""
-        lines = read_lines(self.folder / TRAINED, Trained.from_json)
-        return {rid for line in lines if after < line.step <= last for rid in line.rids}
+        steps = RunFolder(self.folder).trained()
+        return {rid for step in steps if after < step.step <= last for rid in step.rids}
 
 
 def order(entry: bytes) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ import redis
 
 from actors.books import rid_of
 from common.footprint import least_bytes, maxmemory_mb
+from common.runfiles.names import CHECKPOINTS, WEIGHTS
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
@@ -392,7 +393,7 @@ def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
 def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: int) -> str:
     """Tear the newest checkpoint and kill the learner, which must go on from the one before."""
     with _stopped(pid):
-        folders = sorted((cluster.folder / "checkpoints").glob("step-????????"))
+        folders = sorted((cluster.folder / CHECKPOINTS).glob("step-????????"))
         if len(folders) < 2:
             raise Missed("there are not two whole checkpoints")
         newest, before = folders[-1], folders[-2]
@@ -407,7 +408,7 @@ def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: in
 
 def _torn_weights(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> str:
     """Tear a published file before one of the rollout workers has read it."""
-    folder = cluster.folder / "weights"
+    folder = cluster.folder / WEIGHTS
     with _stopped(pid):
         version = newest_version(folder)
         deadline = time.monotonic() + cluster.config.liveness.claim_s * 0.75

@@ -21,7 +21,8 @@ import redis
 
 from common.config import Config, ConfigError
 from common.files import write_json
-from common.runfiles.run import move_aside
+from common.runfiles.making import move_aside
+from common.runfiles.names import CHAOS, RUN
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
@@ -69,7 +70,7 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
             fault.survived = fault.injected and not result.violations
     result.wall_s = time.monotonic() - began
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(config.run_dir / "chaos.json", asdict(result))
+    write_json(config.run_dir / CHAOS, asdict(result))
     return result
 
 
@@ -100,7 +101,7 @@ def prepared(config: Config) -> Config:
 def begin(cluster: Cluster) -> None:
     """Wait until the run has taken its first steps. Raises RunEnded, TimeoutError."""
     deadline = time.monotonic() + _START_S
-    while not (cluster.folder / "run.json").exists() or cluster.steps() < 3:
+    while not (cluster.folder / RUN).exists() or cluster.steps() < 3:
         cluster.check_alive()
         if time.monotonic() > deadline:
             raise TimeoutError(f"the run took no three steps within {_START_S:.0f} s: {cluster.last_words()}")

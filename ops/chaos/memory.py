@@ -1,6 +1,5 @@
 """Memory in a soak: what was resident and when, whether any of it grows, and a picture of it.
 
-A line of the log is JSON: {"s": seconds since it began, "pid": {name: pid}, "rss": {name: bytes}, "redis_used": bytes}.
 `teacher-0` and `teacher-1` are two processes of one role. A process that was killed and started again, which shows by
 its pid, begins a new series: what it gave up at its end and takes anew is no growth.
 """
@@ -22,7 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.files import write_atomically
-from common.runfiles.lines import read_lines
+from common.runfiles.fields import Record
+from common.runfiles.lines import Lines
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 Numbers = npt.NDArray[np.float64]
@@ -51,6 +51,16 @@ def sample(pids: dict[str, int]) -> dict[str, int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Sample(Record):
+    """A line of the log: seconds since it began, pids and resident bytes by name, and Redis's used_memory, bytes."""
+
+    s: float
+    pid: dict[str, int]
+    rss: dict[str, int]
+    redis_used: int
+
+
 class MemoryLog:
     """A soak's samples, appended to a file as they are taken; a former file of that name is replaced."""
 
@@ -61,14 +71,9 @@ class MemoryLog:
 
     def add(self, pids: dict[str, int], redis_used: int) -> None:
         """Sample these processes now. `redis_used`: used_memory of INFO memory, bytes."""
-        line = {
-            "s": round(time.monotonic() - self._began, 3),
-            "pid": pids,
-            "rss": sample(pids),
-            "redis_used": redis_used,
-        }
+        taken = Sample(round(time.monotonic() - self._began, 3), pids, sample(pids), redis_used)
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(taken.to_json()) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +128,11 @@ class Growth:
 def read_series(path: Path) -> list[Lifetime]:
     """Every process in a log, and Redis, in the order in which they came; a torn last line is left out."""
     points: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for line in read_lines(path):
-        samples = [(_role(name), line["pid"][name], size) for name, size in line["rss"].items()]
-        samples.append((REDIS, line["pid"].get("redis", 0), line["redis_used"]))
+    for one in Lines(path, Sample)():
+        samples = [(_role(name), one.pid[name], size) for name, size in one.rss.items()]
+        samples.append((REDIS, one.pid.get("redis", 0), one.redis_used))
         for role, pid, size in samples:
-            points.setdefault((role, pid), []).append((line["s"], size / MB))
+            points.setdefault((role, pid), []).append((one.s, size / MB))
     return [Lifetime(role, pid, *np.array(found, np.float64).T) for (role, pid), found in points.items()]
 
 

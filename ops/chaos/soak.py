@@ -17,6 +17,7 @@ import redis
 
 from common.config import Config
 from common.files import write_json
+from common.runfiles.names import MEMORY, SOAK
 from ops.chaos.cluster import ROLES, Cluster, RunEnded
 from ops.chaos.faults import KINDS, Scene
 from ops.chaos.harness import CALM_S, begin, end, prepared
@@ -43,7 +44,7 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
     with Cluster(config) as cluster:
         try:
             begin(cluster)
-            log = MemoryLog(cluster.folder / "memory.jsonl")
+            log = MemoryLog(cluster.folder / MEMORY)
             violations += _kill_now_and_then(cluster, log, kills, minutes, random.Random(seed))
             if not log.path.read_text():
                 violations.append(Violation("memory stays flat", "", "no sample was taken"))
@@ -59,7 +60,7 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
         except (RunEnded, TimeoutError, redis.exceptions.RedisError) as error:
             violations.append(Violation("the run goes on", "", str(error)))
     write_json(
-        config.run_dir / "soak.json",
+        config.run_dir / SOAK,
         {"kills": kills, "memory": list(map(str, verdicts)), "violations": [asdict(one) for one in violations]},
     )
     untold = [verdict.role for verdict in verdicts if verdict.word == CANNOT_TELL]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.config import Config, ConfigError
+from common.runfiles.names import REPORT_PAGE
 from ops.cli.arguments import Commands, Once, add_config, add_overrides, add_run_folder, command, load_config, positive
 
 
@@ -96,7 +97,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from ops.report.command import write_report
 
     write_report(arguments.run)
-    print(arguments.run / "report.html")
+    print(arguments.run / REPORT_PAGE)
     return 0
 
 
@@ -108,7 +109,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     folder = find_model(arguments.model)
     scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
     assert scores is not None
-    print(json.dumps({"model": str(folder), **scores.line()}))
+    print(json.dumps({"model": str(folder), **scores.to_json()}))
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.config import Config, load
+from common.runfiles.names import CONFIG, RUN
 
 Commands = argparse._SubParsersAction  # argparse has no public name for the type that `add_subparsers` returns
 N = TypeVar("N", int, float)
@@ -49,7 +50,7 @@ def load_config(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Conf
     """The config that the arguments name, with the overrides `more`. Raises ConfigError, PolicyError."""
     path: Path = arguments.config
     if arguments.of_a_run and path.is_dir():
-        path = arguments.config = path / "config.yaml"
+        path = arguments.config = path / CONFIG
     if not path.exists():
         from common.pretrained import PACKAGE_ROOT
 
@@ -57,7 +58,7 @@ def load_config(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Conf
         path = shipped if shipped.exists() else path
     where = [f"name={json.dumps(arguments.name)}"] if arguments.name else []
     folder = path.resolve().parent
-    if (arguments.of_a_run or getattr(arguments, "resume", False)) and (folder / "run.json").is_file():
+    if (arguments.of_a_run or getattr(arguments, "resume", False)) and (folder / RUN).is_file():
         # The config in a run's folder: the folder is the run, even if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
     config = load(path, [*arguments.overrides, *more, *where])

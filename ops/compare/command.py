@@ -16,7 +16,8 @@ from typing import IO
 from common.config import Config, ConfigError
 from common.files import write_text
 from common.policies import check_policy
-from common.runfiles.run import lock
+from common.runfiles.making import lock
+from common.runfiles.names import CONFIG
 from ops.compare import grid as grids
 from ops.compare.data import FIGURES, CellResult, read_result
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid
@@ -162,7 +163,7 @@ class Work:
         resume = grids.state_of(run) == "begun"
         if resume:
             grids.check_same(run, config)
-            arguments = [str(run / "config.yaml"), "--resume"]
+            arguments = [str(run / CONFIG), "--resume"]
         else:
             grids.clear(run)
             path = self._folder / "configs" / f"{cell.name}.yaml"

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, ConfigError, load
-from common.runfiles.lines import Object, read_lines
-from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
-from common.runfiles.run import read_json
+from common.config import Config, ConfigError
+from common.runfiles.records import BookLine, Ended, Scores, Step, Summary
+from common.runfiles.run import RunFolder
 from ops.compare import drift
 from ops.compare import match as matching
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
@@ -69,13 +68,13 @@ FIGURES = {
 @dataclass(frozen=True, slots=True)
 class CellResult:
     """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens; `steps`:
-    the drift guards of the steps in which its policy could have cut; `left_out`: what it did not train on."""
+    those in which its policy could have cut; `left_out`: what it did not train on."""
 
     cell: Cell
     config: Config
     figures: dict[str, float | None]
     curve: list[data.Accuracy]
-    steps: list[Object]
+    steps: list[Step]
     k: int | None
     problems: int | None
     evaluated_step: int | None
@@ -145,49 +144,46 @@ def _realised(source: Path, made: Path) -> tuple[str, bool | None]:
 
 def read_result(folder: Path, cell: Cell) -> CellResult:
     """A done cell of a comparison's folder. Raises ConfigError for a damaged one."""
-    run = folder / cell.name
-    config = load(run / "config.yaml")
-    summary = read_json(run / "summary.json")
-    try:
-        lines = list(read_lines(run / ROLLOUTS, BookLine.from_json))
-        evaluations = sorted(read_lines(run / EVALUATIONS), key=lambda line: int(line["step"]))
-        curve = data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size))
-        last = evaluations[-1] if evaluations else {}
-        ended = endings.by_ending(lines)
-        steps = drift.judged(list(read_lines(run / METRICS)), config.termination.policy)
-        return CellResult(
-            cell,
-            config,
-            _figures(summary, last, lines) | _left_out_figures(ended) | drift.early_and_late(steps),
-            curve,
-            steps,
-            last.get("k"),
-            last.get("n"),
-            last.get("step"),
-            endings.left_out(ended),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{run}: damaged ({error!r:.200}); expected the folder of a finished run") from error
+    run = RunFolder(folder / cell.name)
+    config, summary = run.config, run.summary
+    if summary is None:
+        raise ConfigError(f"{run.path}: no summary.json; expected the folder of a finished run")
+    lines = list(run.rollouts())
+    evaluations = sorted(run.evaluations(), key=lambda one: one.step)
+    last = evaluations[-1] if evaluations else None
+    scores = last.scores if last else None
+    ended = endings.by_ending(lines)
+    steps = drift.judged(list(run.steps()), config.termination.policy)
+    return CellResult(
+        cell,
+        config,
+        _figures(summary, scores, lines) | _left_out_figures(ended) | drift.early_and_late(steps),
+        data.accuracy_curve(evaluations, data.generated_at_steps(lines, config.learner.batch_size)),
+        steps,
+        scores.k if scores else None,
+        scores.n if scores else None,
+        last.step if last else None,
+        endings.left_out(ended),
+    )
 
 
-def _figures(summary: dict[str, Any], last: dict[str, Any], lines: list[BookLine]) -> dict[str, float | None]:
-    arms = [summary["arms"][arm] for arm in ARMS]
+def _figures(summary: Summary, last: Scores | None, lines: list[BookLine]) -> dict[str, float | None]:
     names = ("tokens_generated", "tokens_trained", "tokens_detection", "tokens_overshoot")
     by_arm = {arm: [line for line in lines if line.compared and line.arm == arm] for arm in ARMS}
     return {
-        "avg_at_k": last.get("avg@k"),
-        "pass_at_k": last.get("pass@k"),
-        **{name: sum(arm[name] for arm in arms) for name in names},
-        "steps": summary["steps"],
-        "wall_s": summary["wall_s"],
+        "avg_at_k": last.avg_at_k if last else None,
+        "pass_at_k": last.pass_at_k if last else None,
+        **{name: sum(getattr(arm, name) for arm in summary.arms.values()) for name in names},
+        "steps": summary.steps,
+        "wall_s": summary.wall_s,
         "length": _mean(data.finished(lines), "tokens_generated"),
         **{f"length_{arm}": _mean(of_arm, "tokens_generated") for arm, of_arm in by_arm.items()},
         "kept_treated": _mean(by_arm["treated"], "tokens_kept"),
-        "length_saving": summary["length_saving"]["ratio"],
+        "length_saving": summary.length_saving.ratio,
     }
 
 
-def _left_out_figures(ended: dict[str, endings.Ended]) -> dict[str, float | None]:
+def _left_out_figures(ended: dict[str, Ended]) -> dict[str, float | None]:
     """Shares, 0 of what did not happen, and mean lengths of what was trained on and what was stale."""
     figures: dict[str, float | None] = {
         f"{fate}_share": ended[fate].share if fate in ended else 0.0 for fate in endings.MEANINGS

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import policy_names
-from common.config import Config, ConfigError, flatten, load, parse
+from common.config import Config, ConfigError, flatten, parse
 from common.files import write_json
-from common.runfiles.lines import read_lines
-from common.runfiles.records import EVALUATIONS
-from common.runfiles.run import read_json
+from common.runfiles.names import CONFIG, EVALUATIONS, RUN, SUMMARY
+from common.runfiles.run import RunFolder, read_json
 from ops.compare.match import matched_config
 
 FILE = "compare.json"
@@ -33,7 +32,7 @@ _MOST_SEEDS = 1000
 _OWN_KEYS = ("seed", "name", "runs_dir")  # the grid's, not a row's
 _MATCHED_KEYS = tuple(f"termination.{key}" for key in ("hazard", "hazard_scale", "detection_tokens", "warmup_steps"))
 _BUDGET_KEYS = ("learner.max_steps", "learner.max_generated_tokens")
-_LEFT_OVER = ("run.json", "run.json.tmp", "config.yaml.tmp")  # of a run that was killed before its config was there
+_LEFT_OVER = (RUN, f"{RUN}.tmp", f"{CONFIG}.tmp")  # of a run that was killed before its config was there
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 State = Literal["new", "begun", "done"]
@@ -238,8 +237,8 @@ def state_of(folder: Path) -> State:
     """Of a cell's folder: `done` when nothing is missing. Raises ConfigError where it is no run, or is damaged."""
     if not folder.exists() or _only_left_over(folder):
         return "new"
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} is there already and is no run (no config.yaml in it): remove it")
+    if not RunFolder(folder).begun:
+        raise ConfigError(f"{folder} is there already and is no run (no {CONFIG} in it): remove it")
     return "begun" if missing(folder) else "done"
 
 
@@ -248,22 +247,16 @@ def missing(folder: Path) -> str:
 
     The summary is written when the books are closed, and the evaluator may be at work on the last weights then.
     """
-    if not (folder / "summary.json").is_file():
-        return "no summary.json"
-    evaluates = load(folder / "config.yaml").eval.every_steps > 0
-    summary = read_json(folder / "summary.json")
-    try:
-        steps = [int(line["step"]) for line in read_lines(folder / EVALUATIONS)]
-        if summary["wall_s"] is None:
-            return "no wall-clock time in summary.json"
-        if evaluates and max(steps, default=None) != summary["steps"]:
-            return (
-                f"its last step, {summary['steps']}, is not evaluated (last in eval.jsonl: {max(steps, default='–')})"
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: damaged ({error!r:.200}); expected summary.json and eval.jsonl of a run"
-        ) from error
+    run = RunFolder(folder)
+    summary = run.summary
+    if summary is None:
+        return f"no {SUMMARY}"
+    if summary.wall_s is None:
+        return f"no wall-clock time in {SUMMARY}"
+    last = max((one.step for one in run.evaluations()), default=None)
+    if run.config.eval.every_steps > 0 and last != summary.steps:
+        there = "–" if last is None else last
+        return f"its last step, {summary.steps}, is not evaluated (last in {EVALUATIONS}: {there})"
     return ""
 
 
@@ -345,7 +338,7 @@ def check_cell(row: Config, cell: Cell, folder: Path) -> None:
 
 def check_same(folder: Path, wanted: Config, ignored: Sequence[str] = ()) -> None:
     """Raises ConfigError, with the keys, where a cell's folder has another config than the one wanted."""
-    there = load(folder / "config.yaml")
+    there = RunFolder(folder).config
     skipped = {"name", "runs_dir", *ignored}  # a grid may be moved
     differing = [
         f"{key} is {was!r:.60} there and {now!r:.60} now"

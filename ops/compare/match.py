@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from common.config import Config, ConfigError, load
-from common.runfiles.lines import read_lines
-from common.runfiles.records import CONFIG, ROLLOUTS, SUMMARY, BookLine
-from common.runfiles.run import read_json
+from common.config import Config, ConfigError
+from common.runfiles.records import BookLine
+from common.runfiles.run import RunFolder
 from ops.compare.match_means import (
     TOLERANCE,
     Match,
@@ -146,7 +145,7 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
     taken off what is aimed at. Raises ConfigError, also where `other` was not made from `folder`.
     """
     _, treated, _, _ = _kat_run(folder)
-    config = _config(other)
+    config = RunFolder(other).config
     rule, hazard = config.termination, hazard_of(treated.seen, treated.cut)
     if rule.policy != "random_matched" or rule.hazard != hazard or not (rule.apply == "stop" and not rule.shadow):
         raise ConfigError(f"{other}: not made from {folder}; expected a run of what `katana match` made of it")
@@ -169,7 +168,7 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
 def compare(folder: Path, other: Path) -> tuple[str, bool]:
     """The realised means of two runs' treated rollouts, in words, and whether they agree within 2 %."""
     for run in (folder, other):
-        _config(run)  # a folder that is no run's is named as such
+        _ = RunFolder(run).config  # a folder that is no run's is named as such
     (one, _), (two, _) = _arms(folder), _arms(other)
     return _realised(one, two), agree(one.means, two.means)
 
@@ -220,7 +219,7 @@ def _next_name(name: str) -> str:
 def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
     """Config and arms of a finished run of kat that stops, and the policy version that it was active from. Raises
     ConfigError, first of all where it is a run of something else: what such a run lacks follows from that."""
-    config = _config(folder)
+    config = RunFolder(folder).config
     rule = config.termination
     if rule.policy != "kat":
         raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected a run of kat that stops")
@@ -233,22 +232,10 @@ def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
     return config, treated, control, _active_since(folder)
 
 
-def _config(folder: Path) -> Config:
-    """The config of a run. Raises ConfigError, also where the folder is no run's."""
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / CONFIG)
-
-
 def _arms(folder: Path) -> tuple[Arm, Arm]:
     """Both arms of a finished run. Raises ConfigError, also where no treated rollout could have been cut."""
-    try:
-        _check_finished(folder)
-        arms = [_arm([line for line in _compared(folder) if line.arm == name]) for name in ("treated", "control")]
-    except ConfigError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{folder}: damaged ({error!r:.200}); expected the folder of a finished run") from error
+    _check_finished(folder)
+    arms = [_arm([line for line in _compared(folder) if line.arm == name]) for name in ("treated", "control")]
     if not len(arms[0].cut):
         raise ConfigError(f"{folder}: no treated rollout that its policy could have cut")
     return arms[0], arms[1]
@@ -256,15 +243,16 @@ def _arms(folder: Path) -> tuple[Arm, Arm]:
 
 def _check_finished(folder: Path) -> None:
     """What is still being written when a run is looked at is longer than what has ended."""
-    if not (folder / SUMMARY).is_file():
+    summary = RunFolder(folder).summary
+    if summary is None:
         raise ConfigError(f"{folder}: not finished, there is no summary.json; go on with `katana run … --resume`")
-    left = read_json(folder / SUMMARY)["ledger"].get("open", 0)
-    if left:
-        raise ConfigError(f"{folder}: not finished, {left} rollouts are open; go on with `katana run … --resume`")
+    if summary.ledger and summary.ledger.open:
+        left = f"{summary.ledger.open} rollouts are open"
+        raise ConfigError(f"{folder}: not finished, {left}; go on with `katana run … --resume`")
 
 
 def _compared(folder: Path) -> list[BookLine]:
-    return [line for line in read_lines(folder / ROLLOUTS, BookLine.from_json) if line.compared and line.judged]
+    return [line for line in RunFolder(folder).rollouts() if line.compared and line.judged]
 
 
 def _active_since(folder: Path) -> int:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from common.runfiles.lines import Object
+from common.runfiles.records import Step
 from ops.compare.data import Comparison
 from ops.compare.drift import GuardPoint, course, cut_something
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
@@ -116,7 +116,7 @@ def _draw_curves(axes: Any, comparison: Comparison, shown: Sequence[str], name: 
     plain(axes)
 
 
-_Courses = Mapping[str, Sequence[Sequence[Object]]]
+_Courses = Mapping[str, Sequence[Sequence[Step]]]
 
 
 def _draw_cut_rates(axes: Any, courses: _Courses, shown: Sequence[str]) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from common.config import ConfigError, load
-from common.runfiles.lines import Tail, an_object, last_lines
-from common.runfiles.records import CONFIG, LEDGER, METRICS, ROLLOUTS, TRACES, BookLine, Trace
+from common.config import ConfigError
+from common.runfiles.records import BookLine, Step, Trace
+from common.runfiles.run import RunFolder
 from ops.stats.saving import length_saving
 
 _RATE_S = 10.0  # rates are means over this long
@@ -83,10 +81,10 @@ class Folder:
     """What grows in the run's folder: books, steps, traces. All empty where the folder is not to be seen."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._books, self._steps = Tail(folder / ROLLOUTS, BookLine.from_json), Tail(folder / METRICS, an_object)
+        self._folder = RunFolder(folder)
+        self._books, self._steps = self._folder.rollouts.tail(), self._folder.steps.tail()
         self._cut_back = 0  # how often the steps were cut back to a checkpoint
-        self.steps: deque[dict[str, Any]] = deque(maxlen=20)
+        self._newest_steps: deque[Step] = deque(maxlen=20)
         self._begin()
 
     def _begin(self) -> None:
@@ -108,8 +106,8 @@ class Folder:
         while steps := self._steps.read():
             if self._steps.renewed != self._cut_back:
                 self._cut_back = self._steps.renewed
-                self.steps.clear()
-            self.steps.extend(steps)
+                self._newest_steps.clear()
+            self._newest_steps.extend(steps)
 
     def _note(self, line: BookLine) -> None:
         if line.compared:
@@ -136,37 +134,33 @@ class Folder:
         """Share of the last 256 treated rollouts that could have been cut in which the policy fired, applied or not."""
         return sum(self._fired) / len(self._fired) if self._fired else None
 
-    def last_step(self, name: str) -> Any:
-        return self.steps[-1].get(name) if self.steps else None
+    @property
+    def last_step(self) -> Step | None:
+        return self._newest_steps[-1] if self._newest_steps else None
 
     def trained_per_s(self) -> float | None:
         """Tokens trained on over the last steps; None when the last is a minute old."""
-        try:
-            timed = [(float(line["unix_s"]), int(line["tokens_trained"])) for line in self.steps]
-        except (KeyError, TypeError, ValueError):
+        steps = list(self._newest_steps)
+        if len(steps) < 2 or steps[-1].unix_s <= steps[0].unix_s or time.time() - steps[-1].unix_s > 60:
             return None
-        if len(timed) < 2 or timed[-1][0] <= timed[0][0] or time.time() - timed[-1][0] > 60:
-            return None
-        return sum(tokens for _, tokens in timed[1:]) / (timed[-1][0] - timed[0][0])
+        return sum(step.tokens_trained for step in steps[1:]) / (steps[-1].unix_s - steps[0].unix_s)
 
     def traces(self, most: int) -> list[Trace]:
         """The last verdicts on record, oldest first; fewer than `most` where they are long."""
-        return last_lines(self._folder / TRACES, Trace.from_json, _TRACE_BYTES)[-most:]
+        return self._folder.traces.last(_TRACE_BYTES)[-most:]
 
     def closed_ledger(self) -> dict[str, int] | None:
         """Counts of a finished run, named as in Redis; None for one that has steps to do or rollouts open."""
+        step = self.last_step
         try:
-            learner = load(self._folder / CONFIG).learner
-            ledger = json.loads((self._folder / LEDGER).read_bytes())
-            dropped = {f"dropped:{reason}": int(many) for reason, many in ledger["dropped"].items()}
-            counts = {name: int(ledger[name]) for name in ("admitted", "trained", "dead", "open")}
-        except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            learner, ledger = self._folder.config.learner, self._folder.ledger
+        except ConfigError:
             return None
-        tokens, budget = self.last_step("tokens_generated"), learner.max_generated_tokens
-        spent = budget is not None and tokens is not None and tokens >= budget
-        if not (self.last_step("step") == learner.max_steps or spent) or counts.pop("open"):
+        if step is None or ledger is None or ledger.open:
             return None
-        return counts | dropped
+        budget = learner.max_generated_tokens
+        spent = budget is not None and step.tokens_generated is not None and step.tokens_generated >= budget
+        return ledger.counts if spent or step.step == learner.max_steps else None
 
     def notes(self) -> list[str]:
         return [f"rollouts.jsonl: {self._books.broken} lines cannot be read"] if self._books.broken else []

@@ -18,6 +18,7 @@ import redis
 from common.config import Config
 from common.policies import unit_of
 from common.runfiles.records import BookLine, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import MessageError, Verdict, read_rid
 from common.wire.plane import GROUPS, unix_s
 from ops.live.growth import Folder, LiveSaving, Rate
@@ -152,7 +153,7 @@ class Observer:
     @property
     def nothing(self) -> bool:
         """Whether there is no folder of this run."""
-        return not (self._given.run_dir / "config.yaml").is_file()
+        return not RunFolder(self._given.run_dir).begun
 
     def close(self) -> None:
         self._outlook.close()
@@ -260,26 +261,26 @@ class Observer:
         judged = [_booked(one, folder.newest.get(one.rid)) for one in self._judged.values()]
         newest = sorted(judged, key=lambda one: (one.at_unix_s or 0.0, one.rid), reverse=True)
         self._judged = {one.rid: one for one in newest[: 8 * _MOST_VERDICTS]}
-        step, version = folder.last_step("step"), folder.last_step("policy_version")
+        last, policy_version = folder.last_step, snapshot.policy_version
+        if last is not None:
+            # The policy in Redis is of the newest published weights; a line is written at every step.
+            snapshot = replace(snapshot, step=max(snapshot.step or 0, last.step), lag_versions=last.staleness_mean)
+            policy_version = last.policy_version if policy_version is None else policy_version
         return replace(
             snapshot,
-            # The policy in Redis is of the newest published weights; a line is written at every step.
-            step=max(filter(None, (snapshot.step, step)), default=snapshot.step),
-            policy_version=version if snapshot.policy_version is None else snapshot.policy_version,
+            policy_version=policy_version,
             saving=folder.saving(),
             cut_rate=folder.cut_rate(),
-            lag_versions=folder.last_step("staleness_mean"),
             verdicts=newest[:_MOST_VERDICTS],
             notes=[*snapshot.notes, *folder.notes(), *([self._words.missing] if self._words.missing else [])],
         )
 
     def _add_end(self, snapshot: Snapshot) -> Snapshot:
         """A local run's Redis goes with it; whether the run is over, its folder knows."""
-        counts = self._folder.closed_ledger()
-        if counts is None:
+        counts, last = self._folder.closed_ledger(), self._folder.last_step
+        if counts is None or last is None:
             return snapshot
-        step = self._folder.last_step("step")
-        return replace(snapshot, state="ended", max_steps=step, ledger=counts, open_rollouts=0)
+        return replace(snapshot, state="ended", max_steps=last.step, ledger=counts, open_rollouts=0)
 
     def _note_trace(self, trace: Trace) -> None:
         if trace.rid in self._judged:

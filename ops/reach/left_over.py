@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from common.config import Config, ConfigError, parse
+from common.runfiles.names import CHAOS, CONFIG, RUN, SOAK
 
 SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 
@@ -32,14 +33,14 @@ def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
     left: Path | None = beside(folder)
     if not _names(beside(folder), url):
         left = None
-    marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
+    marked = any((folder / name).is_file() for name in (CHAOS, SOAK))
     return marked or left is not None, left
 
 
 def _names(folder: Path, url: str) -> bool:
     """Whether the harness's folder is that of the run on this Redis (and no run's folder, whatever its name)."""
-    path = folder / "config.yaml"
-    if not path.is_file() or (folder / "run.json").exists():
+    path = folder / CONFIG
+    if not path.is_file() or (folder / RUN).exists():
         return False
     try:
         return parse(path.read_bytes(), source=str(path)).redis.url == url

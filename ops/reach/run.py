@@ -20,7 +20,9 @@ from typing import IO, Any
 import redis
 
 from common.config import Config, ConfigError, parse
-from common.runfiles.run import lock, read_run_key
+from common.runfiles.making import lock
+from common.runfiles.names import REDIS, RUN
+from common.runfiles.run import RunFolder
 from common.wire.connect import connect
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, current_run, open_plane
 from ops.reach.embedded import EmbeddedRedis, socket_in, url_in
@@ -61,7 +63,7 @@ def find_key(config: Config, source: Path, client: redis.Redis) -> str | None:
     """The id of the run whose folder the config's file lies in; for another file, of the run that has the config's name
     now, None where there is none. Raises ConfigError for a folder without one."""
     if source.resolve().parent == config.run_dir.resolve():
-        return read_run_key(config.run_dir)
+        return RunFolder(config.run_dir).run_key
     return current_run(client, config.name)
 
 
@@ -127,7 +129,7 @@ class Outlook:
         """The config's Redis, or the own one of a `katana run` that is at work in the folder."""
         if self._config.redis.url is not None:
             return self._config.redis.url
-        folder = self._config.run_dir / "redis"
+        folder = self._config.run_dir / REDIS
         if not folder.is_dir():
             raise Away(f"no run with a Redis of its own in {self._config.run_dir}")
         url = url_in(folder)
@@ -137,7 +139,7 @@ class Outlook:
 
     def _find_key(self) -> str:
         """By name also in a folder that has no run.json: what is there can be looked at."""
-        known = (self._config.run_dir / "run.json").is_file()
+        known = (self._config.run_dir / RUN).is_file()
         run_key = find_key(self._config, self._source, self._client) if known else None
         run_key = run_key or current_run(self._client, self._config.name)
         if run_key is None:
@@ -185,7 +187,7 @@ def _awake(config: Config) -> Iterator[Config]:
     if config.redis.url is not None and left is None:
         yield config
         return
-    folder = left or config.run_dir / "redis"
+    folder = left or config.run_dir / REDIS
     if not folder.is_dir():
         raise ConfigError(f"redis.url: not set, and there is no run with a Redis of its own in {config.run_dir}")
     held = _hold(config.run_dir)

@@ -14,8 +14,10 @@ from typing import Any
 
 from common.config import Config, ConfigError
 from common.pretrained import ModelError, find_model, load_tokenizer, read_facts, text_of
-from common.runfiles.lines import read_lines, rid_of_line, whole_lines
-from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, Audit, BookLine, Trace
+from common.runfiles.lines import rid_of_line, whole_lines
+from common.runfiles.names import MODEL
+from common.runfiles.records import BookLine, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number
 from common.wire.record import divergence_field, tokens_field
 
@@ -99,7 +101,7 @@ def find_tokenizer(config: Config, folder: Path) -> Any:
     Raises ModelError where neither can be had.
     """
     with contextlib.suppress(ModelError, *_DAMAGED):  # none there yet, or a damaged one
-        return load_tokenizer(folder / "model")
+        return load_tokenizer(folder / MODEL)
     try:
         return load_tokenizer(find_model(config.student.model, weights=False))
     except _DAMAGED as error:
@@ -209,8 +211,8 @@ def readings_from_folder(
     """
     words = words or Words(config, folder)
     prompts = _Prompts(config, folder)
-    booked = read_lines(folder / ROLLOUTS, BookLine.from_json, rids=rids)
-    for trace in read_lines(folder / TRACES, Trace.from_json, rids=rids):
+    booked = RunFolder(folder).rollouts(rids)
+    for trace in RunFolder(folder).traces(rids):
         # The same order in both; those without a verdict have no trace.
         line = next((line for line in booked if line.rid == trace.rid), None)
         if line is None:
@@ -220,7 +222,7 @@ def readings_from_folder(
 
 def booked_line(folder: Path, rid: str) -> BookLine | None:
     """The line of a rollout in `rollouts.jsonl`; None where it is not booked. Raises ConfigError."""
-    return next(read_lines(folder / ROLLOUTS, BookLine.from_json, rids={rid}), None)
+    return next(RunFolder(folder).rollouts({rid}), None)
 
 
 def reading_of_line(line: BookLine, config: Config) -> Reading:
@@ -252,7 +254,7 @@ def _booked(line: BookLine, prompts: _Prompts) -> Reading:
 
 def audited_chunks(folder: Path, rid: str) -> tuple[WrittenChunk, ...]:
     """Who wrote which chunk of a booked rollout; nothing without `feeder.record_audit`. Raises ConfigError."""
-    for audit in read_lines(folder / AUDIT, Audit.from_json, rids={rid}):
+    for audit in RunFolder(folder).audits({rid}):
         return tuple(
             WrittenChunk(one.seq, one.start, one.n, one.version, one.writer)
             for one in audit.chunks
@@ -264,7 +266,7 @@ def audited_chunks(folder: Path, rid: str) -> tuple[WrittenChunk, ...]:
 def booked_ends(folder: Path) -> tuple[str, str] | None:
     """The lowest and the highest id in `rollouts.jsonl`, which has them in the order of booking; None without any."""
     ends: tuple[str, str] | None = None
-    for _, raw in whole_lines(folder / ROLLOUTS):
+    for _, raw in whole_lines(RunFolder(folder).rollouts.path):
         if rid := rid_of_line(raw):
             low, high = ends or (rid, rid)
             ends = min(low, rid, key=_by_number), max(high, rid, key=_by_number)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.config import Config, ConfigError
 from common.pretrained import ModelError
+from common.runfiles.names import MODEL
 from ops.replay.record import Recording, Replayed
 from ops.replay.verdicts import Judgement
 from ops.tasks.source import TaskSource
@@ -69,9 +70,9 @@ def _source(config: Config, folder: Path) -> TaskSource:
     try:
         return TaskSource(config)
     except ModelError:
-        if not (folder / "model" / "config.json").is_file():
+        if not (folder / MODEL / "config.json").is_file():
             raise
-    left = config.student.model_copy(update={"model": str((folder / "model").resolve())})
+    left = config.student.model_copy(update={"model": str((folder / MODEL).resolve())})
     return TaskSource(config.model_copy(update={"student": left}))
 
 

@@ -16,6 +16,7 @@ from common import policies
 from common.config import ConfigError, Termination, load
 from common.files import write_text
 from common.policies import Calibrated, check_policy
+from common.runfiles.names import CONFIG, REPLAYS
 from ops.plots import named, save_png
 from ops.replay.answers import judged
 from ops.replay.plot import SettingPoint, draw
@@ -47,7 +48,7 @@ def replay(folder: Path, sets: Sequence[str] = (), sweeps: Sequence[str] = (), a
     pairs = [_pair("--set", item) for item in sets]
     swept = _swept(sweeps, {key for key, _ in pairs})
     record = read_record(folder, arm)
-    check_policy(record.config, source=str(folder / "config.yaml"))
+    check_policy(record.config, source=str(folder / CONFIG))
     settings = [*_own(record), *_chosen(folder, record, pairs, swept)]
     verdicts = _verdicts(Replay(record), settings)
     answers, missing = judged(record, verdicts, folder)
@@ -62,7 +63,7 @@ def replay(folder: Path, sets: Sequence[str] = (), sweeps: Sequence[str] = (), a
 
 def _write(folder: Path, head: str, settings: Sequence[Setting], found: Sequence[Outcome]) -> str:
     """The files of a sweep; returns which."""
-    target = folder / "replay"
+    target = folder / REPLAYS
     with named(target):
         target.mkdir(exist_ok=True)
     key = next(one.changes[0][0] for one in settings if one.changes)
@@ -139,8 +140,8 @@ def _chosen(
     for combination in itertools.product(*swept) if swept or pairs else ():
         wanted = [*pairs, *combination]
         overrides = ["termination.shadow=false", "termination.apply=stop", *(f"{key}={value}" for key, value in wanted)]
-        config = load(folder / "config.yaml", overrides)
-        check_policy(config, source=str(folder / "config.yaml"))
+        config = load(folder / CONFIG, overrides)
+        check_policy(config, source=str(folder / CONFIG))
         settings = config.termination
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from actors.books import number_of
-from common.config import Config, ConfigError, load
+from common.config import Config, ConfigError
 from common.draws import rollout_seed, uniform_bits
-from common.runfiles.lines import read_lines
-from common.runfiles.records import CONFIG, METRICS, ROLLOUTS, TRACES, BookLine, Trace
+from common.runfiles.records import BookLine, Trace
+from common.runfiles.run import RunFolder
 from common.wire.messages import Floats, Ints
-from ops.report import data
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +73,18 @@ def read_record(folder: Path, arm: str | None = None) -> Recording:
     Raises:
         ConfigError: no run's folder, a damaged file, or nothing in it that counts.
     """
-    config = _config(folder)
-    books = read_lines(_present(folder / ROLLOUTS), BookLine.from_json)
-    lines = {line.rid: line for line in books if line.judged}
-    traced = list(_traces(folder / TRACES, lines))
+    run = RunFolder(folder)
+    config = run.config
+    for file in (run.rollouts, run.traces):
+        if not file.path.is_file():
+            raise ConfigError(f"{file.path}: there is no such file")
+    lines = {line.rid: line for line in run.rollouts() if line.judged}
+    traced = list(_traced(run, lines))
     if not traced:
         raise ConfigError(f"{folder}: nothing to replay: no rollout has a trace (feeder.record_traces) and a verdict")
     # Verdicts of one millisecond were given in the order of their names.
     traced.sort(key=lambda one: (one.line.verdict_unix_s or 0.0, one.line.rid))
-    rollouts = _rollouts(config, traced, _step_of_version(folder / METRICS), arm)
+    rollouts = _rollouts(config, traced, _step_of_version(run), arm)
     record = Recording(config, rollouts, len(lines) - len(rollouts))
     if not record.counted:
         wanted = "control rollout" if arm == "control" or not record.whole else "rollout"
@@ -140,23 +141,10 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
     return rollouts
 
 
-def _config(folder: Path) -> Config:
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
-    return load(folder / CONFIG)
-
-
-def _present(path: Path) -> Path:
-    """Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file")
-    return path
-
-
-def _traces(path: Path, lines: dict[str, BookLine]) -> Iterator[_Traced]:
+def _traced(run: RunFolder, lines: dict[str, BookLine]) -> Iterator[_Traced]:
     """Each rollout that has a line, a trace and both its times. Raises ConfigError."""
     seen: set[str] = set()
-    for trace in read_lines(_present(path), _finite_trace):
+    for trace in run.traces():
         line = lines.get(trace.rid)
         if line is None or line.verdict_unix_s is None or line.admitted_unix_s is None or trace.rid in seen:
             continue
@@ -164,16 +152,9 @@ def _traces(path: Path, lines: dict[str, BookLine]) -> Iterator[_Traced]:
         yield _Traced(line, trace)
 
 
-def _finite_trace(value: Any) -> Trace:
-    trace = data.read_trace(value)
-    if not np.isfinite(trace.divergence).all():
-        raise ValueError(f"rollout {trace.rid}: a divergence is not finite")
-    return trace
-
-
-def _step_of_version(path: Path) -> dict[int, int]:
+def _step_of_version(run: RunFolder) -> dict[int, int]:
     """The optimizer step that first had a policy version; nothing where the run has no metrics.jsonl."""
     steps: dict[int, int] = {0: 0}
-    for version, step in read_lines(path, lambda line: (int(line["policy_version"]), int(line["step"]))):
-        steps.setdefault(version, step)
+    for step in run.steps():
+        steps.setdefault(step.policy_version, step.step)
     return steps

@@ -13,6 +13,7 @@ from textwrap import wrap
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from common.runfiles.names import REPORT_PICTURE, REPORT_PLOTS
 from ops.plots import GREY, INK, named, save_png
 from ops.report import data, plots
 from ops.report.page import write_page
@@ -31,13 +32,14 @@ def write_report(folder: Path) -> Path:
         ConfigError: the folder is no run's (it has no config.yaml), a file in it is damaged, or one cannot be written.
     """
     run = read_run(folder)
-    target = folder / "report.png"
+    target = folder / REPORT_PICTURE
     save_png(draw(run, find_decoder(run)), target, DOTS_PER_INCH)
     figures = plots.draw_all(run)
-    with named(folder / "figures"):
-        (folder / "figures").mkdir(exist_ok=True)
+    plots_folder = folder / REPORT_PLOTS
+    with named(plots_folder):
+        plots_folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
-        save_png(figure, folder / "figures" / f"{name}.png", DOTS_PER_INCH)
+        save_png(figure, plots_folder / f"{name}.png", DOTS_PER_INCH)
     write_page(run, figures)
     return target
 
@@ -59,17 +61,16 @@ def draw(run: ReportRun, decode: Callable[[list[int]], str] | None) -> Figure:
 def draw_caption(figure: Figure, run: ReportRun) -> None:
     """What was run, in small print."""
     config = run.config
-    done = run.steps[-1]["step"] if run.steps else 0
     entries = [
         (
             "run",
-            f"{config.name}: {done} of {config.learner.max_steps} steps of {config.learner.batch_size}, task "
+            f"{config.name}: {run.steps_done} of {config.learner.max_steps} steps of {config.learner.batch_size}, task "
             f"{config.data.task}, at most {config.rollout.max_completion_length} tokens",
         ),
         ("models", f"{Path(config.student.model).name} learns from {Path(config.teacher.model).name}"),
         ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("finished", data.reasons_text(run.lines)),
-        ("ledger", data.ledger_text(run.folder / "ledger.json")),
+        ("ledger", data.ledger_text(run.folder)),
     ]
     height = 0.152
     for name, text in entries:

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from common.policies import unit_of
-from common.runfiles.lines import Object
+from common.policy_names import OF_WINDOWS
+from common.runfiles.records import Ended, Step
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data, series
 from ops.report.panels import length_title
@@ -65,7 +66,7 @@ def draw_threshold(figure: Figure, run: ReportRun) -> None:
         _over_tokens(above, run)
         above.set_xlabel("")
     else:
-        say_missing(above, "Threshold", "never active" if policy.startswith("kat") else f"policy {policy} has none")
+        say_missing(above, "Threshold", "never active" if policy in OF_WINDOWS else f"policy {policy} has none")
     _draw_cut_rate(below, run)
 
 
@@ -147,7 +148,7 @@ def _draw_ages(axes: Any, run: ReportRun) -> None:
         plain(axes)
 
 
-def _mean_length(ended: endings.Ended) -> str:
+def _mean_length(ended: Ended) -> str:
     """To train on, where that is on record: what was too old was longer, as a rule."""
     if ended.trainable is not None:
         return f"mean {ended.trainable.mean:.0f} tokens"
@@ -155,16 +156,16 @@ def _mean_length(ended: endings.Ended) -> str:
 
 
 def _draw_ages_by_step(axes: Any, run: ReportRun) -> None:
-    steps, limit = _steps_with(run, "staleness_mean", "staleness_max"), run.config.learner.max_staleness
+    steps, limit = run.steps, run.config.learner.max_staleness
     if not steps:
         say_missing(axes, "By step", "no step in metrics.jsonl")
         return
     say_title(axes, "Of the trained, by step")
-    numbers = [line["step"] for line in steps]
-    axes.plot(numbers, [line["staleness_max"] for line in steps], color=ORANGE, linewidth=1.4, label="largest")
-    axes.plot(numbers, [line["staleness_mean"] for line in steps], color=BLUE, linewidth=2.2, label="mean")
+    numbers, largest = _numbers(steps), [step.staleness_max for step in steps]
+    axes.plot(numbers, largest, color=ORANGE, linewidth=1.4, label="largest")
+    axes.plot(numbers, [step.staleness_mean for step in steps], color=BLUE, linewidth=2.2, label="mean")
     axes.axhline(limit, color=INK, linewidth=1.2, linestyle=":", label=f"limit {limit}")
-    axes.set_ylim(0, 1.5 * max(limit, 1, *(line["staleness_max"] for line in steps)))
+    axes.set_ylim(0, 1.5 * max(limit, 1, *largest))
     axes.set_xlabel("learner step")
     axes.set_ylabel("versions")
     axes.legend(frameon=False, fontsize=12, loc="upper left", ncol=2, labelcolor=INK)
@@ -175,14 +176,14 @@ def draw_latency(figure: Figure, run: ReportRun) -> None:
     """Seconds from admission to verdict and from there to a checkpoint that covers it; beneath: the learner's steps."""
     above, below = _two_rows(figure, right=0.91)
     _draw_stages(above, run)
-    steps = _steps_with(run, "step_s", "idle_ratio")
+    steps = run.steps
     if not steps:
         say_missing(below, "Learner", "no step in metrics.jsonl")
         return
-    seconds = np.array([line["step_s"] for line in steps])
-    idle = np.array([line["idle_ratio"] for line in steps])
+    seconds = np.array([step.step_s for step in steps])
+    idle = np.array([step.idle_ratio for step in steps])
     say_title(below, f"Learner: {np.median(seconds):.2g} s a step, {percent(float(idle.mean()))} of its time idle")
-    numbers = [line["step"] for line in steps]
+    numbers = _numbers(steps)
     below.plot(numbers, seconds, color=GREEN, linewidth=1.8, label="step")
     below.set_ylim(0, 1.6 * float(np.quantile(seconds, 0.99)) or 1)
     below.set_ylabel("seconds")
@@ -222,12 +223,12 @@ def _draw_stages(axes: Any, run: ReportRun) -> None:
 
 def draw_loss(axes: Any, run: ReportRun) -> None:
     """Divergence of student and teacher on what was trained on, and the student's entropy there, by step."""
-    steps = _steps_with(run, "kl", "entropy")
+    steps = run.steps
     if not steps:
         say_missing(axes, "Divergence in training", "no step in metrics.jsonl")
         return
-    numbers = [line["step"] for line in steps]
-    kl, entropy = [line["kl"] for line in steps], [line["entropy"] for line in steps]
+    numbers = _numbers(steps)
+    kl, entropy = [step.kl for step in steps], [step.entropy for step in steps]
     tenth = max(1, len(kl) // 10)
     say_title(axes, f"Divergence in training: {np.mean(kl[:tenth]):.2g} → {np.mean(kl[-tenth:]):.2g} nats a token")
     axes.plot(numbers, kl, color=BLUE, linewidth=2, label="reverse KL to the teacher")
@@ -252,14 +253,15 @@ _GUARDS = {
 def draw_drift(figure: Figure, run: ReportRun) -> None:
     """The drift guards step by step, and beneath where the policy fired, in both arms."""
     above, below = _two_rows(figure, right=0.68)
-    steps = _steps_with(run, *_GUARDS)
+    # Files of older versions lack some.
+    steps = [step for step in run.steps if all(getattr(step, name) is not None for name in _GUARDS)]
     if steps:
-        numbers = [line["step"] for line in steps]
+        numbers = _numbers(steps)
         for name, (whole, label, colour) in _GUARDS.items():
-            values = [abs(whole - line[name]) for line in steps]
+            values = [abs(whole - getattr(step, name)) for step in steps]
             above.plot(numbers, values, color=colour, linewidth=1.8, label=label)
         tenth = max(1, len(steps) // 10)
-        first, last = (np.mean([line["repetition"] for line in part]) for part in (steps[:tenth], steps[-tenth:]))
+        first, last = (np.mean([step.repetition or 0.0 for step in part]) for part in (steps[:tenth], steps[-tenth:]))
         say_title(above, f"Drift: repetition {first:.2f} → {last:.2f}")
         _as_shares(above)
         above.set_xlabel("learner step")
@@ -299,9 +301,8 @@ def _as_shares(axes: Any) -> None:
 # --- common to them ------------------------------------------------------------------------------------------------
 
 
-def _steps_with(run: ReportRun, *names: str) -> list[Object]:
-    """Lines of metrics.jsonl that have these figures."""
-    return [line for line in run.steps if all(isinstance(line.get(name), (int, float)) for name in names)]
+def _numbers(steps: Sequence[Step]) -> list[int]:
+    return [step.step for step in steps]
 
 
 def _two_rows(figure: Figure, right: float = 0.97) -> Sequence[Any]:

@@ -5,21 +5,18 @@ Divergences are in nats a token.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from common.runfiles.lines import Object, read_at, whole_lines
-from common.runfiles.records import BookLine, Trace
-from common.wire import messages
+from common.config import ConfigError
+from common.runfiles.records import BookLine, Evaluation, Trace
+from common.runfiles.run import RunFolder
 
 Floats = npt.NDArray[np.float64]
 _T = TypeVar("_T")
@@ -57,11 +54,10 @@ class Accuracy:
     pass_at_k: float
 
 
-def accuracy_curve(evaluations: Iterable[Object], marks: Sequence[int]) -> list[Accuracy]:
+def accuracy_curve(evaluations: Iterable[Evaluation], marks: Sequence[int]) -> list[Accuracy]:
     """Evaluated versions by step; one whose step is not in the books yet is left out, its tokens being unknown."""
-    known = [line for line in evaluations if line["step"] < len(marks)]
-    known.sort(key=lambda line: line["step"])
-    return [Accuracy(line["step"], marks[line["step"]], line["avg@k"], line["pass@k"]) for line in known]
+    known = sorted((one for one in evaluations if one.step < len(marks)), key=lambda one: one.step)
+    return [Accuracy(one.step, marks[one.step], one.scores.avg_at_k, one.scores.pass_at_k) for one in known]
 
 
 # --- length by arm -------------------------------------------------------------------------------------------------
@@ -155,15 +151,6 @@ def token_fates(lines: Iterable[BookLine], arm: str) -> Fates:
 # --- traces --------------------------------------------------------------------------------------------------------
 
 
-def read_trace(value: Any) -> Trace:
-    """A line of traces.jsonl. Raises ValueError, KeyError or TypeError for a damaged one."""
-    trace = Trace.from_json(value)
-    keep, trigger, count = trace.keep, trace.trigger, trace.written
-    if not keep <= trigger <= count:
-        raise ValueError(f"rollout {trace.rid}: keep {keep}, trigger {trigger}, {count} tokens")
-    return trace
-
-
 @dataclass(frozen=True, slots=True)
 class TraceSample:
     """Traces spread evenly over the run, and how many of the kind there are."""
@@ -172,58 +159,22 @@ class TraceSample:
     found: int
 
 
-def sample_traces(path: Path, most: int) -> dict[str, TraceSample]:
+def sample_traces(run: RunFolder, most: int) -> dict[str, TraceSample]:
     """At most `most` traces of each kind: treated | control, where the rule fired; uncut (treated, it did not); and
     booked, of all of them alike, as they were booked.
 
-    Of the other lines only the heads are read: those of a long run are gigabytes.
+    One at a time is in memory, and then those that were chosen: all of a long run are gigabytes.
     """
-    marks: dict[str, list[int]] = {"treated": [], "control": [], "uncut": [], "booked": []}
-    for mark in scan_traces(path):
-        if not mark.tokens:
-            continue
-        marks["booked"].append(mark.offset)
-        if mark.fired:
-            marks[mark.arm].append(mark.offset)
-        elif mark.arm == "treated":
-            marks["uncut"].append(mark.offset)
-    chosen = {kind: spread(found, most) for kind, found in marks.items()}
-    read = read_at(path, sorted({offset for offsets in chosen.values() for offset in offsets}), read_trace)
-    return {kind: TraceSample([read[offset] for offset in chosen[kind]], len(marks[kind])) for kind in marks}
-
-
-@dataclass(frozen=True, slots=True)
-class TraceMark:
-    """Where a line of traces.jsonl begins, in bytes, its tokens, and whether the rule fired in that rollout."""
-
-    rid: str
-    arm: str
-    tokens: int
-    fired: bool
-    offset: int
-
-
-_TOKENS = re.compile(rb'"tokens": ?"')
-
-
-def scan_traces(path: Path) -> Iterator[TraceMark]:
-    """All whole lines in the order they were booked. Raises ValueError or KeyError for a damaged one."""
-    for offset, raw in whole_lines(path):
-        yield _mark(raw, offset)
-
-
-def _mark(raw: bytes, offset: int) -> TraceMark:
-    tokens = _TOKENS.search(raw)
-    end = raw.find(b'"', tokens.end()) if tokens else -1
-    if tokens is None or end < 0:
-        raise ValueError(f"no tokens in the line at byte {offset}")
-    head = json.loads(raw[: tokens.start()].rstrip(b", ") + b"}")
-    padding = raw[end - 2 : end].count(b"=")
-    count = ((end - tokens.end()) // 4 * 3 - padding) // 4  # of int32 in base64
-    if head["arm"] not in ("treated", "control"):
-        raise ValueError(f"arm is {head['arm']!r:.40} in the line at byte {offset}")
-    fired_in = messages.fired(stopped=bool(head["cut"]), kept=head["keep"], written=count)
-    return TraceMark(head["rid"], head["arm"], count, fired_in, offset)
+    found: dict[str, list[int]] = {"treated": [], "control": [], "uncut": [], "booked": []}
+    for place, trace in run.traces.placed():
+        found["booked"].append(place)
+        if trace.fired:
+            found[trace.arm].append(place)
+        elif trace.arm == "treated":
+            found["uncut"].append(place)
+    chosen = {kind: spread(places, most) for kind, places in found.items()}
+    read = run.traces.at(sorted({place for places in chosen.values() for place in places}))
+    return {kind: TraceSample([read[place] for place in chosen[kind]], len(found[kind])) for kind in found}
 
 
 def spread(items: Sequence[_T], count: int) -> list[_T]:
@@ -316,21 +267,19 @@ def reasons_text(lines: Iterable[BookLine]) -> str:
     return " · ".join(f"{reason} {count:,}" for reason, count in counts.most_common()) or "none booked"
 
 
-def ledger_text(path: Path) -> str:
+def ledger_text(run: RunFolder) -> str:
     """The ledger as a sum, and whether it adds up; a word on why where the file cannot be read."""
     try:
-        ledger = json.loads(path.read_text())
-        dropped = ledger["dropped"]
-        ended = ledger["trained"] + sum(dropped.values()) + ledger["dead"] + ledger["open"]
-    except FileNotFoundError:
-        return "no ledger.json yet"
-    except (OSError, ValueError, KeyError, TypeError):
+        ledger = run.ledger
+    except ConfigError:
         return "ledger.json cannot be read"
-    why = ", ".join(f"{reason} {count:,}" for reason, count in sorted(dropped.items()))
-    verdict = "adds up" if ended == ledger["admitted"] else f"DOES NOT ADD UP: {ended:,}"
-    if ended == ledger["admitted"] and not ledger["open"]:
-        verdict = "closed"
+    if ledger is None:
+        return "no ledger.json yet"
+    why = ", ".join(f"{reason} {count:,}" for reason, count in sorted(ledger.dropped.items()))
+    total = ledger.ended + ledger.open
+    verdict = "adds up" if ledger.open else "closed"
     return (
-        f"{ledger['admitted']:,} admitted = {ledger['trained']:,} trained + {sum(dropped.values()):,} dropped"
-        f"{f' ({why})' if why else ''} + {ledger['dead']:,} dead + {ledger['open']:,} open ({verdict})"
+        f"{ledger.admitted:,} admitted = {ledger.trained:,} trained + {sum(ledger.dropped.values()):,} dropped"
+        f"{f' ({why})' if why else ''} + {ledger.dead:,} dead + {ledger.open:,} open "
+        f"({verdict if total == ledger.admitted else f'DOES NOT ADD UP: {total:,}'})"
     )

@@ -31,14 +31,15 @@ from matplotlib.figure import Figure
 
 from common.config import Config
 from common.files import write_atomically
-from common.runfiles.records import BookLine
+from common.runfiles.names import REPORT_PAGE
+from common.runfiles.records import BookLine, Saving
 from ops.plots import named
 from ops.reading.rollouts import Reading, Words, readings_from_folder
 from ops.report import data, plots
 from ops.report.panels import headline
 from ops.report.run import ReportRun
 from ops.stats import endings
-from ops.stats.saving import ARMS, Saving, arm_totals
+from ops.stats.saving import ARMS, arm_totals
 from ops.words import policy_text
 
 FILES = Path(__file__).parent / "html"
@@ -113,7 +114,7 @@ _SHOWN_OF_COLUMN = ("name", "title", "meaning", "kind")
 def write_page(run: ReportRun, figures: dict[str, Figure]) -> Path:
     """Write `report.html` with figures that are drawn already, those of `report_plots.draw_all`. Raises ConfigError."""
     text = page(run, {name: plots.svg(figure, name) for name, figure in figures.items()})
-    target = run.folder / "report.html"
+    target = run.folder.path / REPORT_PAGE
     # A lone surrogate, which JSON allows in a string, is no character.
     with named(target):
         write_atomically(target, lambda path: _write(path, text.encode("utf-8", "replace")))
@@ -140,7 +141,7 @@ def page(run: ReportRun, drawn: dict[str, str]) -> str:
         "shown": escape(_shown(run, len(chosen))),
         "data": _inert(table_data(run, chosen)),
         "config": escape(run.config.to_yaml()),
-        "footer": escape(f"Made by `katana report` from {run.folder.name}/. {_newest_time(run)}".strip()),
+        "footer": escape(f"Made by `katana report` from {run.folder.path.name}/. {_newest_time(run)}".strip()),
     }
     template = (FILES / "report.html").read_text(encoding="utf-8")
     # In one pass: what is filled in may hold braces of its own.
@@ -164,7 +165,7 @@ def _figure(name: str, drawn: str) -> str:
 
 def _done_text(run: ReportRun) -> str:
     """Steps of the steps; where tokens end the run, these of theirs."""
-    learner, done = run.config.learner, run.steps[-1]["step"] if run.steps else 0
+    learner, done = run.config.learner, run.steps_done
     if learner.max_generated_tokens is None:
         return f"{done} of {learner.max_steps} steps of {learner.batch_size} rollouts"
     tokens = f"{run.generated:,} of {learner.max_generated_tokens:,} tokens generated"
@@ -181,7 +182,7 @@ def _facts(run: ReportRun) -> str:
         ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("length saving", _saving_text(run.saving)),
         ("finished", data.reasons_text(run.lines)),
-        ("ledger", data.ledger_text(run.folder / "ledger.json")),
+        ("ledger", data.ledger_text(run.folder)),
         *(("left out", endings.words(one)) for one in endings.left_out(endings.by_ending(run.lines))),
     ]
     body = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
@@ -222,8 +223,8 @@ def _arms(run: ReportRun) -> str:
         "mean_generated": "mean length",
     }
     totals = {arm: arm_totals(run.lines, arm) for arm in ARMS}
-    rows = [[arm, *(totals[arm][name] for name in names)] for arm in ARMS]
-    counts = [sum(totals[arm][name] for arm in ARMS) for name in list(names)[:-1]]
+    rows = [[arm, *(getattr(totals[arm], name) for name in names)] for arm in ARMS]
+    counts = [sum(getattr(totals[arm], name) for arm in ARMS) for name in list(names)[:-1]]
     mean = counts[1] / counts[0] if counts[0] else None
     return _table("Tokens", ["", *names.values()], [*rows, ["both", *counts, mean]])
 
@@ -242,11 +243,9 @@ def _endings(run: ReportRun) -> str:
 def _evaluations(run: ReportRun) -> str:
     if not run.evaluations:
         return ""
-    lines = sorted(run.evaluations, key=lambda line: line["step"])
-    k = lines[0]["k"]
-    rows = [
-        [f"step {line['step']}", line["n"], line["avg@k"], line["pass@k"], line.get("mean_length")] for line in lines
-    ]
+    k = run.evaluations[0].scores.k
+    found = [(one.step, one.scores) for one in run.evaluations]
+    rows = [[f"step {step}", one.n, one.avg_at_k, one.pass_at_k, one.mean_length] for step, one in found]
     return _table("Evaluations", ["", "problems", f"avg@{k}", f"pass@{k}", "mean length"], rows)
 
 
@@ -279,8 +278,7 @@ def _shown(run: ReportRun, count: int) -> str:
 
 def _newest_time(run: ReportRun) -> str:
     """When the newest step was done, in UTC: the page says of itself how fresh it is."""
-    times = [line["unix_s"] for line in run.steps if isinstance(line.get("unix_s"), (int, float))]
-    return f"Newest step {np.datetime64(int(times[-1]), 's')} UTC." if times else ""
+    return f"Newest step {np.datetime64(int(run.steps[-1].unix_s), 's')} UTC." if run.steps else ""
 
 
 # --- the rollouts --------------------------------------------------------------------------------------------------
@@ -310,8 +308,8 @@ def table_data(run: ReportRun, chosen: Sequence[int]) -> dict[str, Any]:
     """What the page's script reads; see the top of this file. Raises ConfigError."""
     timed = any(line.admitted_unix_s is not None for line in run.lines)
     columns = COLUMNS if timed else COLUMNS[:-1]
-    rids = {run.lines[place].rid for place in chosen}
-    readings = list(readings_from_folder(run.folder, run.config, rids, words=_RememberedWords(run.config, run.folder)))
+    rids, folder = {run.lines[place].rid for place in chosen}, run.folder.path
+    readings = list(readings_from_folder(folder, run.config, rids, words=_RememberedWords(run.config, folder)))
     pieces: dict[tuple[int, str], int] = {}
     for reading in readings:
         for token in reading.tokens:

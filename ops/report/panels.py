@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import BookLine, Saving
 from ops.plots import (
     ARM_COLOURS,
     GREEN,
@@ -25,7 +25,7 @@ from ops.plots import (
 )
 from ops.report import data
 from ops.report.run import ReportRun
-from ops.stats.saving import ARMS, Saving
+from ops.stats.saving import ARMS
 from ops.words import percent, short
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def draw_accuracy(axes: Any, run: ReportRun) -> None:
         why = "no eval.jsonl yet" if not run.evaluations else "the evaluated steps are not in the books yet"
         say_missing(axes, "Accuracy", why if run.config.eval.every_steps else "evaluation is off (eval.every_steps 0)")
         return
-    k, problems = run.evaluations[0]["k"], run.evaluations[0]["n"]
+    k, problems = run.evaluations[0].scores.k, run.evaluations[0].scores.n
     first, last = curve[0], curve[-1]
     gone = f" → {last.avg_at_k:.2f} in {short(last.tokens)} tokens" if len(curve) > 1 else f" at step {first.step}"
     say_title(axes, f"Accuracy: avg@{k} {first.avg_at_k:.2f}{gone}")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import BookLine, Saving
 from ops.report.data import Floats, spread
 from ops.stats.intervals import wilson
-from ops.stats.saving import Saving, length_saving
+from ops.stats.saving import length_saving
 
 STAGES = {
     "admission to verdict": ("admitted_unix_s", "verdict_unix_s"),

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from common.config import Config, ConfigError, parse
-from common.runfiles.run import lock, read_run_key
+from common.runfiles.making import lock
+from common.runfiles.names import CONFIG, RUN
+from common.runfiles.run import RunFolder
 from common.wire.plane import open_plane
 from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach
@@ -18,10 +20,10 @@ def clean(folder: Path) -> str:
     For a run of the fault harness whose Redis is gone, only the folders. Raises ConfigError if the folder is not a
     run's, the run is running, or its Redis does not answer.
     """
-    if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
-        raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
+    if not (folder / CONFIG).is_file() or not (folder / RUN).is_file():
+        raise ConfigError(f"{folder}: not a run's folder ({CONFIG} and {RUN} are not both there)")
     lock(folder).close()
-    config = parse((folder / "config.yaml").read_bytes(), source=str(folder / "config.yaml"))
+    config = parse((folder / CONFIG).read_bytes(), source=str(folder / CONFIG))
     gone, left = left_by_harness(folder, config)
     if gone:
         for path in filter(None, (folder, left)):
@@ -30,7 +32,7 @@ def clean(folder: Path) -> str:
         return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone with its keys"
     removed = 0
     if config.redis.url is not None:
-        removed = _remove_keys(config, read_run_key(folder))
+        removed = _remove_keys(config, RunFolder(folder).run_key)
     shutil.rmtree(folder)
     return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -10,9 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load
 
@@ -20,10 +18,11 @@ from actors.engine.loaded import sampler
 from common import metrics
 from common.config import Config, ConfigError
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
-from common.runfiles.lines import append_lines, open_whole_lines, read_lines
-from common.runfiles.records import EVALUATIONS
+from common.runfiles.lines import append_lines, open_whole_lines
+from common.runfiles.records import Evaluation, Scores, ToEvaluate
+from common.runfiles.run import RunFolder, read_json
 from common.wire.messages import Ints
-from common.wire.weights import BadWeights, WeightsRef, verified
+from common.wire.weights import BadWeights, WeightsRef, file_of, verified
 from ops.tasks.source import TaskSource
 
 log = logging.getLogger("katana.evaluate")
@@ -40,41 +39,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if not (0 <= correct <= samples and 1 <= k <= samples):
         raise ValueError(f"pass@{k} of {correct} right in {samples} samples")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP.
-
-    A problem with a sample that nobody could judge is left out of accuracy and chance, and of n; `unjudged` counts such
-    samples. Of several benchmarks: n is their sum, as is `unjudged`, k that of the config, and every other number the
-    mean of theirs.
-    """
-
-    n: int
-    k: int
-    avg_at_k: float
-    pass_at_k: float
-    mean_length: float
-    eos_rate: float
-    benchmarks: dict[str, Scores] = field(default_factory=dict)
-    unjudged: int = 0
-
-    def line(self) -> dict[str, Any]:
-        """As it stands in eval.jsonl and summary.json."""
-        line: dict[str, Any] = {
-            "k": self.k,
-            "n": self.n,
-            "avg@k": self.avg_at_k,
-            "pass@k": self.pass_at_k,
-            "mean_length": self.mean_length,
-            "eos_rate": self.eos_rate,
-        }
-        if self.unjudged:
-            line["unjudged"] = self.unjudged
-        if self.benchmarks:
-            line["benchmarks"] = {name: scores.line() for name, scores in self.benchmarks.items()}
-        return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,55 +191,48 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
     """
     os.nice(19)
     evaluator: Evaluator | None = None
-    folder, results = config.run_dir / "eval", config.run_dir / EVALUATIONS
-    for line in [*read_lines(results)][-1:]:
-        _show(line)
+    run = RunFolder(config.run_dir)
+    for last in [*run.evaluations()][-1:]:
+        _show(last)
     while not stop.is_set():
         metrics.turned("evaluator")
         over = finished()  # asked before looking: what was left behind before the end is seen
-        notes = sorted(folder.glob("v*.json"))
-        if not notes:
+        waiting = run.to_evaluate
+        if not waiting:
             if over:
                 return
             stop.wait(0.3)
             continue
-        note = json.loads(notes[0].read_text())
-        if note["step"] not in _steps(results):
+        path = waiting[0]
+        note = ToEvaluate.from_json(read_json(path))
+        if note.step not in {one.step for one in run.evaluations()}:
             evaluator = evaluator or Evaluator(config)
-            if not _evaluate_one(evaluator, note, folder, results, stop):
+            if not _evaluate_one(evaluator, note, path.parent, run.evaluations.path, stop):
                 return
-        (folder / f"v{note['version']:08d}.safetensors").unlink(missing_ok=True)
-        notes[0].unlink()
+        (path.parent / file_of(note.version)).unlink(missing_ok=True)
+        path.unlink()
 
 
-def _show(line: dict[str, Any]) -> None:
-    metrics.policy_version.labels("evaluator").set(line["policy_version"])
-    metrics.eval_avg_at_k.set(line["avg@k"])
-    metrics.eval_pass_at_k.set(line["pass@k"])
-    metrics.eval_mean_length.set(line["mean_length"])
+def _show(one: Evaluation) -> None:
+    metrics.policy_version.labels("evaluator").set(one.policy_version)
+    metrics.eval_avg_at_k.set(one.scores.avg_at_k)
+    metrics.eval_pass_at_k.set(one.scores.pass_at_k)
+    metrics.eval_mean_length.set(one.scores.mean_length)
 
 
-def _steps(results: Path) -> set[int]:
-    return {line["step"] for line in read_lines(results)}
-
-
-def _evaluate_one(
-    evaluator: Evaluator, note: dict[str, Any], folder: Path, results: Path, stop: threading.Event
-) -> bool:
+def _evaluate_one(evaluator: Evaluator, note: ToEvaluate, folder: Path, results: Path, stop: threading.Event) -> bool:
     began = time.monotonic()
-    ref = WeightsRef(note["version"], f"v{note['version']:08d}.safetensors", note["sha256"])
     try:
-        evaluator.swap(verified(folder, ref))
+        evaluator.swap(verified(folder, WeightsRef(note.version, file_of(note.version), note.sha256)))
     except (BadWeights, ValueError) as error:
         log.warning("not evaluated: %s", error)
         return True
     scores = evaluator.measure(stop=stop)
     if scores is None:
         return False
-    line = {"policy_version": note["version"], "step": note["step"], "tokens_trained": note["tokens_trained"]}
-    line |= scores.line() | {"wall_s": time.monotonic() - began}
-    _show(line)
+    found = Evaluation(note.version, note.step, note.tokens_trained, scores, time.monotonic() - began)
+    _show(found)
     with open_whole_lines(results) as file:  # an evaluator that was killed may have left a part of a line
-        append_lines(file, [line])
-    log.info("version %d: avg@%d %.3f", note["version"], scores.k, scores.avg_at_k)
+        append_lines(file, [found])
+    log.info("version %d: avg@%d %.3f", note.version, scores.k, scores.avg_at_k)
     return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import redis
 
-from common.runfiles.records import EVALUATIONS
+from common.runfiles.names import EVALUATIONS
 from common.wire.plane import Plane
 
 MOST = 5

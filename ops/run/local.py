@@ -14,7 +14,10 @@ from typing import Any
 
 from common.config import Config, ConfigError
 from common.files import write_json
-from common.runfiles.run import lock, open_folder, read_json
+from common.runfiles.making import lock, open_folder
+from common.runfiles.names import BUSY, CONFIG, LOGS, REDIS, WALL
+from common.runfiles.records import Wall
+from common.runfiles.run import RunFolder
 from common.wire.plane import Plane, RedisUnavailable, create_run, open_plane
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
@@ -22,7 +25,7 @@ from ops.reach.run import with_redis
 from ops.reach.server import reach
 from ops.report.command import write_report
 from ops.run.failures import MOST, Failures, mark_of
-from ops.run.progress import RunProgress
+from ops.run.progress import RunProgress, describe
 from ops.run.roles import RUN_KEY, WORKERS
 from ops.run.summary import write_summary
 
@@ -106,16 +109,16 @@ class LocalRun:
             print(f"stopped. {self._how_to_resume()}", file=sys.stderr)
             return EXIT_INTERRUPTED
         self._stop_children()
-        write_json(self._folder / "busy.json", progress.busy_shares())
+        write_json(self._folder / BUSY, progress.busy_shares())
         summary = write_summary(self._folder)
         write_report(self._folder)
-        progress.finish(summary)
+        print(describe(summary, self._config))
         return EXIT_OK
 
     def _start_redis(self) -> Plane:
         """Start the embedded Redis unless the config names one, and register the run in it."""
         if self._config.redis.url is None:
-            self._redis = EmbeddedRedis(self._folder / "redis", maxmemory_mb=self._config.redis.maxmemory_mb)
+            self._redis = EmbeddedRedis(self._folder / REDIS, maxmemory_mb=self._config.redis.maxmemory_mb)
             self._redis.start()
             self._config = with_redis(self._config, self._redis.url, self._redis.broker_url)
         client = reach(self._config)
@@ -129,7 +132,7 @@ class LocalRun:
     # --- children ----------------------------------------------------------------------------------------------
 
     def _start(self, child: _Child) -> None:
-        config_file = self._folder / "config.yaml"
+        config_file = self._folder / CONFIG
         overrides = [f"redis.url={self._config.redis.url}"]
         if self._config.redis.broker_url:
             overrides.append(f"redis.broker_url={self._config.redis.broker_url}")
@@ -146,7 +149,7 @@ class LocalRun:
         child.process = start(katana(child.role, str(config_file), *sets), log_file, environment)
 
     def _log_of(self, child: _Child) -> Path:
-        return self._folder / "logs" / f"{child.name}.log"
+        return self._folder / LOGS / f"{child.name}.log"
 
     def _watch(self) -> None:
         """Restart children that died. Raises ChildFailed for a failure that a restart does not fix."""
@@ -179,7 +182,7 @@ class LocalRun:
         return f"{(errors or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
 
     def _how_to_resume(self) -> str:
-        return f"Continue with: katana run {self._folder}/config.yaml --resume"
+        return f"Continue with: katana run {self._folder / CONFIG} --resume"
 
     def _over(self) -> bool:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
@@ -194,9 +197,8 @@ class LocalRun:
         self._wake.set()
 
     def _note_wall(self, began: float) -> None:
-        path = self._folder / "wall.json"
-        before = read_json(path)["wall_s"] if path.exists() else 0.0
-        write_json(path, {"wall_s": before + time.time() - began})
+        before = RunFolder(self._folder).wall_s or 0.0
+        write_json(self._folder / WALL, Wall(before + time.time() - began).to_json())
 
 
 def _children(config: Config) -> list[_Child]:

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from common.config import Config
 from common.policies import written
-from common.runfiles.lines import Tail, an_object, last_lines
-from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
+from common.policy_names import CALIBRATED
+from common.runfiles.records import BookLine, Evaluation, Step, Summary
+from common.runfiles.run import RunFolder
 from common.wire.plane import Plane
 from ops.stats import endings
 from ops.stats.saving import ARMS, length_saving
@@ -29,13 +30,11 @@ class RunProgress:
 
     def __init__(self, config: Config, plane: Plane) -> None:
         self._config, self._plane = config, plane
-        self._lines, self._evals = (
-            Tail(config.run_dir / ROLLOUTS, BookLine.from_json),
-            Tail(config.run_dir / EVALUATIONS, an_object),
-        )
-        self._step: dict[str, Any] = {}
+        self._folder = RunFolder(config.run_dir)
+        self._lines, self._evaluations = self._folder.rollouts.tail(), self._folder.evaluations.tail()
+        self._step: Step | None = None
         self._read_steps()  # a former session's
-        self._eval: dict[str, Any] = {}
+        self._evaluation: Evaluation | None = None
         self._booked: deque[BookLine] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
@@ -70,10 +69,10 @@ class RunProgress:
         self._update_at = now + 0.5
         steps = self._read_steps()
         for step in steps:
-            self._note_busy("learner", 1 - step["idle_ratio"])
+            self._note_busy("learner", 1 - step.idle_ratio)
         if steps:
             self._pace.append((now, self._share()))
-        self._eval = [self._eval, *self._evals.read()][-1]
+        self._evaluation = [self._evaluation, *self._evaluations.read()][-1]
         for line in self._lines.read():
             self._booked.append(line)
             self._recent[line.arm].append(line.tokens_generated)
@@ -86,17 +85,16 @@ class RunProgress:
         else:
             self._say_step()
 
-    def _read_steps(self) -> list[dict[str, Any]]:
+    def _read_steps(self) -> list[Step]:
         """What was added since the last look, by the end of the file alone.
 
         A learner that is started again puts another file in the place of this one, cut back to its checkpoint. Read
         anew from the beginning it would count every step twice, and hold the whole run's for a moment: memory that
         this process kept, 1 to 2 MB more at each restart in a soak of 2,700 steps.
         """
-        before = self._step.get("step", 0)
-        lines = last_lines(self._config.run_dir / METRICS, an_object, _STEPS_BYTES)
-        self._step = [self._step, *lines][-1]
-        return [line for line in lines if line["step"] > before]
+        before, steps = self._done_steps, self._folder.steps.last(_STEPS_BYTES)
+        self._step = [self._step, *steps][-1]
+        return [step for step in steps if step.step > before]
 
     def _ask(self) -> None:
         client, key = self._plane.client, self._plane.key
@@ -128,12 +126,20 @@ class RunProgress:
         (t0, n0), (t1, n1) = self._written[0], self._written[-1]
         return (n1 - n0) / (t1 - t0) if t1 > t0 and n1 >= n0 else None
 
+    @property
+    def _done_steps(self) -> int:
+        return self._step.step if self._step else 0
+
+    @property
+    def _done_tokens(self) -> int:
+        return self._step.tokens_generated or 0 if self._step else 0
+
     def _share(self) -> float:
         """How much of the run is done: of its steps or of its tokens, whichever will end it."""
         learner = self._config.learner
-        share: float = self._step.get("step", 0) / learner.max_steps
+        share = self._done_steps / learner.max_steps
         if learner.max_generated_tokens is not None:
-            share = max(share, self._step.get("tokens_generated", 0) / learner.max_generated_tokens)
+            share = max(share, self._done_tokens / learner.max_generated_tokens)
         return share
 
     def _twentieths(self) -> int:
@@ -149,10 +155,10 @@ class RunProgress:
     def _done(self) -> str:
         """Steps of the steps, and tokens of the tokens where they may end the run."""
         learner = self._config.learner
-        steps = f"{self._step.get('step', 0)} / {learner.max_steps}"
+        steps = f"{self._done_steps} / {learner.max_steps}"
         if learner.max_generated_tokens is None:
             return steps
-        return f"{steps}, {self._step.get('tokens_generated', 0):,} / {learner.max_generated_tokens:,} tokens generated"
+        return f"{steps}, {self._done_tokens:,} / {learner.max_generated_tokens:,} tokens generated"
 
     def _figures(self) -> dict[str, str]:
         means = {arm: sum(recent) / len(recent) if recent else None for arm, recent in self._recent.items()}
@@ -166,22 +172,22 @@ class RunProgress:
         rate = self._rate()
         workers = self._facts.get("workers", {}).values()
         roles = [f"{facts.get('role')} {float(facts.get('busy', 0)):.0%}" for facts in workers]
-        last = self._eval
-        evaluated = last and f"{last['avg@k']:.3f} / {last['pass@k']:.3f} at step {last['step']}"
+        step, last = self._step, self._evaluation
+        evaluated = last and f"{last.scores.avg_at_k:.3f} / {last.scores.pass_at_k:.3f} at step {last.step}"
         return {
             "step": self._done(),
             "left": f"about {left:.0f} s" if (left := self._left_s()) is not None else "–",
-            "loss": _number(self._step.get("loss"), ".4f"),
+            "loss": _number(step and step.loss, ".4f"),
             "length treated / control": "{} / {} tokens".format(*(_number(means[arm], ".0f") for arm in ARMS)),
             "saving": interval,
             "threshold": written(threshold, self._config.termination.policy, ".2e")
             if threshold is not None
             else (
                 f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
-                if self._config.termination.policy in ("kat", "kat_inverse")
+                if self._config.termination.policy in CALIBRATED
                 else "–"
             ),
-            "lag": f"{_number(self._step.get('staleness_mean'), '.2f')} versions",
+            "lag": f"{_number(step and step.staleness_mean, '.2f')} versions",
             "written": f"{_number(rate, '.0f')} tokens/s",
             "avg@k / pass@k": str(evaluated or "–"),
             "busy": ", ".join(sorted(roles)) or "starting",
@@ -208,43 +214,34 @@ class RunProgress:
     def _say(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
 
-    # --- the end -----------------------------------------------------------------------------------------------
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """The summary, for people."""
-        print(describe(summary, self._config))
-
 
 def _number(value: Any, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def describe(summary: dict[str, Any], config: Config) -> str:
+def describe(summary: Summary, config: Config) -> str:
     """A summary as text."""
-    saving, ledger = summary["length_saving"], summary["ledger"]
-    lines = [
-        f"{summary['steps']} steps in {_number(summary['wall_s'], '.0f')} s, "
-        f"policy version {summary['policy_version']}",
-    ]
-    for line in summary["eval"]:
+    saving, ledger = summary.length_saving, summary.ledger
+    lines = [f"{summary.steps} steps in {_number(summary.wall_s, '.0f')} s, policy version {summary.policy_version}"]
+    for one in summary.evaluations:
+        scores = one.scores
         lines.append(
-            f"version {line['policy_version']:>4}: avg@{line['k']} {line['avg@k']:.3f}  pass@{line['k']} "
-            f"{line['pass@k']:.3f}  mean length {line['mean_length']:.1f}  ({line['n']} problems)"
+            f"version {one.policy_version:>4}: avg@{scores.k} {scores.avg_at_k:.3f}  pass@{scores.k} "
+            f"{scores.pass_at_k:.3f}  mean length {scores.mean_length:.1f}  ({scores.n} problems)"
         )
-    for arm, totals in summary["arms"].items():
+    for arm, totals in summary.arms.items():
         lines.append(
-            f"{arm:>8}: {totals['rollouts']} rollouts, {totals['tokens_generated']} tokens written, "
-            f"{totals['tokens_trained']} trained on, mean {_number(totals['mean_generated'], '.1f')}"
+            f"{arm:>8}: {totals.rollouts} rollouts, {totals.tokens_generated} tokens written, "
+            f"{totals.tokens_trained} trained on, mean {_number(totals.mean_generated, '.1f')}"
         )
-    if saving["ratio"] is not None:
-        lines.append(f"length saving {saving['ratio']:.1%} (95 % interval {saving['low']:.1%} to {saving['high']:.1%})")
-    lines.append("ended: " + ", ".join(f"{reason} {count}" for reason, count in summary["finish_reasons"].items()))
+    if saving.ratio is not None:
+        lines.append(f"length saving {saving.ratio:.1%} (95 % interval {saving.low:.1%} to {saving.high:.1%})")
+    lines.append("ended: " + ", ".join(f"{reason} {count}" for reason, count in summary.finish_reasons.items()))
     if ledger:
-        dropped = sum(ledger["dropped"].values())
         lines.append(
-            f"ledger: admitted {ledger['admitted']} = trained {ledger['trained']} + dropped {dropped} "
-            f"+ dead {ledger['dead']} + open {ledger['open']}"
+            f"ledger: admitted {ledger.admitted} = trained {ledger.trained} + dropped {sum(ledger.dropped.values())} "
+            f"+ dead {ledger.dead} + open {ledger.open}"
         )
-    lines += [f"left out: {endings.words(one)}" for one in endings.left_out(endings.from_json(summary["endings"]))]
+    lines += [f"left out: {endings.words(one)}" for one in endings.left_out(summary.endings)]
     lines.append(f"folder: {config.run_dir} (summary.json, report.html, model/)")
     return "\n".join(lines)

@@ -16,7 +16,8 @@ import redis
 from common import metrics
 from common.config import Config, ConfigError
 from common.episode import Episode
-from common.runfiles.run import open_folder
+from common.runfiles.making import open_folder
+from common.runfiles.names import REPORT_LOCK, RUN
 from common.wire.lease import LeaseLost
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, create_run, open_plane
 from ops.reach.run import wait_for_config, wait_for_key, working_config
@@ -130,7 +131,7 @@ def _plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Ev
 
 def _open_run(config: Config, client: redis.Redis) -> str:
     """Open a run on a cluster, or resume it from its folder, as `katana run --resume` does. Raises ConfigError."""
-    resume = (config.run_dir / "run.json").exists()
+    resume = (config.run_dir / RUN).exists()
     run_key = open_folder(config, resume=resume)
     create_run(client, config, run_key)
     plane = open_plane(config, client, run_key)
@@ -205,14 +206,14 @@ def _sum_up(folder: Path) -> None:
     from ops.report.command import write_report
     from ops.run.summary import write_summary
 
-    with (folder / ".report.lock").open("w") as file:
+    with (folder / REPORT_LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             write_summary(folder)
             if RUN_KEY not in os.environ:  # `katana run` writes the report itself, when all its roles have ended
                 write_report(folder)
-        except (ValueError, KeyError, TypeError) as error:  # of the report a ConfigError, of the summary any of them
-            log.error("no summary or no report of %s: %s: %s", folder, type(error).__name__, error)
+        except ConfigError as error:
+            log.error("no summary or no report of %s: %s", folder, error)
 
 
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}

@@ -5,39 +5,36 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from common.files import write_text
-from common.runfiles.lines import read_lines
-from common.runfiles.records import EVALUATIONS, LEDGER, METRICS, ROLLOUTS, SUMMARY, WALL, BookLine
+from common.runfiles.names import SUMMARY
+from common.runfiles.records import Summary
+from common.runfiles.run import RunFolder
 from ops.stats import endings
 from ops.stats.saving import ARMS, arm_totals, length_saving
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """The summary of a run's folder, whatever state the run is in."""
-    lines = list(read_lines(folder / ROLLOUTS, BookLine.from_json))
-    steps = list(read_lines(folder / METRICS))
-    evaluations = list(read_lines(folder / EVALUATIONS))
-    ledger_file = folder / LEDGER
-    ledger = json.loads(ledger_file.read_text()) if ledger_file.exists() else {}
-    saving = length_saving(lines)
-    wall_file = folder / WALL
-    return {
-        "steps": steps[-1]["step"] if steps else 0,
-        "policy_version": steps[-1]["policy_version"] if steps else 0,
-        "wall_s": json.loads(wall_file.read_text())["wall_s"] if wall_file.exists() else None,
-        "arms": {arm: arm_totals(lines, arm) for arm in ARMS},
-        "length_saving": {"ratio": saving.ratio, "low": saving.low, "high": saving.high},
-        "endings": endings.to_json(endings.by_ending(lines)),
-        "finish_reasons": dict(sorted(Counter(line.finish_reason for line in lines).items())),
-        "eval": sorted(evaluations, key=lambda line: line["policy_version"]),
-        "ledger": ledger,
-    }
+def summarize(folder: Path) -> Summary:
+    """The summary of a run's folder, whatever state the run is in. Raises ConfigError for a damaged file."""
+    run = RunFolder(folder)
+    lines = list(run.rollouts())
+    last = [None, *run.steps()][-1]
+    return Summary(
+        steps=last.step if last else 0,
+        policy_version=last.policy_version if last else 0,
+        wall_s=run.wall_s,
+        arms={arm: arm_totals(lines, arm) for arm in ARMS},
+        length_saving=length_saving(lines),
+        endings=endings.by_ending(lines),
+        finish_reasons=dict(sorted(Counter(line.finish_reason for line in lines).items())),
+        evaluations=sorted(run.evaluations(), key=lambda one: one.policy_version),
+        ledger=run.ledger,
+    )
 
 
-def write_summary(folder: Path) -> dict[str, Any]:
+def write_summary(folder: Path) -> Summary:
     """Make the summary and put it into the folder."""
     summary = summarize(folder)
-    write_text(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    tree = summary.to_json() | {"endings": endings.to_json(summary.endings)}
+    write_text(folder / SUMMARY, json.dumps(tree, indent=2, allow_nan=False) + "\n")
     return summary

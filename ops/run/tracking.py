@@ -26,9 +26,10 @@ from typing import IO, Any, Protocol
 from common import metrics
 from common.config import Config, ConfigError
 from common.files import write_json
-from common.runfiles.lines import Object, Tail, an_object
-from common.runfiles.records import EVALUATIONS, METRICS, ROLLOUTS, BookLine
-from common.runfiles.run import lock
+from common.runfiles.making import lock
+from common.runfiles.names import TENSORBOARD, WANDB
+from common.runfiles.records import BookLine, Evaluation, Step
+from common.runfiles.run import RunFolder
 
 log = logging.getLogger("katana.tracking")
 _POLL_S = 1.0
@@ -37,24 +38,14 @@ _LONGEST_RETRY_S = 600.0
 _FINISH_S = 8.0  # `katana run` gives its processes 15 s to stop
 _LAST_EVALUATION_S = 1800.0
 
-# Name in a tracker → name in a line of metrics.jsonl.
-_TRAIN = {
-    "train/loss": "loss",
-    "train/kl": "kl",
-    "train/entropy": "entropy",
-    "train/grad_norm": "grad_norm",
-    "train/learning_rate": "learning_rate",
-    "train/staleness_mean": "staleness_mean",
-    "train/staleness_max": "staleness_max",
-    "train/support_mass": "support_mass",
-    "train/ratio_mean": "ratio_mean",
-    "train/ratio_max": "ratio_max",
-    "train/policy_version": "policy_version",
-    "perf/step_s": "step_s",
-    "perf/idle_ratio": "idle_ratio",
-    "perf/tokens_trained": "tokens_trained",
-    "perf/tokens_trained_total": "tokens_trained_total",
+_STEP = {
+    "train": (
+        *("loss", "kl", "entropy", "grad_norm", "learning_rate", "staleness_mean", "staleness_max"),
+        *("support_mass", "ratio_mean", "ratio_max", "policy_version"),
+    ),
+    "perf": ("step_s", "idle_ratio", "tokens_trained", "tokens_trained_total"),
 }
+"""Fields of a Step, by the group that they have in a tracker."""
 
 
 def missing(names: Sequence[str]) -> list[str]:
@@ -187,20 +178,20 @@ class _Rollouts:
         yield TrackedPoint("rollout", self._step, values, window.unix_s)
 
 
-def _train_point(line: dict[str, Any]) -> TrackedPoint:
-    values = {name: float(line[key]) for name, key in _TRAIN.items() if line.get(key) is not None}
-    return TrackedPoint("train", line["step"], values, line.get("unix_s"))
+def _train_point(step: Step) -> TrackedPoint:
+    values = {f"{group}/{name}": float(getattr(step, name)) for group, names in _STEP.items() for name in names}
+    return TrackedPoint("train", step.step, values, step.unix_s)
 
 
-def _eval_point(line: dict[str, Any]) -> TrackedPoint:
-    k = line["k"]
+def _eval_point(evaluation: Evaluation) -> TrackedPoint:
+    scores = evaluation.scores
     values = {
-        f"eval/avg@{k}": line["avg@k"],
-        f"eval/pass@{k}": line["pass@k"],
-        "eval/completion_length": line["mean_length"],
-        "eval/eos_rate": line["eos_rate"],
+        f"eval/avg@{scores.k}": scores.avg_at_k,
+        f"eval/pass@{scores.k}": scores.pass_at_k,
+        "eval/completion_length": scores.mean_length,
+        "eval/eos_rate": scores.eos_rate,
     }
-    return TrackedPoint("eval", line["step"], values)
+    return TrackedPoint("eval", evaluation.step, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +207,7 @@ class Follower:
     """Reads a run's folder while it grows. Not for two threads."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = RunFolder(folder)
         self._begun = False
         self._begin()
 
@@ -239,18 +230,17 @@ class Follower:
         return News(points, anew, more)
 
     def _begin(self) -> None:
-        self._steps = Tail(self._folder / METRICS, an_object)
-        self._evaluations = Tail(self._folder / EVALUATIONS, an_object)
-        self._booked = Tail(self._folder / ROLLOUTS, BookLine.from_json)
+        self._steps, self._evaluations = self._folder.steps.tail(), self._folder.evaluations.tail()
+        self._booked = self._folder.rollouts.tail()
         self._rollouts = _Rollouts()
 
-    def _read(self) -> tuple[list[Object], list[Object], list[BookLine]]:
+    def _read(self) -> tuple[list[Step], list[Evaluation], list[BookLine]]:
         # Steps before rollouts: a step is written before anything that its weights wrote is booked.
         return self._steps.read(), self._evaluations.read(), self._booked.read()
 
-    def _points(self, steps: list[Object], evaluations: list[Object], rollouts: list[BookLine]) -> list[TrackedPoint]:
+    def _points(self, steps: list[Step], evaluations: list[Evaluation], rollouts: list[BookLine]) -> list[TrackedPoint]:
         for step in steps:
-            self._rollouts.trained(step["policy_version"], step["step"])
+            self._rollouts.trained(step.policy_version, step.step)
         for line in rollouts:
             self._rollouts.booked(line)
         return [_train_point(step) for step in steps] + [_eval_point(evaluation) for evaluation in evaluations]
@@ -337,7 +327,7 @@ class WeightsAndBiases:
         logging.getLogger("wandb").propagate = False  # it has files of its own; the feeder's log is for the run
         self.errors = (*_ERRORS, self._wandb.Error)
         self._config, self._run_key = config, run_key
-        self._told_file = config.run_dir / "wandb" / "told.json"
+        self._told_file = config.run_dir / WANDB / "told.json"
         self._told: dict[str, int] = {}
         self._run: Any = None
 
@@ -386,7 +376,7 @@ class WeightsAndBiases:
 def make_tracker(name: str, config: Config, run_key: str) -> Tracker:
     """Raises ConfigError for a name that is none."""
     if name == "tensorboard":
-        return TensorBoard(config.run_dir / "tensorboard")
+        return TensorBoard(config.run_dir / TENSORBOARD)
     if name == "wandb":
         return WeightsAndBiases(config, run_key)
     raise ConfigError(f"tracking: {name!r} is not known; allowed: tensorboard, wandb")
@@ -460,7 +450,7 @@ class Tracking:
         """Wait until the weights that wait to be evaluated are, so that trackers show it; not where nothing tracks."""
         deadline = time.monotonic() + within_s
         said = False
-        while self._threads and any((self._folder / "eval").glob("v*.json")) and not stop.is_set():
+        while self._threads and RunFolder(self._folder).to_evaluate and not stop.is_set():
             if time.monotonic() > deadline:
                 log.warning("the last evaluation is not done after %.0f s; trackers end without it", within_s)
                 return

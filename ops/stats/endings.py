@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import BookLine, Ended, Lengths
 
 MEANINGS = {
     "stale": "older than learner.max_staleness when its turn came",
@@ -31,27 +31,6 @@ _Z = 2.576  # 99 draws of 100: a grid has many cells, and one in twenty would be
 NEGLIGIBLE = 0.01
 """A share of those left out, of them and the trained, that `katana compare` does not warn of. At 1 % they would have to
 be three times as long as the trained to move the mean of the sample by 2 %, within which arms count as matched."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Lengths of some rollouts in tokens: how many are known, their mean and standard deviation (of all, not n - 1)."""
-
-    known: int
-    mean: float
-    sd: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """Rollouts that ended alike. `share`: of them and the trained, 1 of the trained; `at_limit`: reached the limit."""
-
-    fate: str
-    rollouts: int
-    share: float
-    trainable: Lengths | None
-    generated: Lengths | None
-    at_limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +121,7 @@ def left_out(endings: dict[str, Ended]) -> list[UntrainedEnding]:
 def to_json(endings: dict[str, Ended]) -> dict[str, Any]:
     """For `summary.json`; what was left out with `fair_sample`, None where it cannot be told or is not asked."""
     fair = {one.ended.fate: {"fair_sample": one.fair} for one in left_out(endings)}
-    return {name: asdict(ended) | fair.get(name, {}) for name, ended in endings.items()}
-
-
-def from_json(tree: dict[str, Any]) -> dict[str, Ended]:
-    """What `to_json` made."""
-    return {name: _from_json(fields) for name, fields in tree.items()}
-
-
-def _from_json(fields: dict[str, Any]) -> Ended:
-    kinds = ("trainable", "generated")
-    lengths = {kind: None if fields[kind] is None else Lengths(**fields[kind]) for kind in kinds}
-    return Ended(**{name: value for name, value in fields.items() if name != "fair_sample"} | lengths)
+    return {name: ended.to_json() | fair.get(name, {}) for name, ended in endings.items()}
 
 
 def gap(some: Lengths | None, others: Lengths | None) -> Gap | None:

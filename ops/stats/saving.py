@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import ArmTotals, BookLine, Saving
 from ops.stats.intervals import interval, resampled_sums
 
 ARMS = ("treated", "control")
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None where an arm is empty."""
-
-    ratio: float | None
-    low: float | None
-    high: float | None
 
 
 class Comparable(Protocol):
@@ -63,11 +53,11 @@ def _ratio(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return ratio
 
 
-def arm_totals(lines: Sequence[BookLine], arm: str) -> dict[str, Any]:
+def arm_totals(lines: Sequence[BookLine], arm: str) -> ArmTotals:
     """Sums over the arm's booked rollouts."""
     mine = [line for line in lines if line.arm == arm]
     names = ("tokens_generated", "tokens_kept", "tokens_trained", "tokens_detection", "tokens_overshoot")
     sums = {name: sum(getattr(line, name) for line in mine) for name in names}
     dropped = Counter(line.reason for line in mine if line.ending == "dropped")
     mean = sums["tokens_generated"] / len(mine) if mine else None
-    return {"rollouts": len(mine), **sums, "mean_generated": mean, "dropped": dict(sorted(dropped.items()))}
+    return ArmTotals(rollouts=len(mine), **sums, mean_generated=mean, dropped=dict(sorted(dropped.items())))

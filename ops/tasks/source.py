@@ -10,7 +10,9 @@ import numpy as np
 from common.config import Benchmark, Config, ConfigError, Data
 from common.files import write_atomically, write_json
 from common.pretrained import find_model, load_tokenizer, read_facts, text_of
-from common.runfiles.run import read_json, versions
+from common.runfiles.making import versions
+from common.runfiles.names import DATA_ROWS, RUN
+from common.runfiles.run import read_json
 from common.wire.messages import Ints
 from ops.tasks import Problem, PromptTooLong, Split, Task
 from ops.tasks.arithmetic import Arithmetic
@@ -129,18 +131,16 @@ class TaskSource:
         """
         if not isinstance(self._task, Dataset):
             return
-        noted = read_json(folder / "run.json")
+        noted = read_json(folder / RUN)
         found = self._record(self._task)
         before = noted.get("data", found)
         if not isinstance(before, dict):
-            raise ConfigError(
-                f"{folder / 'run.json'}: data is {type(before).__name__}, not what a run notes of its data"
-            )
+            raise ConfigError(f"{folder / RUN}: data is {type(before).__name__}, not what a run notes of its data")
         if any(before.get(name) != found[name] for name in ("rows", "digest")):
             raise ConfigError(self._changed(self._task, noted, found, folder))
         if "files" not in noted.get("data", {}):  # the first start, or a folder of before there were any
-            write_atomically(folder / "data.rows", self._task.origin.write)
-            write_json(folder / "run.json", noted | {"data": found})
+            write_atomically(folder / DATA_ROWS, self._task.origin.write)
+            write_json(folder / RUN, noted | {"data": found})
 
     def _record(self, task: Dataset) -> dict[str, Any]:
         """Rows and digest decide; all else is for saying what has changed when they have."""
@@ -157,7 +157,7 @@ class TaskSource:
     def _changed(self, task: Dataset, noted: dict[str, Any], found: dict[str, Any], folder: Path) -> str:
         before = noted["data"]
         told = differences(before, found)
-        if first := task.origin.first_difference(folder / "data.rows"):
+        if first := task.origin.first_difference(folder / DATA_ROWS):
             told.append(first)
         if "files" not in before:
             told.append("what, this folder of an older version does not say")
@@ -171,7 +171,7 @@ class TaskSource:
         told += [note for note in task.notes if "date" in note]
         return (
             f"data.path: prompts or answers are not those that this run began with ({before.get('rows')} rows, now "
-            f"{found['rows']}; {folder / 'run.json'}): {'; '.join(told)}. Put the former data back, or begin a run of "
+            f"{found['rows']}; {folder / RUN}): {'; '.join(told)}. Put the former data back, or begin a run of "
             f"another name"
         )
 

@@ -20,6 +20,7 @@ from actors.feeder import COUNT_WAIT_S, HOUSEKEEPING_S, ROOM_S, Feeder, head_of
 from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
 from common.metrics import REGISTRY
 from common.runfiles.lines import read_lines
+from common.runfiles.records import Ledger
 from common.wire.lease import Lease, LeaseLost
 from common.wire.messages import Ints, RolloutHead
 from common.wire.plane import create_run
@@ -886,8 +887,9 @@ def test_what_is_sent_back_is_a_new_admission_of_the_same_problem(begin: Callabl
     assert desk.head("r000000010").problem == 1
     desk.finish_run()
     desk.feeder.finish()
-    ledger = desk.feeder.ledger.counts()
-    assert (ledger["admitted"], ledger["dead"], ledger["dropped"], ledger["open"]) == (11, 5, {"run_end": 6}, 0)
+    assert Ledger.of(desk.feeder.ledger.fields) == Ledger(
+        admitted=11, trained=0, dropped={"run_end": 6}, dead=5, open=0
+    )
     assert sorted(desk.lines()) == [f"r{number:09d}" for number in range(11)]
     assert desk.lines()["r000000003"]["ending"] == "dead"
 

@@ -269,6 +269,9 @@ def test_settings_that_a_policy_refuses_are_an_error_where_it_is_imported() -> N
 
 def test_the_names_that_a_config_knows_are_those_of_the_classes() -> None:
     assert tuple(POLICIES) == policy_names.BUILT_IN
+    families = {policy_names.OF_WINDOWS: Kat, policy_names.CALIBRATED: policies.Calibrated}
+    for names, base in families.items():
+        assert names == tuple(name for name, policy in POLICIES.items() if issubclass(policy, base))
 
 
 def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ import pytest
 from system import need
 from whole_run import NAME, WholeRun
 
-from common.runfiles.lines import read_lines
-from common.runfiles.records import ROLLOUTS, BookLine
+from common.runfiles.run import RunFolder
 from ops.monitoring import panels
 from ops.monitoring.dashboards import DASHBOARDS, Panel
 from ops.stats.saving import length_saving
@@ -84,7 +83,7 @@ def test_only_the_exporter_s_panels_are_without_data() -> None:
 
 def test_the_recorded_saving_is_the_one_in_the_books(measured: Measured) -> None:
     summary = json.loads((measured.folder / "summary.json").read_text())
-    lines = [line for line in read_lines(measured.folder / ROLLOUTS, BookLine.from_json) if line.compared]
+    lines = [line for line in RunFolder(measured.folder).rollouts() if line.compared]
     assert summary["length_saving"]["ratio"] == length_saving(lines).ratio
     moment, saving = last_sample(measured, f'katana:length_saving:ratio{{run="{NAME}"}}')
     # The feeder books its last rollouts just before its port goes: the last scrape may have missed some of them, and a

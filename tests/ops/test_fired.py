@@ -15,6 +15,7 @@ from samples import Run
 from actors.arbiter import Arbiter
 from actors.books import Booking, Books, line_of, rid_of
 from common import metrics
+from common.runfiles.run import RunFolder
 from common.wire.messages import Verdict
 from learner.drift import drift_of
 from learner.intake import read_trajectory
@@ -94,14 +95,14 @@ def test_all_agree_on_what_fired_and_what_was_stopped(
     lines = read_run(folder).lines
     assert fired_share(lines) == (FIRED, TREATED)
     assert [(one.share, one.count) for one in fired_curve(lines)] == [(SHARE, TREATED)]
-    samples = sample_traces(folder / "traces.jsonl", 100)
+    samples = sample_traces(RunFolder(folder), 100)
     assert {kind: one.found for kind, one in samples.items()} == {
         "treated": FIRED,
         "control": ALL - TREATED,
         "uncut": TREATED - FIRED,
         "booked": ALL,
     }
-    audited = audit_cuts.read_records(folder / "traces.jsonl", lines)
+    audited = audit_cuts.read_records(RunFolder(folder), lines)
     assert sum(one.fired for one in audited if one.arm == "treated") == FIRED
     record = read_record(folder, "all" if not stops else None)
     assert reproduced(record, Replay(record).as_recorded(run.config.termination)) == ALL

@@ -10,6 +10,7 @@ import pytest
 from run_folders import booked, fill, trace_line, write_lines
 
 from common.config import ConfigError
+from common.runfiles.run import RunFolder
 from common.wire.messages import Ints
 from ops.audit.cuts import (
     AFTER,
@@ -75,18 +76,18 @@ def uncut(number: int, written: int = 100, **changes: Any) -> Recorded:
 def test_a_run_s_folder_is_read(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     books = [booked(rid="r0"), booked(rid="r1", correct=False), booked(rid="r3", arm="control", correct=True)]
-    found = read_records(folder / "traces.jsonl", books)
+    found = read_records(RunFolder(folder), books)
     assert [(one.rid, one.arm, one.keep, one.trigger, one.written, one.fired, one.whole) for one in found] == [
         ("r0", "treated", 10, 10, 10, False, True),
         ("r1", "treated", 2, 7, 8, True, None),  # stopped: what the books judge is not the whole
         ("r3", "control", 2, 7, 10, True, True),
     ]
-    tokens = read_tokens(folder / "traces.jsonl", {"r1"})
+    tokens = read_tokens(RunFolder(folder), {"r1"})
     assert {rid: found.tolist() for rid, found in tokens.items()} == {"r1": [0, 1, 2, 3, 4, 5, 6, 7]}
 
 
 def test_what_is_not_booked_yet_is_left_out(tmp_path: Path) -> None:
-    assert [one.rid for one in read_records(fill(tmp_path) / "traces.jsonl", [booked(rid="r3")])] == ["r3"]
+    assert [one.rid for one in read_records(RunFolder(fill(tmp_path)), [booked(rid="r3")])] == ["r3"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_damaged_trace_is_named(tmp_path: Path, broken: dict[str, Any]) -> Non
         del traces[0]["keep"]
         write_lines(tmp_path / "traces.jsonl", traces)
     with pytest.raises(ConfigError, match=r"traces.jsonl:\d+: damaged"):
-        read_records(tmp_path / "traces.jsonl", books)
+        read_records(RunFolder(tmp_path), books)
 
 
 # --- which ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_folders import step_line
 from samples import Run, make_config, make_verdict
 
 from actors.books import line_of, unjudged_line
@@ -63,13 +64,12 @@ class Folder:
             "open": 0,
         }
         self.metrics = [
-            {
-                "step": step["step"],
-                "policy_version": step["policy_version"],
-                "trajectories": len(step["rids"]),
-                "tokens_trained": sum(step["tokens"]),
-                "loss": 0.5,
-            }
+            step_line(
+                step["step"],
+                policy_version=step["policy_version"],
+                trajectories=len(step["rids"]),
+                tokens_trained=sum(step["tokens"]),
+            )
             for step in self.trained
         ]
 

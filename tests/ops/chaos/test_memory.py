@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_folders
 from samples import make_config
 
 from common.wire.connect import connect
@@ -352,7 +353,7 @@ def test_a_verdict_in_words() -> None:
 
 
 def step_line(step: int, busy: float) -> str:
-    return json.dumps({"step": step, "idle_ratio": 1 - busy, "pad": "x" * 500}) + "\n"
+    return json.dumps(run_folders.step_line(step, idle_ratio=1 - busy)) + "\n"
 
 
 def look(progress: RunProgress) -> dict[str, float]:

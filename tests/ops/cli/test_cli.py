@@ -13,7 +13,7 @@ import pytest
 from data_sets import put_rows, put_tiny_qwen3
 
 from common.config import Config, ConfigError
-from common.runfiles.run import lock
+from common.runfiles.making import lock
 from common.wire.connect import connect
 from ops.cli.main import main
 from ops.compare.command import Request

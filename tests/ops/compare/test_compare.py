@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from run_folders import evaluation, line, write_lines
+from run_folders import evaluation, line, step_line, write_lines
 
 from common.config import Config, load
-from common.runfiles.run import lock
+from common.runfiles.making import lock
+from common.runfiles.records import Scores, ToEvaluate
 from ops.cli.main import main
 from ops.compare import command as compare
 from ops.compare.grid import Cell
@@ -59,8 +60,8 @@ def guards(step: int, policy: str, seed: int) -> dict[str, Any]:
     rate = 0.0 if policy == "none" or step < 3 else (0.5 + seed / 100) * step / STEPS
     # The same number, but for what floats make of it.
     threshold = None if policy == "none" or step < 3 else 0.04 + 1e-16 * (step * seed % 3)
-    line = {"step": step, "policy_version": step, "threshold": threshold, "repetition": 0.2}
-    return line | {"cut_rate_treated": rate, "cut_rate_control": None if step % 2 else rate}
+    rates = {"cut_rate_treated": rate, "cut_rate_control": None if step % 2 else rate}
+    return step_line(step, threshold=threshold, repetition=0.2, truncation_rate=None) | rates
 
 
 class Played:
@@ -338,7 +339,7 @@ def test_a_damaged_run_of_kat_is_refused_by_name(
     assert main(["match", str(run)]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {run}") and "damaged (" in err
-    assert ("rollouts.jsonl:1: " if name == "rollouts.jsonl" else "expected the folder of a finished run") in err
+    assert ("rollouts.jsonl:1: " if name == "rollouts.jsonl" else "expected the summary of a run") in err
 
 
 def test_an_evaluation_behind_a_torn_line_stands_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,15 +348,15 @@ def test_an_evaluation_behind_a_torn_line_stands_by_itself(tmp_path: Path, monke
     class Measured:
         def swap(self, path: Path) -> None: ...
 
-        def measure(self, stop: threading.Event) -> evaluate.Scores:
-            return evaluate.Scores(8, 4, 0.5, 0.6, 9.0, 1.0)
+        def measure(self, stop: threading.Event) -> Scores:
+            return Scores(4, 8, 0.5, 0.6, 9.0, 1.0)
 
     results = tmp_path / "eval.jsonl"
     write_lines(results, [evaluation(0, 0.25)])
     with results.open("a") as file:
         file.write('{"policy_version":1,"st')
     monkeypatch.setattr(evaluate, "verified", lambda folder, ref: folder / ref.file)
-    note = {"version": 2, "step": 2, "tokens_trained": 5, "sha256": "0"}
+    note = ToEvaluate(version=2, step=2, tokens_trained=5, sha256="0")
     assert evaluate._evaluate_one(Measured(), note, tmp_path, results, threading.Event())  # type: ignore[arg-type]
     assert [json.loads(one)["step"] for one in results.read_text().splitlines()] == [0, 2]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from run_folders import step_line
 
+from common.runfiles.records import Step
 from ops.compare.drift import GUARDS, GuardPoint, course, cut_something, early_and_late, judged
 
 
-def step(number: int, **guards: float | None) -> dict[str, Any]:
-    return {"step": number, **guards}
+def step(number: int, **guards: float | None) -> Step:
+    """With no guards but these, and the entropy, which every step has."""
+    return Step.from_json(step_line(number) | dict.fromkeys(set(GUARDS) - {"entropy"}) | guards)
 
 
 def test_early_and_late_are_means_over_thirds_of_the_judged_steps() -> None:
@@ -19,7 +20,7 @@ def test_early_and_late_are_means_over_thirds_of_the_judged_steps() -> None:
     found = early_and_late(judged([*active, *waiting], "kat"))
     assert (found["threshold_early"], found["threshold_late"]) == (0.5, pytest.approx(0.1))
     assert (found["cut_rate_treated_early"], found["cut_rate_treated_late"]) == (0.0, pytest.approx(0.4))
-    assert found["entropy_early"] is None
+    assert found["repetition_early"] is None
 
 
 @pytest.mark.parametrize(("policy", "count"), [("none", 7), ("fixed", 7), ("random", 7), ("my:Own", 7)])
@@ -37,8 +38,8 @@ def test_a_policy_that_never_had_its_number_has_no_figures(policy: str) -> None:
     assert set(early_and_late(steps).values()) == {None}
 
 
-def test_only_the_guards_are_kept() -> None:
-    assert judged([step(3, loss=1.0, entropy=0.5)], "none") == [dict.fromkeys(GUARDS) | {"step": 3, "entropy": 0.5}]
+def test_steps_are_put_in_order() -> None:
+    assert judged([step(3), step(1)], "none") == [step(1), step(3)]
 
 
 def test_an_arm_that_a_batch_does_not_have_is_left_out_of_its_mean() -> None:

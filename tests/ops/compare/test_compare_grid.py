@@ -14,6 +14,7 @@ from samples import make_config
 from common.config import Config, ConfigError
 from ops.compare import grid as grids
 from ops.compare.grid import Cell, Grid, GridRow
+from ops.run.summary import summarize
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_cell_is_done_when_nothing_is_missing(
     (tmp_path / "config.yaml").write_text(make_config(tmp_path).to_yaml())
     write_lines(tmp_path / "eval.jsonl", [evaluation(step, 0.5) for step in steps])
     assert grids.missing(tmp_path) == "no summary.json"
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps(summarize(tmp_path).to_json() | summary))
     assert grids.state_of(tmp_path) == ("begun" if lacking else "done")
     assert re.fullmatch(f"{lacking}.*" if lacking else "", grids.missing(tmp_path))
 

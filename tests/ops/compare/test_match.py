@@ -17,6 +17,7 @@ from actors.books import line_of, rid_of
 from common.config import Config, ConfigError, parse
 from common.draws import rollout_seed
 from common.policies import Situation, find
+from common.runfiles.records import Ledger
 from ops.cli.main import main
 from ops.compare.match import compare, corrected_config, matched_config
 from ops.compare.match_means import (
@@ -318,7 +319,9 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, open_rollouts: in
         (folder / "summary.json").unlink()
         said = "there is no summary.json"
     else:
-        (folder / "ledger.json").write_text(json.dumps({"open": open_rollouts}))
+        (folder / "ledger.json").write_text(
+            json.dumps(Ledger(100 + open_rollouts, 100, {}, 0, open_rollouts).to_json())
+        )
         write_summary(folder)
         said = "7 rollouts are open"
     with pytest.raises(ConfigError, match=f"not finished, {said}"):

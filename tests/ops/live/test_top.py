@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 from rich.console import Console
+from run_folders import step_line
 from samples import Run, fenced, make_config, make_verdict, remove_run, start_run
 
 from actors.books import Booking, Books, line_of
 from common.config import Config, ConfigError
-from common.files import write_json
+from common.files import write_json, write_text
 from common.metrics import TARGETS
 from common.pretrained import find_model, load_tokenizer
-from common.runfiles.lines import Tail, an_object, last_lines, read_lines
-from common.runfiles.records import BookLine
-from common.runfiles.run import write_text
+from common.runfiles.lines import Lines, Tail, an_object, read_lines
+from common.runfiles.records import BookLine, Wall
 from common.wire.connect import connect
 from ops.live.growth import Folder, Rate
 from ops.live.snapshot import Observer, RecentVerdict, Snapshot, Stream, as_dict
@@ -203,11 +203,11 @@ def test_the_saving_is_the_one_of_the_summary_and_grows_with_the_books(tmp_path:
 def test_steps_give_the_speed_of_training_while_they_come(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     now = time.time()
-    steps = [{"step": n, "tokens_trained": 100, "unix_s": now - 20 + 10 * n, "staleness_mean": 0.5} for n in range(3)]
+    steps = [step_line(n, tokens_trained=100, unix_s=now - 20 + 10 * n) for n in range(1, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     folder.read()
     assert folder.trained_per_s() == pytest.approx(10)
-    assert folder.last_step("staleness_mean") == 0.5
+    assert folder.last_step is not None and folder.last_step.staleness_mean == 0.5
     old = [step | {"unix_s": now - 1000} for step in steps]
     write_text(tmp_path / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in old))  # cut back
     folder.read()
@@ -230,10 +230,10 @@ def test_a_tail_reads_on_and_passes_over_what_is_broken(tmp_path: Path) -> None:
 
 def test_the_last_lines_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    assert last_lines(path, an_object, 100) == []
-    path.write_text("".join(f'{{"a": {n}}}\n' for n in range(100)) + '{"a": ')
-    assert last_lines(path, an_object, 30) == [{"a": 98}, {"a": 99}]
-    assert len(last_lines(path, an_object, 1 << 20)) == 100
+    assert Lines(path, Wall).last(100) == []
+    path.write_text("".join(f'{{"wall_s": {n}}}\n' for n in range(100)) + '{"wall_s": ')
+    assert Lines(path, Wall).last(50) == [Wall(98), Wall(99)]
+    assert len(Lines(path, Wall).last(1 << 20)) == 100
 
 
 # --- what it sees ---
@@ -515,7 +515,7 @@ def finish(config: Config, *, steps: int = 0, ledger: str | None = None) -> None
     folder = config.run_dir
     (folder / "redis").mkdir(parents=True)
     write_text(folder / "config.yaml", config.to_yaml())
-    step = {"step": steps or config.learner.max_steps, "policy_version": 4, "staleness_mean": 0.5}
+    step = step_line(steps or config.learner.max_steps, policy_version=4)
     (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     closed = {"admitted": 9, "trained": 6, "dropped": {"stale": 2}, "dead": 1, "open": 0}
     (folder / "ledger.json").write_text(ledger if ledger is not None else json.dumps(closed))

@@ -10,8 +10,7 @@ import pytest
 from samples import Run, make_config
 
 from common.config import Config, ConfigError
-from common.files import write_json
-from common.runfiles.run import write_text
+from common.files import write_json, write_text
 from common.wire.plane import create_run
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.run import Away, Outlook, find_key, opened, wait_for_key

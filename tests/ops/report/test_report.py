@@ -13,7 +13,8 @@ from run_folders import CONFIG, booked, evaluation, fill, fill_long, line, step_
 
 from common.config import ConfigError, parse
 from common.pretrained import PACKAGE_ROOT
-from common.runfiles.records import BookLine
+from common.runfiles.records import BookLine, Evaluation, Saving, Trace
+from common.runfiles.run import RunFolder
 from ops import plots
 from ops.cli.main import main
 from ops.report import command as report
@@ -23,7 +24,7 @@ from ops.report import plots as report_plots
 from ops.report import run as report_run
 from ops.report import series as report_series
 from ops.stats import intervals
-from ops.stats.saving import Saving, length_saving
+from ops.stats.saving import length_saving
 from ops.words import policy_text
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def test_lines_here_have_the_fields_of_the_books() -> None:
 
 
 def trace(divergence: list[float], keep: int, trigger: int, arm: str = "treated", rid: str = "r0") -> report_data.Trace:
-    return report_data.read_trace(trace_line(divergence, keep, trigger, arm, rid))
+    return Trace.from_json(trace_line(divergence, keep, trigger, arm, rid))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -55,7 +56,9 @@ def test_tokens_at_a_step_are_all_that_was_booked_up_to_its_last_trajectory() ->
 
 
 def test_accuracy_stands_over_tokens_and_leaves_out_what_is_not_booked_yet() -> None:
-    curve = report_data.accuracy_curve([evaluation(2, 0.5), evaluation(0, 0.25), evaluation(3, 0.75)], [0, 23, 32])
+    curve = report_data.accuracy_curve(
+        map(Evaluation.from_json, [evaluation(2, 0.5), evaluation(0, 0.25), evaluation(3, 0.75)]), [0, 23, 32]
+    )
     assert [(point.step, point.tokens, point.avg_at_k) for point in curve] == [(0, 0, 0.25), (2, 32, 0.5)]
 
 
@@ -164,7 +167,7 @@ def test_traces_are_sampled_by_kind(tmp_path: Path) -> None:
         trace_line([1.0] * 6, 6, 6, "control", "unmarked"),
     ]
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines) + '{"torn')
-    samples = report_data.sample_traces(tmp_path / "traces.jsonl", 3)
+    samples = report_data.sample_traces(RunFolder(tmp_path), 3)
     assert [item.rid for item in samples["treated"].traces] == ["r0", "r2", "r4"]
     assert samples["treated"].found == 5
     assert [item.rid for item in samples["control"].traces] == ["marked"]
@@ -179,6 +182,8 @@ def test_policy_and_finish_reasons_in_words() -> None:
     assert policy_text(config, []).endswith("threshold never active")
     fixed = parse(CONFIG, ["termination.policy=fixed", "termination.fixed_tokens=7"])
     assert policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
+    custom = parse(CONFIG, ["termination.policy=katydid.policies:Chirp"])
+    assert policy_text(custom, thresholds) == "katydid.policies:Chirp"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 
@@ -193,8 +198,8 @@ def test_policy_and_finish_reasons_in_words() -> None:
 )
 def test_the_ledger_is_added_up(tmp_path: Path, ledger: dict[str, Any], words: str) -> None:
     (tmp_path / "ledger.json").write_text(json.dumps(ledger))
-    assert words in report_data.ledger_text(tmp_path / "ledger.json")
-    assert report_data.ledger_text(tmp_path / "absent.json") == "no ledger.json yet"
+    assert words in report_data.ledger_text(RunFolder(tmp_path))
+    assert report_data.ledger_text(RunFolder(tmp_path / "absent")) == "no ledger.json yet"
 
 
 # --- the picture ---------------------------------------------------------------------------------------------------
@@ -410,8 +415,8 @@ def test_books_without_times_are_those_of_an_old_run(tmp_path: Path) -> None:
         ("rollouts.jsonl", json.dumps(line(ended_unix_s="now")) + "\n", "ended_unix_s"),
         ("metrics.jsonl", '{"step": 1}\n', "policy_version is missing"),
         ("eval.jsonl", '{"step": 1, "avg@k": null}\n', "eval.jsonl:1"),
-        ("traces.jsonl", '{"rid":"r0"}\n', "traces.jsonl: damaged"),
-        ("traces.jsonl", json.dumps(trace_line([1.0], 1, 1) | {"divergence": "?"}) + "\n", "traces.jsonl: damaged"),
+        ("traces.jsonl", '{"rid":"r0"}\n', "traces.jsonl:1: damaged"),
+        ("traces.jsonl", json.dumps(trace_line([1.0], 1, 1) | {"divergence": "?"}) + "\n", "traces.jsonl:1: damaged"),
         ("traces.jsonl", json.dumps(trace_line([1.0], 3, 2)) + "\n", "keep 3, trigger 2, 1 tokens"),
         ("wall.json", "[]", "wall.json"),
     ],

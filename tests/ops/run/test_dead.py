@@ -20,7 +20,7 @@ from samples import Run, make_config, make_divergence, make_head, make_tokens
 
 from actors.feeder import Feeder
 from common.pretrained import find_model, load_tokenizer
-from common.runfiles.run import lock
+from common.runfiles.making import lock
 from common.wire.connect import connect
 from common.wire.messages import Ints
 from common.wire.plane import create_run, open_plane

@@ -14,8 +14,9 @@ from samples import make_config
 
 from common.config import Config, ConfigError
 from common.files import sha256_of
+from common.runfiles.records import Scores
 from ops.report.run import read_run
-from ops.run.evaluator import Evaluator, Scores, _judged, _Sample, _scores, follow
+from ops.run.evaluator import Evaluator, _judged, _Sample, _scores, follow
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_the_line_holds_each_benchmark_and_their_means() -> None:
-    parts = {"a": Scores(10, 8, 0.5, 0.9, 20.0, 1.0), "b": Scores(30, 32, 0.1, 0.3, 40.0, 0.5)}
-    line = Scores(40, 8, 0.3, 0.6, 30.0, 0.75, parts).line()
+    parts = {"a": Scores(8, 10, 0.5, 0.9, 20.0, 1.0), "b": Scores(32, 30, 0.1, 0.3, 40.0, 0.5)}
+    line = Scores(8, 40, 0.3, 0.6, 30.0, 0.75, benchmarks=parts).to_json()
     assert (line["avg@k"], line["n"], line["benchmarks"]["b"]["k"]) == (0.3, 40, 32)
-    assert "benchmarks" not in parts["a"].line()
+    assert "benchmarks" not in parts["a"].to_json()
 
 
 def test_what_nobody_could_judge_is_no_wrong_answer() -> None:
@@ -56,8 +57,8 @@ def test_what_nobody_could_judge_is_no_wrong_answer() -> None:
     samples = [sample(0, True), sample(0, False), sample(1, True), sample(1, None), sample(2, True), sample(2, True)]
     scores = _scores(samples, 3, 2)
     assert (scores.n, scores.avg_at_k, scores.pass_at_k, scores.unjudged) == (2, 0.75, 1.0, 1)
-    assert scores.line()["unjudged"] == 1
-    assert "unjudged" not in _scores(samples[:2], 1, 2).line()
+    assert scores.to_json()["unjudged"] == 1
+    assert "unjudged" not in _scores(samples[:2], 1, 2).to_json()
     with pytest.raises(ConfigError, match="gave no verdict on 1 of 2 samples"):
         _scores([sample(0, None), sample(0, True)], 1, 2)
 
@@ -117,7 +118,7 @@ def test_a_version_makes_one_line_that_the_report_reads(config: Config) -> None:
     (config.run_dir / "config.yaml").write_text(config.to_yaml())
     for name in ("metrics.jsonl", "rollouts.jsonl", "traces.jsonl"):
         (config.run_dir / name).write_text("")
-    assert [one["step"] for one in read_run(config.run_dir).evaluations] == [1]
+    assert [one.step for one in read_run(config.run_dir).evaluations] == [1]
 
 
 def test_a_data_set_without_benchmarks_cannot_be_evaluated(config: Config) -> None:

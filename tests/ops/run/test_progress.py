@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run_folders import step_line
 from samples import make_config
 
 from common.wire.connect import connect
@@ -15,7 +16,7 @@ from ops.run.progress import RunProgress
 
 
 def line(step: int, generated: int) -> str:
-    return json.dumps({"step": step, "idle_ratio": 0.5, "loss": 0.25, "tokens_generated": generated}) + "\n"
+    return json.dumps(step_line(step, loss=0.25, tokens_generated=generated)) + "\n"
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:

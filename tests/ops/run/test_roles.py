@@ -16,9 +16,9 @@ from samples import Run
 
 from actors.books import rid_of
 from common.config import Config, load
+from common.files import write_text
 from common.pretrained import PACKAGE_ROOT
 from common.runfiles.lines import read_lines
-from common.runfiles.run import write_text
 from ops.reach.embedded import EmbeddedRedis
 from ops.run import roles
 from ops.run.roles import RUN_KEY, run_role

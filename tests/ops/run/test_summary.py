@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import run_folders
+from run_folders import evaluation, step_line
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import ArmTotals, BookLine
+from common.runfiles.run import RunFolder
 from ops.run.summary import summarize, write_summary
 from ops.stats.saving import arm_totals, length_saving
 
@@ -88,17 +90,17 @@ def test_the_interval_is_the_same_every_time() -> None:
 
 def test_totals_of_an_arm() -> None:
     totals = arm_totals([line("treated", 10), line("treated", 21), line("control", 7)], "treated")
-    assert totals == {
-        "rollouts": 2,
-        "tokens_generated": 31,
-        "tokens_kept": 25,
-        "tokens_trained": 25,
-        "tokens_detection": 4,
-        "tokens_overshoot": 2,
-        "mean_generated": 15.5,
-        "dropped": {},
-    }
-    assert arm_totals([], "control")["mean_generated"] is None
+    assert totals == ArmTotals(
+        rollouts=2,
+        tokens_generated=31,
+        tokens_kept=25,
+        tokens_trained=25,
+        tokens_detection=4,
+        tokens_overshoot=2,
+        mean_generated=15.5,
+        dropped={},
+    )
+    assert arm_totals([], "control").mean_generated is None
 
 
 def put(folder: Path, name: str, *lines: dict[str, Any] | BookLine) -> None:
@@ -109,33 +111,36 @@ def put(folder: Path, name: str, *lines: dict[str, Any] | BookLine) -> None:
 def test_a_summary_of_a_whole_folder(tmp_path: Path) -> None:
     cut = line("treated", 40, finish_reason="kl_trap")
     put(tmp_path, "rollouts.jsonl", line("treated", 40), line("control", 80), cut)
-    put(tmp_path, "metrics.jsonl", {"step": 1, "policy_version": 1}, {"step": 2, "policy_version": 5})
-    put(tmp_path, "eval.jsonl", {"policy_version": 5}, {"policy_version": 0})
-    (tmp_path / "ledger.json").write_text('{"admitted": 3}')
+    put(tmp_path, "metrics.jsonl", step_line(1), step_line(2, policy_version=5))
+    put(tmp_path, "eval.jsonl", evaluation(5, 0.5), evaluation(0, 0.25))
+    ledger = {"admitted": 3, "trained": 3, "dropped": {}, "dead": 0, "open": 0}
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
     (tmp_path / "wall.json").write_text('{"wall_s": 12.5}')
-    summary = write_summary(tmp_path)
-    assert summary == summarize(tmp_path) == json.loads((tmp_path / "summary.json").read_text())
+    written = write_summary(tmp_path)
+    assert written == summarize(tmp_path) == RunFolder(tmp_path).summary
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["steps"], summary["policy_version"], summary["wall_s"]) == (2, 5, 12.5)
     assert summary["length_saving"]["ratio"] == 0.5
     assert summary["finish_reasons"] == {"eos": 2, "kl_trap": 1}
     assert [one["policy_version"] for one in summary["eval"]] == [0, 5]
     assert summary["arms"]["treated"]["rollouts"] == 2
-    assert summary["ledger"] == {"admitted": 3}
+    assert summary["ledger"] == ledger
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_folder_in_which_nothing_has_happened_yet_has_a_summary(tmp_path: Path) -> None:
-    summary = write_summary(tmp_path)
+    assert write_summary(tmp_path) == RunFolder(tmp_path).summary
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["steps"], summary["wall_s"], summary["ledger"]) == (0, None, {})
     assert summary["length_saving"] == {"ratio": None, "low": None, "high": None}
 
 
 def test_torn_last_lines_are_left_out(tmp_path: Path) -> None:
     put(tmp_path, "rollouts.jsonl", line("treated", 40))
-    put(tmp_path, "metrics.jsonl", {"step": 1, "policy_version": 1})
+    put(tmp_path, "metrics.jsonl", step_line(1))
     for name in ("rollouts.jsonl", "metrics.jsonl"):
         with (tmp_path / name).open("a") as file:
             file.write('{"step": 2, "arm')
     summary = summarize(tmp_path)
-    assert summary["steps"] == 1
-    assert summary["arms"]["treated"]["rollouts"] == 1
+    assert summary.steps == 1
+    assert summary.arms["treated"].rollouts == 1

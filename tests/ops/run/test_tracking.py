@@ -22,7 +22,8 @@ from samples import make_config
 
 from common.config import ConfigError
 from common.runfiles import lines as runfiles_lines
-from common.runfiles.run import lock
+from common.runfiles.making import lock
+from common.runfiles.records import Step
 from ops.run import tracking
 from ops.run.summary import write_summary
 from ops.run.tracking import (
@@ -46,25 +47,14 @@ def installed(name: str) -> None:
 
 
 def step_line(step: int, *, loss: float | None = None, version: int | None = None) -> dict[str, Any]:
-    return {
-        "step": step,
-        "policy_version": step if version is None else version,
-        "loss": 1 / step if loss is None else loss,
-        "kl": 0.5,
-        "entropy": 2.0,
-        "support_mass": 1.0,
-        "ratio_mean": 1.0,
-        "ratio_max": 2.0,
-        "grad_norm": 3.0,
-        "learning_rate": 1e-3,
-        "tokens_trained": 100,
-        "tokens_trained_total": 100 * step,
-        "staleness_mean": 0.25,
-        "staleness_max": 1,
-        "step_s": 0.5,
-        "idle_ratio": 0.125,
-        "unix_s": 1000.0 + step,
-    }
+    return run_folders.step_line(
+        step,
+        policy_version=step if version is None else version,
+        loss=1 / step if loss is None else loss,
+        kl=0.5,
+        tokens_trained_total=100 * step,
+        unix_s=1000.0 + step,
+    )
 
 
 def rollout_line(arm: str, generated: int, version: int, **changes: Any) -> dict[str, Any]:
@@ -74,8 +64,7 @@ def rollout_line(arm: str, generated: int, version: int, **changes: Any) -> dict
 
 
 def eval_line(step: int, right: float) -> dict[str, Any]:
-    scores = {"k": 4, "n": 8, "avg@k": right, "pass@k": 2 * right, "mean_length": 32.0, "eos_rate": 1.0}
-    return {"policy_version": step, "step": step, **scores}
+    return run_folders.evaluation(step, right) | {"pass@k": 2 * right, "mean_length": 32.0}
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:
@@ -85,7 +74,7 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """As `open_cut_back` does: another file takes the place."""
+    """As `Lines.open_cut_back` does: another file takes the place."""
     path, draft = folder / "metrics.jsonl", folder / "metrics.tmp"
     kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     draft.write_text("".join(kept))
@@ -118,8 +107,7 @@ def show_rest(tracker: Tracker, follower: Follower) -> None:
 
 
 def test_every_name_stands_in_what_the_learner_writes() -> None:
-    source = (ROOT / "learner" / "train.py").read_text()
-    assert [key for key in tracking._TRAIN.values() if f'"{key}":' not in source] == []
+    assert {name for names in tracking._STEP.values() for name in names} <= set(Step.__dataclass_fields__)
 
 
 def test_a_growing_folder_is_told_once_by_whole_lines(tmp_path: Path) -> None:
@@ -203,7 +191,7 @@ def test_the_last_saving_is_the_one_in_the_summary(tmp_path: Path) -> None:
     append(tmp_path / "metrics.jsonl", *(step_line(step) for step in range(1, 20)))
     follower = Follower(tmp_path)
     points = shown(rest(follower), "rollout")
-    assert points[-1][1]["rollout/length_saving"] == write_summary(tmp_path)["length_saving"]["ratio"]
+    assert points[-1][1]["rollout/length_saving"] == write_summary(tmp_path).length_saving.ratio
     assert [step for step, _ in points] == list(range(20))
 
 

@@ -12,10 +12,10 @@ import pytest
 from run_folders import CONFIG, booked, fill, write_html, write_lines
 from samples import make_config
 
-from common.runfiles.records import BookLine
+from common.runfiles.records import BookLine, Ended, Lengths
 from ops.run.progress import describe
 from ops.run.summary import write_summary
-from ops.stats.endings import Lengths, UntrainedEnding, by_ending, from_json, gap, left_out, to_json, words
+from ops.stats.endings import UntrainedEnding, by_ending, gap, left_out, to_json, words
 
 
 def of(tokens: int, written: int | None = None, **changes: Any) -> BookLine:
@@ -171,7 +171,7 @@ def test_the_summary_holds_it_and_reads_it_back() -> None:
     assert tree["stale"]["fair_sample"] is False and tree["run_end"]["fair_sample"] is None
     assert "fair_sample" not in tree["trained"]
     assert tree["stale"]["trainable"] == {"known": 7, "mean": 192.0, "sd": 0.0}
-    assert from_json(tree) == endings
+    assert {fate: Ended.from_json(one) for fate, one in tree.items()} == endings
 
 
 def test_the_closing_lines_say_what_was_left_out_when_there_was_any(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 from samples import make_config
 
 from common.config import ConfigError, load
-from common.files import write_json
+from common.files import write_json, write_text
 from common.pretrained import PACKAGE_ROOT
-from common.runfiles.run import lock, move_aside, open_folder, read_json, versions, write_text
+from common.runfiles.making import lock, move_aside, open_folder, versions
+from common.runfiles.run import read_json
 
 
 def test_a_new_run_has_its_config_its_id_and_the_versions(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_folder_at_work_is_not_moved(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="at work in this folder"):
             lock(config.run_dir)
         # Another process is told the same.
-        code = f"from pathlib import Path; from common.runfiles.run import lock; lock(Path({str(config.run_dir)!r}))"
+        code = f"from pathlib import Path; from common.runfiles.making import lock; lock(Path({str(config.run_dir)!r}))"
         command = [sys.executable, "-c", code]
         told = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE_ROOT)
         assert told.returncode != 0
@@ -131,8 +132,7 @@ def installed(site: Path) -> None:
     """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
     shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "ops").mkdir()
-    for name in ("__init__.py", "rundir.py"):
-        shutil.copy(PACKAGE_ROOT / "ops" / name, site / "ops" / name)
+    shutil.copy(PACKAGE_ROOT / "ops" / "__init__.py", site / "ops")
     (site / "katana_distill-9.8.7.dist-info").mkdir()
     (site / "katana_distill-9.8.7.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: katana-distill\nVersion: 9.8.7\n"
@@ -140,7 +140,7 @@ def installed(site: Path) -> None:
 
 
 def versions_of(site: Path, **environment: str) -> dict[str, str]:
-    code = "import json, common.runfiles.run; print(json.dumps(common.runfiles.run.versions()))"
+    code = "import json, common.runfiles.making; print(json.dumps(common.runfiles.making.versions()))"
     answer = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
