@@ -213,7 +213,7 @@ def _sum_up(folder: Path) -> None:
             if RUN_KEY not in os.environ:  # `katana run` writes the report itself, when all its roles have ended
                 write_report(folder)
         except ConfigError as error:
-            log.error("no summary or no report of %s: %s", folder, error)
+            log.error("cannot write summary or report of %s: %s", folder, error)
 
 
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}
