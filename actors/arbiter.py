@@ -371,6 +371,8 @@ class Arbiter:
         if verdict.arm == "treated" and self._policy.active(verdict.threshold):
             self._recent.append(verdict.fired)
             metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))
+        if verdict.fired:
+            metrics.fired_position.labels(verdict.arm).observe(verdict.trigger)
         if verdict.stopped:
             metrics.stop_latency.observe(max(0.0, now - unix_s(entry)))
             metrics.stop_signals.labels(verdict.finish_reason).inc()

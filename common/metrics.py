@@ -91,6 +91,9 @@ claims = _counter("claims_total", "Entries taken over from a silent consumer", "
 busy_ratio = _gauge("busy_ratio", "Share of time a role spends at work", "role")
 
 # Arbiter.
+fired_position = _histogram(
+    "fired_position_tokens", "Tokens seen when the policy fired, applied or not, in judged rollouts", _LENGTHS, "arm"
+)
 stop_signals = _counter("stop_signals_total", "Stop signals sent", "reason")
 stop_latency = _histogram("stop_latency_seconds", "From a score's notice to the verdict it led to", _SECONDS)
 # From the books, and so with a label: what has none is served as 0 before they are read, and would seem to jump.

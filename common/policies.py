@@ -29,7 +29,7 @@ from common import own_packages, policy_names
 from common.config import Config, ConfigError, Termination
 from common.draws import fraction
 from common.policy_names import PolicyError
-from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut
+from common.termination import Cut, CutAt, FirstRepeat, FixedLength, Kat, MinimaBuffer, NeverCut
 from common.wire.messages import Floats, Ints
 
 # Whatever somebody's code raises, of a class of its own too, is its mistake to be shown. `sys.exit()` would end Katana
@@ -92,7 +92,10 @@ class Policy(ABC):
         raise NotImplementedError("a policy has `feed` or `feed_tokens`")
 
     def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
-        """Take the next tokens, as `feed` takes divergences; for a policy that reads more than the divergence."""
+        """Take the next tokens, as `feed` takes divergences; for a policy that reads more than the divergence.
+
+        Whoever judges calls this one: a policy that defines it has no `feed`.
+        """
         return self.feed(tokens.divergence)
 
     @classmethod
@@ -209,6 +212,16 @@ def drawn_position(hazard: dict[int, float], scale: float, share: float) -> int 
     return None
 
 
+class RepetitionPolicy(FirstRepeat, Policy):
+    """`repetition`: cut at the first n-gram of token ids, n = `ngram`, that the rollout has twice."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        super().__init__(settings.ngram)
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        return self.feed_ids(tokens.ids)
+
+
 class KatPolicy(Kat, Calibrated):
     """`kat`: cut where window means stay below s, the quantile of other rollouts' least ones."""
 
@@ -252,6 +265,7 @@ POLICIES: dict[str, type[Policy]] = {
     "scheduled": ScheduledPolicy,
     "random": RandomPolicy,
     "random_matched": RandomMatchedPolicy,
+    "repetition": RepetitionPolicy,
     "kat": KatPolicy,
     "kat_absolute": KatAbsolutePolicy,
     "kat_inverse": KatInversePolicy,

@@ -17,6 +17,7 @@ BUILT_IN = (
     "scheduled",
     "random",
     "random_matched",
+    "repetition",
     "kat",
     "kat_absolute",
     "kat_inverse",

@@ -1,4 +1,4 @@
-"""When a rollout ends early: the rules and KAT's threshold, pure functions of divergences. No Redis, no clock.
+"""When a rollout ends early: the rules and KAT's threshold, pure functions of scored tokens. No Redis, no clock.
 
 Source: "Escaping the KL Agreement Trap in On-Policy Distillation", arXiv 2606.09471. With d_t the divergence of
 token t (natural logarithm, nats):
@@ -7,7 +7,7 @@ token t (natural logarithm, nats):
     trigger at the C-th consecutive evaluated window with z_t < s
     keep = t_first - W tokens, t_first being the first window of that streak
 
-Invariant: a verdict is a function of a rollout's divergences and of one number, its threshold; how the divergences
+Invariant: a verdict is a function of a rollout's tokens, their divergences and one number, its threshold; how these
 were cut into chunks cannot change it.
 """
 
@@ -17,6 +17,7 @@ import bisect
 import math
 import operator
 import re
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ import numpy.typing as npt
 # O(1) a token, and the same sum whatever came before the window.
 _UNIT_BITS = 60
 
+# A rolling hash of token ids: a polynomial in _BASE modulo a prime. What it says is compared token by token.
+_PRIME = (1 << 61) - 1
+_BASE = 0x0F3A_95C1_7D2E_4B69
 
 _REASON = re.compile(r"[A-Za-z0-9_.-]{1,40}", re.ASCII)
 _OTHER_ENDS = ("eos", "length", "open", "unfinished")  # what the books call rollouts that no policy cut
@@ -85,6 +89,50 @@ class CutAt:
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
         before, self._seen = self._seen, self._seen + len(divergence)
         return self._cut if self._cut is not None and before < self._cut.trigger <= self._seen else None
+
+
+class FirstRepeat:
+    """Fires at the token that completes an n-gram of ids which occurred before; keeps what stood before it began.
+
+    The two occurrences may overlap: of a loop, its first round is kept. Exact, as ids are compared wherever hashes are
+    equal; O(1) amortised a token, in memory that grows with the tokens fed.
+    """
+
+    def __init__(self, n: int) -> None:
+        if n < 2:
+            raise ValueError(f"n {n} must be at least 2")
+        self._n = n
+        self._ids = array("q")
+        self._places: dict[int, int] = {}  # hash of an n-gram → where it begins
+        self._hash = 0
+        self._leaving = pow(_BASE, n, _PRIME)
+        self._fired = False
+
+    def feed_ids(self, ids: npt.NDArray[np.integer]) -> Cut | None:
+        """Take the next token ids [n]; a Cut once, where it fires."""
+        if self._fired:
+            return None
+        for token in ids.tolist():
+            if self._push(token):
+                seen = len(self._ids)
+                self._fired, self._ids, self._places = True, array("q"), {}
+                return Cut(seen, seen - self._n, "repetition")
+        return None
+
+    def _push(self, token: int) -> bool:
+        ids, n = self._ids, self._n
+        ids.append(token)
+        begin = len(ids) - n
+        leaves = ids[begin - 1] * self._leaving if begin > 0 else 0
+        self._hash = (self._hash * _BASE + token - leaves) % _PRIME
+        if begin < 0:
+            return False
+        place = self._hash
+        while (earlier := self._places.setdefault(place, begin)) != begin:
+            if ids[earlier : earlier + n] == ids[begin:]:
+                return True
+            place += 1  # another n-gram of the same hash: the next free place is this one's
+        return False
 
 
 class Kat:

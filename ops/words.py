@@ -30,6 +30,8 @@ def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:
     applied = " (shadow)" if settings.shadow else " (mask)" if settings.apply == "mask" else ""
     if settings.policy == "fixed":
         return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
+    if settings.policy == "repetition":
+        return f"repetition{applied}: the first {settings.ngram} tokens that come twice"
     if settings.policy not in policy_names.OF_WINDOWS:
         return settings.policy + applied
     text = (

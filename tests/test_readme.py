@@ -1,4 +1,4 @@
-"""The documents say what is: every config key with its default, every module, and no path that is not there."""
+"""The documents say what is: every config key with its default, every package, and no path that is not there."""
 
 from __future__ import annotations
 

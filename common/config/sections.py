@@ -1,8 +1,8 @@
 """The sections of the config tree: every key with its default, its limits and its meaning. How a file becomes one of
 these stands in `loading.py`.
 
-A key's meaning is its `Field` description; the README's table is made from these, and a test compares the two. What
-`--resume` may change is marked on the key.
+A key's meaning is its `Field` description; the table of docs/configuration.md is made from these, and a test compares
+the two. What `--resume` may change is marked on the key.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ class Rollout(Section):
 class Termination(Section):
     policy: str = Field(
         "kat",
-        description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, `kat`, "
-        "`kat_absolute`, `kat_inverse`, or a custom one, `path/to/file.py:ClassName` or `package.module:ClassName` "
-        "(docs/policies.md).",
+        description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, "
+        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, or a custom one, `path/to/file.py:ClassName` or "
+        "`package.module:ClassName` (docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens behind it out of the loss."
@@ -182,6 +182,7 @@ class Termination(Section):
     )
     hazard_scale: float = Field(1.0, gt=0, description="Policy `random_matched`: every chance is multiplied by this.")
     detection_tokens: int = Field(0, ge=0, description="Policy `random_matched`: tokens cut up to where it fires.")
+    ngram: int = Field(8, ge=2, description="Policy `repetition`: n, tokens of the n-gram that must come twice.")
     options: dict[str, float] = Field(default_factory=dict, description="Numbers for a policy of your own.")
 
     def stops(self, arm: str) -> bool:
@@ -551,6 +552,11 @@ class Config(Section):
         policy = self.termination.policy
         if policy in ("fixed", "scheduled") and self.termination.fixed_tokens > self.rollout.max_completion_length:
             raise ValueError("termination.fixed_tokens is above rollout.max_completion_length; nothing would be cut")
+        if policy == "repetition" and self.termination.ngram >= self.rollout.max_completion_length:
+            raise ValueError(
+                f"termination.ngram {self.termination.ngram} is not below rollout.max_completion_length "
+                f"{self.rollout.max_completion_length}: none could come twice, nothing would be cut"
+            )
         if policy in policy_names.OF_WINDOWS:
             first = self.termination.grace_tokens + self.termination.window
             if first > self.rollout.max_completion_length:

@@ -48,7 +48,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class PanelRow:
-    """Panels under one heading."""
+    """Panels under one heading, three curves to a line: a row of no multiple of three has room for one more."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -389,6 +389,13 @@ _LATENCY = PanelRow(
                 *_spread("stop_overshoot_tokens", window=LATELY),
                 Query(f"2 * {configured('chunk_tokens')}", "limit", reference=True),
             ),
+        ),
+        Panel(
+            "Where the policy fired",
+            "Tokens that a rollout had when the policy fired, lately, by arm; applied or not, as in the cut rate. "
+            "Of `repetition`, where the first repeated n-gram was complete. Falling medians: it fires ever earlier.",
+            "suffix: tokens",
+            _spread("fired_position_tokens", "arm", LATELY),
         ),
         Panel(
             "Scoring a batch of chunks",

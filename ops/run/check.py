@@ -223,6 +223,7 @@ def _add_summary(config: Config, found: Findings) -> None:
         "random": f"treated rollouts are cut at a random length, 1 to {config.rollout.max_completion_length} tokens",
         "random_matched": f"treated rollouts are cut at random, {len(rule.hazard)} positions × {rule.hazard_scale:g}; "
         f"{since}",
+        "repetition": f"treated rollouts are cut at the first {rule.ngram} tokens that come twice; {arm}",
         "kat": calibrated,
         "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
         "kat_inverse": f"cut where divergence stays high; {calibrated}",

@@ -27,6 +27,11 @@ from ops.reach.embedded import EmbeddedRedis
 RULE = {"window": 4, "patience": 2, "stride": 1, "grace_tokens": 0}
 
 
+def ids(first: int, end: int) -> list[int]:
+    """1 … 9, again and again."""
+    return [1 + place % 9 for place in range(first, end)]
+
+
 @dataclass
 class Writing:
     """A rollout that the test writes and scores, as far as Redis accepts it."""
@@ -60,7 +65,7 @@ class Writing:
             self.rid,
             seq=self.chunks,
             start=self.done,
-            tokens=range(self.done + 1, self.done + 1 + len(part)),
+            tokens=ids(self.done, self.done + len(part)),
             finish=self.finish if last else None,
             version=version,
         )
@@ -140,7 +145,7 @@ def check(run: Run, case: Writing) -> str:
     assert found.cut == (case.arm == "treated" and trigger is not None)
     assert found.finish_reason == ("kl_trap" if found.cut else case.finish)
     scored = len(found.tokens)
-    assert found.tokens.tolist() == list(range(1, scored + 1))
+    assert found.tokens.tolist() == ids(0, scored)
     assert found.divergence.tolist() == list(case.values[:scored])
     if not found.cut:
         assert scored == total == found.generated
@@ -335,11 +340,12 @@ POLICIES = {
     "scheduled": (LOW, {"fixed_tokens": 3, "scheduled_tokens": 9}, "7.0", Cut(7, 7, "scheduled")),
     "random": (LOW, {}, None, None),
     "random_matched": (LOW, {"hazard": {9: 1.0}, "detection_tokens": 5}, "1.0", Cut(9, 4, "random")),
+    "repetition": (LOW, {"ngram": 2}, None, Cut(11, 9, "repetition")),
     "kat": (LOW, {}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_absolute": (LOW, {"floor_nats": 0.25}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
-    "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1, 2, …
+    "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1 … 9
     "own_policy:Summed": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "summed")),  # numpy's integers
 }
 

@@ -1108,6 +1108,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
         ("scheduled", True, True),
         ("random", True, True),
         ("random_matched", False, True),
+        ("repetition", True, True),
         ("kat", False, True),
         ("kat_absolute", False, True),
         ("kat_inverse", False, True),

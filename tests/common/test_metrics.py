@@ -32,6 +32,7 @@ EXPECTED = {
     "chunks_fenced": ("counter", ()),
     "chunks_refused": ("counter", ()),
     "chunks_duplicate": ("counter", ()),
+    "fired_position_tokens": ("histogram", ("arm",)),
     "stop_signals": ("counter", ("reason",)),
     "stop_latency_seconds": ("histogram", ()),
     "stop_overshoot_tokens": ("histogram", ("arm",)),

@@ -20,6 +20,7 @@ from common.policies import (
     POLICIES,
     Policy,
     Progress,
+    ScoredTokens,
     Situation,
     drawn_position,
     extremes,
@@ -45,9 +46,11 @@ def make(name: str, number: float | None = None, seed: int = 7, max_tokens: int 
 
 
 def fed(policy: Policy, values: list[float], sizes: list[int]) -> list[Cut]:
+    """Divergences, in parts; the ids of the tokens are eighths of them."""
     array, place, cuts = np.array(values, np.float32), 0, []
+    ids = (8 * array).astype(np.int32)
     for size in [*sizes, len(values)]:
-        cut = policy.feed(array[place : place + size])
+        cut = policy.feed_tokens(ScoredTokens(ids[place : place + size], array[place : place + size]))
         place += size
         if cut is not None:
             cuts.append(cut)
@@ -67,7 +70,7 @@ def test_chunking_changes_no_verdict(name: str, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(0, 9), max_size=20))
     number = data.draw(st.sampled_from([None, 1.0, 3.0] if name == "scheduled" else [None, 0.25, 0.5, 1.0]))
     seed = data.draw(st.integers(0, 2**63 - 1))
-    changes = {"fixed_tokens": 3, "patience": 2}
+    changes = {"fixed_tokens": 3, "patience": 2, "ngram": 2}
     whole = fed(make(name, number, seed, **changes), values, [])
     assert fed(make(name, number, seed, **changes), values, sizes) == whole
     for cut in whole:
@@ -119,6 +122,22 @@ def test_fixed_and_scheduled_by_hand() -> None:
     assert fed(make("scheduled", None, **growing), [1] * 9, []) == [Cut(3, 3, "scheduled")]
     possible = [policy.possible(settings_, number) for number in (None, 3.0, 13.0, 2.0, 14.0, 3.5)]
     assert possible == [True, True, True, False, False, False]
+
+
+def test_repetition_by_hand() -> None:
+    # Ids 8, 4, 2, 8, 4: the pair 8 4 is complete once more at the fifth token, and began behind three.
+    values = [1, 0.5, 0.25, 1, 0.5, 0.5]
+    assert fed(make("repetition", ngram=2), values, []) == [Cut(5, 3, "repetition")]
+    assert fed(make("repetition", ngram=3), values, []) == []
+    assert fed(make("repetition"), [1.0] * 9, []) == [Cut(9, 1, "repetition")]  # n is 8
+    policy = find("repetition")
+    assert (policy.number(rule("repetition"), progress()), policy.active(None), policy.unit) == (None, True, "")
+
+
+def test_a_resumed_run_keeps_its_n_gram() -> None:
+    before, after = (parse(LEAST + f"termination: {{policy: repetition, ngram: {n}}}\n") for n in (8, 9))
+    with pytest.raises(ConfigError, match=r"termination\.ngram: 8 cannot become 9 on --resume"):
+        check_resume(before, after)
 
 
 def test_random_positions_are_uniform_and_the_seeds_own() -> None:
@@ -297,6 +316,8 @@ def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.Mon
         ("{policy: scheduled, fixed_tokens: 193, scheduled_tokens: 300}", "nothing would be cut"),
         ("{policy: kat_inverse, control_fraction: 0}", "needs a control arm"),
         ("{policy: kat_absolute, window: 193}", "no window would ever be evaluated"),
+        ("{policy: repetition, ngram: 1}", "greater than or equal to 2|at least 2"),
+        ("{policy: repetition, ngram: 192}", "none could come twice"),
         ("{apply: drop}", "'stop' or 'mask'"),
     ],
 )

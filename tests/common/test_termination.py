@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.termination import Cut, FixedLength, Kat, MinimaBuffer, NeverCut, kat_verdict
+from common import termination
+from common.termination import Cut, FirstRepeat, FixedLength, Kat, MinimaBuffer, NeverCut, kat_verdict
 
 CASES = json.loads((Path(__file__).parent.parent / "vectors" / "kat_rule.json").read_text())["cases"]
 RULE = ("window", "patience", "stride", "grace_tokens", "threshold")
@@ -179,6 +181,80 @@ def test_fixed_length_fires_once_behind_its_last_token(sizes: list[int]) -> None
 def test_fixed_length_leaves_alone_what_ends_by_itself(sizes: list[int]) -> None:
     detector = FixedLength(5)
     assert [detector.feed(np.ones(size)) for size in sizes] == [None] * len(sizes)
+
+
+# --- the first repeated n-gram ---
+
+
+def repeats(ids: list[int], n: int, sizes: Sequence[int] = ()) -> list[Cut]:
+    """All cuts while ids are fed in parts, also behind the first one."""
+    rule, place, cuts = FirstRepeat(n), 0, []
+    for size in [*sizes, len(ids)]:
+        cuts.append(rule.feed_ids(np.array(ids[place : place + size], np.int32)))
+        place += size
+    return [cut for cut in cuts if cut is not None]
+
+
+def slow_repeat(ids: list[int], n: int) -> list[Cut]:
+    """The rule as it is written down: every n-gram against every earlier one."""
+    for end in range(n, len(ids) + 1):
+        begin = end - n
+        if any(ids[one : one + n] == ids[begin:end] for one in range(begin)):
+            return [Cut(end, begin, "repetition")]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "expected"),
+    [
+        ([1, 2, 3, 9, 1, 2, 3, 4], 3, [Cut(7, 4, "repetition")]),  # 1 2 3 once more, begun behind 4 tokens
+        ([1, 2, 3, 9, 1, 2, 4, 3], 3, []),  # 1 2 comes twice, no three tokens do
+        ([1, 2, 1, 2, 1, 2], 4, [Cut(6, 2, "repetition")]),  # overlapping: of the loop its first round is kept
+        ([5, 5, 5, 5], 3, [Cut(4, 1, "repetition")]),
+        ([5, 5, 5], 3, []),  # once
+        ([1, 2, 3, 1, 2], 2, [Cut(5, 3, "repetition")]),
+        ([1, 2, 2, 1, 1, 2], 2, [Cut(6, 4, "repetition")]),  # the same tokens in another order do not count
+        ([0, 0, 7, 0, 0], 2, [Cut(5, 3, "repetition")]),  # id 0 is a token like any other
+        ([0, 0, 0], 2, [Cut(3, 1, "repetition")]),
+        ([1, 2], 3, []),
+        ([], 2, []),
+    ],
+)
+def test_the_first_repeat_by_hand(ids: list[int], n: int, expected: list[Cut]) -> None:
+    assert repeats(ids, n) == expected == slow_repeat(ids, n)
+    assert repeats(ids, n, [1] * len(ids)) == expected
+
+
+few_ids = st.integers(1, 4).flatmap(lambda most: st.lists(st.integers(0, most), max_size=60))
+
+
+@given(few_ids, st.integers(2, 9), st.lists(st.integers(0, 9), max_size=30))
+@settings(max_examples=400, deadline=None)
+def test_the_first_repeat_equals_a_slow_reference_in_any_chunks(ids: list[int], n: int, sizes: list[int]) -> None:
+    assert repeats(ids, n, sizes) == repeats(ids, n) == slow_repeat(ids, n)
+
+
+@pytest.mark.parametrize("prime", [1, 2, 3, 7])
+def test_equal_hashes_of_other_n_grams_are_no_repeat(prime: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(termination, "_PRIME", prime)
+    rng = np.random.default_rng(prime)
+    for _ in range(200):
+        ids, n = rng.integers(0, 3, int(rng.integers(0, 40))).tolist(), int(rng.integers(2, 6))
+        assert repeats(ids, n) == slow_repeat(ids, n)
+
+
+def test_what_a_rule_holds_grows_with_the_tokens_and_goes_with_the_cut() -> None:
+    rule, ids = FirstRepeat(64), np.arange(5000, dtype=np.int32)
+    assert rule.feed_ids(ids) is None
+    assert (len(rule._ids), len(rule._places)) == (5000, 4937)
+    assert rule.feed_ids(ids[100:164]) == Cut(5064, 5000, "repetition")
+    assert (len(rule._ids), len(rule._places)) == (0, 0)
+    assert rule.feed_ids(ids[100:164]) is None
+
+
+def test_an_n_gram_of_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        FirstRepeat(1)
 
 
 # --- what a cut may be ---

@@ -67,6 +67,12 @@ def counter(name: str, **labels: str) -> float:
     return metrics.REGISTRY.get_sample_value(f"katana_{name}", labels) or 0.0
 
 
+def positions() -> list[float]:
+    """How often the policy fired in each arm, and the sum of the positions."""
+    names = [f"fired_position_tokens_{what}" for what in ("count", "sum")]
+    return [counter(name, arm=arm) for arm in ("treated", "control") for name in names]
+
+
 @pytest.mark.parametrize(("setting", "stops"), [({}, True), ({"shadow": True}, False), ({"apply": "mask"}, False)])
 def test_all_agree_on_what_fired_and_what_was_stopped(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], setting: dict[str, object], stops: bool
@@ -74,6 +80,7 @@ def test_all_agree_on_what_fired_and_what_was_stopped(
     run = start(embedded_redis, termination=RULE | setting)
     folder, stopped = run.config.run_dir, FIRED if stops else 0
     before = {name: counter(name, **labels) for name, labels in STOPS.items()}
+    fired_before = positions()
     verdicts = judge(run)
     book(folder, verdicts)
     folder.joinpath("config.yaml").write_text(run.config.to_yaml())
@@ -82,6 +89,9 @@ def test_all_agree_on_what_fired_and_what_was_stopped(
 
     # Fired: the arbiter's metric, the drift guards, katana top, the trackers, the report, the audit, the replay.
     assert counter("kat_cut_rate") == SHARE
+    # Windows of 4 are dead from the eighth token on: it fires at the ninth.
+    found = [after - then for after, then in zip(positions(), fired_before, strict=True)]
+    assert found == [FIRED, 9.0 * FIRED, ALL - TREATED, 9.0 * (ALL - TREATED)]
     batch = [read_trajectory(run.client.hgetall(run.key(f"rollout:{one.rid}")), 1000) for one in verdicts]
     drift = drift_of(batch)
     assert (drift.cut_rate_treated, drift.cut_rate_control) == (SHARE, 1.0)

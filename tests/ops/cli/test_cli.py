@@ -13,6 +13,7 @@ import pytest
 from data_sets import put_rows, put_tiny_qwen3
 
 from common.config import Config, ConfigError
+from common.policy_names import BUILT_IN
 from common.runfiles.making import lock
 from common.wire.connect import connect
 from ops.cli.main import main
@@ -81,6 +82,7 @@ def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["termination.calibrate_on=completed"], "calibrated on completed; control arm", ""),
         (["termination.policy=kat_inverse", "termination.calibrate_on=all"], "calibrated on all; control arm", ""),
         (["termination.policy=kat_absolute"], "policy     kat_absolute", "calibrated on"),
+        (["termination.policy=repetition"], "repetition: treated rollouts are cut at the first 8 tokens that", "η"),
         (["loss.denominator=sequence"], "reverse_kl_topk_tail, denominator sequence, AdamW", "weighting"),
         (["loss.weighting=random_drop", "loss.retention=0.5"], "weighting random_drop (retention 0.5)", "warning"),
         (["loss.weighting=position"], "weighting position (half-life 64 tokens), AdamW", "retention"),
@@ -98,6 +100,15 @@ def test_check_shows_what_switches_change(
     said = capsys.readouterr().out
     assert told in said
     assert not untold or untold not in said
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_check_describes_every_built_in_policy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = (f"termination.policy={name}", "termination.hazard={9: 0.5}")
+    assert main(["check", DEMO, *(part for one in settings for part in ("--set", one))]) == 0
+    said = capsys.readouterr().out
+    assert f"policy     {name}: " in said
+    assert "custom" not in said and "your own" not in said
 
 
 def test_check_shows_the_calibration_of_a_custom_policy(

@@ -132,7 +132,7 @@ def write(run: Run, place: int, values: list[float], start: int) -> None:
     rid, part = rid_of(place), values[start : start + CHUNK]
     if part and run.field(rid, "verdict") is None:
         finish = "eos" if start + CHUNK >= len(values) else None
-        tokens, seq = range(start + 1, start + 1 + len(part)), start // CHUNK
+        tokens, seq = [1 + at % 24 for at in range(start, start + len(part))], start // CHUNK
         assert run.chunk(rid, rid, seq=seq, start=start, tokens=tokens, finish=finish)[0] == b"ok"
         run.score(rid, seq=seq, values=part)
 
@@ -169,6 +169,7 @@ KAT: dict[str, Any] = {"min_calibration": 6, "buffer_size": 8, "eta": 0.5}
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
     "random": {},
+    "repetition": {"ngram": 3},
     "kat": KAT,
     "kat_absolute": {"floor_nats": 0.2},
     "kat_inverse": KAT,

@@ -184,6 +184,8 @@ def test_policy_and_finish_reasons_in_words() -> None:
     assert policy_text(fixed, thresholds) == "fixed: the first 7 tokens"
     custom = parse(CONFIG, ["termination.policy=katydid.policies:Chirp"])
     assert policy_text(custom, thresholds) == "katydid.policies:Chirp"
+    repetition = parse(CONFIG, ["termination.policy=repetition", "termination.shadow=true"])
+    assert policy_text(repetition, [None]) == "repetition (shadow): the first 8 tokens that come twice"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 

@@ -38,8 +38,6 @@ from ops.run.tracking import (
     show_new,
 )
 
-ROOT = Path(__file__).parents[3]
-
 
 def installed(name: str) -> None:
     if importlib.util.find_spec(name) is None:
