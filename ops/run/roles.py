@@ -66,7 +66,7 @@ def run_role(role: str, config: Config) -> int:
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        log.error("error: no space left on the disk of %s: free some and start again; nothing is lost", config.run_dir)
+        log.error("error: no room left on the disk of %s: free some and start again; nothing is lost", config.run_dir)
         return 1
     # The exit code tells a supervisor whether the run has ended or a signal stopped the role.
     return 130 if stop.is_set() else 0
