@@ -1,7 +1,7 @@
-"""Admission: how many rollouts may be admitted now, from numbers alone.
+"""Admission: how many rollouts may be admitted now. Pure functions of numbers.
 
-Invariant: no rollout is admitted beyond what writers can take up, the learner can train on before it is stale, and
-Redis can hold until it is booked.
+Invariant: rollouts are admitted only as far as writers have room, the learner can train on them before they are stale,
+and Redis can hold them until they are booked.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def places(
     """min(concurrency - running, (max_staleness + 1) · batch - waiting - running), but no more than the run can train.
 
     `running`: rollouts without a verdict; `open_rollouts`: admitted and not booked; `covered`: step of the checkpoint.
-    What was trained since the checkpoint is open, and neither waiting nor running. Counted so, and not from the sum of
-    all ever trained, the number stays right when a learner goes back to an older checkpoint. Below 1: none.
+    Rollouts trained since the checkpoint are open, but neither waiting nor running. Counting from the checkpoint, not
+    from all ever trained, stays right when a learner goes back to an older checkpoint. Below 1: admit none.
     """
     usable = min(limits.max_staleness + 1, limits.max_steps - step) * limits.batch_size
     in_flight = open_rollouts - (step - covered) * limits.batch_size
@@ -34,23 +34,22 @@ def rest_of_batch(
     step: int,
     covered: int,
 ) -> int:
-    """Deterministic runs: (step + 1) · batch - (trained + waiting); 0 while a verdict is outstanding. Below 1: none.
+    """Deterministic runs: (step + 1) · batch - (trained + waiting); 0 while a verdict is missing. Below 1: admit none.
 
-    Of the open rollouts `judged` have a verdict or have ended; of those `useful` are, or will be, trained, and of
-    these `useful_ended` have ended. `trained`: those booked so.
+    Of the open rollouts `judged` have a verdict or have ended; `useful` of those are or will be trained, and
+    `useful_ended` of these have ended. `trained`: rollouts that are booked as trained.
     """
     if judged < open_rollouts or step >= limits.max_steps:
         return 0
-    # Trained after a checkpoint that the learner has fallen back from: anew. None where no checkpoint was torn.
+    # Trained after the checkpoint to which the learner went back: not in the model any more. 0 unless one was torn.
     lost = max(0, trained + useful_ended - covered * limits.batch_size)
     return (step + 1) * limits.batch_size - (trained + useful - lost)
 
 
 def fitting(count: int, *, running: int, free: float, growing: float, each: int) -> int:
-    """How many of `count` more Redis has room for, so that they and all that are being written can be finished.
+    """How many of `count` more rollouts fit into Redis, so that they and all running ones can be completed.
 
-    In bytes: `free` may still be taken, `growing` of it by the `running` rollouts; `each` new one comes to as much.
-    Where nothing is being written one may always come: what waits can then be no more than too few for a batch, and
-    whatever else fills Redis is none of ours.
+    In bytes: `free` is unused, the `running` rollouts will need `growing` of it, a new one needs `each`. If none is
+    running, one is always admitted: then fewer rollouts than a batch are waiting, and other data fills Redis.
     """
     return max(0 if running else 1, int(min(count, (free - growing) / each)))

@@ -1,4 +1,4 @@
-"""The feeder: admits rollouts, keeps one worker task open in each Celery queue, keeps the books. No torch.
+"""The feeder: admits rollouts, keeps a worker task waiting in each Celery queue, keeps the books. No torch.
 
 Invariant: every admitted rollout ends exactly once, as trained, dropped (with a reason) or dead.
 """
@@ -29,26 +29,26 @@ from common.wire.plane import Plane, RunGone, shown
 from common.wire.scripts import Admitted
 
 log = logging.getLogger("katana.feeder")
-ROOM_S = 0.25  # between two looks at a Redis that was short of memory
+ROOM_S = 0.25  # between two checks of a Redis that was short of memory
 HOUSEKEEPING_S = 0.5
-COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's own count of a stopped rollout
-_SWEEP_S = 60.0  # between two looks at the names of workers that were killed, and how long those have been silent
+COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's token count of a stopped rollout
+_SWEEP_S = 60.0  # interval for removing the names of killed workers, and how long these must have been silent
 
 
 class Source(Protocol):
-    """Where prompts come from, and who judges completions."""
+    """Gives prompts and judges completions."""
 
     def prompt(self, problem: int) -> Ints:
         """Token ids of a training prompt. Raises ValueError if it is longer than data.max_prompt_length."""
 
     def judge(self, problem: int, tokens: Ints) -> bool | None:
-        """Whether a completion is right; None where nothing can tell."""
+        """Whether a completion is right; None if this is unknown."""
 
 
 class Feeder:
-    """One at a time acts on a run: it holds the lease `feeder`. `clock`: seconds, never going back."""
+    """Only one acts on a run at a time: the holder of the lease `feeder`. `clock`: monotonic seconds."""
 
-    books: Books  # from `open` on: before the lease is ours a former feeder may still write
+    books: Books  # set by `open`: before we have the lease, a former feeder may still write
     ledger: Tally
 
     def __init__(
@@ -58,11 +58,11 @@ class Feeder:
         source: Source,
         stop: threading.Event,
         *,
-        open_shifts: Callable[[], None] = lambda: None,
+        send_tasks: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._plane, self._source, self._stop = config, plane, source, stop
-        self._open_shifts, self._clock = open_shifts, clock
+        self._send_tasks, self._clock = send_tasks, clock
         self._lease = Lease(plane, "feeder", config.liveness.lease_s)
         self._policy = policies.find(config.termination.policy)
         self._folder = RunFolder(config.run_dir)
@@ -74,10 +74,10 @@ class Feeder:
         self._housekeeping_at = 0.0
         self._sweep_at = clock() + _SWEEP_S
         self._short = Episode(log)
-        self._room_at = 0.0  # when to look again for room in Redis
+        self._room_at = 0.0  # when to check the memory of Redis again
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Serve until told to stop or the run is over and booked.
+        """Serve until stopped, or until the run has ended and is booked.
 
         Raises LeaseLost, RunGone, RedisUnavailable, Stopping; ValueError for a prompt that is too long.
         """
@@ -94,7 +94,7 @@ class Feeder:
             self.close()
 
     def open(self) -> None:
-        """Take the lease, read the books, and go on where they and Redis say that the run stands."""
+        """Acquire the lease and continue from the state in the books and in Redis."""
         self._lease.acquire(self._stop)
         stream_metrics.show_limits(self._config)
         settings = self._config.feeder
@@ -113,7 +113,7 @@ class Feeder:
         self._adopt()
 
     def step(self, block_s: float) -> bool:
-        """Book what ended, admit what there is room for. True if there was anything to do."""
+        """Book ended rollouts, admit new ones if there is room. True if there was anything to do."""
         self._lease.keep()
         came = self._read(block_s)
         if self._lease.adoption_due:
@@ -126,7 +126,7 @@ class Feeder:
         return came or admitted > 0
 
     def finish(self) -> None:
-        """The learner is done: free the writers, hear them out for a moment, drop what is in flight."""
+        """The learner is done: free the writers, wait briefly for their notices, drop what is in flight."""
         self._lease.advance("state", "ended")
         deadline = self._clock() + 1.5
         came = False
@@ -142,13 +142,13 @@ class Feeder:
         self._lease.call(scripts.close(self._plane.groups))
 
     def close(self) -> None:
-        """Leave the ledger on disk and let go of lease and books. Needs no Redis."""
+        """Write the ledger to disk, release the lease and close the books. Does not need Redis."""
         self.ledger.write(self._folder, self._lock)
         self._lease.drop()
         self.books.close()
 
     def _restore(self, cursor: int) -> None:
-        """Redis knows less than the books: it lost the run. Go on after what was admitted; what was open is lost."""
+        """Redis lost the run: continue after the admitted rollouts in the books; open rollouts are booked as lost."""
         alive = set(self._plane.open_rollouts())
         rids = [rid_of(index) for index in range(cursor)]
         lost = [rid for rid in rids if rid not in self.books.booked and rid not in alive]
@@ -158,7 +158,7 @@ class Feeder:
             cursor,
             len(lost),
         )
-        # By its number; the problem of one that had been sent back is lost with its record, and another stands here.
+        # The head by its number. For a rollout that had been sent back, the problem is not the original one.
         heads = (head_of(self._config, self._source, number_of(rid)) for rid in lost)
         self._write(
             [
@@ -169,14 +169,14 @@ class Feeder:
         self._cursor = cursor
         self.ledger = Tally({"admitted": cursor, **self.books.endings})
         generated = sum(line.tokens_generated for line in self._folder.rollouts())
-        # These have a count of their own in their records, to which their writers may be adding.
+        # The records of these have their own counts, which their writers may still increase.
         unbooked = [rid for rid in alive if rid not in self.books.booked]
         self._lease.call(scripts.restore(cursor, generated, unbooked, self.ledger.fields))
 
     # --- books -------------------------------------------------------------------------------------------------
 
     def _read(self, block_s: float) -> bool:
-        """Take in what came in `finished`; whether anything did."""
+        """Read new entries of `finished`. True if there were any."""
         came = self._plane.read("books", self._lease.token, ["finished"], count=512, block_s=block_s)
         for _, (entry, values) in came:
             self._note(entry, values)
@@ -187,7 +187,7 @@ class Feeder:
             self._note(entry, values)
 
     def _note(self, entry: bytes, values: dict[bytes, bytes]) -> None:
-        """Take in one `finished` entry. What cannot be read is given up, with the reason."""
+        """Process one entry of `finished`. An unreadable one becomes a dead letter, with the reason."""
         try:
             rid = read_rid(values.get(b"rid"))
             if not 0 <= number_of(rid) < self._cursor:
@@ -201,7 +201,7 @@ class Feeder:
         if rollout.judged:
             self._running.discard(rid)
         if rid in self.books.booked:
-            # A late notice of a rollout whose line is written; the script books it if a crash came between the two.
+            # A late notice of a booked rollout. The script books it if a crash came after the line was written.
             self._book([(rid, rollout.ledger_field, rollout.entries)])
             self._rollouts.pop(rid, None)
         else:
@@ -212,14 +212,14 @@ class Feeder:
         self._write_and_book({rid: one for rid, one in self._rollouts.items() if one.ready(now, wait_s)})
 
     def _write_and_book(self, ready: dict[str, Unbooked]) -> None:
-        """On disk first, all with one fsync; then, one by one, in Redis, which takes the rollouts' hashes off."""
+        """Book on disk first, all with one fsync, then one by one in Redis, which removes the rollouts' hashes."""
         if not ready:
             return
         records = self._plane.fields((rid, FACTS) for rid in ready)
         audits = self._audits(list(ready))
         bookings = []
         for (rid, rollout), facts, audit in zip(ready.items(), records, audits, strict=True):
-            self._lease.keep()  # to judge a completion may take seconds
+            self._lease.keep()  # judging a completion may take seconds
             line = rollout.line(rid, facts, active=self._policy.active, judge=self._source.judge)
             bookings.append(Booking(line, rollout.verdict, audit))
         self._write(bookings)
@@ -239,11 +239,11 @@ class Feeder:
         return [audit_of(rid, record) if record else None for rid, record in zip(rids, records, strict=True)]
 
     def _book(self, endings: list[tuple[str, str, list[bytes]]]) -> None:
-        """Rollouts by their ledger field, with what is pending of each."""
+        """Book rollouts in Redis: for each its id, its ledger field and its pending entries."""
         failed = self._plane.failed_calls
         booked = self._lease.call_all([scripts.book(*ending) for ending in endings])
         if self._plane.failed_calls != failed:
-            # A call that came through and whose answer was lost says "before" the second time.
+            # If the answer of a successful call was lost, the repeated call reports that it was booked before.
             self.ledger = Tally(self._plane.ledger())
             return
         self.ledger.fields.update(name for (_, name, _), fresh in zip(endings, booked, strict=True) if fresh)
@@ -251,7 +251,7 @@ class Feeder:
     # --- admission ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> int:
-        """Admit what there is room for: writers' slots on the one hand, staleness on the other, memory on the third."""
+        """Admit as many rollouts as slots of the writers, staleness and memory allow."""
         if self._config.deterministic:
             return self._admit_batch()
         step, covered = self._plane.steps()
@@ -266,10 +266,10 @@ class Feeder:
         return self._admit_next(self._fitting(count))
 
     def _admit_batch(self) -> int:
-        """Deterministic: admit what the batch of this step lacks, at a moment when every verdict has been given.
+        """Deterministic: admit what the batch of this step lacks, at a moment when all verdicts are given.
 
-        The step, and the threshold of that moment, go with each rollout: so it does not matter who writes, scores or
-        judges which of them first.
+        Each rollout gets the step and the threshold of that moment, so the order in which they are written, scored and
+        judged does not matter.
         """
         step, covered = self._plane.steps()
         judged = [one for one in self._rollouts.values() if one.judged]
@@ -284,12 +284,12 @@ class Feeder:
             step=step,
             covered=covered,
         )
-        if count <= 0 or self._fitting(count) < count:  # whole, or its parts would be judged by other thresholds
+        if count <= 0 or self._fitting(count) < count:  # all at once, or its parts would have different thresholds
             return 0
         return self._admit_next(count, step, self._plane.threshold())
 
     def _admit_next(self, count: int, step: int | None = None, threshold: bytes = b"") -> int:
-        """What operators sent back comes first; each takes the number, and the place in the data, that is next."""
+        """Admit `count` rollouts with the next numbers: first what operators sent back, then the next in the data."""
         if count <= 0:
             return 0
         sent_back = self._sent_back(count)
@@ -300,11 +300,11 @@ class Feeder:
             heads.append(head)
             calls.append(scripts.admit(head.rid, head.encode(), self._cursor + place + 1, threshold, request))
         for admitted, (head, word) in enumerate(zip(heads, self._lease.call_all(calls), strict=True)):
-            # After one that was refused, all are: each follows the one before.
+            # If one is refused, all after it are too, because each follows the one before.
             if word is Admitted.BEHIND and admitted == 0:
-                raise RunGone("Redis has forgotten the newest admissions: the feeder must begin anew from its books")
-            if word is Admitted.FULL:  # others fill it: of this run's own there was room
-                self._say_short(self._plane.memory())
+                raise RunGone("Redis has lost the newest admissions: the feeder must restart from its books")
+            if word is Admitted.FULL:  # other data fills it: there was room for this run's
+                self._log_shortage(self._plane.memory())
             if word is not Admitted.OK:
                 return admitted
             self._cursor += 1
@@ -313,7 +313,7 @@ class Feeder:
         return count
 
     def _sent_back(self, count: int) -> list[tuple[bytes, int]]:
-        """Entry and problem of the oldest requests in `again`; one that cannot be admitted is given up."""
+        """Entry and problem of the oldest requests in `again`; one that cannot be admitted becomes a dead letter."""
         found = []
         for entry, values in self._plane.requests(count):
             try:
@@ -327,32 +327,32 @@ class Feeder:
         return found
 
     def _fitting(self, count: int) -> int:
-        """How many of `count` more Redis has room for."""
+        """How many of `count` more rollouts fit into Redis."""
         if count <= 0 or self._clock() < self._room_at:
             return 0
         config, running, memory = self._config, self._running, self._plane.memory()
         each, free = rollout_bytes(config), free_bytes(memory)
         growing = len(running) * each
-        if free < growing + count * each:  # then it counts how far they have come
+        if free < growing + count * each:  # then their actual lengths are read
             lengths = self._plane.fields((rid, ["length"]) for rid in sorted(running))
             growing = sum(growth_bytes(config, _stored(length)) for (length,) in lengths)
         fitting = admission.fitting(count, running=len(running), free=free, growing=growing, each=each)
         if fitting < count:
-            self._say_short(memory)
+            self._log_shortage(memory)
         else:
-            self._short.not_seen("Redis has room again for all that may be admitted")
+            self._short.not_seen("Redis has room again for all admissions")
         return fitting
 
-    def _say_short(self, memory: dict[str, Any]) -> None:
-        """Once an episode; and look again only after a moment."""
+    def _log_shortage(self, memory: dict[str, Any]) -> None:
+        """Log it, once per episode, and wait for a moment before the next check."""
         self._room_at = self._clock() + ROOM_S
         used, limit = (memory[name] / (1 << 20) for name in ("used_memory", "maxmemory"))
         dead = self.ledger.fields["dead"]
-        kept = f"; {dead} dead rollouts are kept for you (katana dead)" if dead else ""
+        kept = f"; {dead} dead rollouts are kept (katana dead)" if dead else ""
         self._short.seen(
-            f"Redis is short of memory ({used:.1f} of {limit:.1f} MB used, and what is being written will need more): "
-            f"fewer rollouts are admitted, and the run is slower; with a maxmemory of "
-            f"{maxmemory_mb(most_bytes(self._config))} MB it would not wait{kept}"
+            f"Redis is short of memory ({used:.1f} of {limit:.1f} MB used, and open rollouts will need more): "
+            f"fewer rollouts are admitted, and the run is slower; a maxmemory of "
+            f"{maxmemory_mb(most_bytes(self._config))} MB is enough{kept}"
         )
 
     @property
@@ -362,8 +362,8 @@ class Feeder:
     # --- housekeeping ------------------------------------------------------------------------------------------
 
     def _housekeep(self) -> None:
-        """Open worker tasks, take killed workers' names off, write the ledger, set the gauges."""
-        self._open_shifts()
+        """Send worker tasks, remove the names of killed workers, write the ledger, set the gauges."""
+        self._send_tasks()
         live = self._plane.live(within_s=3 * self._config.liveness.heartbeat_s + 1)
         slots = sum(int(facts.get("slots", 0)) for facts in live.values() if facts.get("role") == "rollout")
         self._slots = slots or self._config.rollout.slots * self._config.rollout.workers
@@ -380,7 +380,7 @@ class Feeder:
 def head_of(
     config: Config, source: Source, number: int, step: int | None = None, problem: int | None = None
 ) -> RolloutHead:
-    """The rollout that is admitted as number `number`; by itself it takes the problem that is next in the data."""
+    """The head of the rollout with admission number `number`. `problem`: by default the next one in the data."""
     problem = number // config.data.num_generations if problem is None else problem
     treated = uniform_bits(config.seed, "arm", number) / 2**64 >= config.termination.control_fraction
     return RolloutHead(
@@ -395,14 +395,14 @@ def head_of(
 
 
 def _admitted_on_disk(folder: RunFolder, books: Books) -> int:
-    """How many rollouts books, ledger and the learner's record know of: no id may ever be given twice."""
+    """How many rollouts were admitted, by books, ledger and the learner's record: no id may be used twice."""
     ledger = folder.ledger
     trained = max((number_of(rid) + 1 for line in folder.trained() for rid in line.rids), default=0)
     return max(books.booked.next_number, ledger.admitted if ledger else 0, trained)
 
 
 def _stored(length: bytes | None) -> int:
-    """Tokens that are stored of a rollout; 0 where its record does not say: it may yet grow to all of its length."""
+    """Stored tokens of a rollout; 0 if its record is broken: then its full length may still come."""
     try:
         return read_number(length or b"0", "rollout.length")
     except MessageError:

@@ -1,4 +1,4 @@
-"""Gauges that the feeder sets: the run's limits, workers that are live, streams and Redis's memory."""
+"""Gauges that the feeder sets: limits of the run, live workers, streams, memory of Redis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.wire.plane import Backlog
 
 
 def show_limits(config: Config) -> None:
-    """What alerts compare with."""
+    """Set the limits with which alerts compare."""
     values = {
         "max_staleness": config.learner.max_staleness,
         "max_steps": config.learner.max_steps,
@@ -31,9 +31,9 @@ def show_workers(live: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def show_backlog(backlog: Backlog) -> None:
-    """Entries outstanding and the age of the oldest pending one, by stream; all shards of chunks together.
+    """Set memory of Redis, dead letters, and by stream the outstanding entries and the age of the oldest pending one.
 
-    Redis's memory and the dead letters with them.
+    The shards of chunks are one stream here.
     """
     if backlog.memory is not None:
         limit = backlog.memory.get("maxmemory") or float("inf")

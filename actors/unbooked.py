@@ -1,4 +1,4 @@
-"""A rollout that is not booked yet: what its notices in `finished` have said, and the line that it comes to."""
+"""A rollout that is not booked yet: what its notices in `finished` contain, and its line in the books."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from common.wire.messages import Ints, MessageError, RolloutHead, Verdict, read_
 from common.wire.plane import unix_s
 
 log = logging.getLogger("katana.feeder")
-FACTS = ["head", "length", "entry"]  # what a line needs of a rollout's record
+FACTS = ["head", "length", "entry"]  # the fields of a rollout's record that a line needs
 
 
 @dataclass(slots=True)
 class Unbooked:
-    """`entries`: its notices, which stay pending until it is booked. `ended_s`: by the feeder's clock."""
+    """State of an unbooked rollout. `entries`: its notices, pending until it is booked. `ended_s`: feeder's clock."""
 
     entries: list[bytes] = field(default_factory=list)
     verdict: Verdict | None = None
     counted: int | None = None
     ending: tuple[str, str, int | None] | None = None  # ending, reason, staleness
     ended_s: float = 0.0
-    # By Redis's clock: when the two notices came into the stream.
+    # When the two notices were added to the stream, by the clock of Redis.
     verdict_unix_s: float | None = None
     ended_unix_s: float | None = None
 
     @property
     def judged(self) -> bool:
-        """Nobody writes it any more."""
+        """Whether it has a verdict or has ended: no worker writes it any more."""
         return self.verdict is not None or self.ending is not None
 
     @property
     def useful(self) -> bool:
-        """Whether it has been, or will be, trained. By the verdict: an ending is booked when a writer's count comes."""
+        """Whether it was or will be trained; by its verdict until its ending is known."""
         if self.ending is not None:
             return self.ending[0] == "trained"
         return self.verdict is not None and self.verdict.train > 0
@@ -46,23 +46,23 @@ class Unbooked:
 
     @property
     def ledger_field(self) -> str:
-        """Where the ledger counts it; '' for one whose ending has not come."""
+        """The field of the ledger that counts it; '' while its ending is unknown."""
         return ledger_field(*self.ending[:2]) if self.ending else ""
 
     def ready(self, now_s: float, wait_s: float) -> bool:
-        """Whether it can be booked: all is there, or its writer's count has not come for `wait_s` seconds."""
+        """Whether it can be booked: it is complete, or its writer's count is missing for `wait_s` seconds."""
         if self.ending is None or self.ending[0] == "dead":
             return self.ending is not None
-        # A trained or dropped rollout always has a verdict; it may be read a moment after the ending.
+        # A trained or dropped rollout always has a verdict, but it may be read shortly after the ending.
         return now_s - self.ended_s >= wait_s or (self.generated is not None and self.verdict is not None)
 
     def absorb(self, entry: bytes, values: dict[bytes, bytes], now_s: float) -> None:
-        """Take in one notice. Raises MessageError for one that cannot be read."""
+        """Add one notice. Raises MessageError if it cannot be read."""
         kind = values.get(b"kind")
         if kind == b"verdict":
             verdict = Verdict.decode(values.get(b"body", b""))
             if verdict.rid.encode() != values[b"rid"]:
-                raise MessageError(f"finished.body: the verdict of {verdict.rid!r:.40}")
+                raise MessageError(f"finished.body: it is the verdict of {verdict.rid!r:.40}")
             self.verdict, self.verdict_unix_s = verdict, unix_s(entry)
         elif kind == b"count":
             self.counted = read_number(values.get(b"generated"), "finished.generated")
@@ -86,18 +86,18 @@ class Unbooked:
         active: Callable[[float | None], bool],
         judge: Callable[[int, Ints], bool | None],
     ) -> BookLine:
-        """`facts`: the FACTS of its record. `active`: whether the policy could cut by a threshold; `judge`: whether a
-        completion of a problem is right."""
+        """Its line in the books. `facts`: the FACTS of its record. `active`: whether the policy can cut with a given
+        threshold; `judge`: whether a completion of a problem is right."""
         assert self.ending is not None
         ending, reason, staleness = self.ending
         head_bytes, length, entry = facts
         generated = self.generated
-        if generated is None:  # its writer died or never reported it: the stored chunks
+        if generated is None:  # its writer died or did not report: count the stored chunks
             generated = 0
             try:
                 generated = read_number(length or b"0", "rollout.length")
             except MessageError as error:
-                log.warning("rollout %s is booked with no tokens beyond its verdict: %s", rid, error)
+                log.warning("rollout %s is booked without tokens after its verdict: %s", rid, error)
         if (verdict := self.verdict) is not None:
             line = line_of(
                 verdict,
@@ -122,7 +122,7 @@ class Unbooked:
 
 
 def _moment(entry: bytes | None) -> float | None:
-    """When a rollout was admitted; None where its record is gone or broken."""
+    """When a rollout was admitted; None if its record is gone or broken."""
     try:
         return None if entry is None else unix_s(entry)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The learner's journal: a line a step in metrics.jsonl and in trained.jsonl, and the same in the metrics."""
+"""The learner's journal: a line per step in metrics.jsonl and in trained.jsonl, and the Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from learner.loss import Diagnostics
 
 
 class Journal:
-    """Its files are open from `open` to `close`; a line is on disk after `sync`."""
+    """Writes the lines. Its files are open from `open` to `close`; a line is on disk after `sync`."""
 
     def __init__(self, config: Config) -> None:
         self._folder = RunFolder(config.run_dir)
@@ -29,7 +29,7 @@ class Journal:
         self._lines: dict[type, IO[str]] = {}  # by the record that each file holds
 
     def open(self, step: int) -> None:
-        """Cut back what was written after `step`: it will be done again."""
+        """Open the files, without the lines after `step`: those steps will be repeated."""
         self._lines[Step] = self._folder.steps.open_cut_back(lambda line: line.step <= step)
         self._lines[Trained] = self._folder.trained.open_cut_back(lambda line: line.step <= step)
 
@@ -50,7 +50,7 @@ class Journal:
         step_s: float,
         idle_ratio: float,
     ) -> None:
-        """A step: what it was trained on and what that showed. `loss` in nats; `stale_dropped` by arm."""
+        """Write the lines of a step: its figures and its trajectories. `loss` in nats; `stale_dropped` by arm."""
         drift = drift_of(trajectories)
         self._append(
             Step(
@@ -97,7 +97,7 @@ class Journal:
             file.close()
 
     def _show_drift(self, seen: Diagnostics, drift: Drift) -> None:
-        """What a batch cannot tell stays as the last one told it."""
+        """Set the gauges; a figure that this batch does not have keeps its last value."""
         metrics.learner_entropy.set(seen.entropy_nats)
         shares = {
             "support_mass": seen.support_mass,
@@ -121,7 +121,7 @@ class Journal:
 
 
 def _trained_line(step: int, version: int, trajectories: Sequence[Trajectory]) -> Trained:
-    """What a step was trained on: rollout, tokens, digest (8 bytes) of their ids as little-endian int32."""
+    """What a step was trained on: rollouts, token counts, 8-byte digests of the ids as little-endian int32."""
     return Trained(
         step=step,
         policy_version=version,

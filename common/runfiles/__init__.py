@@ -1,1 +1,1 @@
-"""What stands in a run's folder: a class a record, one reader of lines, the folder as a whole."""
+"""The files in a run's folder: a class per record, one reader of lines, the folder as a whole."""

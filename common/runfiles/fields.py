@@ -16,27 +16,27 @@ _PLAIN = frozenset({str, int, float, bool, NoneType})
 
 
 class Record:
-    """Base of a record, which is a dataclass.
+    """Base class of a record, which is a dataclass.
 
     A field may be str, int, float, bool, None, bytes (base64 in the file), another record, or a list, tuple or dict of
-    these. Floats are finite, ints are not negative, and a whole number may stand for a float. A field with a default
-    may be missing, as in files of older versions; fields that are not known are ignored.
+    these. Floats are finite, ints are not negative, and a whole number is accepted as a float. A field with a default
+    may be missing, as in files of older versions; unknown fields are ignored.
     """
 
     __slots__ = ()
 
     @classmethod
     def from_json(cls, tree: Any) -> Self:
-        """The record in a parsed JSON object. Raises ValueError for a field that is missing or not what it should."""
+        """The record in a parsed JSON object. Raises ValueError for a field that is missing or invalid."""
         return decoded(cls, tree)
 
     def to_json(self) -> Object:
-        """For the file, in the order of the fields."""
+        """The JSON object for the file, with the fields in order."""
         return encoded(self)
 
 
 def stored(name: str = "", *, sparse: bool = False) -> Object:
-    """The metadata of a field that has another name in the file, or is left out of it while it is 0 or empty."""
+    """Metadata of a field with another `name` in the file; `sparse`: it is omitted while it is 0 or empty."""
     return {"name": name, "sparse": sparse}
 
 
@@ -48,7 +48,7 @@ def an_object(value: Any) -> Object:
 
 
 def decoded(cls: type[T], tree: Any) -> T:
-    """As `Record.from_json`, for those that have one of their own."""
+    """The default of `Record.from_json`, for classes that override it."""
     tree, values = an_object(tree), {}
     for one in _plan(cast(Any, cls)):
         if one.stored in tree:
@@ -59,7 +59,7 @@ def decoded(cls: type[T], tree: Any) -> T:
 
 
 def encoded(record: Record) -> Object:
-    """As `Record.to_json`, for those that have one of their own."""
+    """The default of `Record.to_json`, for classes that override it."""
     plan = ((one, getattr(record, one.name)) for one in _plan(cast(Any, type(record))))
     return {one.stored: _to_json(value) for one, value in plan if value or not one.sparse}
 
@@ -98,7 +98,7 @@ def _plan(cls: Any) -> tuple[_Field, ...]:
 
 
 def _reader(hint: Any) -> Callable[[Any, str], Any]:
-    """What checks a value of this type, by its name, and makes it. Raises ValueError."""
+    """A function that checks and converts a value of this type; it raises ValueError with the field's name."""
     kinds = frozenset(get_args(hint)) if isinstance(hint, UnionType) else frozenset({hint})
     if kinds <= _PLAIN:
         return _plain(kinds, getattr(hint, "__name__", str(hint)))
@@ -121,7 +121,7 @@ def _reader(hint: Any) -> Callable[[Any, str], Any]:
 
 
 def _plain(kinds: frozenset[Any], called: str) -> Callable[[Any, str], Any]:
-    # JSON has one kind of number: 1 stands for 1.0 as well.
+    # JSON has one type of number, so 1 may mean 1.0.
     allowed = kinds | {int} if float in kinds else kinds
     counts = int in kinds
 

@@ -1,8 +1,8 @@
-"""JSON lines: one process appends to a file, others read it meanwhile or afterwards.
+"""JSON lines: one process appends to a file, others read it at the same time or later.
 
-Readers see whole lines: one without its line feed was torn off by a crash, or is being written, and was never
-acknowledged. A whole line that cannot be read is raised as DamagedLine, unless the reader gives a `damaged` that takes
-it, say a list's `append`.
+Readers see only complete lines: a line without its line feed was torn by a crash, or is being written, and was never
+acknowledged. A complete line that cannot be read raises DamagedLine, unless the reader passes `damaged`, which gets the
+error, for example a list's `append`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from common.runfiles.fields import Object, Record, an_object
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
-_RID = b'{"rid":"'  # how every line about a rollout begins
-_AT_ONCE = 8 << 20  # bytes of one read: a file that is long already is not held whole beside what is made of it
+_RID = b'{"rid":"'  # every line about a rollout begins so
+_AT_ONCE = 8 << 20  # bytes per read, so that a long file is never in memory as a whole
 BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
-"""What a damaged line or file raises when it is decoded."""
+"""The errors that decoding a damaged line or file raises."""
 
 
 class DamagedLine(ConfigError):
-    """A whole line that cannot be read, with its file, its number from 1, and why."""
+    """A complete line that cannot be read, with its file, its number from 1, and the reason."""
 
     def __init__(self, path: Path, number: int, error: BaseException) -> None:
         self.path, self.number, self.why = path, number, why_of(error)
         super().__init__(
-            f"{path}:{number}: damaged ({self.why}); expected one whole JSON object a line: put back the line as it "
-            f"was written, or the file from a copy"
+            f"{path}:{number}: damaged ({self.why}); expected one JSON object per line: restore the original "
+            f"line, or the file from a copy"
         )
 
 
 def why_of(error: BaseException) -> str:
-    """What a decoder said of damage."""
+    """The message of a decoding error."""
     return (str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}")[:200]
 
 
@@ -45,7 +45,7 @@ def why_of(error: BaseException) -> str:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Where each whole line begins, in bytes, and the line; nothing where there is no file."""
+    """Offset in bytes and contents of each complete line; none if there is no file."""
     if not path.exists():
         return
     place = 0
@@ -63,7 +63,7 @@ def read_lines(
     damaged: Callable[[DamagedLine], object] | None = None,
     rids: Collection[str] | None = None,
 ) -> Iterator[Any]:
-    """All lines, decoded; of `rids` alone where they are given: the others are not even parsed."""
+    """All lines, decoded; with `rids` only theirs, and the others are not parsed."""
     for number, (_, raw) in enumerate(whole_lines(path), start=1):
         if rids is not None and rid_of_line(raw) not in rids:
             continue
@@ -85,17 +85,17 @@ def _decoded(path: Path, number: int, raw: bytes, decode: Callable[[Any], T]) ->
 
 
 def rid_of_line(raw: bytes) -> str:
-    """The id that a line begins with, unparsed; "" for a line that begins otherwise."""
+    """The rollout id at the beginning of a line, without parsing it; "" if there is none."""
     if not raw.startswith(_RID):
         return ""
     return raw[len(_RID) : len(_RID) + 40].partition(b'"')[0].decode("ascii", "replace")
 
 
 class Tail(Generic[T]):
-    """New lines of a file that grows: reads on where it stopped, and from the beginning where another file, cut back to
-    a checkpoint, took the place.
+    """New lines of a growing file: continues where it stopped, or at the beginning if the file was replaced by one that
+    is cut back to a checkpoint.
 
-    `renewed` counts how often that was, `broken` the lines that could not be read and were passed over.
+    `renewed` counts the replacements, `broken` the unreadable lines, which are skipped.
     """
 
     def __init__(self, path: Path, decode: Callable[[Any], T]) -> None:
@@ -103,13 +103,13 @@ class Tail(Generic[T]):
         self.renewed = self.broken = 0
 
     def read(self) -> list[T]:
-        """New whole lines, of about 8 MB at most: nothing left is an empty list. Nothing where there is no file."""
+        """New complete lines, about 8 MB at most; empty if there are none, or no file."""
         try:
             with self._path.open("rb") as file:
                 self._begin(os.fstat(file.fileno()))
                 file.seek(self._place)
                 data = file.read(_AT_ONCE)
-                data += file.readline()  # the line that the limit fell into
+                data += file.readline()  # the rest of the line at the limit
         except FileNotFoundError:
             return []
         end = data.rfind(b"\n") + 1
@@ -134,7 +134,7 @@ def _parsed(raw: bytes, decode: Callable[[Any], T]) -> T | None:
 
 
 class Lines(Generic[R]):
-    """A file of a run's folder whose lines are records of one kind. Where there is no file, there are no lines."""
+    """A file in a run's folder whose lines are records of one kind. A missing file has no lines."""
 
     def __init__(self, path: Path, kind: type[R]) -> None:
         self.path, self._decode = path, kind.from_json
@@ -142,15 +142,15 @@ class Lines(Generic[R]):
     def __call__(
         self, rids: Collection[str] | None = None, damaged: Callable[[DamagedLine], object] | None = None
     ) -> Iterator[R]:
-        """All whole lines, or those of `rids`."""
+        """All complete lines, or those of `rids`."""
         return read_lines(self.path, self._decode, damaged=damaged, rids=rids)
 
     def tail(self) -> Tail[R]:
-        """To read on while the file grows."""
+        """A reader that follows the growing file."""
         return Tail(self.path, self._decode)
 
     def last(self, most_bytes: int) -> list[R]:
-        """Whole lines at the end of the file, oldest first, out of its last bytes; damaged ones are left out."""
+        """Complete lines in the last `most_bytes` of the file, oldest first; damaged ones are skipped."""
         try:
             with self.path.open("rb") as file:
                 begin = max(0, file.seek(0, os.SEEK_END) - most_bytes)
@@ -158,24 +158,24 @@ class Lines(Generic[R]):
                 data = file.read(most_bytes)
         except FileNotFoundError:
             return []
-        first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
+        first = data.find(b"\n") + 1 if begin else 0  # the line at the limit is not complete
         lines = (_parsed(raw, self._decode) for raw in data[first : data.rfind(b"\n") + 1].splitlines())
         return [line for line in lines if line is not None]
 
     def placed(self) -> Iterator[tuple[int, R]]:
-        """As `self()`, each with the byte at which it begins."""
+        """As `self()`, each with its byte offset."""
         for number, (place, raw) in enumerate(whole_lines(self.path), start=1):
             yield place, _decoded(self.path, number, raw, self._decode)
 
     def at(self, places: Iterable[int]) -> dict[int, R]:
-        """Lines that were read before, by the byte at which they begin."""
+        """The lines at these byte offsets, by offset."""
         if not (wanted := list(places)):
             return {}
         with self.path.open("rb") as file:
             return {place: self._decode(json.loads(_line_at(file, place))) for place in wanted}
 
     def open_cut_back(self, keeps: Callable[[R], bool]) -> IO[str]:
-        """Open for appending, without the first line that is not to be kept and all behind it.
+        """Open for appending, cut back before the first line for which `keeps` is false.
 
         The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
         """
@@ -198,10 +198,10 @@ def _line_at(file: IO[bytes], place: int) -> bytes:
 
 
 def append_lines(file: FileIO | None, records: Sequence[Record]) -> None:
-    """On disk when this returns."""
+    """Append records; they are on disk when this returns."""
     if file is not None and records:
         data = b"".join(_json_line(record.to_json()) for record in records)
-        while data:  # a raw file may take a part
+        while data:  # a raw file may write only a part
             data = data[file.write(data) or 0 :]
         os.fsync(file.fileno())
 
@@ -211,7 +211,7 @@ def _json_line(value: Object) -> bytes:
 
 
 def open_whole_lines(path: Path) -> FileIO:
-    """Open for appending behind the last whole line: what a crash tore off was never acknowledged."""
+    """Open for appending after the last complete line: a line torn by a crash was never acknowledged."""
     file = FileIO(path, "a+")
     size = file.seek(0, os.SEEK_END)
     end = size

@@ -1,4 +1,4 @@
-"""Making a run's folder, finding it again to go on in it, moving a former one aside, holding it for one process."""
+"""Creates a run's folder, resumes it, moves an earlier one aside, locks it for one process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "sa
 
 
 def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
-    """Make the run's folder, or find the one to go on in; returns the run's id.
+    """Create the run's folder, or with `resume` open the existing one; returns the run's id.
 
-    Raises ConfigError: the folder exists (or, with `resume`, does not), or a key changed that may not.
+    Raises ConfigError: the folder exists (or, with `resume`, does not), or a key changed that must not change.
     """
     folder = config.run_dir
     if fresh and (folder / CONFIG).exists():
@@ -36,8 +36,8 @@ def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
         return _resume(config, folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} exists already. Go on with it: --resume. Keep it and start another: --name OTHER. "
-            f"Remove it: katana clean {folder}"
+            f"{folder} exists already. To continue it: --resume. To keep it and start another run: --name OTHER. "
+            f"To remove it: katana clean {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     run_key = new_run_key(config.name)
@@ -48,15 +48,15 @@ def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
 
 def _resume(config: Config, folder: Path) -> str:
     if not (folder / CONFIG).exists():
-        raise ConfigError(f"{folder}: nothing to resume, there is no config.yaml")
+        raise ConfigError(f"{folder}: nothing to resume: it has no config.yaml")
     check_resume(RunFolder(folder).config, config)
-    lock(folder).close()  # refuse before anything of a run at work is touched
+    lock(folder).close()  # raises while the run is running, before anything is changed
     write_text(folder / CONFIG, config.to_yaml())
     return RunFolder(folder).run_key
 
 
 def move_aside(folder: Path) -> Path:
-    """demo → demo.1, or the first number that is free. Raises ConfigError while the run is alive."""
+    """Rename demo to demo.1, or to the first free number. Raises ConfigError while the run is running."""
     lock(folder).close()
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -66,18 +66,18 @@ def move_aside(folder: Path) -> Path:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Hold the folder for one `katana run`; closing the file lets go. Raises ConfigError when it is held."""
+    """Lock the folder for one `katana run`; closing the file unlocks it. Raises ConfigError if it is locked."""
     file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise ConfigError(f"{folder}: a `katana run` is at work in this folder") from error
+        raise ConfigError(f"{folder}: a `katana run` is running in this folder") from error
     return file
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of packages and of Katana itself; `commit` is "unknown" outside a checkout of Katana."""
+    """Versions of Python, packages and Katana; `commit` is "unknown" outside a checkout of Katana."""
     found = {"python": platform.python_version(), "katana": _version_of(_KATANA)}
     return found | {name: _version_of(name) for name in _PACKAGES} | {"commit": _commit(PACKAGE_ROOT)}
 
@@ -90,14 +90,14 @@ def _version_of(name: str) -> str:
 
 
 def _commit(root: Path) -> str:
-    """The commit of Katana's source tree, where that is a repository's root.
+    """The commit of Katana's source tree, if that is the root of a repository.
 
-    An installed copy may lie inside a repository, in an environment or a vendored folder: that commit says nothing of
-    Katana.
+    An installed copy may be inside another repository, in an environment or a vendored folder: that commit is not
+    Katana's.
     """
     if not _is_source_tree(root):
         return "unknown"
-    # GIT_DIR and its like, which git sets for hooks, would name another repository; settings are not among them.
+    # Without GIT_DIR and similar variables, which git sets for hooks: they name another repository. Settings stay.
     environment = {key: value for key, value in os.environ.items() if not re.match(r"GIT_(?!CONFIG)", key)}
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
@@ -109,7 +109,7 @@ def _commit(root: Path) -> str:
 
 
 def _is_source_tree(root: Path) -> bool:
-    """Whether Katana's own pyproject.toml stands at the top."""
+    """Whether `root` has Katana's pyproject.toml."""
     try:
         return bool(tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == _KATANA)
     except (OSError, ValueError, LookupError, TypeError):

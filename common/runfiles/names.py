@@ -1,4 +1,4 @@
-"""The names of the files and folders in a run's folder; docs/run-folder.md says what each holds and who writes it."""
+"""Names of the files and folders in a run's folder; docs/run-folder.md describes their contents and writers."""
 
 CONFIG, RUN, DATA_ROWS = "config.yaml", "run.json", "data.rows"
 ROLLOUTS, TRACES, AUDIT, LEDGER = "rollouts.jsonl", "traces.jsonl", "audit.jsonl", "ledger.json"

@@ -1,15 +1,15 @@
-"""The records in a run's folder: what each file's lines hold, and what that means.
+"""The records in a run's folder: the contents of each file, and their meaning.
 
-rollouts.jsonl  BookLine     feeder → all who look on or back: a rollout that ended
+rollouts.jsonl  BookLine     feeder → all readers: a rollout that ended
 traces.jsonl    Trace        feeder → report, replay, audit, checker: tokens and divergences of a verdict
-audit.jsonl     Audit        feeder → checker: who wrote which chunk
-ledger.json     Ledger       feeder → itself, top, report, checker: how many rollouts ended how
-metrics.jsonl   Step         learner → all who look on or back: figures of an optimizer step
-trained.jsonl   Trained      learner → checker, feeder: which rollouts a step trained, and digests of their tokens
-eval/v….json    ToEvaluate   learner → evaluator: weights that wait for it
+audit.jsonl     Audit        feeder → checker: the writer of each chunk
+ledger.json     Ledger       feeder → itself, top, report, checker: number of rollouts by ending
+metrics.jsonl   Step         learner → all readers: figures of an optimizer step
+trained.jsonl   Trained      learner → checker, feeder: the rollouts of a step, and digests of their tokens
+eval/v….json    ToEvaluate   learner → evaluator: weights to evaluate
 eval.jsonl      Evaluation   evaluator → report, compare, trackers, summary: scores of a policy version
-summary.json    Summary      whoever ends the run → compare, match, bench: what the run came to
-wall.json       Wall         `katana run` → summary, report: how long it took
+summary.json    Summary      `katana run`, feeder, evaluator → compare, match, bench: the results of the run
+wall.json       Wall         `katana run` → summary, report: duration of the run
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from common.runfiles.fields import Object, Record, an_object, decoded, encoded, 
 from common.wire.messages import ARMS, Floats, Ints, Verdict, fired
 
 UNFINISHED = frozenset({"run_end", "lost"})
-"""Dropped for these reasons a rollout was ended by the run, not by itself or its policy."""
+"""Reasons of rollouts that the run dropped before they ended by themselves or by their policy."""
 ENDS_BY_ITSELF = ("eos", "length")
-"""Finish reasons of what no policy stopped."""
+"""Finish reasons of rollouts that no policy stopped."""
 UNJUDGED = "unfinished"
-"""The finish reason of what ended before its verdict."""
+"""The finish reason of a rollout that ended before its verdict."""
 
 
 # --- rollouts.jsonl ---------------------------------------------------------------------------------------------------
@@ -56,11 +56,11 @@ class BookLine(Record):
     policy_version_last: int
     staleness: int | None
     correct: bool | None
-    # By Redis's clock; None where a record was broken or lost.
+    # By the clock of Redis; None if a record was broken or lost.
     admitted_unix_s: float | None = None
     verdict_unix_s: float | None = None
     ended_unix_s: float | None = None
-    # None where there was no verdict, and in books that are older than this field.
+    # None without a verdict, and in books that are older than this field.
     tokens_trainable: int | None = None
 
     @property
@@ -84,12 +84,12 @@ class BookLine(Record):
 
     @property
     def compared(self) -> bool:
-        """Whether it counts where arms are compared: the policy could have cut it, the run did not end it."""
+        """Whether it counts in the comparison of arms: the policy could have cut it, and the run did not end it."""
         return self.active and self.ending != "dead" and not self.ended_by_run
 
     @property
     def fate(self) -> str:
-        """What became of it, in a word: trained, dead, or why it was dropped."""
+        """Its ending in one word: trained, dead, or why it was dropped."""
         return self.reason if self.ending == "dropped" else self.ending
 
     @property
@@ -98,7 +98,7 @@ class BookLine(Record):
 
 
 def ledger_field(ending: str, reason: str) -> str:
-    """trained | dead | dropped:REASON, as the ledger counts them."""
+    """The ledger's name of an ending: trained | dead | dropped:REASON."""
     return f"dropped:{reason}" if ending == "dropped" else ending
 
 
@@ -109,8 +109,8 @@ def ledger_field(ending: str, reason: str) -> str:
 class Trace(Record):
     """A verdict. `stopped`: whether the policy stopped the writing (`cut` in the file).
 
-    Where the policy fired and stopped nothing (control arm, mask, shadow) `keep` and `trigger` say where it would have
-    cut; where it did not fire both are all tokens.
+    If the policy fired without stopping (control arm, mask, shadow), `keep` and `trigger` show where it would have cut;
+    if it did not fire, both are the number of all tokens.
     """
 
     rid: str
@@ -122,7 +122,7 @@ class Trace(Record):
     finish_reason: str
     stopped: bool = field(metadata=stored("cut"))
     threshold: float | None
-    version: int  # that wrote its first token
+    version: int  # policy version that wrote its first token
     token_bytes: bytes = field(metadata=stored("tokens"))  # int32, little-endian, [n]; bytes compare
     divergence_bytes: bytes = field(metadata=stored("divergence"))  # float32, little-endian, [n], nats
 
@@ -136,7 +136,7 @@ class Trace(Record):
 
     @property
     def written(self) -> int:
-        """Tokens on record."""
+        """Number of recorded tokens."""
         return len(self.token_bytes) // 4
 
     @property
@@ -181,7 +181,7 @@ class Trace(Record):
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Record):
-    """A chunk as it was stored when its rollout was booked. `divergence`: digest, None where it was not scored."""
+    """A chunk as stored when its rollout was booked. `divergence`: digest, None if it was not scored."""
 
     seq: int
     broken: str | None = None
@@ -209,7 +209,7 @@ _CHUNK = tuple(one.name for one in fields(Chunk) if one.name != "broken")
 
 @dataclass(frozen=True, slots=True)
 class Audit(Record):
-    """A rollout's hash when it was booked."""
+    """A rollout's hash at the time of booking."""
 
     rid: str
     owners: list[tuple[str, int]]  # nonce and first chunk of every take, in order
@@ -223,7 +223,7 @@ class Audit(Record):
 
 @dataclass(frozen=True, slots=True)
 class Trained(Record):
-    """What an optimizer step was made of: of each rollout its id, how many tokens, and their digest."""
+    """The rollouts of an optimizer step: for each its id, number of tokens, and digest of the tokens."""
 
     step: int
     policy_version: int
@@ -241,7 +241,7 @@ class Trained(Record):
 
 @dataclass(frozen=True, slots=True)
 class Ledger(Record):
-    """How many rollouts were admitted and what became of them: admitted = trained + dropped + dead + open."""
+    """Number of rollouts admitted, and by ending: admitted = trained + dropped + dead + open."""
 
     admitted: int
     trained: int
@@ -251,7 +251,7 @@ class Ledger(Record):
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Ledger:
-        """From counts by `ledger_field`, with `admitted`, as Redis has them."""
+        """From counts by `ledger_field`, with `admitted`, as in Redis."""
         begin = ledger_field("dropped", "")
         dropped = {name.removeprefix(begin): count for name, count in counts.items() if name.startswith(begin)}
         admitted, trained, dead = (counts.get(name, 0) for name in ("admitted", "trained", "dead"))
@@ -273,8 +273,8 @@ class Ledger(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Record):
-    """Figures of an optimizer step; of its batch, where nothing else is said. None: nothing in the batch can tell, or
-    the file is older than the field."""
+    """Figures of an optimizer step, of its batch unless stated otherwise. None: no trajectory in the batch has the
+    figure, or the file is older than the field."""
 
     step: int
     policy_version: int  # of the weights after it
@@ -289,7 +289,7 @@ class Step(Record):
     cut_rate_treated: float | None = None
     cut_rate_control: float | None = None
     threshold: float | None = None  # mean, in the policy's unit
-    ratio_mean: float  # p_θ / p_rollout of the drawn tokens
+    ratio_mean: float  # p_θ / p_rollout of the sampled tokens
     ratio_max: float
     grad_norm: float  # before clipping
     learning_rate: float
@@ -311,7 +311,7 @@ class Step(Record):
 
 @dataclass(frozen=True, slots=True)
 class ToEvaluate(Record):
-    """Weights that wait for the evaluator: their version, the step they are of, and tokens trained on up to it."""
+    """Weights to evaluate: their version, their step, and the tokens trained on up to that step."""
 
     version: int
     step: int
@@ -321,11 +321,10 @@ class ToEvaluate(Record):
 
 @dataclass(frozen=True, slots=True)
 class Scores(Record):
-    """n problems, k samples each: mean accuracy, chance that one of k is right, mean tokens, share ended by STOP.
+    """n problems, k samples each: avg@k, pass@k, mean length in tokens, share of samples that ended by STOP.
 
-    A problem with a sample that nobody could judge is left out of accuracy and chance, and of n; `unjudged` counts such
-    samples. Of several benchmarks: n is their sum, as is `unjudged`, k that of the config, and every other number the
-    mean of theirs.
+    A problem with a sample that could not be judged is left out of avg@k, pass@k and n; `unjudged` counts such
+    samples. For several benchmarks n and `unjudged` are sums, k is that of the config, all other numbers are means.
     """
 
     k: int
@@ -340,12 +339,12 @@ class Scores(Record):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation(Record):
-    """The scores of a policy version, which is that of `step`. `tokens_trained`: up to there."""
+    """The scores of a policy version, which was published at `step`. `tokens_trained`: up to that step."""
 
     policy_version: int
     step: int
     tokens_trained: int
-    scores: Scores  # its fields stand among the others in the file
+    scores: Scores  # in the file its fields are on the top level
     wall_s: float
 
     @classmethod
@@ -363,7 +362,7 @@ class Evaluation(Record):
 
 @dataclass(frozen=True, slots=True)
 class Wall(Record):
-    """Seconds that a run took, over all its sittings."""
+    """Duration of a run in seconds, summed over resumes."""
 
     wall_s: float
 
@@ -384,7 +383,7 @@ class ArmTotals(Record):
 
 @dataclass(frozen=True, slots=True)
 class Saving(Record):
-    """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None where an arm is empty."""
+    """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None if an arm is empty."""
 
     ratio: float | None
     low: float | None
@@ -393,7 +392,7 @@ class Saving(Record):
 
 @dataclass(frozen=True, slots=True)
 class Lengths(Record):
-    """Lengths of some rollouts in tokens: how many are known, their mean and standard deviation (of all, not n - 1)."""
+    """Lengths of rollouts in tokens: how many are known, their mean and population standard deviation."""
 
     known: int
     mean: float
@@ -402,7 +401,8 @@ class Lengths(Record):
 
 @dataclass(frozen=True, slots=True)
 class Ended(Record):
-    """Rollouts that ended alike. `share`: of them and the trained, 1 of the trained; `at_limit`: reached the limit."""
+    """Rollouts with the same ending. `share`: of these and the trained ones, 1 for the trained ones; `at_limit`: how
+    many reached the length limit."""
 
     fate: str
     rollouts: int
@@ -414,7 +414,7 @@ class Ended(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary(Record):
-    """What a run came to."""
+    """The results of a run."""
 
     steps: int
     policy_version: int

@@ -1,4 +1,4 @@
-"""A run's folder as everyone reads it: its files, each with its records. docs/run-folder.md describes them all."""
+"""A run's folder for reading: its files with their records. docs/run-folder.md describes all of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ R = TypeVar("R", bound=Record)
 
 
 class RunFolder:
-    """The folder of a run in whatever state it is: every look reads the files as they are now.
+    """The folder of a run in any state: every access reads the files as they are now.
 
-    A file that is not there yet has no lines, and is None where it holds one record. Raises ConfigError for a damaged
-    one, with its name.
+    A missing file has no lines, or is None if it holds one record. Raises ConfigError for a damaged file, with its
+    name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,17 +38,17 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        """Raises ConfigError, also where the folder is no run's."""
+        """Raises ConfigError, also if this is not a run's folder."""
         if not self.begun:
-            raise ConfigError(f"{self.path}: no run's folder, there is no {names.CONFIG}; expected one like runs/demo")
+            raise ConfigError(f"{self.path}: not a run's folder: it has no {names.CONFIG}; expected one like runs/demo")
         return load(self.path / names.CONFIG)
 
     @property
     def run_key(self) -> str:
-        """The run's id. Raises ConfigError also where it is not there."""
+        """The run's id. Raises ConfigError, also if it is missing."""
         found = read_json(self.path / names.RUN)
         if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
-            raise ConfigError(f"{self.path / names.RUN}: no run_key in it")
+            raise ConfigError(f"{self.path / names.RUN}: it has no run_key")
         run_key: str = found["run_key"]
         return run_key
 
@@ -62,13 +62,13 @@ class RunFolder:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds that the run took, over all its sittings; None while it runs for the first time."""
+        """Duration of the run in seconds, summed over resumes; None during its first session."""
         wall = _read(self.path / names.WALL, Wall)
         return None if wall is None else wall.wall_s
 
     @property
     def to_evaluate(self) -> list[Path]:
-        """The files that say which weights wait for the evaluator, each a `ToEvaluate`, oldest first."""
+        """The files in `eval/` about weights to evaluate, each a `ToEvaluate`, oldest first."""
         return sorted((self.path / names.TO_EVALUATE).glob("v*.json"))
 
 
@@ -84,7 +84,7 @@ def _read(path: Path, kind: type[R]) -> R | None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ConfigError when the file is missing or broken."""
+    """Raises ConfigError if the file is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

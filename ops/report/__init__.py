@@ -1,1 +1,1 @@
-"""`katana report`: a run's folder as plots and a page."""
+"""`katana report`: plots and a page of a run's folder."""

@@ -1,7 +1,7 @@
-"""The report of a run, from its folder alone and in whatever state the run is: report.png, report.html, figures/.
+"""The report of a run in any state, from its folder alone: report.png, report.html, figures/.
 
-report.png is the run at a glance. Left: what it is for (accuracy, length); right: why (where the teacher's signal
-goes dead); below: the bill.
+report.png is an overview. Left: the results (accuracy, length); right: the reason (where the teacher's signal goes
+dead); below: what became of the tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
     """Write `report.png`, `report.html` and `figures/*.png` into a run's folder; returns the path of `report.png`.
 
     Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), a file in it is damaged, or one cannot be written.
+        ConfigError: not a run's folder (no config.yaml), a file in it is damaged, or one cannot be written.
     """
     run = read_run(folder)
     target = folder / REPORT_PICTURE
@@ -59,7 +59,7 @@ def draw(run: ReportRun, decode: Callable[[list[int]], str] | None) -> Figure:
 
 
 def draw_caption(figure: Figure, run: ReportRun) -> None:
-    """What was run, in small print."""
+    """The facts of the run, in small print."""
     config = run.config
     entries = [
         (

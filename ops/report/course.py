@@ -1,4 +1,4 @@
-"""Panels of the report on how a run went along: saving, threshold, firing, reasons, staleness, latencies, loss."""
+"""Panels of the report over the course of a run: saving, threshold, firing, reasons, staleness, latencies, loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_saving(axes: Any, run: ReportRun) -> None:
     axes.fill_between(tokens, low, high, color=BLUE, alpha=0.18, linewidth=0, label="95 % interval")
     axes.plot(tokens, [point.ratio for point in curve], color=BLUE, linewidth=2.2, marker="o", markersize=4)
     axes.axhline(0, color=INK, linewidth=1)
-    # The first intervals are of a few rollouts; they may not press the rest flat.
+    # The first intervals are of a few rollouts; they must not set the scale.
     ends = [*low[len(low) // 3 :], *high[len(high) // 3 :], 0.0]
     room = 0.1 * (max(ends) - min(ends)) or 0.1
     axes.set_ylim(min(ends) - room, max(ends) + room)
@@ -54,7 +54,7 @@ def _cuts_nothing(run: ReportRun) -> bool:
 
 
 def draw_threshold(figure: Figure, run: ReportRun) -> None:
-    """The threshold, and beneath it how many of the rollouts that could be cut were; over the same tokens."""
+    """The threshold, and below it the share of rollouts in which the policy fired, over the same tokens."""
     above, below = _two_rows(figure)
     tokens, values = series.threshold_curve(run.lines)
     policy = run.config.termination.policy
@@ -101,7 +101,7 @@ def draw_reasons(figure: Figure, run: ReportRun) -> None:
         first = next(iter(mix.counts))
         share = mix.counts[first] / sum(mix.counts.values())
         say_title(axes, f"{arm.capitalize()}: {percent(share)} ended by {first[:40]}")
-        # One bin is a point: drawn as wide as the run.
+        # A single bin is drawn over the whole width.
         tokens = np.array([0.0, run.generated]) if len(mix.tokens) == 1 else mix.tokens
         bottom = np.zeros(len(tokens))
         for reason, shares in mix.shares.items():
@@ -117,7 +117,7 @@ def draw_reasons(figure: Figure, run: ReportRun) -> None:
 
 
 def draw_staleness(figure: Figure, run: ReportRun) -> None:
-    """How stale trajectories were, and how staleness went step by step against the limit."""
+    """Staleness of trajectories: its distribution, and by step against the limit."""
     left, right = _two_columns(figure)
     _draw_ages(left, run)
     _draw_ages_by_step(right, run)
@@ -137,7 +137,7 @@ def _draw_ages(axes: Any, run: ReportRun) -> None:
             if ages:
                 label = f"{name}: {_mean_length(ended[fate])}" if dropped else name
                 axes.bar(ages, [counts[name][age] for age in ages], color=colour, width=0.8, label=label)
-        limit, top = run.config.learner.max_staleness + 0.5, 0.68 if dropped else 1.0  # beneath the legend
+        limit, top = run.config.learner.max_staleness + 0.5, 0.68 if dropped else 1.0  # below the legend
         axes.axvline(limit, ymax=top, color=INK, linewidth=1.2, linestyle=":", label="limit")
         axes.set_xlabel("versions between oldest token and step")
         axes.set_ylabel("trajectories")
@@ -149,7 +149,7 @@ def _draw_ages(axes: Any, run: ReportRun) -> None:
 
 
 def _mean_length(ended: Ended) -> str:
-    """To train on, where that is on record: what was too old was longer, as a rule."""
+    """Mean trainable length, if recorded: stale trajectories are longer on average."""
     if ended.trainable is not None:
         return f"mean {ended.trainable.mean:.0f} tokens"
     return f"mean {ended.generated.mean:.0f} tokens written" if ended.generated is not None else "length unknown"
@@ -173,7 +173,7 @@ def _draw_ages_by_step(axes: Any, run: ReportRun) -> None:
 
 
 def draw_latency(figure: Figure, run: ReportRun) -> None:
-    """Seconds from admission to verdict and from there to a checkpoint that covers it; beneath: the learner's steps."""
+    """Seconds from admission to verdict, and on to the checkpoint that covers it; below: the learner's steps."""
     above, below = _two_rows(figure, right=0.91)
     _draw_stages(above, run)
     steps = run.steps
@@ -235,12 +235,12 @@ def draw_loss(axes: Any, run: ReportRun) -> None:
     axes.plot(numbers, entropy, color=ORANGE, linewidth=1.4, label="the student's entropy")
     axes.set_ylim(0, 1.25 * max(*kl, *entropy) or 1)
     axes.set_xlabel("learner step")
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats per token")
     axes.legend(frameon=False, fontsize=12, labelcolor=INK)
     _over_steps(axes)
 
 
-# Figure in metrics.jsonl → what is drawn of it (1: what it lacks of 1), its name, its colour. So drawn, all rise.
+# Figure in metrics.jsonl → (1 if 1 - figure is drawn, else 0), label, colour. Drawn so, drift makes all of them rise.
 _GUARDS = {
     "repetition": (0, "repetition", VERMILLION),
     "truncation_rate": (0, "ended at the limit", ORANGE),
@@ -251,9 +251,9 @@ _GUARDS = {
 
 
 def draw_drift(figure: Figure, run: ReportRun) -> None:
-    """The drift guards step by step, and beneath where the policy fired, in both arms."""
+    """The drift guards by step, and below the share in which the policy fired, in both arms."""
     above, below = _two_rows(figure, right=0.68)
-    # Files of older versions lack some.
+    # Files of older versions lack some of them.
     steps = [step for step in run.steps if all(getattr(step, name) is not None for name in _GUARDS)]
     if steps:
         numbers = _numbers(steps)
@@ -316,7 +316,7 @@ def _two_columns(figure: Figure) -> Sequence[Any]:
 
 
 def _over_tokens(axes: Any, run: ReportRun) -> None:
-    """Tokens generated below, from the run's first to its last."""
+    """An x axis of tokens generated, over the whole run."""
     axes.set_xlim(0, max(run.generated, 10))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("tokens generated so far")

@@ -1,16 +1,16 @@
-"""report.html: a run in one file that a browser opens without a network: figures, plots, every rollout to read.
+"""report.html: a run in one file that a browser opens offline: figures, plots, the text of every rollout.
 
-What the rollouts' table needs is in the page as JSON, which ops/report/html/report.js reads:
+The data of the rollouts' table is in the page as JSON, which ops/report/html/report.js reads:
 
     columns   name, title, meaning and kind (text | count | number) of the fields of a row
-    rows      a list of values a rollout, in the order of the books
+    rows      a list of values for each rollout, in the order of the books
     pieces    [token id, text] of every token that occurs
-    readings  rollout id → prompt, keep, trigger; pieces: places in `pieces`, uint16 (uint32 if `wide`), and
-              divergence in nats, float32, NaN where not scored, both little-endian in base64
-    scale     log10 of the divergences in nats whose colours are palest and strongest
+    readings  rollout id → prompt, keep, trigger; pieces: indices into `pieces`, uint16 (uint32 if `wide`), and
+              divergence in nats, float32, NaN if not scored, both little-endian in base64
+    scale     log10 of the divergences in nats with the palest and the strongest colour
 
-What rollouts say is anything at all: it is put in as JSON without a single "<", and shown as text, never as HTML. The
-page's policy lets no script run but its own, named by its hash, and nothing be fetched.
+Rollouts may contain any text: it is embedded as JSON without a single "<", and shown as text, never as HTML. The
+page's content security policy allows only its own script, by its hash, and no requests.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from ops.words import policy_text
 
 FILES = Path(__file__).parent / "html"
 NEWEST, SAMPLED = 1000, 1000
-"""Rollouts in the page: the newest ones, and of the older ones equally many of each arm, reason and ending."""
+"""Rollouts in the page: the newest, and of the older ones the same number of each arm, reason and ending."""
 MOST_TOKENS = 500_000
-"""Tokens in the page; a rollout that would go beyond is left out."""
+"""Limit of tokens in the page; a rollout that would exceed it is left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the rollouts' table. `value` takes its place in the books and its line; None: not known."""
+    """A column of the rollouts' table. `value`: from a rollout's position in the books and its line; None: unknown."""
 
     name: str
     title: str
@@ -82,22 +82,22 @@ COLUMNS = (
     Column("problem", "problem", "count", "number of the training problem", _field("problem")),
     Column("arm", "arm", "text", "treated rollouts may be cut, control rollouts never are", _field("arm")),
     Column("finish", "reason", "text", "why it ended", _field("finish_reason")),
-    Column("ending", "ending", "text", "what became of it: trained, dropped (and why) or dead", _ending),
+    Column("ending", "ending", "text", "trained, dropped (and why) or dead", _ending),
     Column("correct", "right", "text", "whether its answer is right", _field("correct")),
     Column("generated", "generated", "count", "tokens generated", _field("tokens_generated")),
     Column("kept", "kept", "count", "tokens before the cut", _field("tokens_kept")),
     Column("detection", "detection", "count", "tokens from the cut to the trigger", _field("tokens_detection")),
-    Column("overshoot", "overshoot", "count", "tokens behind the trigger", _field("tokens_overshoot")),
+    Column("overshoot", "overshoot", "count", "tokens after the trigger", _field("tokens_overshoot")),
     Column("window", "lowest window", "number", "lowest window mean of divergence, nats", _field("min_window")),
     Column(
         "threshold",
         "threshold",
         "number",
-        "the number it was judged by, nats in policies of windows",
+        "the threshold of its verdict, in nats for policies with windows",
         _field("threshold"),
     ),
     Column("version", "version", "count", "policy version that wrote its last token", _field("policy_version_last")),
-    Column("stale", "stale", "count", "policy versions old when it was trained on", _field("staleness")),
+    Column("stale", "stale", "count", "its age in policy versions when it was trained on", _field("staleness")),
     Column(
         "wait",
         "to verdict, s",
@@ -112,10 +112,10 @@ _SHOWN_OF_COLUMN = ("name", "title", "meaning", "kind")
 
 
 def write_page(run: ReportRun, figures: dict[str, Figure]) -> Path:
-    """Write `report.html` with figures that are drawn already, those of `report_plots.draw_all`. Raises ConfigError."""
+    """Write `report.html` with the figures of `plots.draw_all`. Raises ConfigError."""
     text = page(run, {name: plots.svg(figure, name) for name, figure in figures.items()})
     target = run.folder.path / REPORT_PAGE
-    # A lone surrogate, which JSON allows in a string, is no character.
+    # JSON allows a lone surrogate in a string, UTF-8 does not.
     with named(target):
         write_atomically(target, lambda path: _write(path, text.encode("utf-8", "replace")))
     return target
@@ -126,7 +126,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def page(run: ReportRun, drawn: dict[str, str]) -> str:
-    """The whole page; `drawn`: <svg> elements by the plot's name. Raises ConfigError."""
+    """The text of the page; `drawn`: <svg> elements by the plot's name. Raises ConfigError."""
     script = (FILES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     chosen = choose(run.lines)
@@ -144,12 +144,12 @@ def page(run: ReportRun, drawn: dict[str, str]) -> str:
         "footer": escape(f"Made by `katana report` from {run.folder.path.name}/. {_newest_time(run)}".strip()),
     }
     template = (FILES / "report.html").read_text(encoding="utf-8")
-    # In one pass: what is filled in may hold braces of its own.
+    # In one pass: the inserted text may contain braces.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], template)
 
 
 def _inert(value: Any) -> str:
-    """JSON that cannot end the element that it stands in, nor begin another."""
+    """JSON that cannot close the element around it or open another."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -164,7 +164,7 @@ def _figure(name: str, drawn: str) -> str:
 
 
 def _done_text(run: ReportRun) -> str:
-    """Steps of the steps; where tokens end the run, these of theirs."""
+    """Steps done of all steps; if tokens end the run, tokens of all tokens."""
     learner, done = run.config.learner, run.steps_done
     if learner.max_generated_tokens is None:
         return f"{done} of {learner.max_steps} steps of {learner.batch_size} rollouts"
@@ -191,19 +191,19 @@ def _facts(run: ReportRun) -> str:
 
 def _saving_text(saving: Saving) -> str:
     if saving.ratio is None or saving.low is None or saving.high is None:
-        return "none to state: it takes rollouts of both arms that the policy could have cut"
+        return "unknown: it needs rollouts of both arms that the policy could have cut"
     return f"{saving.ratio:.1%} (95 % interval {saving.low:.1%} to {saving.high:.1%})"
 
 
 def _wall_text(run: ReportRun) -> str:
-    """`katana run` measures its time; on a cluster nobody is there from the beginning to the end but the books."""
+    """The time that `katana run` measured, or on a cluster the time that the books cover."""
     if run.wall_s is not None:
         return _duration(run.wall_s)
     begun = [line.admitted_unix_s for line in run.lines if line.admitted_unix_s is not None]
     ended = [line.ended_unix_s for line in run.lines if line.ended_unix_s is not None]
     if not begun or not ended:
-        return "not known before the run ends"
-    return f"{_duration(max(ended) - min(begun))} from the first rollout to the last on record"
+        return "unknown until the run ends"
+    return f"{_duration(max(ended) - min(begun))} from the first to the last booked rollout"
 
 
 def _duration(seconds: float) -> str:
@@ -230,7 +230,7 @@ def _arms(run: ReportRun) -> str:
 
 
 def _endings(run: ReportRun) -> str:
-    """What became of the rollouts, and how long they were; a dash where it is not on record."""
+    """Endings of the rollouts, and their lengths; a dash if a length is unknown."""
     heads = ["", "rollouts", "share", "at the limit", "to train on", "± sd", "written", "± sd"]
     rows = []
     for one in endings.by_ending(run.lines).values():
@@ -269,15 +269,15 @@ def _number(value: Any) -> str:
 def _shown(run: ReportRun, count: int) -> str:
     total = len(run.lines)
     if count == total:
-        return f"All {total:,} rollouts on record. Choose one to read it."
+        return f"All {total:,} booked rollouts. Choose one to read it."
     return (
-        f"{count:,} of {total:,} rollouts on record: the newest, and of the older ones equally many of each arm, "
+        f"{count:,} of {total:,} booked rollouts: the newest, and of the older ones the same number of each arm, "
         f"reason and ending. The others are in rollouts.jsonl and traces.jsonl. Choose one to read it."
     )
 
 
 def _newest_time(run: ReportRun) -> str:
-    """When the newest step was done, in UTC: the page says of itself how fresh it is."""
+    """Time of the newest step, in UTC: it shows how fresh the page is."""
     return f"Newest step {np.datetime64(int(run.steps[-1].unix_s), 's')} UTC." if run.steps else ""
 
 
@@ -285,14 +285,14 @@ def _newest_time(run: ReportRun) -> str:
 
 
 def choose(lines: Sequence[BookLine]) -> list[int]:
-    """Places of the rollouts that are in the page, in the order of the books: NEWEST and SAMPLED, while they fit."""
+    """Positions in the books of the rollouts in the page, in order: NEWEST and SAMPLED, while they fit."""
     split = max(0, len(lines) - NEWEST)
     groups: dict[tuple[str, ...], list[int]] = {}
     for place in range(split):
         line = lines[place]
         groups.setdefault((line.arm, line.finish_reason, line.ending, line.reason), []).append(place)
     older: list[int] = []
-    # The smallest first: what it leaves over goes to the others.
+    # The smallest group first: its unused share goes to the others.
     for left, group in zip(range(len(groups), 0, -1), sorted(groups.values(), key=len), strict=True):
         older += data.spread(group, (SAMPLED - len(older)) // left)
     tokens, chosen = 0, []
@@ -305,7 +305,7 @@ def choose(lines: Sequence[BookLine]) -> list[int]:
 
 
 def table_data(run: ReportRun, chosen: Sequence[int]) -> dict[str, Any]:
-    """What the page's script reads; see the top of this file. Raises ConfigError."""
+    """The JSON for the page's script, see the top of this file. Raises ConfigError."""
     timed = any(line.admitted_unix_s is not None for line in run.lines)
     columns = COLUMNS if timed else COLUMNS[:-1]
     rids, folder = {run.lines[place].rid for place in chosen}, run.folder.path
@@ -345,7 +345,7 @@ def _packed(reading: Reading, pieces: dict[tuple[int, str], int], kind: str) -> 
 
 
 def _scale(readings: Iterable[Reading]) -> list[float]:
-    """But for the outermost, all divergences lie between; those of rollouts without any token: 0.001 to 1 nat."""
+    """log10 of the 2 % and 98 % quantiles of the divergences; without any token, of 0.001 and 1 nat."""
     nats = [token.divergence for reading in readings for token in reading.tokens if token.divergence is not None]
     if not nats:
         return [-3.0, 0.0]
@@ -354,7 +354,7 @@ def _scale(readings: Iterable[Reading]) -> list[float]:
 
 
 class _RememberedWords(Words):
-    """Rollouts of one run say the same again and again."""
+    """A cache: the rollouts of a run repeat the same tokens."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         super().__init__(config, folder)

@@ -1,6 +1,6 @@
-"""Panels of the report on the task's terms: accuracy, length, what became of the tokens; and the look of all panels.
+"""Panels of the report on the results: accuracy, length, what became of the tokens.
 
-A panel draws into the axes it is given; its title is the finding. Where a run has nothing to show in it, it says why.
+A panel draws into the given axes; its title is the finding. If a run has no data for it, it shows why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ops.report.run import ReportRun
 from ops.stats.saving import ARMS
 from ops.words import percent, short
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- headline --------------------------------------------------------------------------------------------------------
 
 
 def headline(run: ReportRun) -> str:
@@ -40,18 +40,15 @@ def headline(run: ReportRun) -> str:
         parts.append(f"accuracy {percent(curve[0].avg_at_k)}{grown}")
     if run.saving.ratio is not None:
         parts.append(_saved(run.saving))
-    parts.append(f"{short(run.generated)} tokens written" if run.lines else "nothing on record yet")
+    parts.append(f"{short(run.generated)} tokens written" if run.lines else "nothing booked yet")
     return f"Katana · {run.config.name}:  " + ", ".join(parts)
 
 
 def _saved(saving: Saving) -> str:
-    """Only what the interval allows to say."""
+    """The saving, if its interval excludes 0."""
     if saving.ratio is None or saving.low is None or saving.high is None or saving.low <= 0 <= saving.high:
         return "no clear length saving"
     return f"rollouts {percent(abs(saving.ratio))} {'shorter' if saving.ratio > 0 else 'longer'} by cutting"
-
-
-# --- common to the panels --------------------------------------------------------------------------------------------
 
 
 # --- accuracy and length ---------------------------------------------------------------------------------------------
@@ -70,7 +67,7 @@ def draw_accuracy(axes: Any, run: ReportRun) -> None:
     gone = f" → {last.avg_at_k:.2f} in {short(last.tokens)} tokens" if len(curve) > 1 else f" at step {first.step}"
     say_title(axes, f"Accuracy: avg@{k} {first.avg_at_k:.2f}{gone}")
     tokens = [point.tokens for point in curve]
-    # The names stand at the lines' ends, apart even where the ends meet.
+    # The labels are at the ends of the lines, with a gap even if the ends meet.
     middle, apart = (last.avg_at_k + last.pass_at_k) / 2, max(0.09, (last.pass_at_k - last.avg_at_k) / 2)
     middle = min(max(middle, 2 * apart - 0.01), 1 - apart)
     for name, meaning, style, values, height in (
@@ -98,7 +95,7 @@ def draw_accuracy(axes: Any, run: ReportRun) -> None:
 
 
 def draw_length(axes: Any, run: ReportRun, title: str = "") -> None:
-    """Mean length of both arms over policy versions, with where the rule became active; its title is the saving."""
+    """Mean length of both arms over policy versions, and where the policy became active; the title is the saving."""
     width = data.bin_width(data.finished(run.lines))
     curves = {arm: data.length_curve(run.lines, arm, width) for arm in ARMS}
     if not any(curves.values()):
@@ -127,7 +124,7 @@ def draw_length(axes: Any, run: ReportRun, title: str = "") -> None:
     if began is not None and cuts:
         axes.axvline(began, color=INK, linewidth=1.2, linestyle=":")
         axes.annotate(
-            f" rule active from version {began} ",
+            f" policy active from version {began} ",
             (began, 0.97),
             xycoords=("data", "axes fraction"),
             va="top",
@@ -144,32 +141,32 @@ def draw_length(axes: Any, run: ReportRun, title: str = "") -> None:
         ncol=2,
         labelcolor=INK,
     )
-    # Not up to the widest interval: a bin of three rollouts would press all curves flat.
+    # Not up to the widest interval: a bin of three rollouts would flatten all curves.
     axes.set_ylim(0, 1.4 * max(point.tokens for curve in curves.values() for point in curve))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("policy version that wrote the last token")
-    axes.set_ylabel("tokens a rollout")
+    axes.set_ylabel("tokens per rollout")
     plain(axes)
 
 
 def draw_mean_length(axes: Any, run: ReportRun) -> None:
-    """`draw_length`, for where the saving has a plot of its own: the title gives both arms' means."""
+    """`draw_length` with both arms' means as the title, for a page that has a separate plot of the saving."""
     counted = [line for line in run.lines if line.compared]
     means = {arm: [line.tokens_generated for line in counted if line.arm == arm] for arm in ARMS}
     if not all(means.values()):
         draw_length(axes, run)
         return
     treated, control = (f"{np.mean(means[arm]):.0f}" for arm in ARMS)
-    draw_length(axes, run, f"Mean length while the rule is active: {treated}, control {control} tokens")
+    draw_length(axes, run, f"Mean length while the policy is active: {treated}, control {control} tokens")
 
 
 def length_title(saving: Saving) -> str:
     if saving.ratio is None or saving.low is None or saving.high is None:
-        return "Length by arm: no saving to state yet"
+        return "Length by arm: saving not known yet"
     return f"Length saving {percent(saving.ratio)} (95 % interval {100 * saving.low:.0f} to {percent(saving.high)})"
 
 
-# --- the bill --------------------------------------------------------------------------------------------------------
+# --- tokens --------------------------------------------------------------------------------------------------------
 
 
 def draw_fates(axes: Any, lines: Sequence[BookLine]) -> None:
@@ -213,7 +210,7 @@ def draw_fates(axes: Any, lines: Sequence[BookLine]) -> None:
     axes.set_yticks(range(len(fates)), labels=[f"{arm}\n{short(fate.total)}" for arm, fate in fates.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the arm's tokens (detection: cut to trigger; overshoot: behind it)")
+    axes.set_xlabel("% of the arm's tokens (detection: cut to trigger; overshoot: after it)")
     axes.legend(
         ncol=4,
         frameon=False,

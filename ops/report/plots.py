@@ -1,4 +1,4 @@
-"""The report's plots one by one: drawn once, written as PNG and as SVG that takes on the colours of the page."""
+"""The single plots of the report: drawn once, written as PNG and as SVG with the colours of the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NARROW, WIDE = 8.0, 13.0  # inches
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A figure of the report: what it shows in a sentence, its height, how it is drawn, and its width."""
+    """A figure of the report: caption, height, drawing function, width."""
 
     caption: str
     height_inches: float
@@ -56,13 +56,13 @@ PLOTS = {
     "divergence": Plot("Divergence and entropy in training, by step", 4.2, _single(course.draw_loss)),
     "drift": Plot("Drift guards by step, and where the policy fired in both arms", 5.6, course.draw_drift),
 }
-"""Name of the file under figures/, and of the plot in the page → plot."""
+"""Name of the plot, of its file in figures/ and of its element in the page → plot."""
 
 
 def draw_all(run: ReportRun) -> dict[str, Figure]:
     """All plots by name."""
     figures = {}
-    # Reasons in a run's files may hold anything, dollars as well.
+    # Reasons in a run's files may contain anything, including dollar signs.
     with font_gaps_allowed(), matplotlib.rc_context({"text.parse_math": False}):
         for name, plot in PLOTS.items():
             figures[name] = Figure(figsize=(plot.width_inches, plot.height_inches), facecolor="white")
@@ -78,7 +78,7 @@ _OUTSIDE = re.compile(r"<metadata>.*?</metadata>|<style .*?</style>| xmlns(?::xl
 
 
 def svg(figure: Figure, name: str) -> str:
-    """A figure as an <svg> element for a page: text as text, no fixed size, ids that are this plot's own."""
+    """A figure as an <svg> element for a page: text as text, no fixed size, unique ids."""
     with font_gaps_allowed(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)

@@ -1,4 +1,4 @@
-"""What the report shows of a run's folder, read once: a damaged file is named and not drawn."""
+"""The data of a report, read once from a run's folder; a damaged file is an error with its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLED_TRACES = 400
 
 @dataclass(frozen=True, slots=True)
 class ReportRun:
-    """The contents of a run's folder that its report is made of."""
+    """The contents of a run's folder that its report shows."""
 
     folder: RunFolder
     config: Config
@@ -32,7 +32,7 @@ class ReportRun:
 
     @property
     def generated(self) -> int:
-        """Tokens generated in all rollouts on record."""
+        """Tokens generated in all booked rollouts."""
         return sum(line.tokens_generated for line in self.lines)
 
     @property
@@ -41,11 +41,11 @@ class ReportRun:
 
 
 def read_run(path: Path) -> ReportRun:
-    """A run's folder in whatever state the run is; files that are not there yet count as empty.
+    """Read a run's folder in any state of the run; missing files count as empty.
 
     Raises:
-        ConfigError: the folder is no run's (it has no config.yaml), or a file in it is damaged or cannot be read; says
-            which line, or why.
+        ConfigError: not a run's folder (no config.yaml), or a file in it is damaged or unreadable; with the line or
+            the reason.
     """
     folder = RunFolder(path)
     try:
@@ -65,7 +65,7 @@ def read_run(path: Path) -> ReportRun:
 
 
 def find_decoder(run: ReportRun) -> Callable[[list[int]], str] | None:
-    """Token ids to text; None where no tokenizer is to be had, or nothing to be decoded."""
+    """Turns token ids into text; None if there is no tokenizer, or nothing to decode."""
     if not any(sample.traces for sample in run.traces.values()):
         return None
     try:

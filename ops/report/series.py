@@ -1,7 +1,7 @@
-"""How a run went along: series over the tokens generated so far, made of the books. Pure functions, no drawing.
+"""The course of a run: series over the tokens generated so far, from the books. Pure functions, no drawing.
 
-The books are in the order in which rollouts ended. Tokens are counted over all of them, also those that a series
-leaves out, so that all series of a run share one axis.
+The books are in the order in which rollouts ended. Tokens are counted over all rollouts, even those that a series
+leaves out, so that all series of a run have the same axis.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ STAGES = {
     "admission to verdict": ("admitted_unix_s", "verdict_unix_s"),
     "verdict to checkpoint": ("verdict_unix_s", "ended_unix_s"),
 }
-"""What a trained rollout goes through: name → fields of the books between which it lasts. A rollout has ended when a
-checkpoint covers the step that it was trained in."""
+"""Stages of a trained rollout: name → the fields of the books at their beginning and end. A rollout has ended when a
+checkpoint covers its step."""
 
-_RESAMPLES = 200  # of an interval along the way; the last one is the summary's
+_RESAMPLES = 200  # of an interval on the way; the last interval is that of the summary
 _SHOWN_THRESHOLDS = 500
 
 
 def tokens_so_far(lines: Sequence[BookLine]) -> Floats:
-    """Tokens generated in all rollouts up to each one, its own included, float [n]."""
+    """Tokens generated in all rollouts up to and including each one, float [n]."""
     return np.cumsum([line.tokens_generated for line in lines], dtype=np.float64)
 
 
@@ -38,7 +38,7 @@ def tokens_so_far(lines: Sequence[BookLine]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class SavingPoint:
-    """The length saving over all that was booked up to so many generated tokens, with a 95 % interval."""
+    """The length saving of all rollouts booked up to this number of generated tokens, with a 95 % interval."""
 
     tokens: float
     ratio: float
@@ -47,10 +47,10 @@ class SavingPoint:
 
 
 def saving_curve(lines: Sequence[BookLine], last: Saving, points: int = 24) -> list[SavingPoint]:
-    """The saving so far at up to `points` places; it ends with `last`, the whole run's."""
+    """The saving so far at up to `points` positions; the last is `last`, of the whole run."""
     tokens = tokens_so_far(lines)
     places = [place for place, line in enumerate(lines) if line.compared]
-    # The bootstrap of very long books takes seconds a point.
+    # For very long books the bootstrap takes seconds per point.
     ends = spread(places, points if len(places) <= 20_000 else 6)
     curve = []
     for end in ends[:-1]:
@@ -66,11 +66,11 @@ def _point(tokens: float, saving: Saving) -> SavingPoint | None:
     return SavingPoint(float(tokens), saving.ratio, saving.low, saving.high)
 
 
-# --- the rule ------------------------------------------------------------------------------------------------------
+# --- the policy ------------------------------------------------------------------------------------------------------
 
 
 def threshold_curve(lines: Sequence[BookLine]) -> tuple[Floats, Floats]:
-    """Tokens so far and the threshold in nats that the newest judged rollout had, two float [n]."""
+    """Tokens so far and the threshold in nats of the newest judged rollout, two float [n]."""
     known = [(at, line.threshold) for at, line in zip(tokens_so_far(lines), lines, strict=True)]
     points = spread([(at, value) for at, value in known if value is not None], _SHOWN_THRESHOLDS)
     return np.array([at for at, _ in points]), np.array([value for _, value in points])
@@ -78,7 +78,7 @@ def threshold_curve(lines: Sequence[BookLine]) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A share of `count` rollouts around so many tokens, with a 95 % interval (Wilson's)."""
+    """A share of `count` rollouts around this number of tokens, with a 95 % interval (Wilson)."""
 
     tokens: float
     share: float
@@ -88,7 +88,7 @@ class Share:
 
 
 def fired_curve(lines: Sequence[BookLine], bins: int = 16, arm: str = "treated") -> list[Share]:
-    """Share of an arm's rollouts that could be cut in which the policy fired, applied or not, in bins of as many."""
+    """Share of an arm's rollouts (that could be cut) in which the policy fired, applied or not, in equal bins."""
     tokens = tokens_so_far(lines)
     judged = [place for place, line in enumerate(lines) if line.compared and line.arm == arm]
     curve = []
@@ -110,7 +110,7 @@ class Mix:
 
 
 def reasons_mix(lines: Sequence[BookLine], arm: str, bins: int = 16) -> Mix:
-    """How an arm's rollouts ended, in bins of equally many; the most frequent reason first."""
+    """How an arm's rollouts ended, in bins of equal size; the most frequent reason first."""
     tokens = tokens_so_far(lines)
     mine = [place for place, line in enumerate(lines) if line.arm == arm]
     counts = Counter(str(lines[place].finish_reason) for place in mine)
@@ -129,7 +129,7 @@ def reasons_mix(lines: Sequence[BookLine], arm: str, bins: int = 16) -> Mix:
 
 
 def staleness_counts(lines: Sequence[BookLine]) -> dict[str, Counter[int]]:
-    """How many trajectories were how stale, in policy versions, by what became of them: trained | dropped as stale."""
+    """Number of trajectories by staleness in policy versions, for trained ones and those dropped as stale."""
     counts: dict[str, Counter[int]] = {"trained": Counter(), "dropped": Counter()}
     for line in lines:
         if line.staleness is not None:
@@ -142,7 +142,7 @@ def staleness_counts(lines: Sequence[BookLine]) -> dict[str, Counter[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Seconds that a stage took of rollouts around so many tokens: median and 95th percentile."""
+    """Duration of a stage in seconds for rollouts around this number of tokens: median and 95th percentile."""
 
     tokens: float
     median_s: float
@@ -151,7 +151,7 @@ class Latency:
 
 
 def stage_latencies(lines: Sequence[BookLine], stage: str, bins: int = 16) -> list[Latency]:
-    """A stage's latencies in bins of equally many rollouts; empty where the books have no times for it."""
+    """A stage's latencies in bins of equally many rollouts; empty if the books have no times for it."""
     begin, end = STAGES[stage]
     tokens = tokens_so_far(lines)
     timed = [

@@ -1,4 +1,4 @@
-"""Panels of the report on the divergence along rollouts: heat maps of many, curves of one, with their cuts."""
+"""Panels of the report on the divergence along rollouts: heat maps of many, curves of single ones, with cuts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ops.words import fired_word
 ROWS = {"treated": 36, "control": 12}  # of the picture's heat map
 _BOOKED_ROWS = 150  # of the page's
 _TEXT_CHARACTERS = 60
-_CUT = "#FF1F3D"  # stands out from all of the map's blues and yellows, in a light and in a dark page
+_CUT = "#FF1F3D"  # visible against the map's blues and yellows, in a light and a dark page
 
 
 def draw_traces(figure: Figure, run: ReportRun, decode: Callable[[list[int]], str] | None) -> None:
-    """Heat map of rollouts, and beneath it one of each arm as a curve; all over the same token positions."""
+    """Heat map of rollouts, and below it one of each arm as a curve, over the same token positions."""
     grid = figure.add_gridspec(
         3, 1, left=0.505, right=0.925, top=0.858, bottom=0.275, hspace=0.4, height_ratios=(2.7, 1, 1)
     )
@@ -41,7 +41,7 @@ def draw_traces(figure: Figure, run: ReportRun, decode: Callable[[list[int]], st
         return
     width = data.shown_width(rows)
     _draw_heat(figure, heat, groups, width)
-    heat.set_autoscalex_on(False)  # what lies under it shares its positions
+    heat.set_autoscalex_on(False)  # the panels below share its x axis
     say_title(heat, _heat_title(run), pad=34 if cut else 10)
     if not cut:
         heat.set_xlabel("token position", fontsize=13, color=INK)
@@ -58,7 +58,7 @@ def draw_traces(figure: Figure, run: ReportRun, decode: Callable[[list[int]], st
 
 def _heat_title(run: ReportRun) -> str:
     if not run.traces["treated"].found:
-        return "The policy fired in none: divergence along some of them"
+        return "The policy never fired: divergence along some rollouts"
     fired, judged = data.fired_share(run.lines)
     word = fired_word(run.config)
     where = f"{word} where the teacher agrees" if run.config.termination.policy == "kat" else word
@@ -68,12 +68,12 @@ def _heat_title(run: ReportRun) -> str:
 
 
 def _draw_sides(axes: Any, run: ReportRun) -> None:
-    """What the rule saw, and what came after it where nothing was stopped: whether the signal was dead for good."""
-    before, noticed, _ = data.mean_divergences(run.traces["treated"].traces)
-    _, _, behind = data.mean_divergences(run.traces["control"].traces)
-    known = {"kept": before, "cut to trigger": noticed, "control, going on": behind}
+    """Mean divergence before and at the cut, and in control rollouts after the trigger: is the signal really dead?"""
+    before, detection, _ = data.mean_divergences(run.traces["treated"].traces)
+    _, _, after = data.mean_divergences(run.traces["control"].traces)
+    known = {"kept": before, "cut to trigger": detection, "control after trigger": after}
     text = " · ".join(f"{name} {value:.2g}" for name, value in known.items() if value is not None)
-    axes.text(0, 1.045, f"mean nats a token:  {text}", transform=axes.transAxes, fontsize=12.5, color=GREY)
+    axes.text(0, 1.045, f"mean nats per token:  {text}", transform=axes.transAxes, fontsize=12.5, color=GREY)
 
 
 def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[Trace]], width: int) -> None:
@@ -103,7 +103,7 @@ def _draw_heat(figure: Figure, axes: Any, groups: Sequence[Sequence[Trace]], wid
 
 
 def _show_image(axes: Any, image: data.Floats, low: float, high: float) -> Any:
-    """log10 of nats as colours, from `low` to `high`."""
+    """Draw log10 of nats as colours, from `low` to `high`."""
     return axes.imshow(
         image,
         aspect="auto",
@@ -116,11 +116,11 @@ def _show_image(axes: Any, image: data.Floats, low: float, high: float) -> Any:
 
 
 def _draw_colour_bar(figure: Figure, panels: Sequence[Any], shown: Any, low: float, high: float) -> None:
-    """To the right of panels that stand above each other."""
+    """Draw the colour bar to the right of stacked panels."""
     box, lowest = panels[0].get_position(), panels[-1].get_position().y0
     bar = figure.colorbar(shown, cax=figure.add_axes((box.x1 + 0.012, lowest, 0.01, box.y1 - lowest)))
     if bar.solids is not None:
-        bar.solids.set_rasterized(True)  # 256 colours are no 256 shapes
+        bar.solids.set_rasterized(True)  # else 256 shapes in the SVG
     exponents = range(int(np.ceil(low)), int(np.floor(high)) + 1)
     bar.set_ticks(list(exponents), labels=[f"{10.0**exponent:g}" for exponent in exponents])
     bar.ax.tick_params(labelsize=12, colors=INK)
@@ -129,7 +129,7 @@ def _draw_colour_bar(figure: Figure, panels: Sequence[Any], shown: Any, low: flo
 
 
 def draw_bookings(figure: Figure, run: ReportRun) -> None:
-    """Heat map of rollouts of either arm in the order they were booked, with cuts; the figure's only panel."""
+    """Heat maps of the rollouts of both arms in the order of booking, with cuts."""
     sample = run.traces["booked"]
     rows = data.spread(sample.traces, _BOOKED_ROWS)
     if not rows:
@@ -153,7 +153,7 @@ def draw_bookings(figure: Figure, run: ReportRun) -> None:
 
 
 def _stacked(figure: Figure, groups: Mapping[str, Sequence[Trace]], fewest: float) -> dict[str, Any]:
-    """Panels above each other as high as they have rows, none lower than one of `fewest`."""
+    """Stacked panels with heights by their number of rows, at least `fewest`."""
     heights = [max(len(traces), fewest) for traces in groups.values()]
     grid = figure.add_gridspec(
         len(groups), 1, left=0.05, right=0.91, top=0.88, bottom=0.09, hspace=0.05, height_ratios=heights
@@ -172,7 +172,7 @@ def _why_no_traces(run: ReportRun) -> str:
 
 
 def _mark_cuts(axes: Any, traces: Sequence[Trace]) -> None:
-    """Where each row was cut, or in the control arm would have been, and what triggered it."""
+    """Mark the cut of each row, or the would-be cut in the control arm, and the trigger."""
     cut = [(row, trace) for row, trace in enumerate(traces) if trace.fired]
     for name, colour in (("trigger", "white"), ("keep", _CUT)):
         marks = [[(getattr(trace, name), row), (getattr(trace, name), row + 1)] for row, trace in cut]
@@ -199,7 +199,7 @@ def _draw_example(
         axes.text(
             0.5,
             0.5,
-            f"no {arm} rollout in which the rule fired",
+            f"no {arm} rollout in which the policy fired",
             transform=axes.transAxes,
             ha="center",
             va="center",
@@ -228,7 +228,7 @@ def _draw_example(
 
 
 def cut_parts(trace: Trace, decode: Callable[[list[int]], str] | None) -> list[tuple[str, str, str]]:
-    """The text around the cut as (text, colour, font family); the rollout's id where it cannot be decoded."""
+    """The text around the cut as (text, colour, font family); the rollout's id if it cannot be decoded."""
     if decode is None:
         return [(f"{trace.rid}, {trace.keep} tokens kept", GREY, "DejaVu Sans")]
     texts = data.cut_text(trace, decode, _TEXT_CHARACTERS)
@@ -238,7 +238,7 @@ def cut_parts(trace: Trace, decode: Callable[[list[int]], str] | None) -> list[t
 
 
 def _write_parts(axes: Any, parts: Iterable[tuple[str, str, str]]) -> None:
-    """Pieces of different colours on one line above the axes."""
+    """Write pieces of text in different colours on one line above the axes."""
     renderer, inverse = axes.figure.canvas.get_renderer(), axes.transAxes.inverted()
     start = 0.0
     for text, colour, family in parts:

@@ -51,7 +51,7 @@ class _Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Problems:
-    """What is measured: the first n problems of a source. `name` "": the task's held-out problems."""
+    """The first n problems of a source. `name` "": the held-out problems of the task."""
 
     name: str
     source: TaskSource
@@ -62,7 +62,7 @@ class _Problems:
 def _problems(config: Config) -> list[_Problems]:
     settings = config.eval
     if config.data.task == "dataset" and not settings.data:
-        raise ConfigError("eval.data: names no benchmark; the task dataset holds no rows out")
+        raise ConfigError("eval.data: names no benchmark; the task dataset has no held-out rows")
     if not settings.data:
         return [_Problems("", TaskSource(config, "eval"), settings.problems, settings.k)]
     found = []
@@ -76,7 +76,7 @@ def _problems(config: Config) -> list[_Problems]:
 
 
 class Evaluator:
-    """Samples k completions of every problem; the same draws for every version."""
+    """Samples k completions of every problem, with the same seeds for every version."""
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         self._config, settings = config, config.eval
@@ -98,11 +98,11 @@ class Evaluator:
             one.source.prepare()
 
     def swap(self, weights: bytes) -> None:
-        """Take other weights, a safetensors file's bytes. Raises ValueError where they do not fit."""
+        """Swap in other weights, the bytes of a safetensors file. Raises ValueError if they do not fit the model."""
         self.decoder.swap(load(weights))
 
     def measure(self, *, k: int | None = None, stop: threading.Event | None = None) -> Scores | None:
-        """Sample and judge; None when stopped in between. `k`: samples a problem; None: as the config says."""
+        """Sample and judge; None if stopped before the end. `k`: samples per problem, by default as in the config."""
         found: dict[str, Scores] = {}
         for one in self._problems:
             scores = self._measure_one(one, k or one.k, stop)
@@ -124,7 +124,7 @@ class Evaluator:
             while waiting and self.decoder.free:
                 self._add(problems.source, *waiting.pop())
             for chunk in self.decoder.step():
-                metrics.turned("evaluator")  # to judge a completion may take seconds
+                metrics.turned("evaluator")  # judging a completion may take seconds
                 done.append(_judged(problems.source, chunk.key, chunk.tokens, chunk.finish == "eos"))
         return _scores(done, problems.n, k)
 
@@ -140,20 +140,20 @@ class Evaluator:
 def _judged(source: TaskSource, key: str, tokens: Ints, ended: bool) -> _Sample:
     problem = int(key.partition(":")[0])
     correct = source.judge(problem, tokens)
-    if correct is None:  # the judge died over it, or for want of memory: once more, by a new one
+    if correct is None:  # the judge crashed, perhaps out of memory: retry once with a new one
         correct = source.judge(problem, tokens)
     return _Sample(problem, len(tokens), ended, correct)
 
 
 def _scores(samples: list[_Sample], n: int, k: int) -> Scores:
-    """Raises ConfigError where there is not one problem whose samples are all judged."""
+    """Raises ConfigError if there is no problem whose samples are all judged."""
     left_out = {sample.problem for sample in samples if sample.correct is None}
     unjudged = sum(sample.correct is None for sample in samples)
     if unjudged:
         log.warning("%d samples have no verdict: %d of %d problems are left out", unjudged, len(left_out), n)
     if len(left_out) == n:
         raise ConfigError(
-            f"data.verifier: gave no verdict on {unjudged} of {len(samples)} samples, of every problem some"
+            f"data.verifier: gave no verdict on {unjudged} of {len(samples)} samples, at least one of every problem"
         )
     right = Counter(sample.problem for sample in samples if sample.correct)
     correct = [right[problem] for problem in range(n) if problem not in left_out]
@@ -170,7 +170,7 @@ def _scores(samples: list[_Sample], n: int, k: int) -> Scores:
 
 
 def _overall(benchmarks: dict[str, Scores], k: int) -> Scores:
-    """Benchmarks weigh the same, however many problems each has."""
+    """All benchmarks have the same weight, however many problems they have."""
     all_of = list(benchmarks.values())
     return Scores(
         n=sum(one.n for one in all_of),
@@ -185,9 +185,9 @@ def _overall(benchmarks: dict[str, Scores], k: int) -> Scores:
 
 
 def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) -> None:
-    """Evaluate every version that the learner leaves in `eval/`, oldest first, until the run is over.
+    """Evaluate every version that the learner puts into `eval/`, oldest first, until the run has ended.
 
-    Beside the training and not in its way: a process of its own, at the lowest priority.
+    It runs in a separate process at the lowest priority, to leave the CPU to the training.
     """
     os.nice(19)
     evaluator: Evaluator | None = None
@@ -196,7 +196,7 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
         _show(last)
     while not stop.is_set():
         metrics.turned("evaluator")
-        over = finished()  # asked before looking: what was left behind before the end is seen
+        over = finished()  # checked before listing, so that nothing written before the end is missed
         waiting = run.to_evaluate
         if not waiting:
             if over:
@@ -225,14 +225,14 @@ def _evaluate_one(evaluator: Evaluator, note: ToEvaluate, folder: Path, results:
     try:
         evaluator.swap(verified(folder, WeightsRef(note.version, file_of(note.version), note.sha256)))
     except (BadWeights, ValueError) as error:
-        log.warning("not evaluated: %s", error)
+        log.warning("version not evaluated: %s", error)
         return True
     scores = evaluator.measure(stop=stop)
     if scores is None:
         return False
     found = Evaluation(note.version, note.step, note.tokens_trained, scores, time.monotonic() - began)
     _show(found)
-    with open_whole_lines(results) as file:  # an evaluator that was killed may have left a part of a line
+    with open_whole_lines(results) as file:  # a killed evaluator may have left a partial line
         append_lines(file, [found])
     log.info("version %d: avg@%d %.3f", note.version, scores.k, scores.avg_at_k)
     return True

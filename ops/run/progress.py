@@ -1,4 +1,4 @@
-"""What `katana run` shows while it runs: one steady screen in a terminal, plain lines elsewhere."""
+"""What `katana run` shows while it runs: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from common.wire.plane import Plane
 from ops.stats import endings
 from ops.stats.saving import ARMS, length_saving
 
-_STEPS_BYTES = 16 << 10  # of metrics.jsonl at a look: some 30 steps
+_STEPS_BYTES = 16 << 10  # read from the end of metrics.jsonl: about 30 steps
 
 
 class RunProgress:
@@ -33,25 +33,25 @@ class RunProgress:
         self._folder = RunFolder(config.run_dir)
         self._lines, self._evaluations = self._folder.rollouts.tail(), self._folder.evaluations.tail()
         self._step: Step | None = None
-        self._read_steps()  # a former session's
+        self._read_steps()  # of an earlier session
         self._evaluation: Evaluation | None = None
-        self._booked: deque[BookLine] = deque(maxlen=1024)  # the whole run's saving stands in summary.json
+        self._booked: deque[BookLine] = deque(maxlen=1024)  # summary.json has the saving of the whole run
         self._recent: dict[str, deque[int]] = {"treated": deque(maxlen=256), "control": deque(maxlen=64)}
         self._written: deque[tuple[float, int]] = deque(maxlen=20)
-        self._pace: deque[tuple[float, float]] = deque(maxlen=20)  # when, and the share of the run done by then
+        self._pace: deque[tuple[float, float]] = deque(maxlen=20)  # time, and the completed share of the run
         self._facts: dict[str, Any] = {}
-        self._busy: dict[str, tuple[float, int]] = {}  # by role: sum of shares, how many were seen
+        self._busy: dict[str, tuple[float, int]] = {}  # by role: sum of shares, number of shares
         self._console = Console()
         self._live = Live(self._table(), console=self._console, refresh_per_second=4) if sys.stdout.isatty() else None
         self._update_at = 0.0
-        self._said = self._twentieths()
+        self._printed = self._twentieths()
         self._began = time.monotonic()
 
     def __enter__(self) -> RunProgress:
         if self._live is not None:
             self._live.start()
         else:
-            self._say(f"run {self._config.name} in {self._config.run_dir}: starting")
+            self._print(f"run {self._config.name} in {self._config.run_dir}: starting")
         return self
 
     def __exit__(
@@ -62,7 +62,7 @@ class RunProgress:
             self._live.stop()
 
     def update(self) -> None:
-        """Read what is new and show it, twice a second at most."""
+        """Read new data and show it, at most twice a second."""
         now = time.monotonic()
         if now < self._update_at:
             return
@@ -83,14 +83,14 @@ class RunProgress:
         if self._live is not None:
             self._live.update(self._table())
         else:
-            self._say_step()
+            self._print_step()
 
     def _read_steps(self) -> list[Step]:
-        """What was added since the last look, by the end of the file alone.
+        """New steps, read only from the end of the file.
 
-        A learner that is started again puts another file in the place of this one, cut back to its checkpoint. Read
-        anew from the beginning it would count every step twice, and hold the whole run's for a moment: memory that
-        this process kept, 1 to 2 MB more at each restart in a soak of 2,700 steps.
+        A restarted learner replaces the file by one that is cut back to its checkpoint. Reading that from the beginning
+        would count every step twice and load the whole run: each restart in a soak of 2,700 steps added 1 to 2 MB to
+        this process.
         """
         before, steps = self._done_steps, self._folder.steps.last(_STEPS_BYTES)
         self._step = [self._step, *steps][-1]
@@ -111,7 +111,7 @@ class RunProgress:
         self._facts.pop("redis", None)
 
     def busy_shares(self) -> dict[str, float]:
-        """Mean busy share by role over the run so far: who is the bottleneck."""
+        """Mean busy share by role over the run so far; the highest is the bottleneck."""
         return {role: total / seen for role, (total, seen) in self._busy.items()}
 
     def _note_busy(self, role: str, share: float) -> None:
@@ -135,7 +135,7 @@ class RunProgress:
         return self._step.tokens_generated or 0 if self._step else 0
 
     def _share(self) -> float:
-        """How much of the run is done: of its steps or of its tokens, whichever will end it."""
+        """The completed share of the run: of its steps or of its tokens, whichever is larger."""
         learner = self._config.learner
         share = self._done_steps / learner.max_steps
         if learner.max_generated_tokens is not None:
@@ -146,14 +146,14 @@ class RunProgress:
         return int(20 * self._share() + 1e-9)
 
     def _left_s(self) -> float | None:
-        """Seconds to the end, were it to go on as it did lately."""
+        """Seconds to the end at the recent pace."""
         if len(self._pace) < 2:
             return None
         (t0, share0), (t1, share1) = self._pace[0], self._pace[-1]
         return max(0.0, (1 - share1) * (t1 - t0) / (share1 - share0)) if share1 > share0 else None
 
     def _done(self) -> str:
-        """Steps of the steps, and tokens of the tokens where they may end the run."""
+        """Steps done of all steps, and tokens of all tokens if they may end the run."""
         learner = self._config.learner
         steps = f"{self._done_steps} / {learner.max_steps}"
         if learner.max_generated_tokens is None:
@@ -201,17 +201,17 @@ class RunProgress:
             table.add_row("redis", str(self._facts["redis"]))
         return table
 
-    def _say_step(self) -> None:
-        if self._twentieths() > self._said:
-            self._said = self._twentieths()
+    def _print_step(self) -> None:
+        if self._twentieths() > self._printed:
+            self._printed = self._twentieths()
             figures = self._figures()
-            self._say(
+            self._print(
                 f"step {figures['step']}  loss {figures['loss']}  length {figures['length treated / control']}  "
                 f"saving {figures['saving']}  threshold {figures['threshold']}  lag {figures['lag']}  "
                 f"{figures['written']}  avg@k {figures['avg@k / pass@k']}  left {figures['left']}"
             )
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(f"[{time.monotonic() - self._began:6.1f} s] {text}", flush=True)
 
 

@@ -66,7 +66,7 @@ def run_role(role: str, config: Config) -> int:
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        log.error("error: no space left on the disk of %s: free some and start again; nothing is lost", config.run_dir)
+        log.error("error: no room left on the disk of %s: free some and start again; nothing is lost", config.run_dir)
         return 1
     # The exit code tells a supervisor whether the run has ended or a signal stopped the role.
     return 130 if stop.is_set() else 0
@@ -155,7 +155,7 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
         log.warning("data: %s", note)
     source.prepare()
     away = Episode(log)
-    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_tasks_waiting(broker, plane.run_key, away))
+    feeder = Feeder(config, plane, source, stop, send_tasks=lambda: keep_tasks_waiting(broker, plane.run_key, away))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
@@ -213,7 +213,7 @@ def _sum_up(folder: Path) -> None:
             if RUN_KEY not in os.environ:  # `katana run` writes the report itself, when all its roles have ended
                 write_report(folder)
         except ConfigError as error:
-            log.error("no summary or no report of %s: %s", folder, error)
+            log.error("cannot write summary or report of %s: %s", folder, error)
 
 
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}

@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, made from its folder alone."""
+"""summary.json: the results of a run, computed from its folder alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ops.stats.saving import ARMS, arm_totals, length_saving
 
 
 def summarize(folder: Path) -> Summary:
-    """The summary of a run's folder, whatever state the run is in. Raises ConfigError for a damaged file."""
+    """The summary of a run's folder, in any state of the run. Raises ConfigError for a damaged file."""
     run = RunFolder(folder)
     lines = list(run.rollouts())
     last = [None, *run.steps()][-1]
@@ -33,7 +33,7 @@ def summarize(folder: Path) -> Summary:
 
 
 def write_summary(folder: Path) -> Summary:
-    """Make the summary and put it into the folder."""
+    """Compute the summary and write it to the folder."""
     summary = summarize(folder)
     tree = summary.to_json() | {"endings": endings.to_json(summary.endings)}
     write_text(folder / SUMMARY, json.dumps(tree, indent=2, allow_nan=False) + "\n")

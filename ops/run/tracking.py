@@ -1,8 +1,8 @@
 """Experiment trackers: a run's figures in TensorBoard and in Weights & Biases, read from its folder while it grows.
 
-A tracker looks on. What it shows is a function of metrics.jsonl, rollouts.jsonl and eval.jsonl, so nothing is lost
-when it starts late; one that fails is said in the log and begun again later, and the run goes on meanwhile. The x axis
-is the learner's step; a rollout stands at the step whose weights wrote its end.
+A tracker only reads. What it shows is a function of metrics.jsonl, rollouts.jsonl and eval.jsonl, so nothing is lost
+when it starts late. A failure is logged and the tracker is restarted later, while the run continues. The x axis is the
+learner's step; a rollout is shown at the step whose weights wrote its end.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ _STEP = {
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """What is wrong with the wish for these trackers: a line for each whose package is not installed."""
+    """Problems with these trackers: a line for each whose package is not installed."""
     problems = []
     for name in names:
         try:
             version(name)
         except PackageNotFoundError:
             problems.append(
-                f"tracking: {name} is not installed: pip install 'katana-distill[{name}]', or leave it out of the list"
+                f"tracking: {name} is not installed: pip install 'katana-distill[{name}]', or remove it from the list"
             )
     return problems
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedPoint:
-    """Figures at one learner step. `kind`: train | rollout | eval; within a kind the steps of a lineage rise."""
+    """Figures at one learner step. `kind`: train | rollout | eval; the steps of a kind rise, until a restart."""
 
     kind: str
     step: int
@@ -76,7 +76,7 @@ class TrackedPoint:
 
 @dataclass(slots=True)
 class _Window:
-    """Sums over the rollouts of one point."""
+    """Sums over the rollouts of a point."""
 
     written: dict[str, list[int]] = field(default_factory=lambda: {"treated": [0, 0], "control": [0, 0]})
     kept: int = 0
@@ -124,13 +124,13 @@ class _Window:
 class _Rollouts:
     """Booked rollouts as points: one for each step at which a rollout's last policy version was published.
 
-    Versions rise with the order of booking but for a few stragglers, which count in the point that is open. A line
-    whose version no step is known to have published yet waits. So the points depend on what is in the files, never on
-    when it was read.
+    Versions rise in the order of booking, except for a few stragglers, which count in the open point. A line waits
+    until the step that published its version is known. So the points depend on the contents of the files, not on when
+    they were read.
     """
 
     def __init__(self) -> None:
-        self._published: deque[tuple[int, int]] = deque()  # (policy version, step), those ahead of the open point
+        self._published: deque[tuple[int, int]] = deque()  # (policy version, step), those after the open point
         self._newest = -1
         self._waiting: deque[BookLine] = deque()
         self._window, self._step = _Window(), 0
@@ -145,7 +145,7 @@ class _Rollouts:
         self._waiting.append(line)
 
     def points(self, over: bool) -> Iterator[TrackedPoint]:
-        """The points that are complete; when it is over, also the one that is open."""
+        """The complete points; if the run is over, also the open one."""
         while self._waiting and (over or self._waiting[0].policy_version_last <= self._newest):
             line = self._waiting.popleft()
             step = self._step
@@ -196,15 +196,15 @@ def _eval_point(evaluation: Evaluation) -> TrackedPoint:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Points since the last look. `anew`: all that was told before is void, the points begin from the beginning."""
+    """New points. `restarted`: all earlier points are void, and these start from the first."""
 
     points: list[TrackedPoint]
-    anew: bool
-    more: bool  # whether there is more to read at once
+    restarted: bool
+    more: bool  # whether there is more to read now
 
 
 class Follower:
-    """Reads a run's folder while it grows. Not for two threads."""
+    """Reads a run's folder while it grows. Not thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = RunFolder(folder)
@@ -212,22 +212,22 @@ class Follower:
         self._begin()
 
     def look(self, *, over: bool = False) -> News:
-        """What is new; `over`: when nothing more is there, what is held back is told as well.
+        """The new points. `over`: the run is over, so the open point is included once all is read.
 
-        A learner that goes on from a checkpoint puts a shorter metrics.jsonl into the place of the old one. Then all is
-        read anew, because no line that was told needs to stand any more.
+        A learner that resumes from a checkpoint replaces metrics.jsonl by a shorter one. Then everything is read again,
+        because any earlier line may have changed.
         """
         lines = self._read()
         renewed = any(tail.renewed for tail in (self._steps, self._evaluations, self._booked))
         if renewed:
             self._begin()
             lines = self._read()
-        anew = renewed or not self._begun
+        restarted = renewed or not self._begun
         self._begun = True
         points = self._points(*lines)
         more = any(lines)
         points += self._rollouts.points(over and not more)
-        return News(points, anew, more)
+        return News(points, restarted, more)
 
     def _begin(self) -> None:
         self._steps, self._evaluations = self._folder.steps.tail(), self._folder.evaluations.tail()
@@ -235,7 +235,7 @@ class Follower:
         self._rollouts = _Rollouts()
 
     def _read(self) -> tuple[list[Step], list[Evaluation], list[BookLine]]:
-        # Steps before rollouts: a step is written before anything that its weights wrote is booked.
+        # Steps before rollouts: a step is written before the rollouts of its weights are booked.
         return self._steps.read(), self._evaluations.read(), self._booked.read()
 
     def _points(self, steps: list[Step], evaluations: list[Evaluation], rollouts: list[BookLine]) -> list[TrackedPoint]:
@@ -250,12 +250,12 @@ class Follower:
 
 
 class Tracker(Protocol):
-    """What the figures are shown in. Every method may raise one of `errors`."""
+    """Shows the figures. Every method may raise one of `errors`."""
 
     errors: tuple[type[Exception], ...]
 
     def begin(self) -> None:
-        """Make ready. If something was shown already, all points come again, from the first; some may differ."""
+        """Start. If points were shown before, all of them come again from the first, and some may differ."""
 
     def show(self, point: TrackedPoint) -> None: ...
 
@@ -264,16 +264,16 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-# A full disk, a folder that cannot be written to, a line of a file that does not hold what it should.
+# A full disk, a folder without write permission, a malformed line.
 _ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError)
 
 
 class TensorBoard:
     """Event files in `tensorboard/` of the run's folder, for `tensorboard --logdir runs`.
 
-    To begin again is to write a session start, at which a reader forgets all that came before, and then everything.
-    A later process does so in a file of its own, and leaves the last one before it: a TensorBoard that is looking on
-    reads that file, and would never get past its end if it were gone.
+    To restart, it writes a session start, at which a reader discards all earlier events, and then all points again.
+    A later process does this in a new file and keeps the previous one: a running TensorBoard is still reading it, and
+    would not continue with the next file if it were gone.
     """
 
     errors = _ERRORS
@@ -290,7 +290,7 @@ class TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
             for former in sorted(self._folder.glob("events.out.tfevents.*.katana"))[:-1]:
                 former.unlink()
-            # Readers take files by name. Nanoseconds keep those of one second in order.
+            # Readers sort files by name. Nanoseconds keep files of the same second in order.
             seconds, rest = divmod(time.time_ns(), 10**9)
             name = f"events.out.tfevents.{seconds}.{rest:09}.{socket.gethostname()}.{os.getpid()}.katana"
             self._writer = self._records.RecordWriter((self._folder / name).open("xb"))
@@ -316,27 +316,27 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases whose id is the run's key, so that a resumed run goes on in it; files in `wandb/`.
+    """A W&B run whose id is the run's key, so that a resumed run continues in it; files in `wandb/`.
 
-    What was sent cannot be taken back. So every step is told once, the first time: of steps that a learner did again
-    after a crash, W&B shows the first try, while metrics.jsonl and TensorBoard show what stands.
+    Sent figures cannot be changed, so every step is sent once. If a learner repeats steps after a crash, W&B shows the
+    first attempt, metrics.jsonl and TensorBoard the last.
     """
 
     def __init__(self, config: Config, run_key: str) -> None:
         self._wandb: Any = importlib.import_module("wandb")
-        logging.getLogger("wandb").propagate = False  # it has files of its own; the feeder's log is for the run
+        logging.getLogger("wandb").propagate = False  # it has its own files; the feeder's log is for the run
         self.errors = (*_ERRORS, self._wandb.Error)
         self._config, self._run_key = config, run_key
-        self._told_file = config.run_dir / WANDB / "told.json"
-        self._told: dict[str, int] = {}
+        self._sent_file = config.run_dir / WANDB / "told.json"
+        self._sent: dict[str, int] = {}
         self._run: Any = None
 
     def begin(self) -> None:
         if self._run is not None:
             return
-        self._told_file.parent.mkdir(parents=True, exist_ok=True)
-        if self._told_file.exists():
-            self._told = {kind: int(step) for kind, step in json.loads(self._told_file.read_text()).items()}
+        self._sent_file.parent.mkdir(parents=True, exist_ok=True)
+        if self._sent_file.exists():
+            self._sent = {kind: int(step) for kind, step in json.loads(self._sent_file.read_text()).items()}
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", "katana"),
             id=self._run_key,
@@ -346,26 +346,26 @@ class WeightsAndBiases:
             config=self._config.model_dump(),
             settings=self._wandb.Settings(
                 silent=True,  # asks nothing on a terminal
-                console="off",  # the feeder's log is no experiment's output
+                console="off",  # the feeder's log is not output of the experiment
                 disable_code=True,
                 disable_git=True,
                 disable_job_creation=True,
-                x_disable_stats=True,  # of the feeder's host, which trains nothing
+                x_disable_stats=True,  # they would be of the feeder's host, which does not train
                 finish_timeout=_FINISH_S,
             ),
         )
-        # Evaluations come late: by W&B's own step, which may only rise, they would be refused.
+        # Evaluations come late. W&B's own step may only rise, so it would refuse them.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        log.info("wandb: %s", self._run.url or f"offline; send it by: wandb sync {self._run.settings.sync_dir}")
+        log.info("wandb: %s", self._run.url or f"offline; upload it with: wandb sync {self._run.settings.sync_dir}")
 
     def show(self, point: TrackedPoint) -> None:
-        if point.step > self._told.get(point.kind, -1):
+        if point.step > self._sent.get(point.kind, -1):
             self._run.log({"step": point.step, **point.values})
-            self._told[point.kind] = point.step
+            self._sent[point.kind] = point.step
 
     def flush(self) -> None:
-        write_json(self._told_file, self._told)
+        write_json(self._sent_file, self._sent)
 
     def close(self) -> None:
         run, self._run = self._run, None
@@ -374,7 +374,7 @@ class WeightsAndBiases:
 
 
 def make_tracker(name: str, config: Config, run_key: str) -> Tracker:
-    """Raises ConfigError for a name that is none."""
+    """Raises ConfigError for an unknown name."""
     if name == "tensorboard":
         return TensorBoard(config.run_dir / TENSORBOARD)
     if name == "wandb":
@@ -385,25 +385,25 @@ def make_tracker(name: str, config: Config, run_key: str) -> Tracker:
 # --- beside the run ----------------------------------------------------------------------------------------------
 
 
-def turn(tracker: Tracker, follower: Follower, *, over: bool = False) -> bool:
-    """Show what is new; returns whether there is more at once."""
+def show_new(tracker: Tracker, follower: Follower, *, over: bool = False) -> bool:
+    """Show new points; returns whether there are more to read now."""
     news = follower.look(over=over)
-    if news.anew:
+    if news.restarted:
         tracker.begin()
     for point in news.points:
         tracker.show(point)
-    if news.anew or news.points:
+    if news.restarted or news.points:
         tracker.flush()
     return news.more
 
 
 def track(tracker: Tracker, folder: Path, stop: threading.Event) -> None:
-    """Follow a run's folder until told to stop; show all that was written before. Raises one of `tracker.errors`."""
+    """Follow a run's folder until stopped; show everything written before that. Raises one of `tracker.errors`."""
     follower = Follower(folder)
     try:
         while True:
-            over = stop.is_set()  # asked before looking: what was written before the end is seen
-            more = turn(tracker, follower, over=over)
+            over = stop.is_set()  # checked before reading, so that nothing written before the end is missed
+            more = show_new(tracker, follower, over=over)
             if over and not more:
                 return
             if not more:
@@ -413,14 +413,14 @@ def track(tracker: Tracker, folder: Path, stop: threading.Event) -> None:
 
 
 class Tracking:
-    """The trackers of a run, each in a thread of its own beside the run. A context manager around the feeder's work.
+    """The trackers of a run, each in its own thread. A context manager around the feeder's work.
 
-    In the feeder's process, because there is one feeder a run and it ends last. The threads are daemons: a tracker that
-    hangs, say on a network, must not keep the process.
+    They run in the feeder's process, because a run has one feeder, which ends last. The threads are daemons: a tracker
+    that hangs, for example on the network, must not keep the process alive.
     """
 
     def __init__(self, config: Config, run_key: str, names: Sequence[str]) -> None:
-        """Raises ConfigError when a package is missing or a name is none."""
+        """Raises ConfigError if a package is missing or a name is unknown."""
         for problem in missing(names):
             raise ConfigError(problem)
         self._folder = config.run_dir
@@ -438,30 +438,30 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Show what is left; waits for it 8 s at most."""
+        """Show the rest; waits at most 8 s for it."""
         self._stop.set()
         deadline = time.monotonic() + _FINISH_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                log.warning("%s: not done after %.0f s, left behind", thread.name, _FINISH_S)
+                log.warning("%s: not done after %.0f s, abandoned", thread.name, _FINISH_S)
 
     def wait_for_evaluations(self, stop: threading.Event, within_s: float = _LAST_EVALUATION_S) -> None:
-        """Wait until the weights that wait to be evaluated are, so that trackers show it; not where nothing tracks."""
+        """Wait until all pending weights are evaluated, so that trackers show the results. Without trackers, return."""
         deadline = time.monotonic() + within_s
-        said = False
+        logged = False
         while self._threads and RunFolder(self._folder).to_evaluate and not stop.is_set():
             if time.monotonic() > deadline:
                 log.warning("the last evaluation is not done after %.0f s; trackers end without it", within_s)
                 return
-            if not said:
-                log.info("trackers wait for the last evaluation, %.0f s at most", within_s)
-                said = True
+            if not logged:
+                log.info("trackers wait for the last evaluation, at most %.0f s", within_s)
+                logged = True
             metrics.turned("feeder")
             stop.wait(0.3)
 
     def _keep_on(self, name: str, config: Config, run_key: str) -> None:
-        """Track; after a failure say so and begin again later."""
+        """Track; after a failure, log it and restart later."""
         wait_s = _RETRY_S
         folder = config.run_dir / name
         held: IO[str] | None = None
@@ -479,12 +479,14 @@ class Tracking:
                     track(tracker, self._folder, self._stop)
                     return
                 except errors as error:
-                    log.warning("tracking by %s failed (%s); the run goes on, next try in %.0f s", name, error, wait_s)
+                    log.warning(
+                        "tracking by %s failed (%s); the run continues, next attempt in %.0f s", name, error, wait_s
+                    )
                 self._stop.wait(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_RETRY_S)
 
     def _take(self, folder: Path) -> IO[str] | None:
-        """The folder's lock: of two feeders, one of which has lost its lease, one tracks. None when told to stop."""
+        """The folder's lock: if two feeders run, one of which has lost its lease, only one tracks. None if stopped."""
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             with contextlib.suppress(ConfigError):

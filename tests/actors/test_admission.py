@@ -10,8 +10,8 @@ from actors import admission
 from common.config import LearnerSettings
 
 INVARIANT = (
-    "no rollout is admitted beyond what writers can take up, the learner can train on before it is stale, and\n"
-    "Redis can hold until it is booked."
+    "rollouts are admitted only as far as writers have room, the learner can train on them before they are stale,\n"
+    "and Redis can hold them until they are booked."
 )
 START = {"concurrency": 6, "running": 0, "open_rollouts": 0, "step": 0, "covered": 0}
 BATCH = {"open_rollouts": 0, "judged": 0, "useful": 0, "useful_ended": 0, "trained": 0, "step": 0, "covered": 0}

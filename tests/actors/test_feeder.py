@@ -296,7 +296,7 @@ def small(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Calla
         desk.feeder.books.close()
 
 
-def test_whatever_was_admitted_can_be_finished(small: Callable[..., SmallDesk]) -> None:
+def test_all_admitted_rollouts_can_be_completed(small: Callable[..., SmallDesk]) -> None:
     """24 places by count, memory for nine: as many are admitted as can all be written to their end, and no chunk of
     theirs is refused; those that wait for the learner make no room, those that are booked do."""
     desk = small(9.5)
@@ -317,21 +317,21 @@ def test_whatever_was_admitted_can_be_finished(small: Callable[..., SmallDesk]) 
     assert desk.look_again() >= before + 6
 
 
-def test_one_is_admitted_where_nothing_is_being_written(
+def test_one_is_admitted_if_nothing_is_being_written(
     small: Callable[..., SmallDesk], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever fills Redis, the run does not wait for ever for room that nobody makes; and it says so once."""
+    """If other data fills Redis, the run does not wait forever for room, and logs it once."""
     desk = small(0.9, rollout={"max_completion_length": 2048, "chunk_tokens": 16})
     assert desk.look_again() == desk.look_again() == 1
     desk.judge(desk.take()[0])
     assert desk.look_again() == 2
     told = [text for text in caplog.messages if "short of memory" in text]
     assert len(told) == 1
-    assert f"with a maxmemory of {maxmemory_mb(most_bytes(desk.run.config))} MB it would not wait" in told[0]
+    assert f"a maxmemory of {maxmemory_mb(most_bytes(desk.run.config))} MB is enough" in told[0]
 
 
 @pytest.mark.parametrize("limited", [True, False])
-def test_where_there_is_room_for_all_nothing_is_said(
+def test_with_room_for_all_nothing_is_logged(
     small: Callable[..., SmallDesk], caplog: pytest.LogCaptureFixture, limited: bool
 ) -> None:
     desk = small(24.5)
@@ -341,14 +341,14 @@ def test_where_there_is_room_for_all_nothing_is_said(
     assert not [text for text in caplog.messages if "memory" in text]
 
 
-def test_of_a_broken_record_the_whole_length_is_still_to_come(small: Callable[..., SmallDesk]) -> None:
+def test_a_broken_record_counts_with_its_full_length(small: Callable[..., SmallDesk]) -> None:
     desk = small(4.5)
     assert desk.look_again() == 4
     desk.run.client.hset(desk.run.key(f"rollout:{desk.take()[0]}"), "length", b"\xffmany")
     assert desk.look_again() == 4
 
 
-def test_deterministic_a_batch_is_admitted_whole_or_not_at_all(small: Callable[..., SmallDesk]) -> None:
+def test_in_a_deterministic_run_a_batch_is_admitted_completely_or_not_at_all(small: Callable[..., SmallDesk]) -> None:
     desk = small(11.5, deterministic=True)
     assert desk.look_again() == 0
     desk.leave_room_for(12.5)
@@ -447,7 +447,7 @@ def test_a_batch_is_admitted_whole_once_the_one_before_is_judged_and_trained(
     assert admitted() == 15  # the run is over
 
 
-def test_a_learner_that_fell_back_gets_anew_what_it_lost(begin: Callable[..., Desk]) -> None:
+def test_a_learner_that_fell_back_gets_new_rollouts_for_those_it_lost(begin: Callable[..., Desk]) -> None:
     desk = begin(deterministic=True, learner={"batch_size": 4, "max_steps": 10})
     learner = desk.run.lease("learner")
     for step in (1, 2):
@@ -510,7 +510,7 @@ def test_a_line_says_when_by_the_clock_of_redis(desk: Desk) -> None:
     assert line["verdict_unix_s"] - line["admitted_unix_s"] >= 0.02
 
 
-def test_what_alerts_compare_with_is_served(desk: Desk) -> None:
+def test_the_limits_for_alerts_are_served(desk: Desk) -> None:
     desk.go_on()
     desk.waited(HOUSEKEEPING_S)
     wanted = {"batch_size": 4, "max_staleness": 1, "max_steps": 100, "concurrency": 6}
@@ -608,7 +608,7 @@ def test_without_a_count_the_stored_chunks_count_and_a_late_one_changes_nothing(
 # --- crashes ---
 
 
-def test_a_new_feeder_goes_on_at_the_cursor(desk: Desk) -> None:
+def test_a_new_feeder_continues_at_the_cursor(desk: Desk) -> None:
     desk.go_on()
     desk.restart()
     desk.go_on()
@@ -761,8 +761,8 @@ def test_a_feeder_that_took_over_later_keeps_its_ledger_on_disk(desk: Desk) -> N
     assert json.loads(path.read_text()) == late
 
 
-def test_a_redis_that_went_back_is_told_from_one_that_lost_all(desk: Desk) -> None:
-    """What was admitted in the lost second is booked as lost; what Redis still knows goes on."""
+def test_a_redis_that_went_back_is_distinguished_from_one_that_lost_all(desk: Desk) -> None:
+    """Rollouts admitted in the lost second are booked as lost; those that Redis still has continue."""
     desk.go_on()
     gone = rid_of(5)
     run = desk.run

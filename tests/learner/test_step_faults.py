@@ -182,7 +182,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_set_nothing_aside(begin:
     learner = learner_of(run)
     with torch.no_grad():
         next(learner.model.parameters()).fill_(torch.nan)
-    with pytest.raises(StepImpossible, match=r"step 1: .*; nor can a trajectory be trained on that any learner can"):
+    with pytest.raises(StepImpossible, match=r"step 1: .*; a trajectory that always works fails too"):
         learner.run(until_idle=True)
     assert (endings(run), run.entries("dead")) == ({}, [])
     assert run.pending("trajectories") == 4
@@ -200,7 +200,7 @@ def test_a_batch_that_fails_only_as_a_whole_ends_the_run_and_sets_nothing_aside(
         return kept(model, micro)
 
     monkeypatch.setattr(train, "kept_logits", together)
-    with pytest.raises(StepImpossible, match="no such kernel; of its 4 trajectories none fails by itself"):
+    with pytest.raises(StepImpossible, match="no such kernel; none of its 4 trajectories fails alone"):
         learner_of(run).run(until_idle=True)
     assert (endings(run), run.entries("dead")) == ({}, [])
 
@@ -248,9 +248,7 @@ def test_a_trajectory_that_kills_its_learners_is_set_aside_and_nothing_is_traine
             killed += 1
             assert killed < 8, "it kills for ever"
     assert killed == 1 + run.config.liveness.max_attempts
-    assert [entry["reason"] for entry in run.entries("dead")] == [
-        "3 learners ended while they tried it, and nothing else"
-    ]
+    assert [entry["reason"] for entry in run.entries("dead")] == ["3 learners ended while trying only this trajectory"]
     assert endings(run) == {f"r{number}": "dead" if number == 5 else "trained" for number in range(9)}
     assert trained(run) == [["r0", "r1", "r2", "r3"], ["r4", "r6", "r7", "r8"]]
 

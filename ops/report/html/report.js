@@ -191,7 +191,7 @@
     line.setAttribute("role", "group");
     line.setAttribute("aria-label", "Tokens of " + row[at.rid]);
     const spans = pieces.map((piece, place) => token(data.pieces[piece], divergence[place], place, found));
-    const scissors = row[at.arm] === "control" ? "where the policy would have cut" : "cut: what stands before is kept";
+    const scissors = row[at.arm] === "control" ? "where the policy would have cut" : "cut: the tokens before it are kept";
     spans.forEach((span, place) => {
       if (place === found.keep) line.append(mark("✂", "mark cut", scissors));
       if (place === found.trigger) line.append(mark("◂", "mark trigger", "trigger: the policy fired here"));
@@ -271,7 +271,7 @@
     line.append(
       entry(`divergence ${ends[0]} `, make("span", "scale"), ` ${ends[1]} nats`),
       entry(swatch("detection"), " detection: from the cut ✂ to the trigger ◂"),
-      entry(swatch("overshoot"), " overshoot: behind the trigger"),
+      entry(swatch("overshoot"), " overshoot: after the trigger"),
     );
     return line;
   };

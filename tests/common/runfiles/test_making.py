@@ -1,4 +1,4 @@
-"""A run's folder: made once, found again, moved aside, held by one process."""
+"""A run's folder: created, resumed, moved aside, locked by one process."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_new_run_has_its_config_its_id_and_the_versions(tmp_path: Path) -> Non
     assert set(found["versions"]) >= {"python", "torch", "transformers", "celery", "katana", "commit"}
 
 
-def test_a_folder_with_something_in_it_is_not_taken_over(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     run_key = open_folder(config, resume=False)
     before = (config.run_dir / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"exists already\. Go on with it: --resume"):
+    with pytest.raises(ConfigError, match=r"exists already\. To continue it: --resume"):
         open_folder(config, resume=False)
     assert (config.run_dir / "run.json").read_bytes() == before
     assert run_key in before.decode()
@@ -48,7 +48,7 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert open_folder(config, resume=False).startswith("test-")
 
 
-def test_resuming_keeps_the_id_and_notes_what_changed(tmp_path: Path) -> None:
+def test_resuming_keeps_the_id_and_records_what_changed(tmp_path: Path) -> None:
     before = make_config(tmp_path)
     run_key = open_folder(before, resume=False)
     after = make_config(tmp_path, learner={"max_steps": 7})
@@ -79,7 +79,7 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
         open_folder(config, resume=True)
 
 
-def test_a_fresh_run_moves_the_former_aside(tmp_path: Path) -> None:
+def test_a_fresh_run_moves_the_earlier_one_aside(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     keys = [open_folder(config, resume=False, fresh=True) for _ in range(3)]
     assert len(set(keys)) == 3
@@ -88,24 +88,24 @@ def test_a_fresh_run_moves_the_former_aside(tmp_path: Path) -> None:
     assert found == keys
 
 
-def test_a_folder_at_work_is_not_moved(tmp_path: Path) -> None:
+def test_the_folder_of_a_running_run_is_not_moved(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     open_folder(config, resume=False)
     with lock(config.run_dir):
-        with pytest.raises(ConfigError, match="at work in this folder"):
+        with pytest.raises(ConfigError, match="is running in this folder"):
             move_aside(config.run_dir)
-        with pytest.raises(ConfigError, match="at work in this folder"):
+        with pytest.raises(ConfigError, match="is running in this folder"):
             lock(config.run_dir)
-        # Another process is told the same.
+        # Another process gets the same error.
         code = f"from pathlib import Path; from common.runfiles.making import lock; lock(Path({str(config.run_dir)!r}))"
         command = [sys.executable, "-c", code]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE_ROOT)
-        assert told.returncode != 0
-        assert "at work in this folder" in told.stderr
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE_ROOT)
+        assert refused.returncode != 0
+        assert "is running in this folder" in refused.stderr
     assert move_aside(config.run_dir) == tmp_path / "test.1"
 
 
-def test_files_are_written_whole(tmp_path: Path) -> None:
+def test_files_are_written_atomically(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "text ü")
     write_json(tmp_path / "b", {"x": 1})
     assert (tmp_path / "a").read_text() == "text ü"
@@ -129,7 +129,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def installed(site: Path) -> None:
-    """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
+    """A copy of what `versions` needs, as pip installs it: packages and metadata, no pyproject.toml."""
     shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "ops").mkdir()
     shutil.copy(PACKAGE_ROOT / "ops" / "__init__.py", site / "ops")

@@ -1,4 +1,4 @@
-"""A run's folder: lines are whole or not there, damage is named, records come back as they were written."""
+"""Records and lines: torn lines are ignored, damage is named, records are read as they were written."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_a_record_comes_back_as_it_was_written(record: Any) -> None:
+def test_a_record_is_read_as_it_was_written(record: Any) -> None:
     tree = json.loads(json.dumps(record.to_json()))
     assert type(record).from_json(tree) == record
     assert type(record).from_json(tree | {"newer": [1]}) == record
 
 
-def test_lines_are_written_as_ever() -> None:
-    """Names and order; what is 0 or empty is left out where it always was."""
+def test_the_format_of_lines_has_not_changed() -> None:
+    """Names, their order, and which fields are omitted while they are 0 or empty."""
     line = Evaluation(3, 2, 40, SCORES, 1.5).to_json()
     scores = {"k": 4, "n": 8, "avg@k": 0.5, "pass@k": 0.75, "mean_length": 9.0, "eos_rate": 1.0}
     assert list(line.items()) == list(
@@ -114,19 +114,19 @@ def test_steps_of_older_runs_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"dropped": {"stale": "2"}}, "dropped is '2', expected int"),
         ({"dropped": [2]}, "dropped is .2., expected dict"),
         ({"open": -1}, "open is -1, below 0"),
     ],
 )
-def test_what_a_field_holds_is_checked(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_a_field_holds_is_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Ledger.from_json(LEDGER.to_json() | change)
 
 
-def test_a_ledger_is_made_of_counts_and_gives_them_back() -> None:
+def test_a_ledger_is_made_of_counts_and_returns_them() -> None:
     counts = {"admitted": 9, "trained": 4, "dropped:stale": 2, "dead": 1}
     assert Ledger.of(counts) == LEDGER
     assert (LEDGER.counts, LEDGER.ended) == (counts, 7)
@@ -134,7 +134,7 @@ def test_a_ledger_is_made_of_counts_and_gives_them_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"arm": "other"}, "arm is 'other'"),
         ({"keep": 9, "trigger": 8}, "keep 9, trigger 8"),
@@ -142,8 +142,8 @@ def test_a_ledger_is_made_of_counts_and_gives_them_back() -> None:
         ({"tokens": "?"}, "base64|padding"),
     ],
 )
-def test_a_trace_holds_together(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_trace_must_be_consistent(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Trace.from_json(Trace.of(make_verdict()).to_json() | change)
 
 
@@ -154,7 +154,7 @@ def test_books_of_older_runs_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tokens_kept": "4"}, "tokens_kept is '4', expected int"),
         ({"tokens_kept": True}, "tokens_kept is True, expected int"),
@@ -163,8 +163,8 @@ def test_books_of_older_runs_read() -> None:
         ({"active": None}, "active is None, expected bool"),
     ],
 )
-def test_every_field_is_checked(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_every_field_is_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         BookLine.from_json(LINE.to_json() | change)
 
 
@@ -184,7 +184,7 @@ def test_fired_and_stopped(reason: str, kept: int, stopped: bool, fired: bool) -
     assert (one.stopped, one.fired) == (stopped, fired)
 
 
-def test_a_torn_line_is_not_there_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_a_torn_line_is_ignored_and_a_damaged_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(b'{"a":1}\n[2]\n{"a":3}\n{"a"')
     with pytest.raises(DamagedLine, match=r"rollouts.jsonl:2: damaged \(expected an object, found list\)"):
@@ -201,7 +201,7 @@ def test_lines_of_other_rollouts_are_not_parsed(tmp_path: Path) -> None:
     assert [one["rid"] for one in read_lines(path, rids={"r3", "r1"})] == ["r1", "r3"]
 
 
-def test_what_is_appended_stands_behind_the_last_whole_line(tmp_path: Path) -> None:
+def test_lines_are_appended_after_the_last_complete_line(tmp_path: Path) -> None:
     path = tmp_path / "wall.jsonl"
     path.write_bytes(b'{"wall_s":1}\n{"wa')
     with open_whole_lines(path) as file:
@@ -209,7 +209,7 @@ def test_what_is_appended_stands_behind_the_last_whole_line(tmp_path: Path) -> N
     assert path.read_bytes() == b'{"wall_s":1}\n{"wall_s":2}\n'
 
 
-def test_a_file_is_cut_back_in_another_one(tmp_path: Path) -> None:
+def test_a_file_is_cut_back_by_replacing_it(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(step_line(step)) + "\n" for step in (1, 2, 3, 2)) + '{"st')
     steps = Lines(path, Step)

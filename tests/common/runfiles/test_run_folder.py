@@ -1,4 +1,4 @@
-"""`RunFolder`: a folder that is empty, growing, whole or damaged, read by its one front."""
+"""`RunFolder` on a folder that is empty, growing, complete or damaged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from common.runfiles.records import Ledger
 from common.runfiles.run import RunFolder
 
 
-def test_a_folder_in_which_nothing_is_yet(tmp_path: Path) -> None:
+def test_an_empty_folder(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     files = (run.rollouts, run.traces, run.audits, run.steps, run.trained, run.evaluations)
     assert not any(list(file()) or file.last(1000) or file.tail().read() or list(file.placed()) for file in files)
     assert (run.ledger, run.summary, run.wall_s, run.to_evaluate, run.begun) == (None, None, None, [], False)
-    with pytest.raises(ConfigError, match=r"no run's folder, there is no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"not a run's folder: it has no config\.yaml"):
         _ = run.config
     with pytest.raises(ConfigError, match=r"run\.json"):
         _ = run.run_key
@@ -38,7 +38,7 @@ def test_a_folder_of_a_run(tmp_path: Path) -> None:
     assert run.ledger == Ledger(4, 4, {}, 0, 0)
 
 
-def test_weights_wait_in_the_order_of_their_versions(tmp_path: Path) -> None:
+def test_weights_to_evaluate_are_in_the_order_of_their_versions(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     for name in ("v00000010.json", "v00000002.json", "v00000002.safetensors", "v00000003.tmp"):
         (tmp_path / "eval" / name).touch()
@@ -59,7 +59,7 @@ def test_damage_is_told_by_field(tmp_path: Path) -> None:
         _ = RunFolder(tmp_path).ledger
 
 
-def test_a_damaged_line_is_named_or_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_line_is_named_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{json.dumps(step_line(1))}\n{{"step": 2}}\n{json.dumps(step_line(3))}\n{{"step"')
     steps = RunFolder(tmp_path).steps
@@ -69,7 +69,7 @@ def test_a_damaged_line_is_named_or_passed_over(tmp_path: Path) -> None:
     assert [step.step for step in steps(damaged=str)] == [step.step for step in steps.last(1 << 20)] == [1, 3]
 
 
-def test_lines_are_found_again_where_they_begin(tmp_path: Path) -> None:
+def test_lines_are_read_again_by_their_offsets(tmp_path: Path) -> None:
     traces = RunFolder(fill_long(tmp_path, 20)).traces
     placed = dict(traces.placed())
     chosen = list(placed)[3::5]

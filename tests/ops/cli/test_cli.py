@@ -227,7 +227,7 @@ def test_clean_removes_a_runs_folder_and_nothing_else(tmp_path: Path, capsys: py
     assert "not a run's folder" in refused(capsys, "clean", str(folder))
     (folder / "run.json").write_text('{"run_key": "old-1"}')
     held = lock(folder)
-    assert "at work" in refused(capsys, "clean", str(folder))
+    assert "a `katana run` is running in this folder" in refused(capsys, "clean", str(folder))
     held.close()
     assert main(["clean", str(folder)]) == 0
     assert not folder.exists()

@@ -1,4 +1,4 @@
-"""report.html: it needs nothing beside itself, stays small, and shows as text what rollouts say, whatever it is."""
+"""report.html: it needs no other file, stays small, and shows any text of a rollout as text."""
 
 import base64
 import hashlib
@@ -61,7 +61,7 @@ class Reader(HTMLParser):
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the page's script reads."""
+        """The data for the page's script."""
         found: dict[str, Any] = json.loads(self.scripts[0])
         return found
 
@@ -74,7 +74,7 @@ def unpacked(reading: dict[str, Any], pieces: list[list[Any]], kind: str = "<u2"
     return "".join(pieces[place][1] for place in np.frombuffer(base64.b64decode(reading["pieces"]), kind))
 
 
-def test_the_page_says_what_ends_the_run(tmp_path: Path) -> None:
+def test_the_page_shows_what_ends_the_run(tmp_path: Path) -> None:
     steps, tokens = (tmp_path / name for name in ("steps", "tokens"))
     for folder in (steps, tokens):
         folder.mkdir()
@@ -112,16 +112,16 @@ def test_a_page_holds_its_rollouts_word_for_word(tmp_path: Path) -> None:
     assert set("0123456789+-=;#") <= set(texts)
 
 
-def test_figures_at_its_head(tmp_path: Path) -> None:
+def test_the_figures_at_the_top(tmp_path: Path) -> None:
     text = re.sub(r"<[^>]+>", " ", write_html(fill(tmp_path)).read_text())
-    for said in ("small: 2 of 2 steps", "4 admitted = 4 trained", "not known before the run ends", "step 2", "0.400"):
-        assert said in text
+    for expected in ("small: 2 of 2 steps", "4 admitted = 4 trained", "unknown until the run ends", "step 2", "0.400"):
+        assert expected in text
     both = re.search(r"both\s+([\d, .]+)", text)
     assert both is not None
     assert both[1].split() == ["4", "40", "24", "24", "10", "6", "10.0"]  # rollouts, generated, kept, trained …
 
 
-def test_the_page_names_nothing_outside_itself(tmp_path: Path) -> None:
+def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     page = read(fill_long(tmp_path, 40))
     assert {tag for tag, _ in page.elements} & {"iframe", "object", "embed", "base", "video", "audio"} == set()
     for tag, attributes in page.elements:
@@ -134,7 +134,7 @@ def test_the_page_names_nothing_outside_itself(tmp_path: Path) -> None:
     assert "@import" not in (tmp_path / "report.html").read_text()
 
 
-def test_its_policy_admits_its_own_script_alone(tmp_path: Path) -> None:
+def test_its_security_policy_allows_only_its_own_script(tmp_path: Path) -> None:
     page = read(fill(tmp_path))
     (policy,) = [values["content"] for tag, values in page.elements if tag == "meta" and "http-equiv" in values]
     digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
@@ -143,7 +143,7 @@ def test_its_policy_admits_its_own_script_alone(tmp_path: Path) -> None:
     assert "unsafe-eval" not in policy and "script-src 'unsafe" not in policy
 
 
-def test_what_a_rollout_says_does_no_harm(tmp_path: Path) -> None:
+def test_the_text_of_a_rollout_does_no_harm(tmp_path: Path) -> None:
     model = hostile_model(tmp_path / "model")
     folder = fill(
         tmp_path, config=CONFIG.replace("./absent-student", str(model)).replace("./absent-teacher", str(model))
@@ -176,7 +176,7 @@ def test_a_page_stays_small_however_long_the_run_was(tmp_path: Path, monkeypatch
     assert places == sorted(places)
     groups = {(row[names.index("arm")], row[names.index("finish")]) for row in data["rows"][:100]}
     assert groups == {("treated", "eos"), ("treated", "kl_trap"), ("control", "eos")}
-    assert "300 of 900 rollouts on record" in (tmp_path / "report.html").read_text()
+    assert "300 of 900 booked rollouts" in (tmp_path / "report.html").read_text()
 
 
 def test_tokens_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_tokens_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_longest_page_is_below_ten_megabytes(tmp_path: Path) -> None:
-    """More tokens than fit, of a vocabulary so wide that no token is like another: each is told by its id."""
+    """More tokens than fit, from a vocabulary so large that all of them differ: each is shown by its id."""
     config = CONFIG.replace("max_completion_length: 16", "max_completion_length: 4000")
     fill_long(tmp_path, 300, ids=150_000, length=4000, config=config)
     path = write_html(tmp_path)
@@ -207,14 +207,14 @@ def test_a_run_that_lacks_a_file_has_a_page(tmp_path: Path, name: str) -> None:
     assert len(page.data["readings"]) == (0 if name in ("rollouts.jsonl", "traces.jsonl") else 3)
 
 
-def test_a_folder_with_nothing_but_a_config_has_a_page(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_config_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     page = read(tmp_path)
     assert page.data["rows"] == []
-    assert "All 0 rollouts on record" in (tmp_path / "report.html").read_text()
+    assert "All 0 booked rollouts" in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_without_traces_says_why_there_is_no_text(tmp_path: Path) -> None:
+def test_the_page_of_a_run_without_traces_says_why_there_is_no_text(tmp_path: Path) -> None:
     (fill(tmp_path, config=CONFIG + "feeder: {record_traces: false}\n") / "traces.jsonl").unlink()
     page = read(tmp_path)
     assert "feeder.record_traces is off" in page.data["why_no_text"]
@@ -227,11 +227,11 @@ def test_a_run_that_cuts_nothing_has_no_threshold(tmp_path: Path) -> None:
         tmp_path / "rollouts.jsonl", [line(active=False, threshold=None, arm=arm) for arm in ("treated", "control")]
     )
     text = write_html(tmp_path).read_text()
-    for said in ("policy none has none", "nothing is cut (policy none)", "no rollout that could have been cut"):
-        assert said in text
+    for expected in ("policy none has none", "nothing is cut (policy none)", "no rollout that could have been cut"):
+        assert expected in text
 
 
-def test_katana_report_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_katana_report_writes_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(fill(tmp_path))]) == 0
     assert str(tmp_path / "report.html") in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
@@ -240,7 +240,7 @@ def test_katana_report_writes_all_of_it(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_no_runs_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no config"):
+    with pytest.raises(ConfigError, match="it has no config"):
         write_html(tmp_path)
     assert main(["report", str(tmp_path / "absent")]) == 2
 
@@ -249,12 +249,12 @@ def test_the_reports_path_is_the_pictures(tmp_path: Path) -> None:
     assert report.write_report(fill(tmp_path)) == tmp_path / "report.png"
 
 
-def test_the_time_of_a_run_is_measured_or_told_by_the_books(tmp_path: Path) -> None:
+def test_the_time_of_a_run_is_measured_or_taken_from_the_books(tmp_path: Path) -> None:
     fill_long(tmp_path, 20)
     assert "<td>1 min 15 s</td>" in write_html(tmp_path).read_text()
     (tmp_path / "wall.json").unlink()
     # Rollout i is admitted in second i, and ends two seconds later.
-    assert "<td>21.0 s from the first rollout to the last on record</td>" in write_html(tmp_path).read_text()
+    assert "<td>21.0 s from the first to the last booked rollout</td>" in write_html(tmp_path).read_text()
 
 
 @pytest.mark.slow

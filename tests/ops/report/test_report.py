@@ -1,4 +1,4 @@
-"""The report: its figures by hand-worked numbers, and that there is a picture whatever state a run's folder is in."""
+"""The report: its figures against numbers worked by hand, and a picture for a run's folder in any state."""
 
 import json
 import re
@@ -55,14 +55,14 @@ def test_tokens_at_a_step_are_all_that_was_booked_up_to_its_last_trajectory() ->
     assert report_data.generated_at_steps([], 2) == [0]
 
 
-def test_accuracy_stands_over_tokens_and_leaves_out_what_is_not_booked_yet() -> None:
+def test_accuracy_is_over_tokens_and_leaves_out_steps_that_are_not_booked_yet() -> None:
     curve = report_data.accuracy_curve(
         map(Evaluation.from_json, [evaluation(2, 0.5), evaluation(0, 0.25), evaluation(3, 0.75)]), [0, 23, 32]
     )
     assert [(point.step, point.tokens, point.avg_at_k) for point in curve] == [(0, 0, 0.25), (2, 32, 0.5)]
 
 
-def test_length_is_binned_by_version_without_what_the_run_ended() -> None:
+def test_length_is_binned_by_version_without_rollouts_that_the_run_ended() -> None:
     lines = [
         booked(tokens_generated=10, policy_version_last=0),
         booked(tokens_generated=14, policy_version_last=1),
@@ -117,7 +117,7 @@ def test_window_means() -> None:
     assert np.isnan(report_data.window_means(np.ones(3), 4)).all()
 
 
-def test_heat_map_is_the_logarithm_and_empty_behind_the_end() -> None:
+def test_heat_map_is_the_logarithm_and_empty_after_the_end() -> None:
     image = report_data.heat_map([trace([0.1, 10.0, 1.0], 1, 2), trace([0.0], 0, 1)], 2)
     assert image[0].tolist() == pytest.approx([-1, 1])
     assert image[1].tolist() == pytest.approx([-6, float("nan")], nan_ok=True)
@@ -228,7 +228,7 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     assert 0.02 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.6  # neither blank nor black
 
 
-def test_titles_say_the_finding(tmp_path: Path) -> None:
+def test_titles_state_the_finding(tmp_path: Path) -> None:
     text = words(report_run.read_run(fill(tmp_path)))
     assert "Accuracy: avg@4 0.20 → 0.40 in 40 tokens" in text
     assert "Length saving 0 %" in text
@@ -241,7 +241,7 @@ def test_titles_say_the_finding(tmp_path: Path) -> None:
     ("low", "high", "said"),
     [(0.1, 0.3, "20 % shorter by cutting"), (-0.1, 0.5, "no clear length saving"), (None, None, "no clear")],
 )
-def test_the_headline_says_no_more_than_the_interval(low: float | None, high: float | None, said: str) -> None:
+def test_the_headline_claims_no_more_than_the_interval(low: float | None, high: float | None, said: str) -> None:
     assert said in report_panels._saved(Saving(0.2, low, high))
 
 
@@ -260,7 +260,7 @@ def test_a_panel_says_what_is_missing(tmp_path: Path, name: str, said: str) -> N
     assert said in words(report_run.read_run(tmp_path))
 
 
-def test_a_folder_with_nothing_but_a_config_has_a_picture(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_config_has_a_picture(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "rollouts.jsonl").touch()
     (tmp_path / "traces.jsonl").write_text('{"rid": "torn')
@@ -271,7 +271,7 @@ def test_a_run_that_cuts_nothing(tmp_path: Path) -> None:
     fill(tmp_path, config=CONFIG.replace("{window", "{policy: none, window"))
     (tmp_path / "traces.jsonl").write_text(json.dumps(trace_line([0.1, 0.2, 0.3], 3, 3)) + "\n")
     text = words(report_run.read_run(tmp_path))
-    assert "The policy fired in none" in text
+    assert "The policy never fired" in text
     assert "nothing is cut (policy none)" in text
 
 
@@ -284,7 +284,7 @@ def test_text_is_decoded_by_the_tokenizer_of_the_run(tmp_path: Path) -> None:
     assert report_run.find_decoder(report_run.read_run(tmp_path)) is None
 
 
-def test_a_run_that_is_read_where_its_student_is_not_has_its_own_tokenizer(tmp_path: Path) -> None:
+def test_without_its_student_a_run_uses_the_tokenizer_in_its_folder(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE_ROOT / "ops" / "models" / "student", fill(tmp_path) / "model")
     decode = report_run.find_decoder(report_run.read_run(tmp_path))
     assert decode is not None
@@ -292,7 +292,7 @@ def test_a_run_that_is_read_where_its_student_is_not_has_its_own_tokenizer(tmp_p
 
 
 @pytest.mark.parametrize("name", ["figures", "report.png", "report.html"])
-def test_what_cannot_be_written_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path)
     if name == "figures":
         (tmp_path / name).write_text("a file")
@@ -303,7 +303,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, name: str, capsys: pyte
 
 
 @pytest.mark.parametrize("name", ["rollouts.jsonl", "traces.jsonl"])
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (fill(tmp_path) / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
     assert main(["report", str(tmp_path)]) == 2
@@ -373,7 +373,7 @@ def test_reasons_are_shares_of_an_arm_the_most_frequent_first() -> None:
     assert mix.shares["eos"].tolist() == pytest.approx([8 / 9, 0.0])
 
 
-def test_staleness_of_what_was_trained_on_and_of_what_was_too_old() -> None:
+def test_staleness_of_trained_and_of_stale_trajectories() -> None:
     lines = [booked(), booked(staleness=2), booked(staleness=2), booked(staleness=5, ending="dropped", reason="stale")]
     lines += [booked(staleness=None, ending="dead"), booked(staleness=1, ending="dropped", reason="run_end")]
     assert report_series.staleness_counts(lines) == {"trained": {0: 1, 2: 2}, "dropped": {5: 1}}
@@ -433,7 +433,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, said: 
 # --- plots ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_plot_is_a_png_of_its_own(tmp_path: Path) -> None:
+def test_every_plot_is_a_separate_png(tmp_path: Path) -> None:
     report.write_report(fill_long(tmp_path, 60))
     written = {path.stem: pixels(path) for path in (tmp_path / "figures").iterdir()}
     assert set(written) == set(report_plots.PLOTS)
@@ -442,7 +442,7 @@ def test_every_plot_is_a_png_of_its_own(tmp_path: Path) -> None:
         assert 0.005 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.8, f"{name} is blank or black"
 
 
-def test_the_plot_of_the_drift_guards_says_what_it_has_not(tmp_path: Path) -> None:
+def test_the_plot_of_the_drift_guards_says_what_is_missing(tmp_path: Path) -> None:
     folder = fill_long(tmp_path, 60)
 
     figure = report_plots.draw_all(report_run.read_run(folder))["drift"]
@@ -454,7 +454,7 @@ def test_the_plot_of_the_drift_guards_says_what_it_has_not(tmp_path: Path) -> No
     assert "no step in metrics.jsonl with drift guards" in {text.get_text() for text in figure.axes[0].texts}
 
 
-def test_an_svg_takes_the_pages_colours_and_names_nothing_outside(tmp_path: Path) -> None:
+def test_an_svg_has_the_pages_colours_and_refers_to_nothing_outside(tmp_path: Path) -> None:
     figures = report_plots.draw_all(report_run.read_run(fill_long(tmp_path, 60)))
     drawn = {name: report_plots.svg(figure, name) for name, figure in figures.items()}
     for name, text in drawn.items():
@@ -468,7 +468,7 @@ def test_an_svg_takes_the_pages_colours_and_names_nothing_outside(tmp_path: Path
     assert used <= set(ids)
 
 
-def test_reasons_may_hold_anything(tmp_path: Path) -> None:
+def test_reasons_may_contain_any_text(tmp_path: Path) -> None:
     write_lines(fill(tmp_path) / "rollouts.jsonl", [line(finish_reason="$\\frac{$<b>&"), line(arm="control")])
     figure = report_plots.draw_all(report_run.read_run(tmp_path))["reasons"]
     assert "&lt;b&gt;" in report_plots.svg(figure, "reasons")

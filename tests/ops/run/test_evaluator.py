@@ -1,4 +1,4 @@
-"""Benchmarks: each by itself in a line of eval.jsonl, their means on top of it."""
+"""Benchmarks: a line of eval.jsonl has each of them, and their means on its top level."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_line_holds_each_benchmark_and_their_means() -> None:
     assert "benchmarks" not in parts["a"].to_json()
 
 
-def test_what_nobody_could_judge_is_no_wrong_answer() -> None:
+def test_a_sample_that_could_not_be_judged_is_not_a_wrong_answer() -> None:
     def sample(problem: int, correct: bool | None) -> _Sample:
         return _Sample(problem, 10, True, correct)
 
@@ -63,7 +63,7 @@ def test_what_nobody_could_judge_is_no_wrong_answer() -> None:
         _scores([sample(0, None), sample(0, True)], 1, 2)
 
 
-def test_a_verdict_that_stays_open_is_asked_for_once_more() -> None:
+def test_a_missing_verdict_is_asked_for_once_more() -> None:
     class Source:
         def __init__(self, *verdicts: bool | None) -> None:
             self.verdicts = list(verdicts)
@@ -104,7 +104,7 @@ def test_every_benchmark_is_measured_with_its_own_k(config: Config, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_version_makes_one_line_that_the_report_reads(config: Config) -> None:
+def test_each_version_has_one_line_that_the_report_reads(config: Config) -> None:
     folder = config.run_dir / "eval"
     folder.mkdir(parents=True)
     weights = folder / "v00000001.safetensors"

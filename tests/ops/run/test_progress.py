@@ -1,4 +1,4 @@
-"""What `katana run` says of how far it is, by steps or by tokens; how long it will take, by hand."""
+"""The progress that `katana run` prints, by steps or by tokens, and the estimated time left, by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def line(step: int, generated: int) -> str:
     return json.dumps(step_line(step, loss=0.25, tokens_generated=generated)) + "\n"
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+def first_figures(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The first figure of each line."""
     return [one.split("] ")[1].split("  ")[0] for one in capsys.readouterr().out.splitlines()]
 
@@ -37,7 +37,7 @@ def begin(folder: Path, server: EmbeddedRedis, budget: int | None) -> tuple[RunP
     return RunProgress(config, open_plane(config, connect(server.url), "none")), config.run_dir / "metrics.jsonl"
 
 
-def test_without_a_budget_steps_say_how_far_it_is(
+def test_without_a_budget_progress_is_by_steps(
     tmp_path: Path, embedded_redis: EmbeddedRedis, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress, path = begin(tmp_path, embedded_redis, None)
@@ -49,10 +49,10 @@ def test_without_a_budget_steps_say_how_far_it_is(
     progress.update()
     figures = progress._figures()
     assert (figures["step"], figures["left"]) == ("11 / 200", "about 189 s")  # a step a second
-    assert said(capsys) == ["step 11 / 200"]
+    assert first_figures(capsys) == ["step 11 / 200"]
 
 
-def test_with_a_budget_tokens_do_and_the_time_left_follows_them(
+def test_with_a_budget_progress_and_time_left_are_by_tokens(
     tmp_path: Path, embedded_redis: EmbeddedRedis, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress, path = begin(tmp_path, embedded_redis, 10_000)
@@ -65,7 +65,7 @@ def test_with_a_budget_tokens_do_and_the_time_left_follows_them(
     assert figures["step"] == "3 / 200, 3,000 / 10,000 tokens generated"
     assert figures["left"] == "about 35 s"  # 2,000 tokens in 10 s
     # At every twentieth: 1,400 is in the same one as 1,000 was
-    assert said(capsys) == [
+    assert first_figures(capsys) == [
         "step 1 / 200, 1,000 / 10,000 tokens generated",
         "step 3 / 200, 3,000 / 10,000 tokens generated",
     ]

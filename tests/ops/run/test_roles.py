@@ -94,7 +94,7 @@ def test_a_damaged_folder_is_logged_and_fails_no_role(
 ) -> None:
     (over.run_dir / name).write_text(text)
     roles._sum_up(over.run_dir)
-    assert "no summary or no report" in caplog.text
+    assert "cannot write summary or report of" in caplog.text
     assert not (over.run_dir / "report.html").exists()
 
 

@@ -54,13 +54,13 @@ def test_stale_and_empty_rollouts_count() -> None:
 
 
 @pytest.mark.parametrize("arms", [[], ["treated"], ["control"]])
-def test_where_an_arm_is_empty_there_is_no_saving(arms: list[str]) -> None:
+def test_without_rollouts_in_an_arm_there_is_no_saving(arms: list[str]) -> None:
     saving = length_saving([line(arm, 10) for arm in arms] + [line("control", 5, active=False)])
     assert (saving.ratio, saving.low, saving.high) == (None, None, None)
 
 
-def test_the_interval_covers_what_it_should_and_clusters_by_prompt() -> None:
-    """Eight copies of every rollout are no new information as long as they share their prompt."""
+def test_the_interval_has_its_coverage_and_clusters_by_prompt() -> None:
+    """Eight copies of every rollout with the same prompt are no new information."""
     rng = np.random.default_rng(3)
     lines = []
     for problem in range(60):
@@ -128,7 +128,7 @@ def test_a_summary_of_a_whole_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_in_which_nothing_has_happened_yet_has_a_summary(tmp_path: Path) -> None:
+def test_an_empty_folder_has_a_summary(tmp_path: Path) -> None:
     assert write_summary(tmp_path) == RunFolder(tmp_path).summary
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["steps"], summary["wall_s"], summary["ledger"]) == (0, None, {})

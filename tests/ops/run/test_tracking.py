@@ -1,4 +1,4 @@
-"""Trackers: points from growing files, files that official readers read, and a run that never notices a failure."""
+"""Trackers: points from growing files, files for the official readers, and failures that do not affect the run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ops.run.tracking import (
     Tracking,
     WeightsAndBiases,
     missing,
-    turn,
+    show_new,
 )
 
 
@@ -72,7 +72,7 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """As `Lines.open_cut_back` does: another file takes the place."""
+    """Replace the file, as `Lines.open_cut_back` does."""
     path, draft = folder / "metrics.jsonl", folder / "metrics.tmp"
     kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
     draft.write_text("".join(kept))
@@ -88,15 +88,15 @@ def steps(news: News, kind: str = "train") -> list[int]:
 
 
 def rest(follower: Follower) -> News:
-    """All that is left, and what was held back."""
+    """All remaining points, including the open one."""
     points: list[TrackedPoint] = []
     while (news := follower.look(over=True)).more:
         points += news.points
-    return News(points + news.points, news.anew, more=False)
+    return News(points + news.points, news.restarted, more=False)
 
 
 def show_rest(tracker: Tracker, follower: Follower) -> None:
-    while turn(tracker, follower, over=True):
+    while show_new(tracker, follower, over=True):
         pass
     tracker.close()
 
@@ -104,18 +104,18 @@ def show_rest(tracker: Tracker, follower: Follower) -> None:
 # --- from files to points ----------------------------------------------------------------------------------------
 
 
-def test_every_name_stands_in_what_the_learner_writes() -> None:
+def test_every_name_is_a_field_that_the_learner_writes() -> None:
     assert {name for names in tracking._STEP.values() for name in names} <= set(Step.__dataclass_fields__)
 
 
-def test_a_growing_folder_is_told_once_by_whole_lines(tmp_path: Path) -> None:
+def test_complete_lines_of_a_growing_folder_are_shown_once(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
-    assert follower.look() == News([], anew=True, more=False)
+    assert follower.look() == News([], restarted=True, more=False)
     append(tmp_path / "metrics.jsonl", step_line(1, loss=0.75))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(step_line(2))[:20])
     news = follower.look()
-    assert (steps(news), news.anew, news.more) == ([1], False, True)
+    assert (steps(news), news.restarted, news.more) == ([1], False, True)
     values = news.points[0].values
     assert values["train/loss"] == 0.75
     assert values["train/learning_rate"] == 1e-3
@@ -132,7 +132,7 @@ def test_a_growing_folder_is_told_once_by_whole_lines(tmp_path: Path) -> None:
     assert follower.look().points == []
 
 
-def test_what_a_learner_cut_back_is_told_anew(tmp_path: Path) -> None:
+def test_after_a_learner_cut_back_everything_is_shown_again(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
     append(tmp_path / "metrics.jsonl", *(step_line(step) for step in (1, 2, 3)))
     append(tmp_path / "eval.jsonl", eval_line(0, 0.25))
@@ -140,7 +140,7 @@ def test_what_a_learner_cut_back_is_told_anew(tmp_path: Path) -> None:
     cut_back(tmp_path, 1)
     append(tmp_path / "metrics.jsonl", step_line(2, loss=9.0, version=4))
     news = follower.look()
-    assert news.anew
+    assert news.restarted
     assert [(step, values["train/loss"]) for step, values in shown(news, "train")] == [(1, 1.0), (2, 9.0)]
     assert steps(news, "eval") == [0]
 
@@ -242,13 +242,13 @@ def scalars(reader: Any, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in reader.Reload().Scalars(tag)]
 
 
-def test_tensorboard_reads_what_was_written_and_forgets_what_was_cut_back(tmp_path: Path) -> None:
+def test_tensorboard_shows_what_was_written_and_drops_what_was_cut_back(tmp_path: Path) -> None:
     installed("tensorboard")
     run, board = tmp_path, tmp_path / "tensorboard"
     follower, tracker = Follower(run), TensorBoard(board)
     append(run / "metrics.jsonl", step_line(1, loss=0.5), step_line(2, loss=0.25), step_line(3, loss=0.125))
     append(run / "eval.jsonl", eval_line(0, 0.25))
-    turn(tracker, follower)
+    show_new(tracker, follower)
     looking_on = make_reader(board)
     assert scalars(looking_on, "train/loss") == [(1, 0.5), (2, 0.25), (3, 0.125)]
     assert scalars(looking_on, "eval/avg@4") == [(0, 0.25)]
@@ -304,7 +304,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """What W&B was told, file after file, without what it adds itself."""
+    """What was sent to W&B, file after file, without its own additions."""
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for record in wandb_records(path):
@@ -349,7 +349,7 @@ def test_wandb_offline_holds_every_step_once_over_a_resume(tmp_path: Path) -> No
     append(run / "metrics.jsonl", step_line(1, loss=0.5), step_line(2, loss=0.25))
     append(run / "eval.jsonl", eval_line(0, 0.25))
     follower, tracker = Follower(run), WeightsAndBiases(config, "test-0a1b2c3d")
-    turn(tracker, follower)
+    show_new(tracker, follower)
     cut_back(run, 1)
     append(run / "metrics.jsonl", step_line(2, loss=0.75), step_line(3, loss=0.125))
     show_rest(tracker, follower)
@@ -364,7 +364,7 @@ def test_wandb_offline_holds_every_step_once_over_a_resume(tmp_path: Path) -> No
     rows = wandb_history(run)
     assert [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
         (1, 0.5),
-        (2, 0.25),  # told before it was cut back, and not taken back
+        (2, 0.25),  # sent before it was cut back, and not changed
         (3, 0.125),
         (4, 0.0625),
     ]
@@ -380,9 +380,9 @@ def test_wandb_offline_holds_every_step_once_over_a_resume(tmp_path: Path) -> No
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == ["run-test-0a1b2c3d.wandb"] * 2
     runs = [record.run for record in wandb_records(files[0]) if record.WhichOneof("record_type") == "run"]
-    told = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    sent = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert (runs[0].project, runs[0].display_name) == ("katana", "test")
-    assert told["learner"]["learning_rate"] == config.learner.learning_rate
+    assert sent["learner"]["learning_rate"] == config.learner.learning_rate
     axes = [r.metric for r in wandb_records(files[0]) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in {(axis.glob_name, axis.step_metric) for axis in axes}
 
@@ -404,7 +404,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_thread_follows_and_its_end_shows_all(tmp_path: Path) -> None:
+def test_the_thread_follows_and_shows_everything_at_the_end(tmp_path: Path) -> None:
     installed("tensorboard")
     config = make_config(tmp_path)
     run, reader = config.run_dir, make_reader(config.run_dir / "tensorboard")
@@ -420,7 +420,7 @@ def test_the_thread_follows_and_its_end_shows_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_that_cannot_be_written_to_harms_nothing_and_is_tried_again(
+def test_a_folder_without_write_permission_does_no_harm_and_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     installed("tensorboard")
@@ -429,15 +429,15 @@ def test_a_folder_that_cannot_be_written_to_harms_nothing_and_is_tried_again(
     append(run / "metrics.jsonl", step_line(1))
     (run / "tensorboard").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "katana.tracking"), Tracking(config, "test-1", ["tensorboard"]):
-        wait_until(lambda: "the run goes on" in caplog.text)
+        wait_until(lambda: "the run continues" in caplog.text)
         (run / "tensorboard").unlink()
         wait_until(lambda: len(list(run.glob("tensorboard/*.katana"))) == 1)
     assert scalars(make_reader(run / "tensorboard"), "train/kl") == [(1, 0.5)]
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_failure_while_writing_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a full disk does it: every second flush fails, three times."""
+def test_after_a_failure_while_writing_it_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a full disk: every second flush fails, three times."""
     installed("tensorboard")
     config = make_config(tmp_path)
     run, failures = config.run_dir, [False, True, False, True, False, True]
@@ -510,20 +510,20 @@ def test_waiting_for_the_last_evaluation(tmp_path: Path) -> None:
         assert not note.exists()
 
 
-def test_what_is_not_installed_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(tracking, "version", absent)
     assert missing([]) == []
     assert missing(["wandb"]) == [
-        "tracking: wandb is not installed: pip install 'katana-distill[wandb]', or leave it out of the list"
+        "tracking: wandb is not installed: pip install 'katana-distill[wandb]', or remove it from the list"
     ]
     with pytest.raises(ConfigError, match=r"pip install 'katana-distill\[tensorboard\]'"):
         Tracking(make_config(tmp_path), "test-1", ["tensorboard"])
     assert not (tmp_path / "test").exists()
 
 
-def test_a_name_that_is_none_lists_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="allowed: tensorboard, wandb"):
         tracking.make_tracker("mlflow", make_config(tmp_path), "test-1")
