@@ -835,7 +835,7 @@ def test_a_call_of_a_slow_holder_renews_and_goes_through(run: Run) -> None:
 
 def test_a_call_of_a_former_holder_raises_and_writes_nothing(run: Run) -> None:
     old = Lease(run.plane, "feeder", 0.05)
-    old.take(run.plane._stop)
+    old.acquire(run.plane._stop)
     time.sleep(0.08)
     new = Lease(run.plane, "feeder", 60.0)
     new.acquire(run.plane._stop)

@@ -24,6 +24,12 @@ DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
 Serve = Callable[..., str]  # options of redis-server → its URL, without a database
 
 
+def listens(path: Path) -> bool:
+    """A socket's file is there a moment before anybody listens on it."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
     processes: list[subprocess.Popen[bytes]] = []
@@ -35,7 +41,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             arguments += ["--port", "0"]
         processes.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         deadline = time.monotonic() + 20
-        while not path.exists():
+        while not listens(path):
             assert processes[-1].poll() is None and time.monotonic() < deadline, "redis-server did not come up"
             time.sleep(0.02)
         return f"unix://{path}"
