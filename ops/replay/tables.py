@@ -119,7 +119,7 @@ def drift_of(record: Record, verdicts: Sequence[Verdict]) -> float | None:
 def table(settings: Sequence[Setting], found: Sequence[Outcome]) -> list[list[str]]:
     """A heading, then a row for each setting."""
     names = ["setting", "active", "cut", "tokens", "saved", "kept", "signal"]
-    names += ["right", "cut early", "cut behind", "wrong", "wrong: cut"]
+    names += ["right", "cut early", "cut late", "wrong", "wrong: cut"]
     return [names, *(_row(one, outcome) for one, outcome in zip(settings, found, strict=True))]
 
 
@@ -182,10 +182,10 @@ def unequal(found: Sequence[Outcome]) -> list[str]:
 READING = (
     "active: rollouts that the setting could have cut; all figures are of these. tokens: mean up to the trigger (what "
     "is written until the stop arrives comes on top). saved: against not cutting, bootstrap clustered by prompt. kept: "
-    "mean tokens to train on. signal: mean divergence behind the triggers, against that of rollouts of about the same "
+    "mean tokens to train on. signal: mean divergence after the triggers, against that of rollouts of about the same "
     "version that were uncut there, from the same token on; 100 %: as alive as theirs, near 0: dead. right: rollouts "
     "with a right answer; cut early: those of which the task's verifier does not call right what is kept (false "
-    "stops); cut behind: those that were cut and are right as they are kept. In brackets 95 % intervals. A replay does "
+    "stops); cut late: those that were cut and are right as they are kept. In brackets 95 % intervals. A replay does "
     "not know what a student that was trained otherwise would have written."
 )
 
