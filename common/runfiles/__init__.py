@@ -1,1 +1,1 @@
-"""What stands in a run's folder: a class a record, one reader of lines, the folder as a whole."""
+"""A run's folder: a class for each record, one reader of lines, the folder as a whole."""

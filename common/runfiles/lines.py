@@ -1,7 +1,7 @@
 """JSON lines: one process appends to a file, others read it meanwhile or afterwards.
 
-Readers see whole lines: one without its line feed was torn off by a crash, or is being written, and was never
-acknowledged. What they do with a whole line that cannot be read is theirs to say, by `damaged`: it raises (`refuse`),
+Readers see whole lines: a line without its line feed was torn off by a crash, or is being written, and was never
+acknowledged. Readers choose by `damaged` what happens to a whole line that cannot be read: it raises (`refuse`),
 collects (a list's `append`) or does nothing (`skip`).
 """
 
@@ -18,13 +18,13 @@ from common.config import ConfigError
 
 T = TypeVar("T")
 Object = dict[str, Any]
-_RID = b'{"rid":"'  # how every line about a rollout begins
-_AT_ONCE = 8 << 20  # bytes of one read: a file that is long already is not held whole beside what is made of it
+_RID = b'{"rid":"'  # the beginning of every line about a rollout
+_AT_ONCE = 8 << 20  # bytes of one read: a long file is not held in memory as a whole
 _BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 
 
 class DamagedLine(ConfigError):
-    """A whole line that cannot be read, with its file, its number from 1, and why."""
+    """A whole line that cannot be read, with its file, its number from 1, and the reason."""
 
     def __init__(self, path: Path, number: int, error: BaseException) -> None:
         why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
@@ -40,11 +40,11 @@ def refuse(damage: DamagedLine) -> None:
 
 
 def skip(damage: DamagedLine) -> None:
-    """Pass over it."""
+    """Skip it."""
 
 
 def an_object(value: Any) -> Object:
-    """The decoder of lines that need no more than to be objects."""
+    """The decoder of lines that are only required to be objects."""
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {type(value).__name__}")
     return value
@@ -54,7 +54,7 @@ def an_object(value: Any) -> Object:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Where each whole line begins, in bytes, and the line; nothing where there is no file."""
+    """Byte offset and content of each whole line; nothing if there is no file."""
     if not path.exists():
         return
     place = 0
@@ -88,7 +88,7 @@ def read_lines(
     damaged: Callable[[DamagedLine], None] = refuse,
     rids: Collection[str] | None = None,
 ) -> Iterator[Any]:
-    """All lines, decoded; of `rids` alone where they are given: the others are not even parsed."""
+    """All lines, decoded; with `rids`, only theirs: the others are not even parsed."""
     for number, (_, raw) in enumerate(whole_lines(path), start=1):
         if rids is not None and rid_of_line(raw) not in rids:
             continue
@@ -101,7 +101,7 @@ def read_lines(
 
 
 def read_at(path: Path, places: Iterable[int], decode: Callable[[Any], T]) -> dict[int, T]:
-    """The lines that begin at these bytes, by place. Raises ValueError, TypeError or KeyError for a damaged one."""
+    """The lines at these byte offsets, by offset. Raises ValueError, TypeError or KeyError for a damaged one."""
     found: dict[int, T] = {}
     wanted = list(places)
     if not wanted:
@@ -114,7 +114,7 @@ def read_at(path: Path, places: Iterable[int], decode: Callable[[Any], T]) -> di
 
 
 def last_lines(path: Path, decode: Callable[[Any], T], most_bytes: int) -> list[T]:
-    """Whole lines at the end of a file, oldest first, out of its last bytes; those that cannot be read are left out."""
+    """Whole lines in a file's last bytes, oldest first; those that cannot be read are left out."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -123,24 +123,24 @@ def last_lines(path: Path, decode: Callable[[Any], T], most_bytes: int) -> list[
             data = file.read(most_bytes)
     except FileNotFoundError:
         return []
-    first = data.find(b"\n") + 1 if begin else 0  # what the limit fell into is no whole line
+    first = data.find(b"\n") + 1 if begin else 0  # the limit may be inside a line
     return [
         line for raw in data[first : data.rfind(b"\n") + 1].splitlines() if (line := _parsed(raw, decode)) is not None
     ]
 
 
 def rid_of_line(raw: bytes) -> str:
-    """The id that a line begins with, unparsed; "" for a line that begins otherwise."""
+    """The id at the beginning of a line, without parsing it; "" for other lines."""
     if not raw.startswith(_RID):
         return ""
     return raw[len(_RID) : len(_RID) + 40].partition(b'"')[0].decode("ascii", "replace")
 
 
 class Tail(Generic[T]):
-    """New lines of a file that grows: reads on where it stopped, and from the beginning where another file, cut back to
-    a checkpoint, took the place.
+    """New lines of a growing file: continues where it stopped, or from the beginning if the file was replaced by one
+    that is cut back to a checkpoint.
 
-    `renewed` counts how often that was, `broken` the lines that could not be read and were passed over.
+    `renewed` counts such replacements, `broken` the lines that could not be read and were skipped.
     """
 
     def __init__(self, path: Path, decode: Callable[[Any], T]) -> None:
@@ -148,13 +148,13 @@ class Tail(Generic[T]):
         self.renewed = self.broken = 0
 
     def read(self) -> list[T]:
-        """New whole lines, of about 8 MB at most: nothing left is an empty list. Nothing where there is no file."""
+        """New whole lines, about 8 MB at most; an empty list if there are none, or no file."""
         try:
             with self._path.open("rb") as file:
                 self._begin(os.fstat(file.fileno()))
                 file.seek(self._place)
                 data = file.read(_AT_ONCE)
-                data += file.readline()  # the line that the limit fell into
+                data += file.readline()  # the rest of the line at the limit
         except FileNotFoundError:
             return []
         end = data.rfind(b"\n") + 1
@@ -185,7 +185,7 @@ def append_lines(file: FileIO | None, values: Sequence[Object]) -> None:
     """On disk when this returns."""
     if file is not None and values:
         data = b"".join(_json_line(value) for value in values)
-        while data:  # a raw file may take a part
+        while data:  # a raw file may accept a part
             data = data[file.write(data) or 0 :]
         os.fsync(file.fileno())
 
@@ -195,7 +195,7 @@ def _json_line(value: Object) -> bytes:
 
 
 def open_whole_lines(path: Path) -> FileIO:
-    """Open for appending behind the last whole line: what a crash tore off was never acknowledged."""
+    """Open for appending after the last whole line: a torn line was never acknowledged."""
     file = FileIO(path, "a+")
     size = file.seek(0, os.SEEK_END)
     end = size
@@ -214,7 +214,7 @@ def open_whole_lines(path: Path) -> FileIO:
 
 
 def open_cut_back(path: Path, keeps: Callable[[Object], bool]) -> IO[str]:
-    """Open for appending, without the first line that is not to be kept and all behind it.
+    """Open for appending, without the first line that is not to be kept and all lines after it.
 
     The file is always a new one, so that a former writer, which has the old one open, cannot write into it.
     """

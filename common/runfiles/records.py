@@ -1,13 +1,13 @@
-"""The records in a run's folder: what each file's lines hold, and what that means.
+"""The records in a run's folder: the fields of each file's lines, and their meaning.
 
-    rollouts.jsonl  BookLine    feeder → all who look on or back: a rollout that ended
+    rollouts.jsonl  BookLine    feeder → all live views and reports: a rollout that ended
     traces.jsonl    Trace       feeder → report, replay, audit, checker: tokens and divergences of a verdict
     audit.jsonl     Audit       feeder → checker: who wrote which chunk
     trained.jsonl   Trained     learner → checker, feeder: which rollouts a step trained, and digests of their tokens
 
-Lines of metrics.jsonl (learner) and eval.jsonl (evaluator) are objects still, of figures for trackers and reports.
+Lines of metrics.jsonl (learner) and eval.jsonl (evaluator) are plain objects with figures for trackers and reports.
 `from_json` takes a parsed line, checks every field and raises ValueError, TypeError or KeyError; fields that older
-folders lack have defaults, and what is not known is ignored. Floats are finite, counts are not negative.
+folders lack have defaults, and unknown fields are ignored. Floats are finite, counts are not negative.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ METRICS, TRAINED, EVALUATIONS = "metrics.jsonl", "trained.jsonl", "eval.jsonl"
 CONFIG, LEDGER, SUMMARY, WALL = "config.yaml", "ledger.json", "summary.json", "wall.json"
 
 UNFINISHED = frozenset({"run_end", "lost"})
-"""Dropped for these reasons a rollout was ended by the run, not by itself or its policy."""
+"""Reasons of drops by which the run ended a rollout, not the rollout itself or its policy."""
 ENDS_BY_ITSELF = ("eos", "length")
-"""Finish reasons of what no policy stopped."""
+"""Finish reasons of rollouts that no policy stopped."""
 UNJUDGED = "unfinished"
-"""The finish reason of what ended before its verdict."""
+"""The finish reason of rollouts that ended before their verdict."""
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class BookLine:
-    """A finished rollout. `ending`: trained | dropped | dead; `reason`: why it was dropped or died."""
+    """A finished rollout. `ending`: trained | dropped | dead; `reason`: why it was dropped or is dead."""
 
     rid: str
     arm: str
@@ -63,11 +63,11 @@ class BookLine:
     policy_version_last: int
     staleness: int | None
     correct: bool | None
-    # By Redis's clock; None where a record was broken or lost.
+    # By Redis's clock; None if a record was broken or lost.
     admitted_unix_s: float | None = None
     verdict_unix_s: float | None = None
     ended_unix_s: float | None = None
-    # None where there was no verdict, and in books that are older than this field.
+    # None without a verdict, and in books that are older than this field.
     tokens_trainable: int | None = None
 
     @property
@@ -91,12 +91,12 @@ class BookLine:
 
     @property
     def compared(self) -> bool:
-        """Whether it counts where arms are compared: the policy could have cut it, the run did not end it."""
+        """Whether it counts in the comparison of the arms: the policy could have cut it, the run did not end it."""
         return self.active and self.ending != "dead" and not self.ended_by_run
 
     @property
     def fate(self) -> str:
-        """What became of it, in a word: trained, dead, or why it was dropped."""
+        """How it ended, in one word: trained, dead, or the reason of the drop."""
         return self.reason if self.ending == "dropped" else self.ending
 
     @property
@@ -123,8 +123,8 @@ def ledger_field(ending: str, reason: str) -> str:
 class Trace:
     """A verdict. `stopped`: whether the policy stopped the writing (`cut` in the file).
 
-    Where the policy fired and stopped nothing (control arm, mask, shadow) `keep` and `trigger` say where it would have
-    cut; where it did not fire both are all tokens.
+    If the policy fired and stopped nothing (control arm, mask, shadow), `keep` and `trigger` say where it would have
+    cut; if it did not fire, both are all tokens.
     """
 
     rid: str
@@ -137,7 +137,7 @@ class Trace:
     stopped: bool
     threshold: float | None
     version: int  # that wrote its first token
-    token_bytes: bytes  # int32, little-endian, [n]; as bytes, so that two traces can be compared
+    token_bytes: bytes  # int32, little-endian, [n]; bytes make two traces comparable
     divergence_bytes: bytes  # float32, little-endian, [n], nats
 
     @property
@@ -150,7 +150,7 @@ class Trace:
 
     @property
     def written(self) -> int:
-        """Tokens on record."""
+        """Number of recorded tokens."""
         return len(self.token_bytes) // 4
 
     @property
@@ -245,7 +245,7 @@ class Audit:
     """A rollout's hash when it was booked."""
 
     rid: str
-    owners: list[tuple[str, int]]  # nonce and first chunk of every take, in order
+    owners: list[tuple[str, int]]  # nonce and first chunk of every owner, in order
     chunks: list[Chunk]
     threshold: str | None
     verdict: bool
@@ -276,7 +276,7 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What an optimizer step was made of: of each rollout its id, how many tokens, and their digest."""
+    """The rollouts of an optimizer step: id, number of tokens and their digest, for each."""
 
     step: int
     policy_version: int
@@ -316,13 +316,13 @@ def _typed(value: Any, kind: type[T], name: str) -> T:
 
 @cache
 def _plan(cls: Any) -> tuple[tuple[str, frozenset[type], bool, str], ...]:
-    """Of each field that has one of JSON's own types: name, types, whether it may be missing, how these are called."""
+    """For each field with a JSON type: name, types, whether it may be missing, and the name of the types."""
     hints, plan = get_type_hints(cls), []
     for one in fields(cls):
         hint = hints[one.name]
         kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,))
         if kinds <= {str, int, float, bool, NoneType}:
-            # JSON has one kind of number: 1 stands for 1.0 as well.
+            # JSON has one kind of number: 1 also means 1.0.
             allowed = kinds | {int} if float in kinds else kinds
             plan.append(
                 (one.name, frozenset(allowed), one.default is not MISSING, getattr(hint, "__name__", str(hint)))
@@ -331,7 +331,7 @@ def _plan(cls: Any) -> tuple[tuple[str, frozenset[type], bool, str], ...]:
 
 
 def _decoded(cls: type[T], tree: Any, **given: Any) -> T:
-    """The record, with `given` for what is decoded already. Raises ValueError."""
+    """The record; `given` has the fields that are decoded already. Raises ValueError."""
     tree = _object(tree)
     values = dict(given)
     for name, kinds, optional, called in _plan(cast(Any, cls)):

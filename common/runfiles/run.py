@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "redis", "celery", "msgpack", "numpy", "sa
 
 
 def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
-    """Make the run's folder, or find the one to go on in; returns the run's id.
+    """Make the run's folder, or find the one to resume; returns the run's id.
 
     Raises ConfigError: the folder exists (or, with `resume`, does not), or a key changed that may not.
     """
@@ -35,8 +35,8 @@ def open_folder(config: Config, *, resume: bool, fresh: bool = False) -> str:
         return _resume(config, folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
-            f"{folder} exists already. Go on with it: --resume. Keep it and start another: --name OTHER. "
-            f"Remove it: katana clean {folder}"
+            f"{folder} exists already. To resume it: --resume. To keep it and start another: --name OTHER. "
+            f"To remove it: katana clean {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     run_key = new_run_key(config.name)
@@ -49,13 +49,13 @@ def _resume(config: Config, folder: Path) -> str:
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder}: nothing to resume, there is no config.yaml")
     check_resume(load(folder / "config.yaml"), config)
-    lock(folder).close()  # refuse before anything of a run at work is touched
+    lock(folder).close()  # refuse before any file of a running run is touched
     write_text(folder / "config.yaml", config.to_yaml())
     return read_run_key(folder)
 
 
 def read_run_key(folder: Path) -> str:
-    """The run's id, from its run.json. Raises ConfigError when the file is missing or does not hold one."""
+    """The run's id, from its run.json. Raises ConfigError if the file is missing or has no id."""
     found = read_json(folder / "run.json")
     if not isinstance(found, dict) or not isinstance(found.get("run_key"), str):
         raise ConfigError(f"{folder / 'run.json'}: no run_key in it")
@@ -64,7 +64,7 @@ def read_run_key(folder: Path) -> str:
 
 
 def move_aside(folder: Path) -> Path:
-    """demo → demo.1, or the first number that is free. Raises ConfigError while the run is alive."""
+    """Move demo to demo.1, or the first free number. Raises ConfigError while the run is running."""
     lock(folder).close()
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -74,13 +74,13 @@ def move_aside(folder: Path) -> Path:
 
 
 def lock(folder: Path) -> IO[str]:
-    """Hold the folder for one `katana run`; closing the file lets go. Raises ConfigError when it is held."""
+    """Lock the folder for one `katana run`; closing the file unlocks it. Raises ConfigError if it is locked."""
     file = (folder / ".lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise ConfigError(f"{folder}: a `katana run` is at work in this folder") from error
+        raise ConfigError(f"{folder}: a `katana run` is running in this folder") from error
     return file
 
 
@@ -98,14 +98,14 @@ def _version_of(name: str) -> str:
 
 
 def _commit(root: Path) -> str:
-    """The commit of Katana's source tree, where that is a repository's root.
+    """The commit of Katana's source tree, if that is a repository's root.
 
-    An installed copy may lie inside a repository, in an environment or a vendored folder: that commit says nothing of
-    Katana.
+    An installed copy may be inside another repository, in an environment or a vendored folder: that commit does not
+    describe Katana.
     """
     if not _is_source_tree(root):
         return "unknown"
-    # GIT_DIR and its like, which git sets for hooks, would name another repository; settings are not among them.
+    # GIT_DIR and similar variables, which git sets for hooks, would name another repository.
     environment = {key: value for key, value in os.environ.items() if not re.match(r"GIT_(?!CONFIG)", key)}
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
@@ -117,7 +117,7 @@ def _commit(root: Path) -> str:
 
 
 def _is_source_tree(root: Path) -> bool:
-    """Whether Katana's own pyproject.toml stands at the top."""
+    """Whether Katana's own pyproject.toml is at the top."""
     try:
         return bool(tomllib.loads((root / "pyproject.toml").read_text())["project"]["name"] == _KATANA)
     except (OSError, ValueError, LookupError, TypeError):
@@ -125,7 +125,7 @@ def _is_source_tree(root: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ConfigError when the file is missing or broken."""
+    """Raises ConfigError if the file is missing or broken."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

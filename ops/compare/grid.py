@@ -170,7 +170,7 @@ def _variant_row(text: str, folder: Path) -> Row:
 def _label(text: str, where: str) -> str:
     if not _LABEL.fullmatch(text):
         raise ConfigError(
-            f"{where}: {text!r:.80} is no name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
+            f"{where}: {text!r:.80} is not a name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
         )
     return text
 

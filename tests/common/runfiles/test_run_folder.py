@@ -35,7 +35,7 @@ def test_a_folder_with_something_in_it_is_not_taken_over(tmp_path: Path) -> None
     config = make_config(tmp_path)
     run_key = open_folder(config, resume=False)
     before = (config.run_dir / "run.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"exists already\. Go on with it: --resume"):
+    with pytest.raises(ConfigError, match=r"exists already\. To resume it: --resume"):
         open_folder(config, resume=False)
     assert (config.run_dir / "run.json").read_bytes() == before
     assert run_key in before.decode()
@@ -91,16 +91,16 @@ def test_a_folder_at_work_is_not_moved(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     open_folder(config, resume=False)
     with lock(config.run_dir):
-        with pytest.raises(ConfigError, match="at work in this folder"):
+        with pytest.raises(ConfigError, match="running in this folder"):
             move_aside(config.run_dir)
-        with pytest.raises(ConfigError, match="at work in this folder"):
+        with pytest.raises(ConfigError, match="running in this folder"):
             lock(config.run_dir)
         # Another process is told the same.
         code = f"from pathlib import Path; from common.runfiles.run import lock; lock(Path({str(config.run_dir)!r}))"
         command = [sys.executable, "-c", code]
         told = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=PACKAGE_ROOT)
         assert told.returncode != 0
-        assert "at work in this folder" in told.stderr
+        assert "running in this folder" in told.stderr
     assert move_aside(config.run_dir) == tmp_path / "test.1"
 
 
@@ -130,9 +130,6 @@ def git(folder: Path, *words: str) -> str:
 def installed(site: Path) -> None:
     """A copy of what `versions` needs, as pip leaves it: packages and metadata, no pyproject.toml."""
     shutil.copytree(PACKAGE_ROOT / "common", site / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "ops").mkdir()
-    for name in ("__init__.py", "rundir.py"):
-        shutil.copy(PACKAGE_ROOT / "ops" / name, site / "ops" / name)
     (site / "katana_distill-9.8.7.dist-info").mkdir()
     (site / "katana_distill-9.8.7.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: katana-distill\nVersion: 9.8.7\n"

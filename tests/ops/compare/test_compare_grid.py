@@ -74,7 +74,7 @@ def test_rows_of_policies_and_variants() -> None:
         ("kat", "none:termination.policy=fixed", "'none' is a policy's name"),
         ("kat", "early", "expected LABEL:section.key=value"),
         ("kat", "early:", "expected LABEL:section.key=value"),
-        ("kat", "a/b:termination.eta=0.1", "'a/b' is no name for a row"),
+        ("kat", "a/b:termination.eta=0.1", "'a/b' is not a name for a row"),
         ("kat", "early:seed=3", "seed is the grid's own"),
         ("kat", "early:termination.eta=0.1,runs_dir=x", "runs_dir is the grid's own"),
         ("kat", "random_matched:termination.eta=0.1", "is made from the row 'kat'"),
