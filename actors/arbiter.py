@@ -17,7 +17,7 @@ import numpy as np
 from common import metrics, policies
 from common.config import Config
 from common.failing import brief
-from common.policies import Policy, Progress, Situation
+from common.policies import Policy, Progress, ScoredTokens, Situation
 from common.termination import Cut, Kat, MinimaBuffer
 from common.wire import scripts
 from common.wire.lease import Lease
@@ -254,7 +254,7 @@ class Arbiter:
             assert track.minimum is not None and track.detector is not None
             track.minimum.feed(scores.divergence)
             if track.cut is None:
-                track.cut = track.detector.feed(scores.divergence)
+                track.cut = track.detector.feed_tokens(ScoredTokens(tokens.tokens, scores.divergence))
         return fresh
 
     def _blame_policy(self, rid: str, track: _Track, error: Exception) -> None:

@@ -11,6 +11,7 @@ from common.failing import brief, out_of_memory
 log = logging.getLogger("katana.engine")
 ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends workers
 _MOST_IN_A_ROW = 5  # rollouts that an engine fails on, and none between that it does not: it is not the rollouts
+_MOST_REMEMBERED = 1000  # rollouts at fault; a few attempts later each is dead
 
 
 class EngineBroken(RuntimeError):
@@ -24,13 +25,19 @@ class Blame:
     def __init__(self, prove: Callable[[], None], *, deed: str, model: str) -> None:
         self._prove, self._deed, self._model = prove, deed, model
         self._rids: set[str] = set()  # that it failed on since it last succeeded
+        self._at_fault: set[str] = set()  # that it failed on before it succeeded with others
 
     def succeeded(self) -> None:
+        """The engine works: what it failed on before is at fault itself, and does not count against it again."""
+        if len(self._at_fault) > _MOST_REMEMBERED:
+            self._at_fault.clear()
+        self._at_fault |= self._rids
         self._rids.clear()
 
     def of(self, rid: str, error: Exception) -> None:
         """A rollout is at fault. Raises EngineBroken where it is this process."""
-        self._rids.add(rid)
+        if rid not in self._at_fault:
+            self._rids.add(rid)
         if len(self._rids) >= _MOST_IN_A_ROW:
             raise EngineBroken(f"{len(self._rids)} rollouts in a row cannot be {self._deed}, the last: {brief(error)}")
         try:

@@ -47,5 +47,10 @@ class Idling:
         self._since = time.monotonic()
 
     @property
+    def idle_s(self) -> float:
+        """How long there has been nothing to do."""
+        return time.monotonic() - self._since
+
+    @property
     def pause_s(self) -> float:
-        return min(max(self._shortest_s, (time.monotonic() - self._since) / 10), self._longest_s)
+        return min(max(self._shortest_s, self.idle_s / 10), self._longest_s)

@@ -41,6 +41,7 @@ from common.wire.record import divergence_field, support_field, tokens_field
 from common.wire.scripts import Entry, ScoreAnswer
 
 log = logging.getLogger("katana.teacher")
+_HELP_AFTER_S = 0.3  # a teacher without work takes that of others
 _SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
 
 
@@ -98,7 +99,7 @@ class TeacherWorker:
         # all that was written before: where another stands, the cache holds another text, perhaps of another run.
         self._latest: dict[str, bytes] = {}
         self._scored_tokens = 0
-        metrics.slots_total.labels("teacher").set(config.teacher.slots)
+        metrics.slots_total.labels("teacher").set(scorer.slots)
 
     def serve(self, until: float) -> None:
         """Score until `until` (monotonic seconds), the end of the run, or a stop."""
@@ -121,11 +122,11 @@ class TeacherWorker:
         if time.monotonic() >= self._claim_at:
             self._claim_at = time.monotonic() + self._config.liveness.heartbeat_s
             self._claim()
-        count = 1 if self._config.deterministic else max(1, self._config.teacher.slots)
+        count = 1 if self._config.deterministic else self._scorer.slots
         if not self._waiting:
             self._note(self._wait_for_own(count, block_s))
-        if not self._waiting and len(self._mine) < self._plane.shards:
-            # Idle: help with others' shards.
+        if not self._waiting and len(self._mine) < self._plane.shards and self._idle.idle_s > _HELP_AFTER_S:
+            # Others' chunks cost a rebuild of what came before them, here and with the next one over there.
             self._note(self._read(range(self._plane.shards), count, 0.0))
         work, self._waiting = self._waiting[:count], self._waiting[count:]
         if not work:
@@ -199,7 +200,10 @@ class TeacherWorker:
             return
         if self._config.deterministic:
             self._scorer.forget()  # a chunk by itself, from its prompt on: the same shapes whoever scores it, and when
+        before = self._scorer.rebuilt_tokens
         self._score_or_part(loaded)
+        metrics.rebuilt_tokens.inc(self._scorer.rebuilt_tokens - before)
+        metrics.slots_total.labels("teacher").set(self._scorer.slots)
         metrics.slots_busy.labels("teacher").set(self._scorer.held)
 
     def _next(self, work: list[_Work]) -> list[_Work]:
@@ -372,7 +376,7 @@ class TeacherWorker:
             self._latest[one.work.rid] = one.record
             if reply is ScoreAnswer.ENDED or one.tokens.finish:
                 self._drop(one.work.rid)
-        if len(self._latest) > 4 * self._config.teacher.slots:  # evicted since, and perhaps over
+        if len(self._latest) > 4 * self._scorer.slots:  # evicted since, and perhaps over
             self._latest = {rid: record for rid, record in self._latest.items() if self._scorer.cached(rid) >= 0}
 
     def _drop(self, rid: str) -> None:

@@ -80,6 +80,9 @@ chunk_score_seconds = _histogram("chunk_score_seconds", "Time to score one batch
 slots_busy = _gauge("slots_busy", "Slots of the engine in use", "role")
 slots_total = _gauge("slots_total", "Slots of the engine", "role")
 decode_tokens = _counter("decode_tokens_total", "Tokens through the engine", "role")
+rebuilt_tokens = _counter(
+    "rebuilt_tokens_total", "Tokens that a teacher forwarded again because its cache no longer held them"
+)
 engine_step_seconds = _histogram("engine_step_seconds", "Time of one engine step", _SECONDS, "role")
 policy_version = _gauge("policy_version", "Policy version in use", "role")
 claims = _counter("claims_total", "Entries taken over from a silent consumer", "stream")

@@ -1,10 +1,10 @@
 """The policies that may end a rollout early, by their name in `termination.policy`. No Redis, no clock, no torch.
 
 A policy is one class. Each instance judges one rollout: it is made from the settings and a `Situation`, and fed the
-rollout's divergences in order. A custom one is named by its file or its module; docs/policies.md shows how.
+rollout's tokens in order. A custom one is named by its file or its module; docs/policies.md shows how.
 
-Invariant: a verdict is a function of the settings, the situation and the divergences, in any chunking. All of these are
-recorded, so a replay of the record gives the same verdict.
+Invariant: a verdict is a function of the settings, the situation and the scored tokens, in any chunking. All of these
+are recorded, so a replay of the record gives the same verdict.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common.config import Config, ConfigError, Termination
 from common.draws import fraction
 from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut
+from common.wire.messages import Floats, Ints
 
 # A user's code may raise anything; it is reported as an error of that code. `sys.exit()` would otherwise end Katana
 # without a message.
@@ -60,8 +61,19 @@ class Progress:
     minima: MinimaBuffer
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredTokens:
+    """Consecutive tokens of one rollout, as a policy reads them.
+
+    ids: integers [n]. divergence: float32 [n], nats, at least 0.
+    """
+
+    ids: Ints
+    divergence: Floats
+
+
 class Policy(ABC):
-    """One rollout's policy. Write `__init__(self, settings, situation)` and `feed`."""
+    """One rollout's policy. Write `__init__(self, settings, situation)` and either `feed` or `feed_tokens`."""
 
     unit: ClassVar[str] = ""
     """Of `number`: "nats", "tokens" or nothing."""
@@ -71,12 +83,16 @@ class Policy(ABC):
     @abstractmethod
     def __init__(self, settings: Termination, situation: Situation) -> None: ...
 
-    @abstractmethod
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
         """Take the next divergences (float, [n], nats); return a Cut once, where it fires; the rest is ignored.
 
         A Cut's trigger is the number of tokens after which it fired: at most those fed, and the same in any chunking.
         """
+        raise NotImplementedError("a policy has `feed` or `feed_tokens`")
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        """Take the next tokens, as `feed` takes divergences; for a policy that reads more than the divergence."""
+        return self.feed(tokens.divergence)
 
     @classmethod
     def number(cls, settings: Termination, progress: Progress) -> float | None:
@@ -276,8 +292,11 @@ def find(name: str) -> type[Policy]:
         what = "has no such class" if found is None else "holds something else under that name"
         kind = "file" if file else "module"
         raise PolicyError(f"{name!r}: the {kind} {what}; allowed: a subclass of common.policies.Policy")
-    if missing := getattr(found, "__abstractmethods__", None):
-        raise PolicyError(f"{name!r}: the class lacks {', '.join(sorted(missing))}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if found.feed is Policy.feed and found.feed_tokens is Policy.feed_tokens:
+        missing.append("feed (or feed_tokens)")
+    if missing:
+        raise PolicyError(f"{name!r}: the class lacks {', '.join(missing)}")
     return found
 
 

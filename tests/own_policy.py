@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.config import Termination
-from common.policies import Policy, Situation
+from common.policies import Policy, ScoredTokens, Situation
 from common.termination import Cut
 
 
@@ -27,6 +27,21 @@ class Halved(Policy):
             self._low = self._low + 1 if value < 0.5 * self._sum / self._head else 0
             if self._low == self._patience:
                 return Cut(trigger=self._seen, keep=self._seen - self._patience, reason="halved")
+        return None
+
+
+class Marked(Policy):
+    """Reads the tokens: cuts in front of the first one that is `options.token`."""
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        self._token, self._seen = settings.options["token"], 0
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        (found,) = np.nonzero(tokens.ids == self._token)
+        if len(found):
+            self._seen += int(found[0]) + 1
+            return Cut(trigger=self._seen, keep=self._seen - 1, reason="marked")
+        self._seen += len(tokens.ids)
         return None
 
 

@@ -54,6 +54,7 @@ class Engines:
         return Scorer(
             model,
             slots=teacher.slots,
+            max_slots=teacher.max_slots,
             max_length=config.max_length,
             stop_ids=self.pair.stop_ids,
             vocab_size=self.pair.vocab_size,

@@ -100,6 +100,9 @@ class _Batch:
 class Scorer:
     """Scores chunks with a teacher that keeps up to `slots` rollouts in its cache.
 
+    A rollout that comes back after it was evicted shows that there are too few slots: their number is doubled, up to
+    `max_slots` and as far as memory allows.
+
     max_length: tokens of prompt and completion together. stop_ids: U. prefill_tokens: most tokens, padding
     included, that one forward takes. Raises UnsupportedModelError, ValueError.
     """
@@ -113,6 +116,7 @@ class Scorer:
         stop_ids: tuple[int, ...],
         vocab_size: int,
         prefill_tokens: int,
+        max_slots: int = 0,
     ) -> None:
         check_stop_ids(stop_ids, vocab_size)
         self._model = SlotModel(model, slots=slots, capacity=max_length)
@@ -123,7 +127,16 @@ class Scorer:
         self._cached = np.zeros(slots, dtype=np.int64)  # of these, forwarded
         self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
         self._slot: dict[str, int] = {}  # least recently used first
+        self._max_slots = max(slots, max_slots)
+        self._evicted: dict[str, None] = {}  # the last ones; which come back are rebuilt
+        self.rebuilt_tokens = 0
+        """Tokens forwarded in front of a chunk that is not the first, since its slot did not hold them."""
         self._unused = list(range(slots))
+
+    @property
+    def slots(self) -> int:
+        """How many there are now."""
+        return len(self._known)
 
     @property
     def held(self) -> int:
@@ -265,17 +278,44 @@ class Scorer:
         """
         slot = self._slot.get(run.key)
         if slot is None:
-            if not self._unused:
-                self.drop(next(iter(self._slot)))
+            returns = run.key in self._evicted
+            self._evicted.pop(run.key, None)
+            if not self._unused and not (returns and self._grow()):
+                self._evict()
             slot = self._slot[run.key] = self._unused.pop()
         shared = min(int(self._cached[slot]), len(run.text))
         differs = np.flatnonzero(self._text[slot, :shared] != run.text[:shared])
         common = int(differs[0]) if len(differs) else shared
         self._cached[slot] = min(common, run.begin - 1)
+        if run.requests[0][1].start:
+            self.rebuilt_tokens += run.begin - 1 - int(self._cached[slot])
         self._text[slot, : len(run.text)] = run.text
         self._known[slot] = len(run.text)
         self._prompt[slot] = len(run.requests[0][1].prompt)
         run.slot = slot
+
+    def _grow(self) -> bool:
+        """Twice as many slots. False where there may be no more."""
+        old, new = self.slots, min(2 * self.slots, self._max_slots)
+        if new == old or not self._model.grow(new):
+            self._max_slots = old  # asked once: what was refused is not asked for at every chunk
+            return False
+        added = new - old
+        self._text = np.concatenate([self._text, np.zeros((added, self._text.shape[1]), dtype=np.int64)])
+        self._known, self._cached, self._prompt = (
+            np.concatenate([counts, np.zeros(added, dtype=np.int64)])
+            for counts in (self._known, self._cached, self._prompt)
+        )
+        self._unused += range(old, new)
+        return True
+
+    def _evict(self) -> None:
+        """Free the slot that was used least recently: its rollout may be over."""
+        key = next(iter(self._slot))
+        self.drop(key)
+        self._evicted[key] = None
+        if len(self._evicted) > 4 * self._max_slots:
+            del self._evicted[next(iter(self._evicted))]
 
     def _batches(self, runs: list[_Run], goals: IntArray) -> Iterator[_Batch]:
         """Forwards that bring each run's slot up to `goals` tokens; each counts once the next is asked for."""

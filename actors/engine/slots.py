@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from actors.engine.head import widen_head
+from actors.engine.memory import free_bytes
+from common.failing import out_of_memory
 from common.pretrained import ModelError, unfit
 
 IntArray = NDArray[np.int64]
@@ -120,6 +122,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             for stored in held:
                 stored[rows] = 0
 
+    def resize(self, slots: int) -> None:
+        """Keep the first `slots`, or add empty ones."""
+        if self.keys is not None:
+            self.keys, self.values = (_resized(stored, slots) for stored in (self.keys, self.values))
+        self._slots = slots
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot; 0 before the first forward."""
+        return 0 if self.keys is None else 2 * self.keys[0].nbytes
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length, 0
 
@@ -128,6 +141,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_max_length(self) -> int:
         return self._capacity
+
+
+def _resized(stored: Any, slots: int) -> Tensor:
+    if slots <= len(stored):
+        kept: Tensor = stored[:slots]
+        return kept
+    grown: Tensor = stored.new_zeros(slots, *stored.shape[1:])
+    grown[: len(stored)] = stored
+    return grown
 
 
 class SlotCache(Cache):
@@ -147,6 +169,14 @@ class SlotCache(Cache):
     def clear(self, rows: Tensor) -> None:
         for layer in self._slot_layers:
             layer.clear(rows)
+
+    def resize(self, slots: int) -> None:
+        for layer in self._slot_layers:
+            layer.resize(slots)
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(layer.slot_bytes for layer in self._slot_layers)
 
 
 class SlotModel:
@@ -216,6 +246,25 @@ class SlotModel:
     def clear(self, rows: IntArray) -> None:
         """Forget what slots hold, to the last number: what is not finite there would reach whoever comes next."""
         self._cache.clear(self._send(rows))
+
+    @torch.inference_mode()
+    def grow(self, slots: int) -> bool:
+        """Add empty slots until there are so many; what the others hold stays.
+
+        False, and nothing has changed, where they would take more than a quarter of the memory that is free.
+        """
+        free = free_bytes(self.device)
+        if free is None or 4 * (slots - self.slots) * self._cache.slot_bytes > free:
+            return False
+        try:
+            self._cache.resize(slots)
+        except Exception as error:
+            self._cache.resize(self.slots)
+            if not out_of_memory(error):
+                raise
+            return False
+        self.slots = slots
+        return True
 
     def _send(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -53,7 +53,14 @@ class Teacher(Section):
         1, ge=1, json_schema_extra=_RESUMABLE, description="Teacher workers that `katana run` starts on this machine."
     )
     slots: int = Field(
-        32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts whose KV cache a teacher worker keeps."
+        32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts whose KV cache a teacher worker keeps at first."
+    )
+    max_slots: int = Field(
+        256,
+        ge=1,
+        json_schema_extra=_RESUMABLE,
+        description="Most of them: when rollouts come back whose cache was dropped, a worker doubles its slots while a "
+        "quarter of the free memory holds the new ones.",
     )
     prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one forward pass.")
 

@@ -34,7 +34,7 @@ class _NoEngine:
     """Stands for a decoder and a scorer that nobody gives work."""
 
     busy: tuple[str, ...] = ()
-    held = decoded_tokens = 0
+    slots = held = decoded_tokens = rebuilt_tokens = 0
 
     def swap(self, state: Any) -> None:
         pass

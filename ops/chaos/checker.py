@@ -310,7 +310,7 @@ def _replay(trace: Trace, config: Config) -> _Rule:
         return _Rule(trigger, keep, "kl_high" if policy.looks_high else "kl_trap", _signed(minimum, sign), doubt)
     seed = rollout_seed(config.seed, number_of(trace.rid))
     judge = policy(settings, policies.Situation(trace.threshold, seed, config.rollout.max_completion_length))
-    fired = judge.feed(trace.divergence)
+    fired = judge.feed_tokens(policies.ScoredTokens(trace.tokens, trace.divergence))
     _, _, minimum, doubt = _kat(sign * trace.divergence, settings, None)
     minimum = judge.min_window if stopped and isinstance(judge, Kat) else _signed(minimum, sign)
     if fired is None:

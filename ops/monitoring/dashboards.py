@@ -329,6 +329,17 @@ _FLOW = Row(
             (Query(rate("decode_tokens_total", "role"), "{{role}}"),),
         ),
         Panel(
+            "Tokens that teachers read twice",
+            "Share of the tokens scored that were forwarded again, as the cache no longer held them: more rollouts in "
+            "flight than the teachers have slots. Raise teacher.max_slots, or start another teacher.",
+            "percentunit",
+            (
+                Query(
+                    f"{rate('rebuilt_tokens_total')} / {rate('decode_tokens_total', role='teacher')}", "forwarded again"
+                ),
+            ),
+        ),
+        Panel(
             "Slots in use",
             "Share of an engine's slots that hold a rollout.",
             "percentunit",

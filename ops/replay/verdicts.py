@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from common import policies
 from common.config import ConfigError, Termination
-from common.policies import Progress, Situation
+from common.policies import Progress, ScoredTokens, Situation
 from common.termination import Cut, MinimaBuffer
 from common.wire.messages import Floats
 from ops.replay.record import Record, Rollout
@@ -174,7 +174,8 @@ class Replay:
         if policy in _KAT:
             return None if number is None else windows.cut(number, settings.patience)
         limit = self._record.config.rollout.max_completion_length
-        return _checked(policy(settings, Situation(number, rollout.seed, limit)).feed(rollout.divergence), rollout)
+        judge = policy(settings, Situation(number, rollout.seed, limit))
+        return _checked(judge.feed_tokens(ScoredTokens(rollout.tokens, rollout.divergence)), rollout)
 
     def _windows_of(self, settings: Termination) -> Sequence[Windows]:
         """Of one shape at a time: those of a long run take as much memory as its traces, four times over."""

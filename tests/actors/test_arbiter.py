@@ -341,6 +341,7 @@ POLICIES = {
     "kat_absolute": (LOW, {"floor_nats": 0.25}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
+    "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1, 2, …
     "own_policy:Summed": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "summed")),  # numpy's integers
 }
 

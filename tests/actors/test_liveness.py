@@ -48,7 +48,7 @@ class _NoClock:
 class SlowScorer:
     """A scorer of no model: it takes its time over its first batch."""
 
-    held = 0
+    held, slots, rebuilt_tokens = 0, 32, 0
 
     def __init__(self, sleeps_s: float) -> None:
         self.sleeps_s, self.asked = sleeps_s, 0
@@ -238,6 +238,20 @@ def test_an_idle_teacher_without_a_shard_waits_and_a_shard_of_its_own_ends_that(
         assert turns <= 1.0 / 0.05 + 2, "it waits at least 50 ms between two looks"
         one._roster.names, one._roster.revision = ["t1"], b"8"
         until(lambda: len(one._mine) == run.plane.shards)
+
+
+@pytest.mark.parametrize(("help_after_s", "takes_it"), [(60.0, False), (0.0, True)])
+def test_chunks_of_others_are_taken_by_a_teacher_that_has_been_idle_for_a_while(
+    run: Run, monkeypatch: pytest.MonkeyPatch, help_after_s: float, takes_it: bool
+) -> None:
+    monkeypatch.setattr("actors.teacher._HELP_AFTER_S", help_after_s)
+    run.admit("r1")
+    run.take("w", "n1")
+    run.chunk("r1", "n1")
+    one = teacher(run, "t1", SlowScorer(0.0))
+    one._roster.names, one._roster.revision = ["another"], b"7"
+    assert [one.step(block_s=0.01) for _ in range(3)] == [takes_it, False, False]
+    assert run.field("r1", "scored") == (b"1" if takes_it else b"0")
 
 
 def test_an_idle_worker_asks_ever_less_and_finds_what_comes(run: Run) -> None:

@@ -16,7 +16,7 @@ from samples import Run, fenced
 from shipped_engines import decoder_of, load_shipped
 from transformers import PreTrainedModel
 
-from actors.blame import EngineBroken
+from actors.blame import Blame, EngineBroken
 from actors.engine.decode import Decoder
 from actors.rollout import RolloutWorker
 from common.wire.weights import publish
@@ -109,6 +109,20 @@ def test_what_cannot_be_written_is_dead_after_three_attempts_and_its_neighbours_
     assert [run.field(rid, "verdict") for rid in wrong] == [b"dead"] * len(wrong)
     assert all(run.field(rid, "finish") for rid in RIDS if rid not in wrong)
     assert run.pending("prompts") == 0
+
+
+def test_rollouts_known_to_be_at_fault_do_not_make_it_the_engine_when_nothing_else_is_left() -> None:
+    proofs: list[str] = []
+    blame = Blame(lambda: proofs.append("proved"), deed="written", model="student")
+    error = RuntimeError("no kernel image is available")
+    for rid in RIDS[:4]:
+        blame.of(rid, error)
+    blame.succeeded()
+    for rid in [*RIDS[:4], *RIDS[4:8]] * 3:  # four that are known, and four that are not
+        blame.of(rid, error)
+    assert len(proofs) == 28
+    with pytest.raises(EngineBroken, match="5 rollouts in a row cannot be written, the last: RuntimeError: no kernel"):
+        blame.of("r9", error)
 
 
 def test_neighbours_of_what_cannot_be_written_are_written_as_they_would_have_been(

@@ -50,6 +50,8 @@ from actors.engine.decode import ClosedChunk, Decoder
 from actors.engine.outcomes import uniforms
 from actors.engine.score import Scored, Scorer, ScoreRequest
 from actors.engine.slots import (
+    SlotCache,
+    SlotLayer,
     SlotModel,
     UnsupportedModelError,
     check_full_attention,
@@ -885,6 +887,76 @@ def test_an_evicted_rollout_is_rebuilt_from_its_prefix(teacher: PreTrainedModel)
     assert engine.cached("b") == 6  # nothing was done
     check(teacher, engine, [request("a", 6, 9, prefix=True)])
     assert [engine.cached(key) for key in "abc"] == [9, -1, 6]
+
+
+def in_turn(model: PreTrainedModel, engine: Scorer, keys: str, rounds: int = 6) -> None:
+    """Rollouts that advance in turn, five tokens at a time, each asked as a teacher worker asks."""
+    for start in range(0, 5 * rounds, 5):
+        for key in keys:
+            prefix = engine.cached(key) != start
+            check(model, engine, [request(key, start, start + 5, prefix=prefix)])
+
+
+def test_slots_are_added_when_rollouts_come_back_that_were_evicted(teacher: PreTrainedModel) -> None:
+    engine = scorer(teacher, max_slots=7)
+    in_turn(teacher, engine, "abcde")
+    assert (engine.slots, engine.held) == (7, 5)
+    # Of the second round a, b and c, which the third, fourth and fifth rollout had evicted: each its prompt, and 4 of
+    # the 5 tokens in front of the chunk, as the last one is forwarded with the chunk. Nothing after that.
+    rebuilt = engine.rebuilt_tokens
+    assert 0 < rebuilt <= 5 * (9 + 4)
+    engine.score([request("f", 0, 5)])
+    assert (engine.slots, engine.rebuilt_tokens) == (7, rebuilt)
+
+
+def test_no_slot_is_added_for_rollouts_that_do_not_come_back(teacher: PreTrainedModel) -> None:
+    engine = scorer(teacher, max_slots=8)
+    for key in "abcdefgh":
+        engine.score([request(key, 0, 5)])
+    assert (engine.slots, engine.rebuilt_tokens) == (2, 0)
+
+
+@pytest.mark.parametrize("free", [0, None])
+def test_no_slot_is_added_where_memory_is_short(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, free: int | None
+) -> None:
+    asked = []
+    monkeypatch.setattr("actors.engine.slots.free_bytes", lambda device: asked.append(device) or free)
+    engine = scorer(teacher, max_slots=8)
+    in_turn(teacher, engine, "abc")
+    assert (engine.slots, len(asked)) == (2, 1)  # and it is not asked for again
+    assert engine.rebuilt_tokens > 0
+
+
+def test_an_allocation_that_fails_leaves_the_slots_as_they_were(
+    teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize, calls = SlotLayer.resize, []
+
+    def failing(layer: SlotLayer, slots: int) -> None:
+        calls.append(slots)
+        if len(calls) == 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        resize(layer, slots)
+
+    monkeypatch.setattr(SlotLayer, "resize", failing)
+    engine = scorer(teacher, max_slots=8)
+    in_turn(teacher, engine, "abc")
+    assert engine.slots == 2
+    assert calls[:2] == [4, 4] and set(calls[2:]) == {2}
+
+
+def test_an_error_that_is_not_about_memory_is_raised(teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = scorer(teacher, max_slots=8)
+    in_turn(teacher, engine, "abc", rounds=1)
+
+    def failing(cache: SlotCache, slots: int) -> None:
+        if slots > 2:
+            raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(SlotCache, "resize", failing)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        engine.score([request("a", 5, 9, prefix=True)])
 
 
 def test_the_least_recently_scored_is_evicted(teacher: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from samples import Run, make_config, make_verdict
 from actors.books import line_of, unjudged_line
 from common.config import Config, Termination
 from common.runfiles.records import Trace
-from common.termination import FixedLength, kat_verdict
+from common.termination import kat_verdict
 from common.wire.messages import row_digest
 from ops.chaos.checker import Allowed, Counts, _kat, check_folder, check_redis, count_folder
 
@@ -712,28 +712,34 @@ def test_windows_by_numpy_are_the_rule_on_the_shared_cases() -> None:
         assert minimum == pytest.approx(case["min_window"], abs=max(doubt, 1e-12))
 
 
-@pytest.mark.parametrize(("policy", "tokens"), [("none", 6), ("fixed", 6), ("fixed", 16)])
+@pytest.mark.parametrize(
+    ("policy", "tokens"),
+    [("none", 6), ("fixed", 6), ("fixed", 16), ("own_policy:Marked", 6), ("own_policy:Marked", 16)],
+)
 def test_other_policies_are_replayed_too(honest: Folder, policy: str, tokens: int) -> None:
     """Rollout 1, and no other, judged by another policy on its 16 tokens."""
     config = make_config(
         Path(honest.config.runs_dir),
-        termination={"policy": policy, "fixed_tokens": tokens},
+        # The ids are 0, 1, …: the mark cuts in front of the token after those that are kept.
+        termination={"policy": policy, "fixed_tokens": tokens, "options": {"token": tokens}},
         learner={"max_staleness": 4},
     )
     folder = Folder(config)
     folder.trained = [{"step": 1, "policy_version": 1, "rids": [], "tokens": [], "digests": []}]
     add(folder, ending="trained", divergence=AGREED, threshold=None, step=1)
     folder.count()
-    fired = FixedLength(tokens).feed(np.ones(16, np.float32)) if policy == "fixed" else None
-    assert names(folder) == ({"verdict_replayed"} if fired else set())
-    if fired:
-        folder.trace(0).update(trigger=tokens, keep=tokens, train=tokens, cut=True, finish_reason="fixed")
+    trigger = {"none": 99, "fixed": tokens}.get(policy, tokens + 1)
+    assert names(folder) == ({"verdict_replayed"} if trigger < 16 else set())
+    if trigger < 16:
+        reason = policy if policy == "fixed" else "marked"
+        folder.trace(0).update(trigger=trigger, keep=tokens, train=tokens, cut=True, finish_reason=reason)
         folder.line(0).update(
-            finish_reason="fixed",
+            finish_reason=reason,
             tokens_kept=tokens,
             tokens_trained=tokens,
             tokens_trainable=tokens,
-            tokens_overshoot=folder.line(0)["tokens_generated"] - tokens,
+            tokens_detection=trigger - tokens,
+            tokens_overshoot=folder.line(0)["tokens_generated"] - trigger,
         )
         folder.trained[0].update(tokens=[tokens], digests=[row_digest(np.arange(tokens, dtype=np.int32))])
         folder.count()
