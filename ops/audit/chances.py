@@ -92,12 +92,12 @@ def rows_of(cuts: Sequence[Audited], seed: int) -> list[Row]:
 
 def _row(kind: str, cuts: Sequence[Audited], seed: int) -> Row:
     found = [(one.right["keep"], one) for one in cuts]
-    told = [(float(share > 0), one.record.problem) for share, one in found if share is not None]
+    judged = [(float(share > 0), one.record.problem) for share, one in found if share is not None]
     return Row(
         kind=kind,
         cuts=len(cuts),
         chances={source: _chance_of(cuts, source, seed) for source in SOURCES},
-        recoverable=chance([value for value, _ in told], [prompt for _, prompt in told], seed=seed),
+        recoverable=chance([value for value, _ in judged], [prompt for _, prompt in judged], seed=seed),
         kept_against_uncut=_difference(cuts, "keep", "uncut_keep", seed),
         trigger_against_uncut=_difference(cuts, "trigger", "uncut_trigger", seed),
     )

@@ -75,10 +75,10 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
 
 
 def _records(run: Run) -> list[Record]:
-    """Raises ConfigError where there is nothing that could be continued, or nobody to judge it."""
+    """Raises ConfigError if nothing can be continued, or there is no verifier."""
     data, traces = run.config.data, run.folder / TRACES
     if data.task == "dataset" and data.verifier == "none":
-        raise ConfigError(f"{run.folder}: data.verifier is none, so nobody can judge continuations; allowed: any other")
+        raise ConfigError(f"{run.folder}: data.verifier is none, so continuations cannot be judged; allowed: any other")
     if not traces.is_file():
         why = "it is on: has anything ended yet?" if run.config.feeder.record_traces else "it was off in this run"
         raise ConfigError(f"{run.folder}: no traces.jsonl, which feeder.record_traces makes ({why})")

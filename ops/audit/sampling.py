@@ -27,7 +27,7 @@ _TOLD_EVERY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model that writes on. `file`: weights to put into the model of `folder`; None: its own. `name`: to be told."""
+    """A model that continues prefixes. `file`: weights for the model of `folder`; None: its own. `name`: shown."""
 
     folder: Path
     file: Path | None
@@ -81,7 +81,7 @@ def make_decoder(config: Config, pair: Pair, weights: Weights, *, dtype: str, de
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A text to be written on: the prompt of `problem` and `tokens` int32 [n] behind it. `name`: what its draws depend
+    """A text to be continued: the prompt of `problem` and `tokens` int32 [n] after it. `name`: what its draws depend
     on, besides the seed."""
 
     name: str
@@ -156,5 +156,5 @@ def continue_all(
 
 
 def _share(verdicts: Sequence[bool | None]) -> float | None:
-    told = [verdict for verdict in verdicts if verdict is not None]
-    return sum(told) / len(told) if told else None
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    return sum(judged) / len(judged) if judged else None

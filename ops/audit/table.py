@@ -12,7 +12,7 @@ from typing import Any
 from ops.audit.chances import SOURCES, Audited, Chance, Row
 from ops.stats.intervals import FEW_PROMPTS
 
-"""Below so many prompts an interval by bootstrap is too narrow, and this is said."""
+"""Below so many prompts an interval by bootstrap is too narrow, which is noted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ def text_of(audit: Audit) -> str:
     cells = _cells(audit)
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    said = [fill(line, 118, subsequent_indent="  ") for line in (*_legend(audit), *sentences(audit))]
-    return "\n".join(["P(correct) in %, with 95 % intervals", *lines, "", *said])
+    notes = [fill(line, 118, subsequent_indent="  ") for line in (*_legend(audit), *sentences(audit))]
+    return "\n".join(["P(correct) in %, with 95 % intervals", *lines, "", *notes])
 
 
 def markdown_of(audit: Audit) -> str:
@@ -110,7 +110,7 @@ def _legend(audit: Audit) -> list[str]:
     shared = sum(cut.problem == uncut.problem for cut, uncut in pairs)
     return [
         *meanings,
-        f"uncut rollouts: {shared} of {len(pairs)} are of the cut one's prompt; a difference may be one of prompts",
+        f"uncut rollouts: {shared} of {len(pairs)} have the cut one's prompt; a difference may come from the prompts",
         made,
         f"student: {audit.student}; the cut rollouts were begun by versions {first} to {last}; teacher: "
         f"{audit.teacher}",
@@ -147,7 +147,7 @@ def _wide(found: Chance | None) -> str:
 
 def _against(where: str, found: Chance | None) -> str:
     if found is None:
-        return f"{where} no uncut rollout was left to compare with: nothing says what these chances are worth."
+        return f"{where} no uncut rollout was left to compare with: these chances cannot be compared."
     points = f"{100 * found.mean:+.0f} points (95 % interval {100 * found.low:+.0f} to {100 * found.high:+.0f})"
     word = "no clear difference" if found.low <= 0 <= found.high else "better" if found.low > 0 else "worse"
     return f"{where}, cut against uncut rollouts: {points} over {found.rollouts} pairs, {word}."

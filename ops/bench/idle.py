@@ -31,7 +31,7 @@ _A_PROCESS = 200  # workers of one process: more would wait for its interpreter
 
 
 class _NoEngine:
-    """Stands for a decoder and a scorer that nobody gives work."""
+    """Replaces a decoder and a scorer that get no work."""
 
     busy: tuple[str, ...] = ()
     slots = held = decoded_tokens = rebuilt_tokens = 0

@@ -41,7 +41,7 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a line of metrics.jsonl says of the same step."""
+    """The line of metrics.jsonl for the same step."""
 
     step: int
     policy_version: int
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(slots=True)
 class Records:
-    """A run's files, as far as they can be read; `broken` says what cannot."""
+    """A run's files, as far as they can be read; `broken` names the rest."""
 
     config: Config | None = None
     ledger: dict[str, int] | None = None  # by ledger field, with `admitted` and `open`
@@ -108,7 +108,7 @@ def read_records(folder: Path, *names: str) -> Records:
 
 def _typed(value: Any, wanted: type[T], name: str) -> T:
     if type(value) is not wanted:
-        raise ValueError(f"{name}: {value!r:.40} is no {wanted.__name__}")
+        raise ValueError(f"{name}: {value!r:.40} is not {wanted.__name__}")
     return value
 
 

@@ -62,10 +62,10 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
         config.run_dir / "soak.json",
         {"kills": kills, "memory": list(map(str, verdicts)), "violations": [asdict(one) for one in violations]},
     )
-    untold = [verdict.role for verdict in verdicts if verdict.word == CANNOT_TELL]
+    unknown = [verdict.role for verdict in verdicts if verdict.word == CANNOT_TELL]
     print(
         f"{minutes:g} minutes, {len(kills)} processes ended: {len(violations)} violations"
-        + (f"; cannot tell whether memory grows: {', '.join(untold)}" if untold else "")
+        + (f"; cannot tell whether memory grows: {', '.join(unknown)}" if unknown else "")
     )
     for violation in violations[:50]:
         print(f"violation: {violation.statement}: {violation.rid} {violation.detail}", file=sys.stderr)

@@ -99,7 +99,7 @@ def _hold(folder: Path) -> IO[str]:
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made or written to ({error.strerror}); look at runs_dir") from error
     except ConfigError as error:
-        raise ConfigError(f"{folder}: another `katana compare` is at work in this folder") from error
+        raise ConfigError(f"{folder}: another `katana compare` is running in this folder") from error
 
 
 def report(folder: Path) -> int:

@@ -204,7 +204,7 @@ def _mean(lines: Iterable[BookLine], name: str) -> float | None:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A row a cell, done or not, with all digits; empty where there is no number."""
+    """One row per cell, done or not, with all digits; empty if there is no number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "seed", "state", "policy", "k", "problems", "evaluated_step", *FIGURES])

@@ -6,11 +6,11 @@ From a finished run of KAT comes the hazard of a cut at each position t:
 
 Under one scale on all hazards and one number of cut tokens, the means of what is generated and of what is kept follow
 exactly from the lengths of rollouts that nothing stops; both numbers are chosen so that the means agree with KAT's.
-Shuffling KAT's cut lengths instead would put many behind the end of the rollout that they are dealt to.
+Shuffling KAT's cut lengths instead would put many after the end of the rollout that they are assigned to.
 
 How long rollouts are that nothing stops is known from the control arm at first, which is small, and whose student
 learned under another policy. The run that was made from it knows more: its cuts were drawn by chance, so each of its
-rollouts tells that it was at least as long as it got (`uncut_lengths`). From these the two numbers are corrected.
+rollouts gives a lower bound of its length (`uncut_lengths`). From these the two numbers are corrected.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Arm:
 
     @property
     def overshoot(self) -> float:
-        """Mean tokens that were written behind a trigger."""
+        """Mean tokens that were written after a trigger."""
         return float((self.generated - self.seen)[self.cut].mean()) if self.cut.any() else 0.0
 
 
@@ -169,7 +169,7 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
 def compare(folder: Path, other: Path) -> tuple[str, bool]:
     """The realised means of two runs' treated rollouts, in words, and whether they agree within 2 %."""
     for run in (folder, other):
-        _config(run)  # a folder that is no run's is named as such
+        _config(run)  # an error for a folder that is not a run's
     (one, _), (two, _) = _arms(folder), _arms(other)
     return _realised(one, two), agree(one.means, two.means)
 
@@ -234,9 +234,9 @@ def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
 
 
 def _config(folder: Path) -> Config:
-    """The config of a run. Raises ConfigError, also where the folder is no run's."""
+    """The config of a run. Raises ConfigError, also if the folder is not a run's."""
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
+        raise ConfigError(f"{folder}: not a run's folder (no config.yaml); expected one like runs/demo")
     return load(folder / CONFIG)
 
 
@@ -257,7 +257,7 @@ def _arms(folder: Path) -> tuple[Arm, Arm]:
 def _check_finished(folder: Path) -> None:
     """What is still being written when a run is looked at is longer than what has ended."""
     if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder}: not finished, there is no summary.json; go on with `katana run … --resume`")
+        raise ConfigError(f"{folder}: not finished (no summary.json); resume it with `katana run … --resume`")
     left = read_json(folder / SUMMARY)["ledger"].get("open", 0)
     if left:
         raise ConfigError(f"{folder}: not finished, {left} rollouts are open; go on with `katana run … --resume`")

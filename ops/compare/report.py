@@ -87,7 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def all_tables(comparison: Comparison) -> list[Table]:
-    """What is said of a comparison, in order."""
+    """The sections of a comparison, in order."""
     tables = [_results(comparison), _cutting(comparison), _left_out(comparison), _drift(comparison)]
     tables += [_pairs(comparison, one) for one in REFERENCES if comparison.of(one) and len(comparison.labels) > 1]
     if comparison.matches:
@@ -116,7 +116,7 @@ def _results(comparison: Comparison) -> Table:
 
 def _cutting(comparison: Comparison) -> Table:
     notes = [
-        "Tokens of a run: detection from the cut to the trigger, overshoot behind it. Mean tokens a rollout: length of "
+        "Tokens of a run: detection from the cut to the trigger, overshoot after it. Mean tokens a rollout: length of "
         "all finished ones; treated and control of those that could have been cut; kept of these treated ones; "
         "saving = 1 - treated / control."
     ]
@@ -211,7 +211,7 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
     stated = sum(row[-1] in VERDICTS for row in rows)
     notes = [
         f"Row minus `{reference}`, seed by seed. The words go by the t interval: `no difference seen` where it holds "
-        f"0, which does not say that there is none; below {FEWEST_SEEDS} seeds nothing is called. The bootstrap "
+        f"0, which does not mean that there is none; below {FEWEST_SEEDS} seeds there is no verdict. The bootstrap "
         f"resamples seeds alone, as evaluations do not record their problems one by one; with few seeds it is too "
         f"narrow (with 5 it covers about 83 % and not 95 %).",
     ]
@@ -227,13 +227,17 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
 
 
 def _unmatched(comparison: Comparison) -> list[str]:
-    """A note on the seeds whose random_matched is no matched control."""
+    """A note on the seeds whose random_matched is not a matched control."""
     agree = {seed: agreed for seed, _, agreed in comparison.matches}
     apart = [str(seed) for seed in comparison.grid.seeds if agree.get(seed) is False]
     unknown = [str(result.cell.seed) for result in comparison.of(MATCHED) if agree.get(result.cell.seed) is None]
-    said = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
-    said += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
-    return [f"{'; '.join(said)}. There `{MATCHED}` is no matched control, and these seeds count above."] if said else []
+    notes = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
+    notes += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
+    return (
+        [f"{'; '.join(notes)}. There `{MATCHED}` is not a matched control, and these seeds count above."]
+        if notes
+        else []
+    )
 
 
 def _pair(found: Paired, figure: Figure) -> list[str]:
@@ -253,19 +257,19 @@ def _range(low: float | None, high: float | None, figure: Figure) -> str:
 
 
 def _matches(comparison: Comparison) -> Table:
-    said = {True: "within 2 %", False: "NOT within 2 %", None: "no means"}
-    rows = [[str(seed), said[agree], text] for seed, text, agree in comparison.matches]
+    words = {True: "within 2 %", False: "NOT within 2 %", None: "no means"}
+    rows = [[str(seed), words[agree], text] for seed, text, agree in comparison.matches]
     notes = [
         f"Realised means of treated rollouts that could have been cut: `{MATCHED_TO}`, then `{MATCHED}` of the same "
-        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is no matched control of that seed. What is "
-        f"compared above are means over seeds; the last line says how well these agree.",
+        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is not a matched control of that seed. "
+        f"Compared above are means over seeds; the last line shows how well these agree.",
     ]
     apart = {name: _apart(comparison, figure) for name, figure in _MATCHED_FIGURES.items()}
     known = {name: one for name, one in apart.items() if one is not None}
     if len(comparison.matches) > 1 and len(known) == len(apart):
         agree = all(abs(one.mean) <= TOLERANCE for one in known.values())
         texts = [f"mean {name} {one.mean:+.1%} ± {one.half or 0:.1%}" for name, one in known.items()]
-        rows.append(["all", said[agree], ", ".join(texts)])
+        rows.append(["all", words[agree], ", ".join(texts)])
     return Table(f"Was {MATCHED} matched?", ["seed", "agree", "realised means"], rows, notes, frozenset({0, 1, 2}))
 
 

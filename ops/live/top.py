@@ -26,7 +26,7 @@ _LATE_S = 60.0  # a loop that has not turned for this long is shown as trouble, 
 
 
 def top(config: Config, source: Path, *, interval_s: float, once: bool, as_json: bool) -> int:
-    """Show the run until it has ended, or one snapshot: with `once`, or where nobody looks on (no terminal).
+    """Show the run until it has ended, or one snapshot: with `once`, or without a terminal.
 
     `source` is the file that the config was read from. With `as_json` a snapshot is a line of JSON. Speeds need two
     looks, so one snapshot takes `interval_s`. Raises ConfigError: there is nothing of such a run, or Redis refuses.
@@ -130,9 +130,9 @@ def _heading(snapshot: Snapshot) -> Text:
 
 
 def _troubles(snapshot: Snapshot) -> list[Text]:
-    if snapshot.state == "ended":  # then nobody need be there
-        told = "the run is over" + ("; what its folder holds is shown, Redis is not there" if snapshot.redis else "")
-        return [Text(told), *(Text(plain(line), "red") for line in snapshot.notes)]
+    if snapshot.state == "ended":  # then no role needs to be alive
+        state = "the run is over" + ("; shown from its folder, without Redis" if snapshot.redis else "")
+        return [Text(state), *(Text(plain(line), "red") for line in snapshot.notes)]
     lines = [f"redis: {snapshot.redis}"] if snapshot.redis else []
     lines += [f"metrics: {snapshot.metrics}"] if snapshot.metrics else []
     return [Text(plain(line), "red") for line in [*lines, *snapshot.notes]]

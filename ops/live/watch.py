@@ -135,19 +135,19 @@ class Watcher:
 def _follow(watcher: Watcher, show: Callable[[Reading], object]) -> Reading:
     """Show the rollout whenever more of it is known, until it has its verdict; a Redis that goes away is waited for."""
     shown: Reading | None = None
-    said = ""
+    waiting_for = ""
     while True:
         try:
             reading = watcher.read()
         except ConfigError:
             if shown is None or not watcher.away:
                 raise
-            if watcher.away != said:
+            if watcher.away != waiting_for:
                 print(f"waiting: {watcher.away}", file=sys.stderr)
-            said = watcher.away
+            waiting_for = watcher.away
             time.sleep(_REFRESH_S)
             continue
-        said = ""
+        waiting_for = ""
         if reading != shown:
             show(reading)
             shown = reading
@@ -158,7 +158,7 @@ def _follow(watcher: Watcher, show: Callable[[Reading], object]) -> Reading:
 
 def _follow_in_terminal(watcher: Watcher) -> None:
     console = Console()
-    if not console.is_terminal:  # whoever reads a file wants it whole, once
+    if not console.is_terminal:  # a file gets the whole text, once
         _print(_follow(watcher, lambda reading: None), as_json=False)
         return
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:

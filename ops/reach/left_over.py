@@ -1,4 +1,4 @@
-"""What the fault harness leaves of a run, and by which it is known: marks, and a folder beside the run's."""
+"""What the fault harness leaves of a run: marks by which it is recognised, and a folder beside the run's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _names(folder: Path, url: str) -> bool:
 
 
 def _answers(address: Path) -> bool:
-    """Whether anyone listens on a Unix socket. Whoever may not ask takes it that there is someone."""
+    """Whether a process listens on a Unix socket; True if this process may not connect."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(1.0)
         try:

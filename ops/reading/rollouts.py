@@ -22,14 +22,14 @@ from common.wire.record import divergence_field, tokens_field
 Decode = Callable[[Sequence[int]], str]
 PARTS = ("kept", "detection", "overshoot")
 _OPEN = "open"
-# What a decoder puts where bytes are no character (yet).
+# A decoder's replacement for bytes that are not a character (yet).
 _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 4  # tokens: a character has four bytes at most
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of a rollout. The texts of all of them, one behind the other, are the text of the whole."""
+    """A token of a rollout. The texts of all tokens, one after the other, are the text of the rollout."""
 
     text: str  # decoded by itself, special tokens by name; "" where the next ones complete its character
     divergence: float | None  # nats; None: not scored (written after the last score)
@@ -93,7 +93,7 @@ _DAMAGED = (OSError, ValueError, KeyError, TypeError)
 
 
 def find_tokenizer(config: Config, folder: Path) -> Any:
-    """The tokenizer that a run's rollouts are read with: that of the model it left behind, else the student's.
+    """The tokenizer that a run's rollouts are read with: that of its trained model, else the student's.
 
     `folder`: of the run. The model in it is the student's, and stays when the student's own folder is gone or changed.
     Raises ModelError where neither can be had.
@@ -121,7 +121,7 @@ class Words:
             self.missing = str(error)
         stops: list[int] = []
         models = [config.student.model]
-        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+        if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
             models.append(config.teacher.model)
         for model in models:
             with contextlib.suppress(ModelError, OSError):  # without it its stop is a token like any other
@@ -129,7 +129,7 @@ class Words:
         self.stop_ids = frozenset(stops)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids that the tokenizer does not know are told as ids."""
+        """Text of token ids; unknown ids are shown as ids."""
         known = len(self._tokenizer) if self._tokenizer is not None else 0
         runs = groupby(ids, key=lambda token: 0 <= token < known)
         return "".join(
@@ -145,9 +145,9 @@ def texts_of(ids: Sequence[int], decode: Decode) -> list[str]:
     text before it is taken, and an unfinished character belongs to the token that completes it.
     """
     texts: list[str] = []
-    # Decoded together: ids[anchor:begin], told already and there for what a decoder makes of a beginning, and what is
-    # not told yet. `told`: characters of this text that tokens were given.
-    anchor = begin = told = 0
+    # Decoded together: ids[anchor:begin], already emitted and kept as context for the decoder, and the ids after them.
+    # `emitted`: characters of this text that were assigned to tokens.
+    anchor = begin = emitted = 0
     for place in range(len(ids)):
         whole = decode(ids[anchor : place + 1])
         # Bytes that wait for more are shown as replacement characters at the end.
@@ -155,19 +155,19 @@ def texts_of(ids: Sequence[int], decode: Decode) -> list[str]:
         stuck = sure != whole and place - begin >= _LONGEST_WAIT
         if stuck:  # no character is that long: all but the last are what was written
             sure = whole[:-1]
-        texts.append(sure[told:])
-        told = max(told, len(sure))
+        texts.append(sure[emitted:])
+        emitted = max(emitted, len(sure))
         if sure == whole:
             anchor, begin = begin, place + 1
-            told = len(decode(ids[anchor:begin]))
+            emitted = len(decode(ids[anchor:begin]))
         elif stuck and (cut := _settled(ids, anchor, place, sure, decode)):
             anchor = begin = cut
-            told = 0
+            emitted = 0
     return texts
 
 
 def _settled(ids: Sequence[int], anchor: int, place: int, sure: str, decode: Decode) -> int | None:
-    """Where the tokens end whose text is `sure`; None where a token is in it and behind it."""
+    """Where the tokens end whose text is `sure`; None if a token crosses its end."""
     ends = range(place, place - _LONGEST_WAIT, -1)
     return next((end for end in ends if decode(ids[anchor:end]) == sure), None)
 
@@ -183,8 +183,8 @@ def tokens_of(
 ) -> list[Token]:
     """Every token with its text, its divergence in nats and its part.
 
-    Tokens 0 … keep-1 are kept, those up to `trigger` detection, all behind overshoot. `divergence` may be shorter than
-    `ids`: the rest is not scored.
+    Tokens 0 … keep-1 are kept, those up to `trigger` are detection, all after it overshoot. `divergence` may be shorter
+    than `ids`: the rest is not scored.
     """
     texts = texts_of(ids, decode)
     tokens = []
@@ -230,7 +230,7 @@ def reading_of_line(line: BookLine, config: Config) -> Reading:
 
 
 def _booked(line: BookLine, prompts: _Prompts) -> Reading:
-    """What a line of the books says."""
+    """The rollout of a line of the books."""
     return Reading(
         rid=line.rid,
         arm=line.arm,
@@ -280,7 +280,7 @@ def _reading_of(line: BookLine, trace: Trace, words: Words, prompts: _Prompts) -
 
 
 class _Prompts:
-    """Texts of training prompts. The task alone tells them; where it cannot be had here, there are none."""
+    """Texts of training prompts, from the task; none if the task cannot be loaded here."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         """`folder`: of the run."""
@@ -310,7 +310,7 @@ def reading_from_hash(
 ) -> Reading:
     """A rollout from its hash, whatever state it is in: being written, judged, dead.
 
-    What cannot be read is said in `notes`, and what stands behind it is left out. `rid` is for a hash whose head
+    Unreadable parts are reported in `notes`, and the text after them is left out. `rid` is for a hash whose head
     cannot be read.
     """
     notes: list[str] = []

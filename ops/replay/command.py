@@ -1,7 +1,7 @@
 """`katana replay`: what other settings would have cut of the rollouts that a run has on record. No model, no Redis.
 
 Replayed is what nothing could have stopped: the control arm; all rollouts of a run with `shadow`, `apply: mask` or
-`policy: none`. Of a rollout that was stopped nobody knows how it would have gone on.
+`policy: none`. How a stopped rollout would have continued is unknown.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _chosen(
         name = ", ".join(f"{key} {value}" for key, value in changes)
         if why := _unknowable(record, settings):
             # The reason begins with the key that it is about: a single change of that key needs no naming before it.
-            told = len(changes) == 1 and why.startswith(changes[0][0])
-            raise ConfigError(why if told else f"{name}: {why}")
+            named = len(changes) == 1 and why.startswith(changes[0][0])
+            raise ConfigError(why if named else f"{name}: {why}")
         chosen.append(Setting(name, changes, settings))
     return chosen
 

@@ -127,7 +127,7 @@ def _finish(axes: Any, drawn: Sequence[Point], title: str, key: str) -> None:
 
 
 def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
-    """Each name where it covers no other and no point; one for which there is no such place is left out."""
+    """Each name at a place where it covers no other and no point; names without such a place are left out."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     dots = axes.transData.transform([_at(point) for point in points])

@@ -128,7 +128,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
                 keep=trace.keep,
                 stopped=trace.stopped,
                 correct=line.correct,
-                known=min(known[place], place),  # a record of two clocks may say more
+                known=min(known[place], place),  # a record of two clocks may have more
                 version=step if config.deterministic else version,
                 step=step,
                 free=not bound,
@@ -142,7 +142,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
 
 def _config(folder: Path) -> Config:
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
+        raise ConfigError(f"{folder}: not a run's folder (no config.yaml); expected one like runs/demo")
     return load(folder / CONFIG)
 
 

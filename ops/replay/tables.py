@@ -52,7 +52,7 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
         parts.append(
             (
                 "left out",
-                f"{stopped:,} treated that were stopped: how they would have gone on is not known; {spared:,} treated "
+                f"{stopped:,} treated that were stopped: how they would have continued is unknown; {spared:,} treated "
                 f"that the policy spared: a selection",
             )
         )

@@ -86,7 +86,7 @@ def gold(text: str) -> str:
     return answer if "$" in bare or not (answer[:1] == answer[-1:] == "$") else bare.strip()
 
 
-def behind_thought(completion: str) -> str:
+def after_thought(completion: str) -> str:
     r"""The text after the last </think>, since a \boxed{} in a thought is not an answer; else the whole text."""
     rest = completion.rpartition(_THOUGHT)[2]
     return rest if rest.strip() else completion
@@ -97,9 +97,9 @@ def excerpt(completion: str) -> str:
 
     Only one box: math-verify reads several boxes as one set, and so "\boxed{3}, no, \boxed{4}" as wrong.
     """
-    said = behind_thought(completion)
-    boxed = last_boxed(said)
-    return (said if boxed is None else in_box(said[slice(*boxed)]))[-READ_CHARACTERS:]
+    answer = after_thought(completion)
+    boxed = last_boxed(answer)
+    return (answer if boxed is None else in_box(answer[slice(*boxed)]))[-READ_CHARACTERS:]
 
 
 def in_box(answer: str) -> str:
@@ -117,7 +117,7 @@ def in_box(answer: str) -> str:
     return f"\\boxed{{{_THIN_SPACE.sub('', text)}}}"
 
 
-class Nobody:
+class NoVerifier:
     """The verifier `none`."""
 
     def prepare(self) -> None:
@@ -134,7 +134,7 @@ class Exact:
         pass
 
     def verify(self, answer: str, completion: str) -> bool | None:
-        return gold(behind_thought(completion)) == gold(answer)
+        return gold(after_thought(completion)) == gold(answer)
 
 
 class MathVerify:
@@ -185,7 +185,7 @@ class MathVerify:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._judge.wait(timeout=1.0)
             code = self._judge.returncode
-            if code is None or code < 0:  # slow, or killed: by a lack of memory, say
+            if code is None or code < 0:  # slow, or killed: by a lack of memory, for example
                 raise
             self._give_up()
             raise ConfigError(
@@ -231,8 +231,8 @@ def _end(judge: subprocess.Popen[bytes]) -> None:
         judge.wait()
 
 
-VERIFIERS: dict[str, type[Nobody] | type[Exact] | type[MathVerify]] = {
-    "none": Nobody,
+VERIFIERS: dict[str, type[NoVerifier] | type[Exact] | type[MathVerify]] = {
+    "none": NoVerifier,
     "exact": Exact,
     "math-verify": MathVerify,
 }
@@ -246,7 +246,7 @@ def find_verifier(name: str) -> Verifier:
 
 def rehearse(verifier: Verifier) -> None:
     """One verdict with a known result. Raises ConfigError if the verifier does not give it."""
-    if isinstance(verifier, Nobody):
+    if isinstance(verifier, NoVerifier):
         return
     verdict = verifier.verify("1", "\\boxed{1}")
     if verdict is not True:

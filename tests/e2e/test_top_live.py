@@ -87,7 +87,7 @@ def check_over(config: Config, source: Path, capsys: Out) -> None:
     """What the folder tells is told: the saving of the summary, and every rollout as it was booked."""
     folder = config.run_dir
     seen = look(config, source, capsys)
-    assert "at rest" in seen["redis"]
+    assert "is stopped" in seen["redis"]
     assert not any(role["alive"] for role in seen["roles"])
     summary = json.loads((folder / "summary.json").read_text())
     assert seen["saving"]["ratio"] == summary["length_saving"]["ratio"]

@@ -160,7 +160,7 @@ def test_the_table_has_a_policy_in_every_row() -> None:
     assert len({line.count("|") for line in table}) == 1
     assert [line.split(" | ")[0] for line in table[2:]] == ["| kat"] * 3
     assert max(len(line) for line in printed.splitlines()) <= 120
-    assert "uncut rollouts: 0 of 2 are of the cut one's prompt" in printed
+    assert "uncut rollouts: 0 of 2 have the cut one's prompt" in printed
 
 
 def test_a_row_a_cut() -> None:

@@ -274,7 +274,7 @@ def test_another_comparison_at_work_is_named(
     (tmp_path / "grid").mkdir()
     with lock(tmp_path / "grid"):
         assert call() == 2
-    assert "another `katana compare` is at work in this folder" in capsys.readouterr().err
+    assert "another `katana compare` is running in this folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "grid").iterdir()] == [".lock"]
 
 
@@ -407,7 +407,7 @@ def test_another_config_is_refused_before_anything_runs(
     ("arguments", "options", "said"),
     [
         ((), {"policies": "none,katt"}, "the nearest is 'kat'"),
-        ((), {"seeds": "4-0"}, "'4-0' is no range of seeds"),
+        ((), {"seeds": "4-0"}, "'4-0' is not a range of seeds"),
         (("--budget", "tokens:many"), {}, "expected `steps`, or `tokens:N`"),
         (("--budget", "tokens:900", "--set", "learner.max_steps=3"), {}, "it is the tokens that end a run"),
         (("--variant", "short:learner.max_steps=3"), {}, "the budget is the same in all rows"),
@@ -424,7 +424,7 @@ def test_another_config_is_refused_before_anything_runs(
         (("--set", "termination.shadow=true"), {"policies": "random_matched"}, "needs policy kat, apply stop"),
         (("--set", "name=x/y"), {"name": ""}, "name"),
         ((), {"name": "taken"}, "is no comparison"),
-        (("--report-only",), {"name": "absent"}, "no comparison, there is no compare.json"),
+        (("--report-only",), {"name": "absent"}, "not a comparison (no compare.json in it)"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
@@ -529,7 +529,7 @@ def test_a_run_that_trained_on_a_sample_that_is_not_fair_is_named(
     ended = {one.split("] ")[1].split(":")[0]: one for one in out.splitlines() if ": done, " in one}
     named = [cell for cell, said in ended.items() if "WARNING" in said]
     assert named == ["none-s1"]
-    words = "stale (older than learner.max_staleness when its turn came): 7, 3.4% of them and the trained"
+    words = "stale (older than learner.max_staleness when the learner took it): 7, 3.4% of them and the trained"
     assert (
         f"WARNING: {words}. Mean tokens (± sd) against the trained: 192.0 ± 0.0 against 40.0 ± 0.0" in ended["none-s1"]
     )

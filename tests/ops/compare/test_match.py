@@ -290,7 +290,7 @@ def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_run_of_kat_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["match", str(tmp_path)]) == 2
-    assert "no run's folder" in capsys.readouterr().err
+    assert "not a run's folder" in capsys.readouterr().err
     for setting, told in (({"shadow": True}, "termination.shadow: true"), ({"apply": "mask"}, "apply: mask")):
         whole = play(kat_config(tmp_path, **setting), run=0, count=320)
         assert main(["match", str(whole)]) == 2
@@ -316,7 +316,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, open_rollouts: in
     folder, other = flat_run(tmp_path, [40] * 100), flat_run(tmp_path, [40] * 100, "other")
     if open_rollouts is None:
         (folder / "summary.json").unlink()
-        said = "there is no summary.json"
+        said = "no summary.json"
     else:
         (folder / "ledger.json").write_text(json.dumps({"open": open_rollouts}))
         write_summary(folder)

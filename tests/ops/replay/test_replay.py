@@ -414,7 +414,7 @@ def test_bad_settings_are_refused(tmp_path: Path, sets: list[str], sweeps: list[
 
 
 def test_a_folder_that_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run's folder"):
+    with pytest.raises(ConfigError, match="not a run's folder"):
         replay(tmp_path)
     folder = fill(tmp_path / "run", [{}, {}])
     with pytest.raises(ConfigError, match="no control rollout that ended unstopped"):

@@ -127,10 +127,10 @@ def test_a_password_that_is_wanted_is_said_of_either_server(
     locked = serve("--requirepass", "a-word") + "?db=0"
     code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={locked}")
     assert code == 2
-    assert f"error: redis.broker_url {locked!r}: Redis does not let the operator in" in told
+    assert f"error: redis.broker_url {locked!r}: Redis refuses the operator" in told
     code, told = checked(capsys, locked, f"redis.broker_url={embedded_redis.broker_url}")
     assert code == 2
-    assert f"error: redis.url {locked!r}: Redis does not let the operator in" in told
+    assert f"error: redis.url {locked!r}: Redis refuses the operator" in told
 
 
 def test_a_broker_that_evicts_is_said(
