@@ -15,12 +15,12 @@ from ops.audit.cuts import CLASSES, Record
 from ops.stats.intervals import RESAMPLES, interval, resampled_sums, unseen_share
 
 SOURCES = {
-    "keep": "the student, from what was kept",
-    "keep_teacher": "the teacher, from what was kept",
+    "keep": "the student, from the kept prefix",
+    "keep_teacher": "the teacher, from the kept prefix",
     "trigger": "the student, from the trigger: as if it had not been cut",
-    "whole": "cut rollouts that were written whole, by the student of that time",
-    "uncut_keep": "the student, from uncut rollouts, at the length that was kept",
-    "uncut_trigger": "the student, from uncut rollouts, at the length of the trigger",
+    "whole": "cut rollouts that were written to their end, by the student of that time",
+    "uncut_keep": "the student, from uncut rollouts, at the kept length",
+    "uncut_trigger": "the student, from uncut rollouts, at the trigger length",
 }
 """What P(correct) is measured from: name in files and tables → meaning."""
 ALL = "all cuts"

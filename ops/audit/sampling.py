@@ -1,4 +1,4 @@
-"""Writing prefixes on: many continuations of each, by the student or by the teacher, judged by the task's verifier."""
+"""Continuing prefixes: many continuations of each, by the student or by the teacher, judged by the task's verifier."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Weights:
 
 
 def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> Weights:
-    """The student that continues: `model` if given, else the one that the run left, else its newest weights.
+    """The student that continues: `model` if given, else the run's trained one, else its newest weights.
 
     Those that wrote the rollouts are gone. Raises ModelError, ConfigError.
     """
@@ -124,7 +124,7 @@ def continue_all(
 ) -> list[float | None]:
     """For each prefix the share of its `samples` continuations, each `limit` tokens at most in all, that are right.
 
-    A prefix that has ended, by STOP or at the limit, is judged as it is. None where the verifier cannot tell.
+    A prefix that has ended, by STOP or at the limit, is judged as it is. None without a verdict.
     """
     verdicts: list[list[bool | None]] = [[] for _ in prefixes]
     waiting: list[tuple[int, int]] = []

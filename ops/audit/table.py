@@ -17,7 +17,7 @@ from ops.stats.intervals import FEW_PROMPTS
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """An audit: of which run, how it was made, what it found. `fired`: cuts on record, of which `cuts` were looked at.
+    """An audit: the run, the settings, the results. `fired`: recorded cuts, of which `cuts` were audited.
 
     `applied`: stop, mask or shadow. `versions`: first and last policy version that began a cut rollout.
     """
@@ -123,19 +123,19 @@ def sentences(audit: Audit) -> list[str]:
     looked = f"{row.cuts} of {audit.fired} cuts" if row.cuts < audit.fired else f"all {row.cuts} cuts on record"
     kinds = ", ".join(f"{one.cuts} {one.kind}" for one in audit.rows[1:])
     found = [
-        f"Looked at {looked}: {kinds}.",
-        f"Cuts were recoverable by this student in {_wide(row.recoverable)}: of so many at least one of "
-        f"{audit.samples} continuations of what was kept was right.",
-        f"From what was kept the student came to the right answer in {_wide(row.chances['keep'])} of its "
+        f"Audited {looked}: {kinds}.",
+        f"Cuts were recoverable by this student in {_wide(row.recoverable)}: for these at least one of "
+        f"{audit.samples} continuations of the kept prefix was right.",
+        f"From the kept prefix the student reached the right answer in {_wide(row.chances['keep'])} of its "
         f"continuations, the teacher in {_wide(row.chances['keep_teacher'])}; from the trigger, as if it had not been "
         f"cut, the student in {_wide(row.chances['trigger'])}.",
-        _against("At the length that was kept", row.kept_against_uncut),
-        _against("At the length of the trigger", row.trigger_against_uncut),
+        _against("At the kept length", row.kept_against_uncut),
+        _against("At the trigger length", row.trigger_against_uncut),
     ]
     counted = (row.chances["keep"], row.trigger_against_uncut)
     prompts = min((one.prompts for one in counted if one is not None), default=0)
     if prompts < FEW_PROMPTS:
-        found.append(f"Only {prompts} prompts: intervals of so few are too narrow; conclude nothing from them.")
+        found.append(f"Only {prompts} prompts: their intervals are too narrow; conclude nothing from them.")
     return found
 
 
@@ -162,7 +162,7 @@ _UNCUT = ("uncut_rid", "uncut_problem", "uncut_version")
 
 
 def csv_of(audit: Audit) -> str:
-    """A row a cut. `correct_…`: shares of right continuations are from 0 to 1, empty where they are not to be had."""
+    """A row a cut. `correct_…`: shares of right continuations are from 0 to 1, empty if unavailable."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_ABOUT, *(f"correct_{source}" for source in SOURCES), *_UNCUT])

@@ -1,4 +1,4 @@
-"""What workers without work cost: the real loops and heartbeats of many on one Redis, with engines of no model."""
+"""The cost of workers without work: the real loops and heartbeats of many on one Redis, with engines of no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cells of a comparison came to, from their folders alone; and the same as CSV, a row a cell."""
+"""Results of a comparison's cells, from their folders alone; and the same as CSV, one row per cell."""
 
 from __future__ import annotations
 

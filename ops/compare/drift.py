@@ -9,7 +9,7 @@ from common.policies import POLICIES
 from common.runfiles.lines import Object
 
 GUARDS = ("threshold", "cut_rate_treated", "cut_rate_control", "repetition", "truncation_rate", "entropy")
-"""Figures of metrics.jsonl that move when training runs off with itself."""
+"""Figures of metrics.jsonl that move when training diverges."""
 _LEAST = 3  # steps: fewer cannot be divided into early and late
 
 

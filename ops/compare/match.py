@@ -134,7 +134,7 @@ def matched_config(folder: Path) -> tuple[Config, str]:
     if not _within(pair):
         text += (
             f"\nThe control arm is too small to promise {TOLERANCE:.0%}. When the run is done, compare it with "
-            f"--against; where it does not agree, --correct knows more."
+            f"--against; if they do not agree, use --correct."
         )
     return _with_rule(config, found.rule, f"{config.name[:56]}-matched", since), text
 
@@ -260,7 +260,7 @@ def _check_finished(folder: Path) -> None:
         raise ConfigError(f"{folder}: not finished (no summary.json); resume it with `katana run … --resume`")
     left = read_json(folder / SUMMARY)["ledger"].get("open", 0)
     if left:
-        raise ConfigError(f"{folder}: not finished, {left} rollouts are open; go on with `katana run … --resume`")
+        raise ConfigError(f"{folder}: not finished, {left} rollouts are open; resume it with `katana run … --resume`")
 
 
 def _compared(folder: Path) -> list[BookLine]:

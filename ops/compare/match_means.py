@@ -1,4 +1,4 @@
-"""What chance with given hazards comes to: means of `random_matched`, and the numbers that bring them to KAT's. Pure.
+"""Means of `random_matched` with given hazards, and the settings that match them to KAT's. Pure functions.
 
 A rollout that would be L tokens long without a cut, and whose drawn position is T, is cut if T ≤ L. The hazard gives
 the distribution of T, rollouts that nothing stops that of L; nothing is simulated.

@@ -1,4 +1,4 @@
-"""`katana watch`: one rollout, its text with the divergence of each token, the cut, and who wrote what.
+"""`katana watch`: one rollout, its text with the divergence of each token, the cut, and its writers.
 
 From Redis while its record is there, that is from its first chunk until it is booked; then from the run's folder.
 """
@@ -42,7 +42,8 @@ _REFRESH_S = 0.5
 def watch(config: Config, source: Path, rid: str, *, as_json: bool, follow: bool) -> int:
     """Show a rollout, by its id or its number; with `follow` again and again until it has its verdict.
 
-    `source` is the file that the config was read from. Raises ConfigError: no such rollout, or nowhere to look.
+    `source` is the file that the config was read from. Raises ConfigError: no such rollout, or no place to read it
+    from.
     """
     watcher = Watcher(config, source, _rid(rid))
     try:
@@ -78,7 +79,7 @@ class Watcher:
     def read(self) -> Reading:
         """Raises ConfigError when it is in neither place.
 
-        Redis first: a record is taken off when its line is on disk, so what is gone there is found in the books.
+        Redis first: a record is deleted when its line is on disk, so a rollout that is gone from Redis is in the books.
         """
         self.away, cursor = "", None
         try:
@@ -114,7 +115,7 @@ class Watcher:
         return replace(reading, chunks=audited_chunks(self._folder, self.rid))
 
     def _unknown(self, admitted: int) -> str:
-        """What there is instead."""
+        """The message for a rollout that was not found."""
         parts = [f"no rollout {self.rid} in run {self._config.name!r}"]
         if 0 <= number_of(self.rid) < admitted:
             parts.append(f"it was admitted and has ended, but is not in the books in {self._folder}")

@@ -88,7 +88,7 @@ class Reading:
 # --- tokens to text ---------------------------------------------------------------------------------------------------
 
 
-# What transformers raises for a tokenizer.json that is none.
+# Errors of transformers for an invalid tokenizer.json.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
 
 
@@ -96,7 +96,7 @@ def find_tokenizer(config: Config, folder: Path) -> Any:
     """The tokenizer that a run's rollouts are read with: that of its trained model, else the student's.
 
     `folder`: of the run. The model in it is the student's, and stays when the student's own folder is gone or changed.
-    Raises ModelError where neither can be had.
+    Raises ModelError if neither is available.
     """
     with contextlib.suppress(ModelError, *_DAMAGED):  # none there yet, or a damaged one
         return load_tokenizer(folder / "model")
@@ -107,7 +107,7 @@ def find_tokenizer(config: Config, folder: Path) -> Any:
 
 
 class Words:
-    """The run's tokenizer and its stop ids; where the tokenizer is not to be had here, token ids in ⟨⟩.
+    """The run's tokenizer and its stop ids; if the tokenizer is not available here, token ids in ⟨⟩.
 
     `folder`: of the run, if it is not where the config says.
     """
@@ -124,7 +124,7 @@ class Words:
         if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
             models.append(config.teacher.model)
         for model in models:
-            with contextlib.suppress(ModelError, OSError):  # without it its stop is a token like any other
+            with contextlib.suppress(ModelError, OSError):  # without it the teacher's stop is an ordinary token
                 stops += read_facts(find_model(model, weights=False)).stop_ids
         self.stop_ids = frozenset(stops)
 
@@ -224,7 +224,7 @@ def booked_line(folder: Path, rid: str) -> BookLine | None:
 
 
 def reading_of_line(line: BookLine, config: Config) -> Reading:
-    """A booked rollout of which no trace is kept: what the books tell, without a text."""
+    """A booked rollout without a trace: the fields of the books, without a text."""
     reading = _booked(line, _Prompts(config, config.run_dir))
     return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off", *reading.notes))
 

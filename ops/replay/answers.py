@@ -1,4 +1,4 @@
-"""Which right rollouts would still have been right, cut where a setting cuts them: asked of the run's own verifier.
+"""Which right rollouts would still be right with the cuts of a setting, by the run's own verifier.
 
 The verifier judges the text, not the place of an answer: an answer may be repeated, and a right one may be taken back.
 `katana audit` asks the same of what a cut kept.
@@ -47,7 +47,7 @@ def judged(record: Record, settings: Sequence[Sequence[Verdict]], folder: Path) 
         if wanted:
             source.rehearse()
     except (ConfigError, ModelError) as error:
-        return None, f"not judged, for the task or the tokenizer cannot be had here ({error})"
+        return None, f"not judged, because the task or the tokenizer is not available here ({error})"
     right: dict[tuple[int, int], bool] = {}
     unsure, reported_at = set(), time.monotonic()
     for count, (place, ends) in enumerate(wanted.items()):

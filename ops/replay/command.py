@@ -1,7 +1,7 @@
-"""`katana replay`: what other settings would have cut of the rollouts that a run has on record. No model, no Redis.
+"""`katana replay`: what other settings would have cut in a run's recorded rollouts. No model, no Redis.
 
-Replayed is what nothing could have stopped: the control arm; all rollouts of a run with `shadow`, `apply: mask` or
-`policy: none`. How a stopped rollout would have continued is unknown.
+It replays rollouts that nothing could have stopped: the control arm; all rollouts of a run with `shadow`, `apply: mask`
+or `policy: none`. How a stopped rollout would have continued is unknown.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _chosen(
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
         if why := _unknowable(record, settings):
-            # The reason begins with the key that it is about: a single change of that key needs no naming before it.
+            # The reason begins with its key, so a single change of that key is not named again.
             named = len(changes) == 1 and why.startswith(changes[0][0])
             raise ConfigError(why if named else f"{name}: {why}")
         chosen.append(Setting(name, changes, settings))

@@ -1,4 +1,4 @@
-"""What replayed verdicts come to, setting by setting: cuts, tokens saved, and answers that were cut off."""
+"""Results of replayed verdicts for each setting: cuts, tokens saved, and answers that were cut off."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def words(one: LeftOut) -> str:
         means.append(f"{_against(ended.trainable, trained.trainable)} to train on")
     if one.generated is not None:
         means.append(f"{_against(ended.generated, trained.generated)} written")
-    text += f". Mean tokens (± sd) against the trained: {'; '.join(means)}" if means else ". Lengths not on record"
+    text += f". Mean tokens (± sd) against the trained: {'; '.join(means)}" if means else ". Lengths not recorded"
     if ended.at_limit:
         text += (
             f". At the length limit: {ended.at_limit:,} of {ended.rollouts:,}, of the trained {trained.at_limit:,} of "

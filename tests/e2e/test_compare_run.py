@@ -83,14 +83,14 @@ def test_an_interrupted_comparison_goes_on_and_reports(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     code, output = finish(process, timeout_s=60)
     assert code == 130, output
-    assert "Go on with the same command" in output
+    assert "Continue with the same command" in output
     assert not at_work_in(grid)
     assert not (grid / "none-s3" / "summary.json").exists()
     assert not (grid / "kat-s3").exists()
 
     code, output = finish(start(tmp_path))
     assert code == 0, output
-    assert "none-s3: goes on" in output and "kat-s3: begins" in output
+    assert "none-s3: resumes" in output and "kat-s3: starts" in output
     assert not at_work_in(grid)
     check_report(grid, output)
 
@@ -104,7 +104,7 @@ def test_an_interrupted_comparison_goes_on_and_reports(tmp_path: Path) -> None:
     before = evaluations.read_text().splitlines(keepends=True)
     evaluations.write_text("".join(before[:-1]) + before[-1][:40])  # a torn line behind
     code, output = finish(start(tmp_path))
-    assert (code, "kat-s3: goes on" in output) == (0, True), output
+    assert (code, "kat-s3: resumes" in output) == (0, True), output
     assert "NOT DONE" not in output
     after = [json.loads(line) for line in evaluations.read_text().splitlines()]
     assert [line["step"] for line in after] == [json.loads(line)["step"] for line in before]

@@ -153,7 +153,7 @@ def test_the_grid_is_run_seed_by_seed_and_reported(
     assert (runner.started, runner.resumed, runner.most) == (order, [], 1)
     out = capsys.readouterr().out
     assert "random_matched is made from kat of the same seed: row kat added" in out
-    assert "kat-s1: begins" in out
+    assert "kat-s1: starts" in out
     assert "kat-s1: done, avg@4 0.611, 6,600 tokens generated" in out
     assert "; 0 of 9 left" in out
     text = (tmp_path / "grid" / "compare.md").read_text()
@@ -170,7 +170,7 @@ def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
     assert call() == 130
     assert runner.started == ["none-s0", "kat-s0"]
     captured = capsys.readouterr()
-    assert "Go on with the same command" in captured.err
+    assert "Continue with the same command" in captured.err
     assert not (tmp_path / "grid" / "compare.md").exists()
     runner.interrupt_in = ""
     assert call() == 0
@@ -180,7 +180,7 @@ def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
     assert call(policies="fixed,kat", seeds="0-2") == 0  # larger: what is there stays in the report
     assert runner.started[4:] == ["fixed-s0", "fixed-s1", "fixed-s2", "kat-s2"]
     text = (tmp_path / "grid" / "compare.md").read_text()
-    assert "NOT DONE, and left out everywhere: none-s2 (new)." in text
+    assert "NOT DONE, and left out of all tables: none-s2 (new)." in text
 
 
 def test_cells_of_another_base_are_not_joined(
@@ -221,7 +221,7 @@ def test_a_run_whose_last_evaluation_is_missing_is_resumed(
     assert call(policies="none,random_matched") == 0
     drop_last_evaluation(tmp_path / "grid" / "kat-s0")
     assert call("--report-only") == 0
-    assert "NOT DONE, and left out everywhere: kat-s0 (begun)." in capsys.readouterr().out
+    assert "NOT DONE, and left out of all tables: kat-s0 (begun)." in capsys.readouterr().out
     runner.started.clear()
     assert call(policies="none,random_matched") == 0
     assert (runner.started, runner.resumed) == ([], ["kat-s0"])
@@ -244,7 +244,7 @@ def test_a_run_that_ends_without_its_last_evaluation_has_failed(
     assert call(policies="none", seeds="0") == 1
     captured = capsys.readouterr()
     assert f"failed: none-s0: the run ended, but it is not complete: its last step, {STEPS}, is not" in captured.err
-    assert "NOT DONE, and left out everywhere: none-s0 (begun)." in captured.out
+    assert "NOT DONE, and left out of all tables: none-s0 (begun)." in captured.out
     assert (tmp_path / "grid" / "compare.csv").read_text().splitlines()[1].startswith("none,0,begun,,")
 
 
@@ -299,7 +299,7 @@ def test_folders_that_cannot_be_are_refused(
     assert call() == 2
     assert "is no comparison" in capsys.readouterr().err
     assert call("--set", f"runs_dir={tmp_path}/grid/below") == 2
-    assert "cannot be made or written to (Not a directory); look at runs_dir" in capsys.readouterr().err
+    assert "cannot be made or written to (Not a directory); check runs_dir" in capsys.readouterr().err
     assert (tmp_path / "grid").read_text() == "a file"
 
 
@@ -535,7 +535,7 @@ def test_a_run_that_trained_on_a_sample_that_is_not_fair_is_named(
     )
     text = (tmp_path / "grid" / "compare.md").read_text()
     assert text.strip().split("\n![")[0].strip() in out
-    assert "WARNING: trained on a sample that is not fair: none-s1. See" in text
+    assert "WARNING: not trained on a fair sample: none-s1. See" in text
     assert text.count("WARNING, ") == 1 and f"WARNING, none-s1: {words}" in text
     assert "WARNING, none-s1: " in (tmp_path / "grid" / "compare.html").read_text()
     rows = {

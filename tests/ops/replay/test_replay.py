@@ -333,7 +333,7 @@ def test_a_run_that_stopped_rollouts_cannot_tell_everything(tmp_path: Path, key:
 
 def test_answers_that_cannot_be_placed_leave_their_columns_out(tmp_path: Path) -> None:
     folder = fill(tmp_path / "run", [{}, {}], UNCUT.replace("ops/models/student", "./absent"))
-    assert "answers   not judged, for the task or the tokenizer cannot be had here" in replay(folder)
+    assert "answers   not judged, because the task or the tokenizer is not available here" in replay(folder)
     assert figures(folder, "policy=fixed", "fixed_tokens=8").early is None
     none = fill(tmp_path / "none", [{"correct": None}] * 2)
     assert "answers   none was verified" in replay(none)

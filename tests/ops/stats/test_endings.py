@@ -158,7 +158,7 @@ def test_the_dead_are_judged_and_the_lost_cannot_be() -> None:
     assert dead.fair is False and dead.warns
     lost = one([*TRAINED, *[dropped("lost", 0, tokens_trainable=None)] * 7], "lost")
     assert lost.fair is None and lost.warns  # nobody knows, and they are many
-    assert words(lost).endswith("Lengths not on record")
+    assert words(lost).endswith("Lengths not recorded")
     assert not one([*TRAINED, dropped("lost", 0, tokens_trainable=None)], "lost").warns
 
 
