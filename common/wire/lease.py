@@ -38,7 +38,7 @@ class Lease:
         self._renew_at = self._adopt_at = 0.0
 
     def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
-        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
+        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when asked to stop."""
         began = time.monotonic()
         while self._plane.call(self._call("take")) is not Leased.OK:
             if time.monotonic() - began > wait_s + self._ms / 1000:

@@ -498,8 +498,8 @@ class Plane:
                 continue  # a group that was lost: its reader makes it again
             oldest_s = max(0.0, seconds - unix_s(pending["min"])) if pending["pending"] else 0.0
             streams[name] = size, oldest_s
-        told, dead_letters = (None if isinstance(one, Exception) else one for one in (memory, dead))
-        return Backlog(told, dead_letters, streams)
+        info, dead_letters = (None if isinstance(one, Exception) else one for one in (memory, dead))
+        return Backlog(info, dead_letters, streams)
 
     # --- policy, workers ---------------------------------------------------------------------------------------
 
@@ -528,8 +528,8 @@ class Plane:
         One try, safe from any thread: the next heartbeat repeats it.
         """
         silence_ms = int(roster.silence_s * 1000) if roster else 0
-        told = {"role": role, **facts}.items()
-        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", told))
+        fields = {"role": role, **facts}.items()
+        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", fields))
         if roster and sight and sight.revision != roster.revision:
             # Names first: another thread that sees this revision sees no older names.
             roster.names = sight.names

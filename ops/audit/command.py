@@ -137,7 +137,7 @@ class _Auditor:
                 progress=progress,
             )
             right |= dict(zip(keys, shares, strict=True))
-        progress.tell()
+        progress.report()
         return right
 
 

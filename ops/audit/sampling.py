@@ -94,17 +94,17 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._tokens = total, 0, 0
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
 
     def count(self, continuations: int, tokens: int) -> None:
         self._done += continuations
         self._tokens += tokens
-        if time.monotonic() - self._told >= _TOLD_EVERY_S:
-            self.tell()
+        if time.monotonic() - self._printed >= _TOLD_EVERY_S:
+            self.report()
 
-    def tell(self) -> None:
-        self._told = time.monotonic()
-        speed = self._tokens / max(self._told - self._began, 1e-9)
+    def report(self) -> None:
+        self._printed = time.monotonic()
+        speed = self._tokens / max(self._printed - self._began, 1e-9)
         print(
             f"{self._done} of {self._total} continuations, {self._tokens:,} tokens written, {speed:,.0f} tokens/s",
             file=sys.stderr,

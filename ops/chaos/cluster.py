@@ -37,7 +37,7 @@ from common.wire.plane import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
-from ops.reach.left_over import SOCKETS, beside
+from ops.reach.left_over import SOCKETS, harness_folder
 from ops.reach.run import with_redis
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
@@ -68,9 +68,9 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = config.run_dir
-        self.beside = beside(config.run_dir)
-        self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
-        self.clocks, self.poison = self.beside / "clocks", self.beside / "poison"
+        self.harness_folder = harness_folder(config.run_dir)
+        self.redis = EmbeddedRedis(self.harness_folder, maxmemory_mb=config.redis.maxmemory_mb)
+        self.clocks, self.poison = self.harness_folder / "clocks", self.harness_folder / "poison"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
@@ -90,7 +90,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            shutil.rmtree(self.beside, ignore_errors=True)
+            shutil.rmtree(self.harness_folder, ignore_errors=True)
             self.clocks.mkdir(parents=True)
             self.poison.mkdir()
             self.redis.start()
@@ -162,7 +162,7 @@ class Cluster:
 
     def launch(self, *flags: str, overrides: dict[str, Any] | None = None) -> None:
         """Start `katana run` (or, with `--resume`, go on). Its output goes to chaos.log beside the run's folder."""
-        source = self.folder / "config.yaml" if "--resume" in flags else self.beside / "config.yaml"
+        source = self.folder / "config.yaml" if "--resume" in flags else self.harness_folder / "config.yaml"
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
             config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")
@@ -179,7 +179,7 @@ class Cluster:
 
     @property
     def log_path(self) -> Path:
-        return self.beside / "chaos.log"
+        return self.harness_folder / "chaos.log"
 
     def stop(self, timeout_s: float = 40.0) -> int:
         """Ctrl-C. Returns the exit code."""

@@ -29,7 +29,7 @@ from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
 from ops.chaos.proxy import Hits
-from ops.chaos.recovery import go_on, held_by
+from ops.chaos.recovery import continue_process, held_by
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
@@ -91,7 +91,7 @@ def _kill(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
 
 def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
     os.kill(pid, signal.SIGTERM)
-    go_on(pid)  # a stopped process would not receive it
+    continue_process(pid)  # a stopped process would not receive it
     return "SIGTERM"
 
 
@@ -101,7 +101,7 @@ def _stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        go_on(pid)
+        continue_process(pid)
 
 
 def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
@@ -162,7 +162,7 @@ def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> st
             scene.lost |= at_stake
         os.kill(cluster.redis.pid, signal.SIGKILL)
         time.sleep(1.0)
-        for path in cluster.beside.iterdir():
+        for path in cluster.harness_folder.iterdir():
             if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         cluster.restart_redis()

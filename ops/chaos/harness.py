@@ -26,7 +26,7 @@ from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
 from ops.chaos.records import Violation
-from ops.chaos.recovery import Held, go_on, holder_of, stop_holding, wait_recovered, wait_whole
+from ops.chaos.recovery import Held, continue_process, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import Fault, Result, schedule
 from ops.chaos.table import describe
 from ops.run.check import check
@@ -129,12 +129,12 @@ def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) ->
             break
         if fault.alone:
             strike(fault)
-            _say(number, fault, result)
+            _print_progress(number, fault, result)
             continue
         _pause(cluster, threads, min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
         threads.append(threading.Thread(target=strike, args=(fault,), daemon=True))
         threads[-1].start()
-        _say(number, fault, result)
+        _print_progress(number, fault, result)
     cluster.serve(lambda: not _alive(threads))
     if ended:
         raise ended[0]
@@ -201,11 +201,11 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
             fault.note = injecting.result()
     finally:
         if stop:
-            go_on(pid)
+            continue_process(pid)
     fault.recovery_s, fault.injected = recovery_s, True
 
 
-def _say(number: int, fault: Fault, result: Result) -> None:
+def _print_progress(number: int, fault: Fault, result: Result) -> None:
     recovery = f"recovered in {fault.recovery_s:.1f} s" if fault.recovery_s is not None else ""
     how = "alone" if fault.alone else "overlapping"
     print(f"[{number:>4} of {len(result.faults)}] {fault.kind:22} {how:12} {recovery}  {fault.note}", flush=True)

@@ -89,7 +89,7 @@ class Frames:
                 at = end + length + 4 if length >= 0 else end + 2
                 owed -= 1
             else:
-                owed += _owed_by(text[at:end])
+                owed += _missing_after(text[at:end])
                 at = end + 2
         self._at, self._owed = at - begin, owed
         if text is data:
@@ -105,7 +105,7 @@ class Frames:
         return rest
 
 
-def _owed_by(line: Frame) -> int:
+def _missing_after(line: Frame) -> int:
     """By how much the line of an element that is not a bulk string changes the count of missing elements."""
     kind = line[0] if line else 0
     if kind in _LINE:

@@ -52,7 +52,7 @@ def held_by(cluster: Cluster, role: str, pid: int) -> Held:
     return Held(notices=notices)
 
 
-def gone_on(cluster: Cluster, held: Held) -> bool:
+def work_has_continued(cluster: Cluster, held: Held) -> bool:
     """Every rollout has a new chunk, a verdict, or is booked; every notice was taken off."""
     plane = cluster.plane
     rids = list(held.rollouts)
@@ -105,7 +105,7 @@ def wait_recovered(
                 pass
             elif replaced is not None and holder_of(cluster, replaced[0]) not in (None, replaced[1]):
                 before, replaced = now, None
-            elif replaced is None and moved(before, now, what) and gone_on(cluster, held):
+            elif replaced is None and moved(before, now, what) and work_has_continued(cluster, held):
                 return time.monotonic() - began
         except (redis.exceptions.RedisError, OSError):
             pass  # Redis is away: the fault itself, or another one
@@ -132,12 +132,12 @@ def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
                 return began, held
         finally:
             if not stopped:
-                go_on(pid)
+                continue_process(pid)
         time.sleep(0.02)
     raise TimeoutError(f"the {role} worker held nothing for {_HOLDING_S:.0f} s")
 
 
-def go_on(pid: int) -> None:
+def continue_process(pid: int) -> None:
     """Let a stopped process run; nothing where it has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)

@@ -169,7 +169,7 @@ class Work:
             write_text(path, config.to_yaml())
             arguments = [str(path)]
         self._began[cell] = time.monotonic()
-        _say(f"{cell.name}: {'resumes' if resume else 'starts'}")
+        _print(f"{cell.name}: {'resumes' if resume else 'starts'}")
         return start_run(arguments, self._log(cell))
 
     def _ended(self, cell: Cell, why: str) -> None:
@@ -177,16 +177,16 @@ class Work:
         text = ""
         if not why:
             try:
-                text = self._told(cell)
+                text = self._result_text(cell)
             except ConfigError as error:
                 why = str(error)
         elif cell in self._began:
             why = f"{why}: {last_words(self._log(cell))} (log: {self._log(cell)})"
         if why:
             self._failed[cell] = why
-        _say(f"{cell.name}: {text or f'FAILED: {why}'}; {self._left} of {self._total} left")
+        _print(f"{cell.name}: {text or f'FAILED: {why}'}; {self._left} of {self._total} left")
 
-    def _told(self, cell: Cell) -> str:
+    def _result_text(self, cell: Cell) -> str:
         """Raises ConfigError where the run left no whole folder."""
         lacking = grids.missing(self._folder / cell.name)
         if lacking:
@@ -217,5 +217,5 @@ def _check_can_be_matched(config: Config) -> None:
         )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

@@ -148,8 +148,8 @@ def _readings(series: Any, span: Span) -> Readings:
 def _point(pair: Any, span: Span) -> tuple[float, float]:
     """A moment within the range and a reading; NaN for one that cannot be drawn, such as +Inf. Raises ValueError."""
     match pair:
-        case [int() | float() as at, str() as told] if not isinstance(at, bool):
-            moment, reading = float(at), float(told)
+        case [int() | float() as at, str() as value] if not isinstance(at, bool):
+            moment, reading = float(at), float(value)
         case _:
             raise ValueError(f"{pair!r:.60} is not [time, reading]")
     if not span.begin_s - span.step_s <= moment <= span.end_s + span.step_s:

@@ -11,7 +11,7 @@ from common.config import Config, ConfigError, parse
 SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 
 
-def beside(folder: Path) -> Path:
+def harness_folder(folder: Path) -> Path:
     """Where the harness keeps what is its own: outside a run's folder, since a fresh run wants an empty one."""
     return folder.with_name(f"{folder.name}.redis")
 
@@ -29,8 +29,8 @@ def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
     its_own = url.startswith("unix://") and address.parent.name.startswith(SOCKETS)
     if not its_own or _answers(address):
         return False, None
-    left: Path | None = beside(folder)
-    if not _names(beside(folder), url):
+    left: Path | None = harness_folder(folder)
+    if not _names(harness_folder(folder), url):
         left = None
     marked = any((folder / name).is_file() for name in ("chaos.json", "soak.json"))
     return marked or left is not None, left

@@ -128,7 +128,7 @@ def _own(record: Record) -> list[Setting]:
     """The run's own settings: by the numbers on record, and by numbers that are computed anew."""
     settings = record.config.termination.model_copy(update={"shadow": False, "apply": "stop"})
     own = [Setting("as recorded", (), record.config.termination, recorded=True)]
-    return own if _unknowable(record, settings) else [*own, Setting(_COMPUTED, (), settings)]
+    return own if _why_not_replayable(record, settings) else [*own, Setting(_COMPUTED, (), settings)]
 
 
 def _chosen(
@@ -144,7 +144,7 @@ def _chosen(
         settings = config.termination
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
-        if why := _unknowable(record, settings):
+        if why := _why_not_replayable(record, settings):
             # The reason begins with its key, so a single change of that key is not named again.
             named = len(changes) == 1 and why.startswith(changes[0][0])
             raise ConfigError(why if named else f"{name}: {why}")
@@ -152,7 +152,7 @@ def _chosen(
     return chosen
 
 
-def _unknowable(record: Record, settings: Termination) -> str:
+def _why_not_replayable(record: Record, settings: Termination) -> str:
     """Why the record of a run that stopped rollouts cannot tell what these settings do; empty if it can."""
     if record.whole:
         return ""

@@ -39,7 +39,7 @@ class Layout:
     max_prompt_length: int
     skip_too_long: bool = False
     skip_special: bool = False
-    beside: tuple[str, ...] = ()  # columns that go to the chat template in rows that have them
+    template_columns: tuple[str, ...] = ()  # columns that go to the chat template in rows that have them
 
     @property
     def columns(self) -> frozenset[str] | None:
@@ -134,7 +134,7 @@ class Dataset:
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
         self._spool, self._too_long, self._special = _Spool(), LeftOut(), LeftOut()
         self.origin = Origin()
-        rows = read_rows(layout.path, layout.columns, frozenset(layout.beside))
+        rows = read_rows(layout.path, layout.columns, frozenset(layout.template_columns))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):
             for place, record in self._records(batch):
                 raw = json.dumps(record).encode()
@@ -153,7 +153,7 @@ class Dataset:
         layout = self._layout
         used: list[tuple[Row, str]] = []
         for place, row in rows:
-            columns = {name: row[name] for name in layout.beside if row.get(name) is not None}
+            columns = {name: row[name] for name in layout.template_columns if row.get(name) is not None}
             try:
                 prompt = self._render(column(row, layout.prompt_key, place), place, columns)
             except SpecialToken:

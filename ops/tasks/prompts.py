@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import ConfigError, Data
 from ops.tasks import SpecialToken
-from ops.tasks.templates import Message, Templates, read_beside, special_text
+from ops.tasks.templates import Message, Templates, read_extras, special_text
 from ops.tasks.unread import Unread
 
 _ASKED: list[Message] = [{"role": "user", "content": "?"}]
@@ -84,8 +84,8 @@ class Renderer:
         return [*messages[:-1], {**last, "content": last["content"] + self._data.prompt_suffix}]
 
     def _templated(self, messages: list[Message], place: str, columns: Mapping[str, Any]) -> str:
-        beside = read_beside(columns, self._templates.reserved, place)
-        for where, text in _texts(messages, beside):
+        extras = read_extras(columns, self._templates.reserved, place)
+        for where, text in _texts(messages, extras):
             if found := self._special.search(text):
                 raise SpecialToken(
                     f"{place}: {where} contains {found[0]!r}, which the tokenizer reads as a special token, not as "
@@ -95,10 +95,10 @@ class Renderer:
         own = int(system is not None and messages[0]["role"] != "system")
         if own:
             messages = [{"role": "system", "content": system}, *messages]
-        text = self._templates.apply(messages, beside, place)
+        text = self._templates.apply(messages, extras, place)
         if not text.strip():
             raise ConfigError(f"{place}: the chat template renders the prompt as empty text")
-        self._unread.look(messages, beside, place, text, own)
+        self._unread.look(messages, extras, place, text, own)
         return text
 
     def _check_config(self) -> None:
@@ -124,13 +124,13 @@ class Renderer:
             return None
 
 
-def _texts(messages: list[Message], beside: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _texts(messages: list[Message], extras: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Every text of a row that a template gets, and what it is part of."""
     for number, message in enumerate(messages, start=1):
         for name, value in message.items():
             where = "the prompt" if name == "content" else f"{name} of message {number}"
             yield from ((where, text) for text in (name, *_strings(value)))
-    for name, value in beside.items():
+    for name, value in extras.items():
         yield from ((name, text) for text in _strings(value))
 
 

@@ -59,7 +59,7 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
         data.max_prompt_length,
         skip_too_long=data.too_long == "skip",
         skip_special=data.special_tokens == "skip",
-        beside=tuple(data.template_columns) if data.chat else (),
+        template_columns=tuple(data.template_columns) if data.chat else (),
     )
     return Dataset(
         layout,
@@ -77,12 +77,12 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, *, chat: bool) -> None:
         self._tokenizer = tokenizer
-        self._front = [] if chat else _front(tokenizer)
+        self._leading_ids = [] if chat else _leading_ids(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        front = self._front
+        front = self._leading_ids
         return [ids if ids[: len(front)] == front else front + ids for ids in found]
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -90,7 +90,7 @@ class Encoder:
         return [len(ids) for ids in self(texts)]
 
 
-def _front(tokenizer: Any) -> list[int]:
+def _leading_ids(tokenizer: Any) -> list[int]:
     bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("1")["input_ids"]
     starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)

@@ -52,31 +52,31 @@ class Templates:
         """Digest of the names and texts of those in use."""
         return hashlib.blake2b(json.dumps(self._by_name).encode(), digest_size=16).hexdigest()
 
-    def name(self, beside: Mapping[str, Any]) -> str:
+    def name(self, extras: Mapping[str, Any]) -> str:
         """The template for a row."""
-        return TOOL_USE if beside.get("tools") and TOOL_USE in self._by_name else next(iter(self._by_name))
+        return TOOL_USE if extras.get("tools") and TOOL_USE in self._by_name else next(iter(self._by_name))
 
     def apply(
         self,
         messages: list[Message],
-        beside: Mapping[str, Any],
+        extras: Mapping[str, Any],
         place: str,
         *,
         name: str | None = None,
         add_generation_prompt: bool = True,
         **switches: Any,
     ) -> str:
-        """The text rendered by a template. `beside`: tools, documents, chat_template_kwargs. Raises ConfigError."""
-        template = self._by_name[name or self.name(beside)]
-        given = self._options | dict(beside.get("chat_template_kwargs") or {}) | switches
+        """The text rendered by a template. `extras`: tools, documents, chat_template_kwargs. Raises ConfigError."""
+        template = self._by_name[name or self.name(extras)]
+        given = self._options | dict(extras.get("chat_template_kwargs") or {}) | switches
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
-                tools=beside.get("tools"),
-                documents=beside.get("documents"),
+                tools=extras.get("tools"),
+                documents=extras.get("documents"),
                 **given,
             )
         except _RAISED as error:
@@ -117,7 +117,7 @@ def special_text(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
 
 
-def read_beside(columns: Mapping[str, Any], reserved: set[str], place: str) -> dict[str, Any]:
+def read_extras(columns: Mapping[str, Any], reserved: set[str], place: str) -> dict[str, Any]:
     """The columns besides the prompt, in the form that a template expects; empty ones are left out.
 
     Each may be JSON text, as data sets store values whose type differs between rows. Raises ConfigError.

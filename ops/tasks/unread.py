@@ -32,7 +32,7 @@ class _Trial:
 
     key: _Key
     messages: list[Message]
-    beside: Mapping[str, Any]
+    extras: Mapping[str, Any]
     refused: str = ""  # place and remedy, for keys that must not be lost
 
 
@@ -44,17 +44,17 @@ class Unread:
         self._rows: Counter[_Key] = Counter()
         self._read: set[_Key] = set()
 
-    def look(self, messages: list[Message], beside: Mapping[str, Any], place: str, text: str, own: int = 0) -> None:
+    def look(self, messages: list[Message], extras: Mapping[str, Any], place: str, text: str, own: int = 0) -> None:
         """Look at a row that was rendered as `text`; the first `own` messages are the config's.
 
         Raises ConfigError if the template ignores part of the conversation.
         """
-        template = self._templates.name(beside)
-        keys = list(dict.fromkeys(_Key(template, name) for name in _kinds(messages[own:], beside)))
+        template = self._templates.name(extras)
+        keys = list(dict.fromkeys(_Key(template, name) for name in _kinds(messages[own:], extras)))
         self._rows.update(keys)
         if all(self._rows[key] > LOOKED_AT for key in keys):
             return
-        for trial in _trials(template, messages, beside, own):
+        for trial in _trials(template, messages, extras, own):
             if self._rows[trial.key] > LOOKED_AT:
                 continue
             if self._rendered(trial) != text:
@@ -76,7 +76,7 @@ class Unread:
     def _rendered(self, trial: _Trial) -> str | None:
         """None if the template fails: it reads what is missing."""
         try:
-            return self._templates.apply(trial.messages, trial.beside, "", name=trial.key.template)
+            return self._templates.apply(trial.messages, trial.extras, "", name=trial.key.template)
         except ConfigError:
             return None
 
@@ -92,18 +92,18 @@ def _says(value: Any) -> bool:
 
 def _kind(message: Message, name: str) -> str:
     """A content beside tool calls is a separate kind: some templates write only the calls."""
-    beside = " beside tool_calls" if name == "content" and message.get("tool_calls") else ""
-    return f"{name}{beside} in messages of the {message['role']}"
+    suffix = " beside tool_calls" if name == "content" and message.get("tool_calls") else ""
+    return f"{name}{suffix} in messages of the {message['role']}"
 
 
-def _kinds(messages: list[Message], beside: Mapping[str, Any]) -> Iterator[str]:
+def _kinds(messages: list[Message], extras: Mapping[str, Any]) -> Iterator[str]:
     for message in messages:
         yield from (_kind(message, name) for name, value in message.items() if name != "role" and _says(value))
-    for name, value in beside.items():
+    for name, value in extras.items():
         yield from (f"{name}.{switch}" for switch in value) if name == "chat_template_kwargs" else (f"column {name}",)
 
 
-def _trials(template: str, messages: list[Message], beside: Mapping[str, Any], own: int) -> Iterator[_Trial]:
+def _trials(template: str, messages: list[Message], extras: Mapping[str, Any], own: int) -> Iterator[_Trial]:
     others: dict[tuple[str, str], str] = {}  # keys that may be lost, by role: from all its messages at once
     for place, message in enumerate(messages):
         for name, value in message.items():
@@ -116,27 +116,27 @@ def _trials(template: str, messages: list[Message], beside: Mapping[str, Any], o
             yield _Trial(
                 _Key(template, _kind(message, name)),
                 [*messages[:place], changed, *messages[place + 1 :]],
-                beside,
+                extras,
                 f"{_kind(message, name)} (message {place - own + 1}), so the conversation would be broken; another "
                 f"template may (data.template), or leave it out of the data",
             )
     for (role, name), kind in others.items():
         left = [_without(message, name) if message["role"] == role else message for message in messages]
-        yield _Trial(_Key(template, kind), left, beside)
-    yield from _trials_of_columns(template, messages, beside)
+        yield _Trial(_Key(template, kind), left, extras)
+    yield from _trials_of_columns(template, messages, extras)
 
 
-def _trials_of_columns(template: str, messages: list[Message], beside: Mapping[str, Any]) -> Iterator[_Trial]:
-    for name, value in beside.items():
+def _trials_of_columns(template: str, messages: list[Message], extras: Mapping[str, Any]) -> Iterator[_Trial]:
+    for name, value in extras.items():
         if name == "chat_template_kwargs":
             for switch in value:
-                left = {**beside, name: _without(value, switch)}
+                left = {**extras, name: _without(value, switch)}
                 yield _Trial(_Key(template, f"{name}.{switch}"), messages, left)
             continue
         yield _Trial(
             _Key(template, f"column {name}"),
             messages,
-            _without(beside, name),
+            _without(extras, name),
             f"the column {name}; another template may (data.template), or leave {name} out of data.template_columns",
         )
 

@@ -1,4 +1,4 @@
--- rollout worker, teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts that nobody came back from
+-- rollout worker, teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts without an end
 -- Called before and after work on a rollout that may have killed the last process that worked on it.
 local rid, role, what = ARGV[2], ARGV[3], ARGV[4]
 local field = 'begun:' .. role

@@ -176,7 +176,7 @@ def test_what_has_ended_is_judged_as_it_is_and_needs_no_model(run: Path, capsys:
     )
     assert shares == [1.0, 0.0]  # by STOP, right; at the limit, unfinished
     assert decoder.steps == 0
-    progress.tell()
+    progress.report()
     assert "4 of 4 continuations, 0 tokens written" in capsys.readouterr().err
 
 
