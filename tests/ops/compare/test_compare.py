@@ -297,7 +297,7 @@ def test_folders_that_cannot_be_are_refused(
 ) -> None:
     (tmp_path / "grid").write_text("a file")
     assert call() == 2
-    assert "is no comparison" in capsys.readouterr().err
+    assert "is not a comparison" in capsys.readouterr().err
     assert call("--set", f"runs_dir={tmp_path}/grid/below") == 2
     assert "cannot be made or written to (Not a directory); check runs_dir" in capsys.readouterr().err
     assert (tmp_path / "grid").read_text() == "a file"
@@ -423,7 +423,7 @@ def test_another_config_is_refused_before_anything_runs(
         (("--set", "teacher.model=/no/such"), {}, "row 'none': /no/such: there is no such folder"),
         (("--set", "termination.shadow=true"), {"policies": "random_matched"}, "needs policy kat, apply stop"),
         (("--set", "name=x/y"), {"name": ""}, "name"),
-        ((), {"name": "taken"}, "is no comparison"),
+        ((), {"name": "taken"}, "is not a comparison"),
         (("--report-only",), {"name": "absent"}, "not a comparison (no compare.json in it)"),
     ],
 )
