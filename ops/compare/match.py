@@ -257,7 +257,7 @@ def _arms(folder: Path) -> tuple[Arm, Arm]:
 def _check_finished(folder: Path) -> None:
     """What is still being written when a run is looked at is longer than what has ended."""
     if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder}: not finished (no summary.json); resume it with `katana run … --resume`")
+        raise ConfigError(f"{folder}: not finished, no summary.json; resume it with `katana run … --resume`")
     left = read_json(folder / SUMMARY)["ledger"].get("open", 0)
     if left:
         raise ConfigError(f"{folder}: not finished, {left} rollouts are open; resume it with `katana run … --resume`")
