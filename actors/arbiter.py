@@ -68,7 +68,10 @@ class _Track:
 
 
 class Arbiter:
-    """Reads `scores`, writes verdicts. One at a time acts on a run: it holds the lease `arbiter`."""
+    """Reads `scores`, writes verdicts. One at a time acts on a run: it holds the lease `arbiter`.
+
+    `version`: the newest policy version that could be read.
+    """
 
     def __init__(self, config: Config, plane: Plane, stop: threading.Event) -> None:
         self._settings, self._plane, self._stop = config.termination, plane, stop
@@ -81,7 +84,7 @@ class Arbiter:
         self._careful = False
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._policy = policies.find(self._settings.policy)
-        self._version = self._step = 0
+        self.version = self._step = 0
         self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
         # Verdicts (None: only to acknowledge) that the look at hand has come to, with the last notice of each.
         self._due: list[tuple[Fenced[Judged], tuple[Verdict, bytes] | None]] = []
@@ -89,23 +92,36 @@ class Arbiter:
 
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until told to stop or the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
-        self._lease.take(self._stop)
-        self._version = self._policy_version()
-        self._load_minima()
-        self._show_threshold()
+        self.open()
         try:
-            self._judge_adopted()
             while not self._stop.is_set():
                 busy = self.step(block_s=0.01 if until_idle else 0.2)
                 if not busy and (until_idle or self._plane.state() == "ended"):
                     return
         finally:
-            self._lease.drop()
+            self.close()
+
+    def open(self) -> None:
+        """Take the lease, and judge what a former arbiter left, one by one: one of them may have ended it."""
+        self._lease.acquire(self._stop)
+        try:
+            self.version = self._policy_version()
+            self._load_minima()
+            self._show_threshold()
+            self._careful = True
+            self._judge(self._note(self._lease.adopt("scores", "arbiter")))
+            self._careful = False
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._lease.drop()
 
     def step(self, block_s: float) -> bool:
         """Read what came, judge what it touches. True if there was anything."""
         self._lease.keep()
-        self._version = self._policy_version()
+        self.version = self._policy_version()
         came = self._plane.read("arbiter", self._lease.token, ["scores"], count=512, block_s=block_s)
         touched = self._note([entry for _, entry in came])
         if self._lease.adoption_due:
@@ -118,7 +134,7 @@ class Arbiter:
     @property
     def threshold(self) -> float | None:
         """The policy's number (kat: s) for rollouts whose first score is stored from now on; None for none."""
-        number = self._policy.number(self._settings, Progress(self._version, self._step, self._minima))
+        number = self._policy.number(self._settings, Progress(self.version, self._step, self._minima))
         return None if number is None else float(number)
 
     def _policy_version(self) -> int:
@@ -128,9 +144,9 @@ class Arbiter:
         except BadWeights as error:
             if pointer != self._refused:
                 metrics.dead_letters.labels("weights").inc()
-                log.warning("ignored, going on as of version %d: %s", self._version, error)
+                log.warning("ignored, going on as of version %d: %s", self.version, error)
             self._refused = pointer
-            return self._version
+            return self.version
         step = pointer.get("step", "")
         self._step = int(step) if step.isdecimal() else self._step
         return announced[0].version if announced else 0
@@ -157,12 +173,6 @@ class Arbiter:
             self._tracks.setdefault(rid, _Track()).entries.append(entry)
             touched.add(rid)
         return touched
-
-    def _judge_adopted(self) -> None:
-        """What a former arbiter left, one by one: one of them may have ended it."""
-        self._careful = True
-        self._judge(self._note(self._lease.adopt("scores", "arbiter")))
-        self._careful = False
 
     def _judge(self, touched: set[str]) -> None:
         if not self._in_order:
@@ -203,7 +213,7 @@ class Arbiter:
         left = sorted(rids)
         while left:
             answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
-            left = [rid for rid, values in zip(left, answers, strict=True) if self._advance(rid, values)]
+            left = [rid for rid, values in zip(left, answers, strict=True) if self._read_on(rid, values)]
             self._send_due()
 
     def _wanted(self, track: _Track) -> list[str]:
@@ -212,7 +222,7 @@ class Arbiter:
         chunks = [name for seq in seqs for name in (tokens_field(seq), divergence_field(seq))]
         return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
 
-    def _advance(self, rid: str, values: list[bytes | None]) -> bool:
+    def _read_on(self, rid: str, values: list[bytes | None]) -> bool:
         """Take in new chunks and judge; True if there may be more to read."""
         track = self._tracks[rid]
         head, verdict, threshold, finish, chunks, length = values[:6]
@@ -282,7 +292,7 @@ class Arbiter:
         del self._tracks[verdict.rid]
         self._blamed.clear()
         if track.head is not None and track.head.step is not None:
-            self._version = self._step = (
+            self.version = self._step = (
                 track.head.step
             )  # a version of the pointer also counts how often the run was resumed
         minimum = verdict.min_window if self._calibrates(verdict) else None

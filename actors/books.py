@@ -10,15 +10,18 @@ what its verdict hands on, whatever became of it after: so one sees how long wha
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from common import metrics
+from common.files import locked, write_text
 from common.runfiles.lines import append_lines, open_whole_lines, read_lines, rid_of_line, whole_lines
 from common.runfiles.records import AUDIT, ROLLOUTS, TRACES, UNJUDGED, Audit, BookLine, Chunk, Trace
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, Verdict, read_number, row_digest
@@ -124,6 +127,41 @@ class Booked:
     def next_number(self) -> int:
         """The highest admission number and one."""
         return max(self._beyond, default=self._upto - 1) + 1
+
+
+class Ledger:
+    """How many rollouts were admitted and how they ended, by ledger field."""
+
+    def __init__(self, fields: Mapping[str, int]) -> None:
+        self.fields = Counter(fields)
+
+    @property
+    def open(self) -> int:
+        """Admitted and not booked."""
+        return 2 * self.fields["admitted"] - self.fields.total()
+
+    def counts(self) -> dict[str, Any]:
+        """As ledger.json has them: admitted = trained + dropped + dead + open."""
+        dropped = "dropped:"
+        return {
+            "admitted": self.fields["admitted"],
+            "trained": self.fields["trained"],
+            "dropped": {name.removeprefix(dropped): n for name, n in self.fields.items() if name.startswith(dropped)},
+            "dead": self.fields["dead"],
+            "open": self.open,
+        }
+
+    def write(self, path: Path, lock: Path) -> None:
+        """Unless another feeder, which took over from this one, has written a later one."""
+        counts = self.counts()
+        with locked(lock):
+            if not path.exists() or _reached(json.loads(path.read_text())) <= _reached(counts):
+                write_text(path, json.dumps(counts))
+
+
+def _reached(counts: dict[str, Any]) -> tuple[int, int]:
+    """How far a ledger is: both numbers never fall."""
+    return counts["admitted"], counts["admitted"] - counts["open"]
 
 
 @dataclass(frozen=True, slots=True)

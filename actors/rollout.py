@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,16 +84,26 @@ class _Writing:
 
 
 class RolloutWorker:
-    """One shift of one worker."""
+    """One worker task of one worker. `version`: of the weights at hand, -1 for none. `clock`: seconds."""
 
-    def __init__(self, config: Config, plane: Plane, decoder: Decoder, *, worker: str, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plane: Plane,
+        decoder: Decoder,
+        *,
+        worker: str,
+        stop: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
+        self._clock = clock
         self._weights = WeightsReader(config.run_dir / "weights", plane.refuse)
         self._writing: dict[str, _Writing] = {}
         self._counts: list[Call[Counted]] = []  # what stopped rollouts came to, to be sent
         self._done: list[bytes] = []  # signals that have been read
         self._talk_at = 0.0
-        self._version = self._step = -1
+        self.version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
         self._alone: list[str] = []  # rollouts that are to be written by themselves, the others waiting
@@ -110,13 +121,13 @@ class RolloutWorker:
         try:
             with self._pulse:
                 try:
-                    if self._wait_for_weights():
-                        while not self._stop.is_set() and time.monotonic() < until and self.step():
+                    if self.open():
+                        while not self._stop.is_set() and self._clock() < until and self.step():
                             pass
                 except Stopping:
                     log.info("stopped while waiting for Redis")
                 finally:
-                    self._drain()
+                    self.close()
         finally:
             self._plane.gone(self._worker, role="rollout", streams=["prompts"])
 
@@ -132,10 +143,15 @@ class RolloutWorker:
         self._idle.worked()
         closed = self._write()
         self._close(closed)
-        if closed and time.monotonic() >= self._talk_at:
+        if closed and self._clock() >= self._talk_at:
             # Control goes with it: chunks may close at every step, and then this is the only word for a long time.
             return self._say(control=self._is_due("control", _CONTROL_S))
         return True
+
+    @property
+    def writing(self) -> tuple[str, ...]:
+        """Rollouts that are in a slot, or have left it with chunks to be sent."""
+        return tuple(self._writing)
 
     def _write(self) -> list[ClosedChunk]:
         """One engine step. Of rollouts on which it fails an attempt is counted, and the others go on."""
@@ -187,7 +203,7 @@ class RolloutWorker:
         Over a long line every trip costs the time of many tokens: the next one then waits until enough was written.
         """
         writing = any(not writing.held for writing in self._writing.values())
-        if writing and time.monotonic() < self._talk_at:
+        if writing and self._clock() < self._talk_at:
             return True
         return self._say(control=not writing or self._is_due("control", _CONTROL_S))
 
@@ -204,17 +220,17 @@ class RolloutWorker:
         beats = [self._beat_call(asked)] if control else []
         nonce = secrets.token_hex(8)
         takes = [self._take_call(nonce, free)] if free else []
-        began = time.monotonic()
+        began = self._clock()
         stored, _, told, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
-        now = time.monotonic()
+        now = self._clock()
         longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
         self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
         del self._counts[: len(counts)]
         for (one, chunk, _), answer in zip(sent, stored, strict=True):
-            self._take_reply(one, chunk, answer)
+            self._heed_answer(one, chunk, answer)
         for beat in told:
-            self._take_control(asked, beat)
-        return all(self._take(reply, nonce) for reply in given)
+            self._heed_control(asked, beat)
+        return all(self._begin_all(reply, nonce) for reply in given)
 
     def _free(self) -> int:
         """Slots to be filled; none while Redis is full."""
@@ -229,7 +245,7 @@ class RolloutWorker:
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
         return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from)
 
-    def _take(self, given: Given, nonce: str) -> bool:
+    def _begin_all(self, given: Given, nonce: str) -> bool:
         """Begin the rollouts that Redis gave. False once the run is over."""
         if given.ended:
             return False
@@ -300,7 +316,7 @@ class RolloutWorker:
     def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
         return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
 
-    def _take_control(self, asked: list[_Writing], beat: Beat) -> None:
+    def _heed_control(self, asked: list[_Writing], beat: Beat) -> None:
         """Signals, weights, and what was scored, ended, or taken away of those that were asked about."""
         self._done = [entry for entry, _ in beat.signals]
         for entry, rid in beat.signals:
@@ -318,7 +334,7 @@ class RolloutWorker:
                 self._learn_scored(one, standing.scored)
         # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
         if not self._config.deterministic:
-            self._follow(beat.policy, wait=self._version < 0)
+            self._follow(beat.policy, wait=self.version < 0)
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
@@ -366,7 +382,7 @@ class RolloutWorker:
         """Take chunks that the decoder closed; they go out with the next word to Redis."""
         for chunk in closed:
             if (writing := self._writing.get(chunk.key)) is not None:
-                writing.closed.append((chunk, self._version))
+                writing.closed.append((chunk, self.version))
                 self._hold_or_release(writing)
 
     def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call[Stored]]:
@@ -399,7 +415,7 @@ class RolloutWorker:
         shard = self._plane.shard_of(writing.rid)
         return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
 
-    def _take_reply(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
+    def _heed_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
             return  # behind one that was not taken
         if stored.word is scripts.ChunkAnswer.FULL:
@@ -427,11 +443,11 @@ class RolloutWorker:
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def _wait_for_weights(self) -> bool:
+    def open(self) -> bool:
         """Load the newest weights before the first claim. False if the run ends or we are stopped first."""
         while not self._stop.is_set():
             self._follow(self._plane.policy(), wait=True)
-            if self._version >= 0:
+            if self.version >= 0:
                 return True
             if self._plane.state() != "open":
                 return False
@@ -448,7 +464,7 @@ class RolloutWorker:
     def _follow(self, pointer: dict[str, str], step: int | None = None, *, wait: bool) -> None:
         """Swap in what the policy pointer announces (with `step`: if it is that step's), once it has been read."""
         with self._pulse.busy("reading weights") if wait else contextlib.nullcontext():
-            newer = self._weights.newer(pointer, self._version, step=step, wait=wait)
+            newer = self._weights.newer(pointer, self.version, step=step, wait=wait)
         if newer is not None:
             self._swap(newer)
 
@@ -457,12 +473,12 @@ class RolloutWorker:
         self._close(self._decoder.close_chunks())
         with self._pulse.busy("taking weights"):
             self._decoder.swap(weights.state)
-        self._version, self._step = weights.version, weights.step
+        self.version, self._step = weights.version, weights.step
         metrics.policy_version.labels("rollout").set(weights.version)
 
     # --- the end -----------------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
+    def close(self) -> None:
         """Close open chunks and hand rollouts back, in this order, so that what is handed back is complete."""
         try:
             # Deterministic: no chunk ends but where it would have; what is open is written again, bit for bit.
@@ -491,11 +507,11 @@ class RolloutWorker:
             writing=len(self._writing),
             tokens=self._decoder.decoded_tokens,
             busy=f"{self._busy.share:.3f}",
-            version=self._version,
+            version=self.version,
         )
 
     def _is_due(self, what: str, every_s: float) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         if now < self._due.get(what, 0.0):
             return False
         self._due[what] = now + every_s

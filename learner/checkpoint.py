@@ -55,11 +55,9 @@ class CheckpointState:
     """A learner between two steps.
 
     step: optimizer steps done. policy_version: the newest version published (a count of its own).
-    schedule: the learning rate's parameters, as JSON: so that a resumed run can tell whether they were
-        changed.
     consumed: ids of the rollouts that this state has taken in: what may be acknowledged once it is saved,
         and what must not be trained on again.
-    counters: running totals, e.g. of tokens. extra: anything else that is JSON (finite numbers, string keys).
+    counters: running totals, e.g. of tokens.
     model: tensors by name, each once. optimizer: tensors by "{parameter}/{key}".
     optimizer_groups: for each parameter group its parameters' "names" and its hyperparameters.
     rng: generator states by device: "cpu", and "cuda:0" ... where CUDA is in use.
@@ -67,10 +65,8 @@ class CheckpointState:
 
     step: int
     policy_version: int
-    schedule: Mapping[str, Any]
     consumed: tuple[str, ...]
     counters: Mapping[str, int]
-    extra: Mapping[str, Any]
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     optimizer_groups: tuple[Mapping[str, Any], ...]
@@ -86,10 +82,8 @@ def capture(
     *,
     step: int,
     policy_version: int,
-    schedule: Mapping[str, Any],
     consumed: Sequence[str],
     counters: Mapping[str, int],
-    extra: Mapping[str, Any] | None = None,
 ) -> CheckpointState:
     """Return a snapshot, copied to the CPU, of model, optimizer and torch's random number generators.
 
@@ -107,10 +101,8 @@ def capture(
     return CheckpointState(
         step=step,
         policy_version=policy_version,
-        schedule=dict(schedule),
         consumed=tuple(consumed),
         counters=dict(counters),
-        extra=dict(extra or {}),
         model={name: _snapshot(name, tensor) for name, tensor in untied_tensors(model).items()},
         optimizer=moments,
         optimizer_groups=tuple(
@@ -290,10 +282,8 @@ def _state_to_json(state: CheckpointState) -> str:
     fields = {
         "step": state.step,
         "policy_version": state.policy_version,
-        "schedule": dict(state.schedule),
         "consumed": list(state.consumed),
         "counters": dict(state.counters),
-        "extra": dict(state.extra),
         "optimizer_groups": [dict(group) for group in state.optimizer_groups],
         "rng": {device: base64.b64encode(raw).decode("ascii") for device, raw in state.rng.items()},
     }
@@ -427,10 +417,8 @@ def _state_from_json(fields: dict[str, Any], model: dict[str, Tensor], optimizer
     return CheckpointState(
         step=int(fields["step"]),
         policy_version=int(fields["policy_version"]),
-        schedule=dict(fields["schedule"]),
         consumed=tuple(fields["consumed"]),
         counters=dict(fields["counters"]),
-        extra=dict(fields["extra"]),
         model=model,
         optimizer=optimizer,
         optimizer_groups=tuple(dict(group) for group in fields["optimizer_groups"]),

@@ -40,7 +40,7 @@ from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
 from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
-from learner.checkpoint import CheckpointState, capture, load_newest, restore, save, untied_tensors
+from learner.checkpoint import capture, load_newest, restore, save, untied_tensors
 from learner.culprits import StepImpossible, culprits, witness
 from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
@@ -49,7 +49,7 @@ from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
 
 log = logging.getLogger("katana.learner")
-_STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
+STARVED_S = 2.0  # without a batch, before the learner asks whether Redis has room for one
 _NOT_THE_STEP = (LeaseLost, RunGone, RedisUnavailable, Stopping)  # what ends a learner whatever it is at
 _FEWEST_ASIDE = 8  # set aside without a step between them, and at least two batches: it is not the trajectories
 
@@ -91,7 +91,7 @@ class Learner:
         self._tokens_trained = 0
         self._idle_s = 0.0
         self._working_since = time.monotonic()
-        self._starved_at = time.monotonic() + _STARVED_S  # when the wait for a batch becomes too long
+        self._starved_at = time.monotonic() + STARVED_S  # when the wait for a batch becomes too long
         self._lock = config.run_dir / ".learner.lock"
         self._lines: dict[str, IO[str]] = {}
 
@@ -100,19 +100,18 @@ class Learner:
 
         Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible.
         """
-        self._lease.take(self._stop, wait_s=60.0)
+        self.open()
         try:
             with self._pulse:
                 self._train(until_idle)
             self._lease.advance("learning", 0)
         finally:
-            self._lease.drop()
             self.close()
 
     def _train(self, until_idle: bool) -> None:
         self.start()
         while not self._stop.is_set() and not self.done:
-            batch = self._next_batch(block_s=0.01 if until_idle else 0.1)
+            batch = self.next_batch(block_s=0.01 if until_idle else 0.1)
             if batch is not None:
                 self.step(batch)
             elif until_idle:
@@ -135,8 +134,13 @@ class Learner:
         """In the whole run, as counted at the last step."""
         return self._generated.total
 
+    def open(self) -> None:
+        """Take the lease."""
+        self._lease.acquire(self._stop, wait_s=60.0)
+
     def close(self) -> None:
-        """Let go of the files; nothing is written any more."""
+        """Let go of the lease and the files; nothing is written any more."""
+        self._lease.drop()
         for file in self._lines.values():
             file.close()
 
@@ -161,14 +165,14 @@ class Learner:
                 self._lines[name] = open_cut_back(folder / name, lambda line: line["step"] <= self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / "weights"))
-        self.version = max(self.version, self._announced())
+        self.version = max(self.version, self.announced())
         self._careful = self._plane.policy().get("learning", "0") != "0"
         self._lease.advance("learning", 1)
         self._intake.recover(consumed)
         self._lease.advance("covered", self.step_count)
         self.publish()
 
-    def _announced(self) -> int:
+    def announced(self) -> int:
         """The version that Redis holds; -1 where it holds none that can be read."""
         try:
             found = read_pointer(self._plane.policy())
@@ -192,7 +196,7 @@ class Learner:
 
     # --- a step ------------------------------------------------------------------------------------------------
 
-    def _next_batch(self, block_s: float) -> list[Received] | None:
+    def next_batch(self, block_s: float) -> list[Received] | None:
         self._lease.keep()
         self._pulse.turn()
         waited = time.monotonic()
@@ -209,7 +213,7 @@ class Learner:
         Else each would wait for the other: the checkpoint for the steps that are left until it is due, they for
         rollouts, and those for the memory that trained ones hold until the checkpoint.
         """
-        self._starved_at = time.monotonic() + _STARVED_S
+        self._starved_at = time.monotonic() + STARVED_S
         if self._plane.policy().get("refused") == str(self.version):
             log.warning("no batch comes and a worker could not take version %d: published again", self.version)
             self.publish()
@@ -256,7 +260,7 @@ class Learner:
         self._write_line(batch, staleness, loss, norm, rate, seen, time.monotonic() - began)
         if self.step_count % self._config.checkpoints.every_steps == 0 or self.done:
             self.checkpoint()
-        self._starved_at = time.monotonic() + _STARVED_S
+        self._starved_at = time.monotonic() + STARVED_S
 
     def _gradients(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """As `_backward`. Raises FloatingPointError, with the reason, where there is no finite loss and gradient, and
@@ -509,18 +513,11 @@ class Learner:
         self._careful = False
 
     def _save(self) -> None:
-        settings = self._config.learner
-        state: CheckpointState = capture(
+        state = capture(
             self.model,
             self.optimizer,
             step=self.step_count,
             policy_version=self.version,
-            schedule={
-                "name": settings.schedule,
-                "base": settings.learning_rate,
-                "max_steps": settings.max_steps,
-                "max_generated_tokens": settings.max_generated_tokens,
-            },
             consumed=[one.trajectory.rid for one, _ in self._since_checkpoint],
             counters={"tokens_trained": self._tokens_trained, "tokens_generated": self.tokens_generated},
         )

@@ -1,4 +1,4 @@
-"""Small data sets on disk in every format, and a tiny random Qwen3 with a chat template, for tests."""
+"""Small data sets on disk in every format, solutions of arithmetic, a tiny random Qwen3 with a chat template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ops.tasks.arithmetic import steps_of, terms_of
 
 Rows = Sequence[dict[str, Any]]
 FORMATS = ("jsonl", "parquet", "saved")
@@ -114,3 +116,11 @@ def put_paper_data(folder: Path) -> None:
     }
     for name, rows in asked.items():
         put_rows(folder / "data" / name / "test", rows, "jsonl")
+
+
+def solution_of(prompt: str) -> str:
+    """The reference completion of an arithmetic problem, without an end token: "12+7=19;19-3=16#16"."""
+    value, terms = terms_of(prompt)
+    steps = steps_of(value, terms)
+    answer = steps[-1].result if steps else value
+    return ";".join(step.text for step in steps) + f"#{answer}"

@@ -143,6 +143,12 @@ def test_module_starts_without_torch(module: str) -> None:
     assert not {"torch", "transformers"} & found
 
 
+def test_the_help_of_the_command_line_starts_without_torch() -> None:
+    found = modules_after("from ops.cli.main import command_line\ncommand_line().format_help()")
+    assert "ops.cli.faults" in found
+    assert not {"torch", "transformers", "celery", "redis", "matplotlib", "numpy"} & found
+
+
 def test_all_of_common_starts_without_torch_and_celery() -> None:
     paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "common").rglob("*.py"))
     names = [".".join(path.parts) for path in paths if path.name != "__init__"]

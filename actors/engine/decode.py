@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import check_stop_ids, log_outcomes, sample, student_support, support_size, uniforms
-from actors.engine.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
+from actors.engine.outcomes import log_outcomes, sample, student_support, support_size, uniforms
+from actors.engine.slots import IntArray, padded, rectangles
+from actors.engine.texts import TextSlots
 
 Finish = Literal["eos", "length"]
 
@@ -51,7 +52,7 @@ class ClosedChunk:
     finish: Finish | None
 
 
-class Decoder:
+class Decoder(TextSlots):
     """Writes up to `slots` rollouts at a time.
 
     max_length: tokens of prompt and completion together. stop_ids: U. vocab_size: logits beyond it are never
@@ -77,25 +78,24 @@ class Decoder:
         top_p: float = 1.0,
         alone: bool = False,
     ) -> None:
-        check_stop_ids(stop_ids, vocab_size)
-        self._model = SlotModel(model, slots=slots, capacity=max_length)
-        self._stop_ids, self._vocab_size = stop_ids, vocab_size
-        self._stops = torch.tensor(stop_ids, device=self._model.device)
+        super().__init__(
+            model,
+            slots=slots,
+            max_length=max_length,
+            stop_ids=stop_ids,
+            vocab_size=vocab_size,
+            prefill_tokens=prefill_tokens,
+        )
         self._first_column = torch.zeros(1, dtype=torch.int64, device=self._model.device)
         self._all = np.arange(slots)
         self._top_k, self._support = teacher_top_k, support_size(teacher_top_k, vocab_size, len(stop_ids))
-        self._chunk_tokens, self._prefill_tokens = chunk_tokens, prefill_tokens
+        self._chunk_tokens = chunk_tokens
         self._temperature, self._top_p = temperature, top_p
         self._alone = alone
         self.decoded_tokens = 0
-        self.steps = 0
 
-        self._slot: dict[str, int] = {}  # in the order of admission, which is the order of prefill
+        # `_slot` is in the order of admission, which is the order of prefill.
         self._keys: list[str | None] = [None] * slots
-        self._text = np.zeros((slots, max_length), dtype=np.int64)
-        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
-        self._known = np.zeros(slots, dtype=np.int64)  # tokens of prompt and completion
-        self._cached = np.zeros(slots, dtype=np.int64)  # of these, forwarded
         self._chunk = np.zeros(slots, dtype=np.int64)  # place in the text where the open chunk begins
         self._limit = np.zeros(slots, dtype=np.int64)  # tokens known at which the rollout ends by length
         self._seeds = np.zeros(slots, dtype=np.uint64)
@@ -169,17 +169,6 @@ class Decoder:
         self._model.clear(np.array([slot]))
         return self.remove(key)
 
-    def economize(self) -> int:
-        """Prefill half as many tokens in a step from now on: how many that is; 0 where they are few already."""
-        if self._prefill_tokens < 2 * FEWEST_TOKENS:
-            return 0
-        self._prefill_tokens //= 2
-        return self._prefill_tokens
-
-    def prove(self) -> None:
-        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
-        self_test(self._model.model, vocab_size=self._vocab_size)
-
     def hold(self, key: str) -> None:
         """Keep a rollout in its slot without decoding it (it is still prefilled). Raises KeyError."""
         self._held[self._slot[key]] = True
@@ -196,7 +185,6 @@ class Decoder:
         FloatingPointError where the model's logits are not numbers, and whatever the model raises: no rollout has got
         further then, and the step may be tried again.
         """
-        self.steps += 1
         at_work = self._used
         if only is not None:
             at_work = np.zeros_like(self._used)

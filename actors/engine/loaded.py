@@ -1,8 +1,9 @@
-"""The models of a worker process: loaded once, kept across worker tasks."""
+"""Engines by a config: those of a worker process, loaded once and kept across its tasks, and one that samples."""
 
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,26 @@ class Engines:
             vocab_size=self.pair.vocab_size,
             prefill_tokens=teacher.prefill_tokens,
         )
+
+
+def sampler(
+    config: Config, pair: Pair, folder: Path, *, dtype: str, device: str, temperature: float, top_p: float
+) -> Decoder:
+    """An engine that writes whole completions with the model in `folder`, to be judged and not trained on: by the
+    run's stop set and lengths, in the evaluator's slots. Raises ModelError."""
+    torch.set_num_threads(config.eval.threads)
+    return Decoder(
+        load_model(folder, dtype=dtype, device=device, vocab_size=pair.vocab_size),
+        slots=config.eval.slots,
+        max_length=config.max_length,
+        stop_ids=pair.stop_ids,
+        vocab_size=pair.vocab_size,
+        teacher_top_k=1,
+        chunk_tokens=config.rollout.max_completion_length,  # what is written comes in one piece
+        prefill_tokens=config.rollout.prefill_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
 
 
 def engines_for(config: Config) -> Engines:

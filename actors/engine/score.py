@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import check_stop_ids, log_outcomes, on_support
-from actors.engine.slots import FEWEST_TOKENS, IntArray, SlotModel, padded, rectangles, self_test
+from actors.engine.outcomes import log_outcomes, on_support
+from actors.engine.slots import IntArray, padded, rectangles
+from actors.engine.texts import TextSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class _Batch:
     lengths: IntArray
 
 
-class Scorer:
+class Scorer(TextSlots):
     """Scores chunks with a teacher that keeps up to `slots` rollouts in its cache.
 
     A rollout that comes back after it was evicted shows that there are too few slots: their number is doubled, up to
@@ -107,31 +108,14 @@ class Scorer:
     included, that one forward takes. Raises UnsupportedModelError, ValueError.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        slots: int,
-        max_length: int,
-        stop_ids: tuple[int, ...],
-        vocab_size: int,
-        prefill_tokens: int,
-        max_slots: int = 0,
-    ) -> None:
-        check_stop_ids(stop_ids, vocab_size)
-        self._model = SlotModel(model, slots=slots, capacity=max_length)
-        self._stop_ids, self._vocab_size, self._budget = stop_ids, vocab_size, prefill_tokens
-        self._stops = torch.tensor(stop_ids, device=self._model.device)
-        self._text = np.zeros((slots, max_length), dtype=np.int64)
-        self._known = np.zeros(slots, dtype=np.int64)  # tokens of the text
-        self._cached = np.zeros(slots, dtype=np.int64)  # of these, forwarded
-        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
-        self._slot: dict[str, int] = {}  # least recently used first
-        self._max_slots = max(slots, max_slots)
+    def __init__(self, model: PreTrainedModel, *, max_slots: int = 0, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        # `_slot` is in the order of use, the least recent first.
+        self._max_slots = max(self.slots, max_slots)
         self._evicted: dict[str, None] = {}  # the last ones; which come back are rebuilt
         self.rebuilt_tokens = 0
         """Tokens forwarded in front of a chunk that is not the first, since its slot did not hold them."""
-        self._unused = list(range(slots))
+        self._unused = list(range(self.slots))
 
     @property
     def slots(self) -> int:
@@ -169,17 +153,6 @@ class Scorer:
         if slots:
             self._model.clear(np.array(slots))
 
-    def economize(self) -> int:
-        """Take half as many tokens in one forward from now on: how many that is; 0 where they are few already."""
-        if self._budget < 2 * FEWEST_TOKENS:
-            return 0
-        self._budget //= 2
-        return self._budget
-
-    def prove(self) -> None:
-        """The test that a model passes when it is loaded. Raises whatever its model raises, UnsupportedModelError."""
-        self_test(self._model.model, vocab_size=self._vocab_size)
-
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Scored]:
         """Score chunks; answers come in the order asked.
@@ -194,7 +167,7 @@ class Scorer:
         while runs:
             wave, runs = self._wave(runs)
             for run in wave:
-                self._settle(run)
+                self._seat(run)
                 run.prepare(self._stop_ids)
             wave.sort(key=lambda run: run.slot)  # slots that follow each other are read without a copy
             for batch in self._batches(wave, np.array([run.begin - 1 for run in wave])):
@@ -271,7 +244,7 @@ class Scorer:
                 self._slot[key] = self._slot.pop(key)
         return list(wave.values()), left
 
-    def _settle(self, run: _Run) -> None:
+    def _seat(self, run: _Run) -> None:
         """Give a run its slot, with all of its text.
 
         What the slot has forwarded of the same text stays, even another rollout's, for example of the same prompt.
@@ -322,7 +295,7 @@ class Scorer:
         slots = np.array([run.slot for run in runs])
         while (left := goals - self._cached[slots]).any():
             waiting = np.flatnonzero(left)
-            lengths = np.array(rectangles(left[waiting].tolist(), self._budget))
+            lengths = np.array(rectangles(left[waiting].tolist(), self._prefill_tokens))
             picked = waiting[: len(lengths)]
             rows = slots[picked]
             starts = self._cached[rows]

@@ -28,9 +28,6 @@ from common.pretrained import ModelError, unfit
 
 IntArray = NDArray[np.int64]
 
-FEWEST_TOKENS = 32
-"""In one forward: below, memory is not what is short."""
-
 KV_BLOCK = 32
 """The length of the cache that attention reads is a multiple of this: few shapes, and aligned for CUDA
 kernels."""

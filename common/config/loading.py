@@ -239,7 +239,7 @@ def _mark(field: FieldInfo) -> Any:
 
 def check_resume(before: Config, after: Config) -> None:
     """Raises ConfigError when a resumed run would change a key that its record depends on."""
-    old, new = _flatten(before.model_dump()), _flatten(after.model_dump())
+    old, new = flatten(before), flatten(after)
     allowed = resumable(deterministic=before.deterministic)
     if policy_names.same(before.termination.policy, after.termination.policy):
         old["termination.policy"] = new["termination.policy"]
@@ -251,11 +251,9 @@ def check_resume(before: Config, after: Config) -> None:
         )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
+    """`section.key` and its value, for every key."""
     flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and name not in ("options", "hazard"):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+    for name, value in config.model_dump().items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
     return flat

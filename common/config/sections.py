@@ -255,7 +255,7 @@ class Loss(Section):
     )
 
 
-class Learner(Section):
+class LearnerSettings(Section):
     dtype: Dtype = Field(
         "float32",
         description="Dtype that the learner computes in, float32 or bfloat16; parameters and moments are float32.",
@@ -295,7 +295,7 @@ class Learner(Section):
     weight_sync_steps: int = Field(1, ge=1, description="Steps between published weights.")
 
     @model_validator(mode="after")
-    def _check(self) -> Learner:
+    def _check(self) -> LearnerSettings:
         if self.weight_sync_steps > max(self.max_staleness, 1):
             raise ValueError(
                 f"weight_sync_steps {self.weight_sync_steps} is above max_staleness {self.max_staleness}: "
@@ -360,7 +360,7 @@ class Eval(Section):
         return data
 
 
-class Feeder(Section):
+class FeederSettings(Section):
     concurrency: int | None = Field(
         None,
         ge=1,
@@ -535,10 +535,10 @@ class Config(Section):
     rollout: Rollout = Field(default_factory=Rollout)
     termination: Termination = Field(default_factory=Termination)
     loss: Loss = Field(default_factory=Loss)
-    learner: Learner = Field(default_factory=Learner)
+    learner: LearnerSettings = Field(default_factory=LearnerSettings)
     checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     eval: Eval = Field(default_factory=Eval)
-    feeder: Feeder = Field(default_factory=Feeder)
+    feeder: FeederSettings = Field(default_factory=FeederSettings)
     redis: Redis = Field(default_factory=Redis)
     liveness: Liveness = Field(default_factory=Liveness)
     metrics: Metrics = Field(default_factory=Metrics)

@@ -37,7 +37,7 @@ class Lease:
         self._plane, self._role, self._ms = plane, role, int(lease_s * 1000)
         self._renew_at = self._adopt_at = 0.0
 
-    def take(self, stop: threading.Event, wait_s: float = 30.0) -> None:
+    def acquire(self, stop: threading.Event, wait_s: float = 30.0) -> None:
         """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when asked to stop."""
         began = time.monotonic()
         while self._plane.call(self._call("take")) is not Leased.OK:

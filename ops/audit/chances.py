@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.audit.cuts import CLASSES, Record
+from ops.audit.cuts import CLASSES, AuditedRollout
 from ops.stats.intervals import RESAMPLES, interval, resampled_sums, unseen_share
 
 SOURCES = {
@@ -31,10 +31,10 @@ class Audited:
     """A cut that was looked at: its class, the tokens that hold its answer, what it was compared with, and for each
     source the share of right continuations (whole: 0 or 1; None: not to be had)."""
 
-    record: Record
+    record: AuditedRollout
     kind: str
     answer: int | None
-    uncut: Record | None
+    uncut: AuditedRollout | None
     right: Mapping[str, float | None]
 
 
@@ -69,7 +69,7 @@ def chance(
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CutClass:
     """A class of cuts, or all: how many, and P(correct) by source.
 
     `recoverable`: cuts from whose kept prefix at least one continuation of the student was right. `kept_against_uncut`,
@@ -84,16 +84,16 @@ class Row:
     trigger_against_uncut: Chance | None
 
 
-def rows_of(cuts: Sequence[Audited], seed: int) -> list[Row]:
+def rows_of(cuts: Sequence[Audited], seed: int) -> list[CutClass]:
     """All cuts, then each class that occurs."""
     parts = [(ALL, list(cuts))] + [(kind, [one for one in cuts if one.kind == kind]) for kind in CLASSES]
     return [_row(kind, part, seed) for kind, part in parts if part]
 
 
-def _row(kind: str, cuts: Sequence[Audited], seed: int) -> Row:
+def _row(kind: str, cuts: Sequence[Audited], seed: int) -> CutClass:
     found = [(one.right["keep"], one) for one in cuts]
     judged = [(float(share > 0), one.record.problem) for share, one in found if share is not None]
-    return Row(
+    return CutClass(
         kind=kind,
         cuts=len(cuts),
         chances={source: _chance_of(cuts, source, seed) for source in SOURCES},

@@ -39,12 +39,12 @@ from common.pretrained import Pair, check_pair
 from common.runfiles.records import TRACES
 from common.wire.messages import Ints
 from ops.audit.chances import SOURCES, Audited, rows_of
-from ops.audit.cuts import Reader, Record, answer_tokens, chosen, class_of, matched, read_records, read_tokens
+from ops.audit.cuts import AuditedRollout, Reader, answer_tokens, chosen, class_of, matched, read_records, read_tokens
 from ops.audit.plot import DOTS_PER_INCH, draw
-from ops.audit.sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
-from ops.audit.table import Audit, csv_of, markdown_of, text_of, tree_of
+from ops.audit.sampling import Continuer, Prefix, SamplingProgress, continue_all, find_student, make_decoder
+from ops.audit.table import AuditResult, csv_of, markdown_of, text_of, tree_of
 from ops.plots import named, save_png
-from ops.report.run import Run, read_run
+from ops.report.run import ReportRun, read_run
 from ops.tasks.source import TaskSource
 
 _BY_TEACHER = "keep_teacher"
@@ -63,7 +63,7 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
     if not fired:
         raise ConfigError(_without_cuts(run, len(records)))
     pair = check_pair(run.config)
-    writer = find_student(folder, run.config, pair, student)
+    writer = find_student(folder, pair, student)
     source = TaskSource(run.config)
     source.prepare()
     cuts = chosen(fired, rollouts, seed)
@@ -74,7 +74,7 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
     return f"{text_of(done)}\n\n{folder / 'audit'}: audit.md, audit.csv, audit.json, audit.png"
 
 
-def _records(run: Run) -> list[Record]:
+def _records(run: ReportRun) -> list[AuditedRollout]:
     """Raises ConfigError if nothing can be continued, or there is no verifier."""
     data, traces = run.config.data, run.folder / TRACES
     if data.task == "dataset" and data.verifier == "none":
@@ -85,7 +85,7 @@ def _records(run: Run) -> list[Record]:
     return read_records(traces, run.lines)
 
 
-def _without_cuts(run: Run, records: int) -> str:
+def _without_cuts(run: ReportRun, records: int) -> str:
     policy = run.config.termination.policy
     advice = "; with another policy and termination.shadow: true a run has cuts on record and cuts nothing"
     text = f"{run.folder}: no cut on record in {records} rollouts (policy {policy}), so there is nothing to audit"
@@ -95,19 +95,23 @@ def _without_cuts(run: Run, records: int) -> str:
 class _Auditor:
     """Continues prefixes of cut and of uncut rollouts."""
 
-    def __init__(self, run: Run, source: TaskSource, pair: Pair, samples: int, seed: int) -> None:
+    def __init__(self, run: ReportRun, source: TaskSource, pair: Pair, samples: int, seed: int) -> None:
         self._config, self._source, self._pair = run.config, source, pair
         self._traces = run.folder / TRACES
         self._samples, self._seed = samples, seed
 
-    def look(self, cuts: Sequence[Record], uncut: Sequence[Record | None], student: Weights) -> list[Audited]:
+    def look(
+        self, cuts: Sequence[AuditedRollout], uncut: Sequence[AuditedRollout | None], student: Continuer
+    ) -> list[Audited]:
         """Every cut with its class, what it is compared with, and its chances."""
         tokens = read_tokens(self._traces, {one.rid for one in [*cuts, *uncut] if one is not None})
         prefixes = _prefixes(cuts, uncut, tokens)
         right = self._continued(prefixes, student)
         return [self._audited(cut, other, tokens[cut.rid], right) for cut, other in zip(cuts, uncut, strict=True)]
 
-    def _audited(self, cut: Record, uncut: Record | None, tokens: Ints, right: Mapping[_Key, float | None]) -> Audited:
+    def _audited(
+        self, cut: AuditedRollout, uncut: AuditedRollout | None, tokens: Ints, right: Mapping[_Key, float | None]
+    ) -> Audited:
         source = self._source
         reader = Reader(source.text, partial(source.judge, cut.problem), partial(source.answer_end, cut.problem))
         answer = answer_tokens(tokens, cut.keep, reader)
@@ -116,10 +120,10 @@ class _Auditor:
         shares["whole"] = None if cut.whole is None else float(cut.whole)
         return Audited(cut, kind, answer, uncut, shares)
 
-    def _continued(self, prefixes: Mapping[_Key, Prefix], student: Weights) -> dict[_Key, float | None]:
+    def _continued(self, prefixes: Mapping[_Key, Prefix], student: Continuer) -> dict[_Key, float | None]:
         """The share of right continuations of each prefix. One model in memory at a time."""
-        config, progress = self._config, Progress(len(prefixes) * self._samples)
-        teacher = Weights(self._pair.teacher.folder, None, config.teacher.model)
+        config, progress = self._config, SamplingProgress(len(prefixes) * self._samples)
+        teacher = Continuer(self._pair.teacher.folder, None, config.teacher.model)
         right: dict[_Key, float | None] = {}
         for weights, dtype, device in (
             (student, config.rollout.dtype, config.eval.device),
@@ -141,7 +145,9 @@ class _Auditor:
         return right
 
 
-def _prefixes(cuts: Sequence[Record], uncut: Sequence[Record | None], tokens: Mapping[str, Ints]) -> dict[_Key, Prefix]:
+def _prefixes(
+    cuts: Sequence[AuditedRollout], uncut: Sequence[AuditedRollout | None], tokens: Mapping[str, Ints]
+) -> dict[_Key, Prefix]:
     """What is to be written on, by source and by the cut rollout that it belongs to."""
     found: dict[_Key, Prefix] = {}
     for cut, other in zip(cuts, uncut, strict=True):
@@ -154,11 +160,13 @@ def _prefixes(cuts: Sequence[Record], uncut: Sequence[Record | None], tokens: Ma
     return found
 
 
-def _audit_of(run: Run, student: Weights, samples: int, seed: int, fired: int, cuts: Sequence[Audited]) -> Audit:
+def _audit_of(
+    run: ReportRun, student: Continuer, samples: int, seed: int, fired: int, cuts: Sequence[Audited]
+) -> AuditResult:
     config = run.config
     rule, rollout = config.termination, config.rollout
     versions = [one.record.version for one in cuts]
-    return Audit(
+    return AuditResult(
         run=run.folder.resolve().name,
         policy=rule.policy,
         applied="shadow" if rule.shadow else rule.apply,
@@ -176,7 +184,7 @@ def _audit_of(run: Run, student: Weights, samples: int, seed: int, fired: int, c
     )
 
 
-def _write(folder: Path, done: Audit) -> None:
+def _write(folder: Path, done: AuditResult) -> None:
     """Every file whole; a former audit's files stay until then. Raises ConfigError."""
     texts = {
         "audit.csv": csv_of(done),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.draws import draw
+from common.draws import uniform_bits
 from common.runfiles.lines import read_lines
 from common.runfiles.records import BookLine, Trace
 from common.wire.messages import Ints
@@ -26,7 +26,7 @@ COPIES, LEAST_TOKENS = 3, 12
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AuditedRollout:
     """A rollout that has a verdict. `trigger`: tokens seen when the policy fired; all of them where it did not.
 
     `written`: tokens on record. `fired`: whether there was a cut, applied or not. `active`: whether the policy could
@@ -46,7 +46,7 @@ class Record:
     whole: bool | None
 
 
-def read_records(traces: Path, books: Iterable[BookLine]) -> list[Record]:
+def read_records(traces: Path, books: Iterable[BookLine]) -> list[AuditedRollout]:
     """All booked rollouts of traces.jsonl, in the order they were booked. Raises ConfigError for a damaged line."""
     booked = {line.rid: line for line in books}
     return [_record(trace, booked[trace.rid]) for trace in read_lines(traces, read_trace) if trace.rid in booked]
@@ -58,8 +58,8 @@ def read_tokens(traces: Path, rids: Collection[str]) -> dict[str, Ints]:
     return {trace.rid: trace.tokens for trace in read_lines(traces, read_trace, rids=rids)}
 
 
-def _record(trace: Trace, booked: BookLine) -> Record:
-    return Record(
+def _record(trace: Trace, booked: BookLine) -> AuditedRollout:
+    return AuditedRollout(
         rid=trace.rid,
         arm=trace.arm,
         problem=trace.problem,
@@ -73,23 +73,25 @@ def _record(trace: Trace, booked: BookLine) -> Record:
     )
 
 
-def chosen(cuts: Sequence[Record], most: int, seed: int) -> list[Record]:
+def chosen(cuts: Sequence[AuditedRollout], most: int, seed: int) -> list[AuditedRollout]:
     """At most `most` of the cuts, spread over the run: one drawn from each of `most` equal stretches of it."""
     if len(cuts) <= most:
         return list(cuts)
     ends = [len(cuts) * place // most for place in range(most + 1)]
-    return [cuts[begin + draw(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
+    return [cuts[begin + uniform_bits(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
 
 
-def matched(cuts: Sequence[Record], records: Sequence[Record], seed: int) -> list[Record | None]:
+def matched(
+    cuts: Sequence[AuditedRollout], records: Sequence[AuditedRollout], seed: int
+) -> list[AuditedRollout | None]:
     """For each cut a rollout that was still going, and not cut, when the policy fired in this one; None without any.
 
     Among those that the policy could have cut the nearest is taken: of the same prompt if there is one, then of the
     nearest policy version, then of the same arm, then by draw. Each is taken once; cuts choose in their order.
     """
-    luck = {one.rid: draw(seed, f"audit:reference:{one.rid}") for one in records if one.active}
+    luck = {one.rid: uniform_bits(seed, f"audit:reference:{one.rid}") for one in records if one.active}
     free = {one.rid: one for one in records if one.active}
-    found: list[Record | None] = []
+    found: list[AuditedRollout | None] = []
     for cut in cuts:
         best = _nearest(cut, free.values(), luck)
         found.append(best)
@@ -98,13 +100,13 @@ def matched(cuts: Sequence[Record], records: Sequence[Record], seed: int) -> lis
     return found
 
 
-def _nearest(cut: Record, records: Iterable[Record], luck: Mapping[str, int]) -> Record | None:
+def _nearest(cut: AuditedRollout, records: Iterable[AuditedRollout], luck: Mapping[str, int]) -> AuditedRollout | None:
     # `trigger` is where a rollout was cut, or its end: before that it was going and not cut, whatever came later.
     going = (one for one in records if one.trigger > cut.trigger)
     return min(going, key=lambda one: _distance(one, cut, luck), default=None)
 
 
-def _distance(one: Record, cut: Record, luck: Mapping[str, int]) -> tuple[bool, int, bool, int]:
+def _distance(one: AuditedRollout, cut: AuditedRollout, luck: Mapping[str, int]) -> tuple[bool, int, bool, int]:
     return one.problem != cut.problem, abs(one.version - cut.version), one.arm != cut.arm, luck[one.rid]
 
 

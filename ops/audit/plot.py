@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ops.audit.table import Audit
+from ops.audit.table import AuditResult
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILLION, plain, say_title
 
 SIZE_INCHES, DOTS_PER_INCH = (12.0, 7.0), 100
@@ -24,7 +24,7 @@ _LOOKS = {
 _STEP = 0.12  # of a class's width, between two sources
 
 
-def draw(audit: Audit) -> Figure:
+def draw(audit: AuditResult) -> Figure:
     """The figure, 1200 x 700 pixels."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
@@ -48,7 +48,7 @@ def draw(audit: Audit) -> Figure:
     return figure
 
 
-def _draw_source(axes: Any, audit: Audit, source: str, offset: float) -> None:
+def _draw_source(axes: Any, audit: AuditResult, source: str, offset: float) -> None:
     colour, marker, name = _LOOKS[source]
     found = [(place + offset, row.chances[source]) for place, row in enumerate(audit.rows)]
     points = [(place, one) for place, one in found if one is not None]

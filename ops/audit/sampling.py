@@ -9,24 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from actors.engine import Decoder
-from actors.engine.models import load_model
+from actors.engine.loaded import sampler
 from common.config import Config, ConfigError
-from common.draws import draw
+from common.draws import uniform_bits
 from common.pretrained import ModelError, Pair, compare_tokenizers, find_model, load_tokenizer
 from common.wire.messages import Ints
 from common.wire.weights import newest_version
 from ops.tasks.source import TaskSource
 
-_TOLD_EVERY_S = 30.0
+_REPORT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class Continuer:
     """A model that continues prefixes. `file`: weights for the model of `folder`; None: its own. `name`: shown."""
 
     folder: Path
@@ -34,7 +33,7 @@ class Weights:
     name: str
 
 
-def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> Weights:
+def find_student(run: Path, pair: Pair, model: str | None) -> Continuer:
     """The student that continues: `model` if given, else the run's trained one, else its newest weights.
 
     Those that wrote the rollouts are gone. Raises ModelError, ConfigError.
@@ -47,30 +46,19 @@ def find_student(run: Path, config: Config, pair: Pair, model: str | None) -> We
     if newest < 0:
         raise ConfigError(f"{run}: neither model/ nor weights/ is in it; name a student by --student")
     file = run / "weights" / f"v{newest:08d}.safetensors"
-    return Weights(pair.student.folder, file, f"weights/{file.name}, the newest of the run")
+    return Continuer(pair.student.folder, file, f"weights/{file.name}, the newest of the run")
 
 
-def _other(folder: Path, pair: Pair, name: str) -> Weights:
+def _other(folder: Path, pair: Pair, name: str) -> Continuer:
     compare_tokenizers(load_tokenizer(pair.student.folder).get_vocab(), load_tokenizer(folder).get_vocab())
-    return Weights(folder, None, name)
+    return Continuer(folder, None, name)
 
 
-def make_decoder(config: Config, pair: Pair, weights: Weights, *, dtype: str, device: str) -> Decoder:
+def make_decoder(config: Config, pair: Pair, weights: Continuer, *, dtype: str, device: str) -> Decoder:
     """An engine that writes as rollouts of the run were written: stop set, temperature, nucleus, lengths. Raises
     ModelError."""
-    torch.set_num_threads(config.eval.threads)
-    decoder = Decoder(
-        load_model(weights.folder, dtype=dtype, device=device, vocab_size=pair.vocab_size),
-        slots=config.eval.slots,
-        max_length=config.max_length,
-        stop_ids=pair.stop_ids,
-        vocab_size=pair.vocab_size,
-        teacher_top_k=1,
-        chunk_tokens=config.rollout.max_completion_length,  # what is written comes in one piece
-        prefill_tokens=config.rollout.prefill_tokens,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-    )
+    temperature, top_p = config.rollout.temperature, config.rollout.top_p
+    decoder = sampler(config, pair, weights.folder, dtype=dtype, device=device, temperature=temperature, top_p=top_p)
     if weights.file is not None:
         try:
             decoder.swap(load_file(weights.file, device=device))
@@ -89,7 +77,7 @@ class Prefix:
     tokens: Ints
 
 
-class Progress:
+class SamplingProgress:
     """A line on standard error now and then: continuations done, tokens written, tokens a second."""
 
     def __init__(self, total: int) -> None:
@@ -99,7 +87,7 @@ class Progress:
     def count(self, continuations: int, tokens: int) -> None:
         self._done += continuations
         self._tokens += tokens
-        if time.monotonic() - self._printed >= _TOLD_EVERY_S:
+        if time.monotonic() - self._printed >= _REPORT_EVERY_S:
             self.report()
 
     def report(self) -> None:
@@ -120,7 +108,7 @@ def continue_all(
     limit: int,
     samples: int,
     seed: int,
-    progress: Progress,
+    progress: SamplingProgress,
 ) -> list[float | None]:
     """For each prefix the share of its `samples` continuations, each `limit` tokens at most in all, that are right.
 
@@ -143,7 +131,7 @@ def continue_all(
             decoder.add(
                 f"{place}:{sample}",
                 source.prompt(one.problem),
-                seed=draw(seed, f"audit:{one.name}", sample),
+                seed=uniform_bits(seed, f"audit:{one.name}", sample),
                 max_new_tokens=limit,
                 generated=one.tokens,
             )

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
-from ops.audit.chances import SOURCES, Audited, Chance, Row
+from ops.audit.chances import SOURCES, Audited, Chance, CutClass
 from ops.stats.intervals import FEW_PROMPTS
 
 """Below so many prompts an interval by bootstrap is too narrow, which is noted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class AuditResult:
     """An audit: the run, the settings, the results. `fired`: recorded cuts, of which `cuts` were audited.
 
     `applied`: stop, mask or shadow. `versions`: first and last policy version that began a cut rollout.
@@ -35,7 +35,7 @@ class Audit:
     fired: int
     versions: tuple[int, int]
     cuts: Sequence[Audited]
-    rows: Sequence[Row]
+    rows: Sequence[CutClass]
 
     @property
     def label(self) -> str:
@@ -52,7 +52,7 @@ _HEADS = {
 }
 
 
-def _cells(audit: Audit) -> list[list[str]]:
+def _cells(audit: AuditResult) -> list[list[str]]:
     """The head and a line for each class: P(correct) in percent, and its interval."""
     head = ["policy", "cuts that are", "n", *(_HEADS[source] for source in SOURCES)]
     return [head] + [
@@ -65,7 +65,7 @@ def _percent(found: Chance | None) -> str:
     return "-" if found is None else f"{100 * found.mean:.0f} ({100 * found.low:.0f}-{100 * found.high:.0f})"
 
 
-def text_of(audit: Audit) -> str:
+def text_of(audit: AuditResult) -> str:
     """The audit as it is printed."""
     cells = _cells(audit)
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
@@ -74,7 +74,7 @@ def text_of(audit: Audit) -> str:
     return "\n".join(["P(correct) in %, with 95 % intervals", *lines, "", *notes])
 
 
-def markdown_of(audit: Audit) -> str:
+def markdown_of(audit: AuditResult) -> str:
     """The audit as a page; tables of several runs can be put together, their heads are the same."""
     head, *lines = _cells(audit)
     table = [head, ["---"] * len(head), *lines]
@@ -94,7 +94,7 @@ def markdown_of(audit: Audit) -> str:
     )
 
 
-def _legend(audit: Audit) -> list[str]:
+def _legend(audit: AuditResult) -> list[str]:
     everything = audit.rows[0].chances
     counts = {source: found.rollouts if found else 0 for source, found in everything.items()}
     meanings = [
@@ -117,7 +117,7 @@ def _legend(audit: Audit) -> list[str]:
     ]
 
 
-def sentences(audit: Audit) -> list[str]:
+def sentences(audit: AuditResult) -> list[str]:
     """The findings in plain words, no more than the intervals allow."""
     row = audit.rows[0]
     looked = f"{row.cuts} of {audit.fired} cuts" if row.cuts < audit.fired else f"all {row.cuts} cuts on record"
@@ -161,7 +161,7 @@ _ABOUT = ("run", "policy", "applied", *_CUT)
 _UNCUT = ("uncut_rid", "uncut_problem", "uncut_version")
 
 
-def csv_of(audit: Audit) -> str:
+def csv_of(audit: AuditResult) -> str:
     """A row a cut. `correct_…`: shares of right continuations are from 0 to 1, empty if unavailable."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -180,7 +180,7 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def tree_of(audit: Audit) -> dict[str, Any]:
+def tree_of(audit: AuditResult) -> dict[str, Any]:
     """The audit as it stands in audit.json; chances as objects, null where there are none."""
     names = ("run", "policy", "applied", "student", "teacher", "samples", "seed", "temperature", "top_p")
     tree: dict[str, Any] = {name: getattr(audit, name) for name in names}

@@ -65,7 +65,7 @@ def _measure(config: Config, repeats: int, workers: int) -> dict[str, Any]:
     create_run(client, config, run_key)
     plane = open_plane(config, client, run_key)
     lease = Lease(plane, "learner", 3600.0)
-    lease.take(stop)
+    lease.acquire(stop)
     ref = publish(config.run_dir / "weights", 0, lambda path: save_file({"none": zeros(1)}, path))
     lease.call(scripts.publish(0, 0, ref.file, ref.sha256))
     context = multiprocessing.get_context("spawn")  # this process has threads: a fork of it could hang

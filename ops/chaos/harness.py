@@ -27,7 +27,7 @@ from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
 from ops.chaos.records import Violation
 from ops.chaos.recovery import Held, continue_process, holder_of, stop_holding, wait_recovered, wait_whole
-from ops.chaos.schedule import Fault, Result, schedule
+from ops.chaos.schedule import ChaosResult, Fault, schedule
 from ops.chaos.table import describe
 from ops.run.check import check
 
@@ -46,12 +46,12 @@ _OTHERS_FIRST = (
 _NEVER = 10_000_000  # steps: the run is ended by the harness
 
 
-def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_s: float = CALM_S) -> Result:
+def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_s: float = CALM_S) -> ChaosResult:
     """Run, injure, check. The run's folder and `chaos.json` in it stay.
 
     Raises ConfigError and ModelError before anything is started.
     """
-    result = Result(seed, schedule(seed, faults, kinds))
+    result = ChaosResult(seed, schedule(seed, faults, kinds))
     config = prepared(config)
     print(f"seed {seed}: {faults} faults, run in {config.run_dir}", flush=True)
     scene = Scene()
@@ -110,7 +110,7 @@ def begin(cluster: Cluster) -> None:
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
-def _inject_all(cluster: Cluster, scene: Scene, result: Result, began: float) -> None:
+def _inject_all(cluster: Cluster, scene: Scene, result: ChaosResult, began: float) -> None:
     threads: list[threading.Thread] = []
     ended: list[BaseException] = []
     rng = random.Random(result.seed + 1)
@@ -150,7 +150,7 @@ def _alive(threads: Sequence[threading.Thread]) -> int:
     return sum(thread.is_alive() for thread in threads)
 
 
-def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: Result, began: float) -> None:
+def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: ChaosResult, began: float) -> None:
     """Inject one fault; alone: into a whole run, and wait until it has recovered. Raises RunEnded."""
     kind = KINDS[fault.kind]
     for attempt in range(_TRIES):
@@ -205,7 +205,7 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
     fault.recovery_s, fault.injected = recovery_s, True
 
 
-def _print_progress(number: int, fault: Fault, result: Result) -> None:
+def _print_progress(number: int, fault: Fault, result: ChaosResult) -> None:
     recovery = f"recovered in {fault.recovery_s:.1f} s" if fault.recovery_s is not None else ""
     how = "alone" if fault.alone else "overlapping"
     print(f"[{number:>4} of {len(result.faults)}] {fault.kind:22} {how:12} {recovery}  {fault.note}", flush=True)

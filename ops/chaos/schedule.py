@@ -29,7 +29,7 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Result:
+class ChaosResult:
     """What a run under faults came to."""
 
     seed: int

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ops.chaos.schedule import Fault, Result
+from ops.chaos.schedule import ChaosResult, Fault
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -19,7 +19,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def describe(results: Sequence[Result]) -> str:
+def describe(results: Sequence[ChaosResult]) -> str:
     """Kind, injected, survived, recovery; then what the runs came to."""
     kinds: dict[str, list[Fault]] = defaultdict(list)
     for result in results:

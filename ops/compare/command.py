@@ -18,7 +18,7 @@ from common.files import write_text
 from common.policies import check_policy
 from common.runfiles.run import lock
 from ops.compare import grid as grids
-from ops.compare.data import FIGURES, Result, read_result
+from ops.compare.data import FIGURES, CellResult, read_result
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid
 from ops.compare.runs import Interrupts, Process, last_words, run_cells, start_run
 from ops.run.local import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
@@ -201,7 +201,7 @@ class Work:
         return self._folder / "logs" / f"{cell.name}.log"
 
 
-def _written(result: Result, name: str) -> str:
+def _written(result: CellResult, name: str) -> str:
     value = result.figures[name]
     return "–" if value is None else FIGURES[name].write(value)
 

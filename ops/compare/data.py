@@ -67,7 +67,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CellResult:
     """A finished cell. `figures` by name, None where the run has none; `curve`: its evaluations over tokens; `steps`:
     the drift guards of the steps in which its policy could have cut; `left_out`: what it did not train on."""
 
@@ -79,10 +79,10 @@ class Result:
     k: int | None
     problems: int | None
     evaluated_step: int | None
-    left_out: list[endings.LeftOut]
+    left_out: list[endings.UntrainedEnding]
 
     @property
-    def unfair(self) -> list[endings.LeftOut]:
+    def unfair(self) -> list[endings.UntrainedEnding]:
         """What was left out of its training and makes its sample another than the one that it wrote."""
         return [one for one in self.left_out if one.warns]
 
@@ -98,7 +98,7 @@ class Comparison:
     name: str
     grid: Grid
     states: dict[Cell, State]
-    results: dict[Cell, Result]
+    results: dict[Cell, CellResult]
     matches: list[tuple[int, str, bool | None]] = field(default_factory=list)
     """Seed, realised means of kat and random_matched in words, whether they agree within 2 % (None: no means)."""
 
@@ -110,7 +110,7 @@ class Comparison:
     def undone(self) -> list[Cell]:
         return [cell for cell, state in self.states.items() if state != "done"]
 
-    def of(self, label: str) -> list[Result]:
+    def of(self, label: str) -> list[CellResult]:
         """Results of a row, by seed."""
         return [self.results[cell] for cell in sorted(self.results) if cell.label == label]
 
@@ -143,7 +143,7 @@ def _realised(source: Path, made: Path) -> tuple[str, bool | None]:
         return str(error), None
 
 
-def read_result(folder: Path, cell: Cell) -> Result:
+def read_result(folder: Path, cell: Cell) -> CellResult:
     """A done cell of a comparison's folder. Raises ConfigError for a damaged one."""
     run = folder / cell.name
     config = load(run / "config.yaml")
@@ -155,7 +155,7 @@ def read_result(folder: Path, cell: Cell) -> Result:
         last = evaluations[-1] if evaluations else {}
         ended = endings.by_ending(lines)
         steps = drift.judged(list(read_lines(run / METRICS)), config.termination.policy)
-        return Result(
+        return CellResult(
             cell,
             config,
             _figures(summary, last, lines) | _left_out_figures(ended) | drift.early_and_late(steps),

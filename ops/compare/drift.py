@@ -14,7 +14,7 @@ _LEAST = 3  # steps: fewer cannot be divided into early and late
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class GuardPoint:
     """A guard in the middle of a stretch of steps."""
 
     step: float
@@ -63,7 +63,7 @@ def mean_known(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def course(cells: Sequence[Sequence[Object]], guard: str, bins: int = 12) -> list[Point]:
+def course(cells: Sequence[Sequence[Object]], guard: str, bins: int = 12) -> list[GuardPoint]:
     """A guard along a row's cells: at most `bins` points, each the mean over the cells of their means over a stretch of
     steps. Stretches that not all cells have are left out, or the line would move where a cell begins or ends; empty
     where there is none."""
@@ -75,5 +75,5 @@ def course(cells: Sequence[Sequence[Object]], guard: str, bins: int = 12) -> lis
         means = [mean_known(line[guard] for line in stretch) for stretch in stretches]
         known = [mean for mean in means if mean is not None]
         if known and len(known) == len(means):
-            points.append(Point(begin + (width - 1) / 2, sum(known) / len(known)))
+            points.append(GuardPoint(begin + (width - 1) / 2, sum(known) / len(known)))
     return points

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import policy_names
-from common.config import Config, ConfigError, load, parse
+from common.config import Config, ConfigError, flatten, load, parse
 from common.files import write_json
 from common.runfiles.lines import read_lines
 from common.runfiles.records import EVALUATIONS
@@ -40,7 +40,7 @@ State = Literal["new", "begun", "done"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GridRow:
     """What is compared: a label, and how its config differs from the one that all rows begin with, as `a.b=c`."""
 
     label: str
@@ -66,7 +66,7 @@ class Cell:
 class Grid:
     """Rows × seeds under one budget: `steps`, or `tokens:N` generated."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
     seeds: tuple[int, ...]
     budget: str
 
@@ -115,7 +115,7 @@ def resolved_budget(text: str, base: Config) -> str:
     return f"tokens:{base.learner.max_generated_tokens}"
 
 
-def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tuple[Row, ...]:
+def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tuple[GridRow, ...]:
     """A row for each policy of `none,kat,…`, and for each variant `LABEL:a.b=c,d.e=f`. Raises ConfigError.
 
     `folder`: that of the config, where files of custom policies are looked for first.
@@ -131,14 +131,14 @@ def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tup
     return tuple(rows)
 
 
-def _policy_row(name: str, folder: Path = Path()) -> Row:
+def _policy_row(name: str, folder: Path = Path()) -> GridRow:
     try:
         policy_names.check(name)
     except policy_names.PolicyError as error:
         raise ConfigError(f"--policies {name!r:.80}: {error}") from error
     where, class_name = policy_names.split(name)
     label = f"{Path(where).stem}.{class_name}" if policy_names.in_file(name) else name.replace(":", ".")
-    return Row(_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
+    return GridRow(_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
 
 
 def _located(change: str, folder: Path) -> str:
@@ -149,7 +149,7 @@ def _located(change: str, folder: Path) -> str:
     return f"termination.policy={json.dumps(policy_names.located(name.strip(), folder))}"
 
 
-def _variant_row(text: str, folder: Path) -> Row:
+def _variant_row(text: str, folder: Path) -> GridRow:
     where = f"--variant {text!r:.80}"
     label, _, rest = text.partition(":")
     # A comma inside a value, as in {a: 1, b: 2}, stands before no key.
@@ -164,7 +164,7 @@ def _variant_row(text: str, folder: Path) -> Row:
         raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
     if label in policy_names.BUILT_IN:
         raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
-    return Row(_label(label, where), tuple(_located(change, folder) for change in changes))
+    return GridRow(_label(label, where), tuple(_located(change, folder) for change in changes))
 
 
 def _label(text: str, where: str) -> str:
@@ -175,12 +175,12 @@ def _label(text: str, where: str) -> str:
     return text
 
 
-def name_policies(rows: Iterable[Row]) -> bool:
+def name_policies(rows: Iterable[GridRow]) -> bool:
     """Whether every row names its policy, so that the policy of the common config is not used."""
     return all(any(change.partition("=")[0].strip() == "termination.policy" for change in row.changes) for row in rows)
 
 
-def with_source_of_match(rows: tuple[Row, ...]) -> tuple[tuple[Row, ...], bool]:
+def with_source_of_match(rows: tuple[GridRow, ...]) -> tuple[tuple[GridRow, ...], bool]:
     """The rows, with `kat` before `random_matched` where it is missing; and whether it was."""
     labels = [row.label for row in rows]
     if MATCHED not in labels or MATCHED_TO in labels:
@@ -200,7 +200,7 @@ def read_grid(folder: Path) -> Grid:
     found = read_json(path)
     try:
         rows = tuple(
-            Row(_label(label, str(path)), tuple(map(str, changes))) for label, changes in found["rows"].items()
+            GridRow(_label(label, str(path)), tuple(map(str, changes))) for label, changes in found["rows"].items()
         )
         seeds = tuple(sorted(int(seed) for seed in found["seeds"]))
         read_budget(found["budget"])
@@ -294,7 +294,7 @@ def check_base(base: Config, tokens: int | None) -> None:
         )
 
 
-def row_config(base: Config, row: Row, tokens: int | None) -> Config:
+def row_config(base: Config, row: GridRow, tokens: int | None) -> Config:
     """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError."""
     matched = row.label == MATCHED
     source = f"row {row.label!r}"
@@ -364,7 +364,7 @@ def check_one_experiment(grid: Grid, configs: Mapping[Cell, Config]) -> None:
     Within a row all is the same; between rows a key is the same in all those that do not change it.
     """
     changed = {row.label: _changed_by(row, grid.budget) for row in grid.rows}
-    flat = {cell: dict(_flat(config)) for cell, config in configs.items()}
+    flat = {cell: flatten(config) for cell, config in configs.items()}
     for cell, values in flat.items():
         if values["seed"] != cell.seed:
             raise ConfigError(f"{cell.name}: its config has seed {values['seed']}; it is another cell's")
@@ -383,7 +383,7 @@ def check_one_experiment(grid: Grid, configs: Mapping[Cell, Config]) -> None:
                 )
 
 
-def _changed_by(row: Row, budget: str) -> tuple[str, ...]:
+def _changed_by(row: GridRow, budget: str) -> tuple[str, ...]:
     keys = tuple(change.partition("=")[0].strip() for change in row.changes)
     # Under a budget of tokens the most steps follow from the row's batch size.
     return keys if budget == "steps" else (*keys, "learner.max_steps")
@@ -395,14 +395,5 @@ def _names(changed: Sequence[str], key: str) -> bool:
 
 
 def _differences(old: Config, new: Config) -> Iterable[tuple[str, Any, Any]]:
-    now = dict(_flat(new))
-    return ((key, was, now[key]) for key, was in _flat(old) if was != now[key])
-
-
-def _flat(config: Config) -> Iterator[tuple[str, Any]]:
-    """`section.key` and its value, for every key."""
-    for name, value in config.model_dump().items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", one) for key, one in value.items())
-        else:
-            yield name, value
+    now = flatten(new)
+    return ((key, was, now[key]) for key, was in flatten(old).items() if was != now[key])

@@ -40,7 +40,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class LengthShares:
     """Lengths, in tokens, of rollouts that nothing stops, and the share of each (they sum to 1)."""
 
     tokens: Reals
@@ -67,13 +67,13 @@ def hazard_of(seen: Sequence[int] | Reals, cut: Sequence[bool] | npt.NDArray[np.
     return {at: fired[at] / int(len(lengths) - np.searchsorted(lengths, at)) for at in sorted(fired)}
 
 
-def all_alike(tokens: npt.ArrayLike) -> Lengths:
+def all_alike(tokens: npt.ArrayLike) -> LengthShares:
     """The lengths of so many rollouts, each counting as much as another."""
     values = np.asarray(tokens, np.float64)
-    return Lengths(values, np.full(len(values), 1 / len(values)))
+    return LengthShares(values, np.full(len(values), 1 / len(values)))
 
 
-def uncut_lengths(seen: Reals, cut: npt.NDArray[np.bool_]) -> Lengths:
+def uncut_lengths(seen: Reals, cut: npt.NDArray[np.bool_]) -> LengthShares:
     """How long rollouts would be that nothing stops, from ones that chance has stopped.
 
     By E. L. Kaplan and P. Meier, "Nonparametric estimation from incomplete observations", 1958: at each length a share
@@ -86,7 +86,7 @@ def uncut_lengths(seen: Reals, cut: npt.NDArray[np.bool_]) -> Lengths:
     left = np.cumprod(1 - (came - stopped) / np.maximum(reached, 1))
     shares = -np.diff(left, prepend=1.0)
     shares[-1] += left[-1]
-    return Lengths(tokens, shares)
+    return LengthShares(tokens, shares)
 
 
 def outcomes(rule: Rule, tokens: Reals, overshoot: float = 0.0) -> Reals:
@@ -112,13 +112,13 @@ def outcomes(rule: Rule, tokens: Reals, overshoot: float = 0.0) -> Reals:
     return np.stack([generated, kept, upto(1.0, reached)], axis=1)
 
 
-def expected_means(rule: Rule, lengths: Lengths, overshoot: float = 0.0) -> Means:
+def expected_means(rule: Rule, lengths: LengthShares, overshoot: float = 0.0) -> Means:
     """Means of random_matched over rollouts that would by themselves be of these lengths; exact."""
     generated, kept, cut = (float(value) for value in lengths.shares @ outcomes(rule, lengths.tokens, overshoot))
     return Means(generated, kept, cut)
 
 
-def match(hazard: dict[int, float], wanted: Means, lengths: Lengths, overshoot: float = 0.0) -> Match:
+def match(hazard: dict[int, float], wanted: Means, lengths: LengthShares, overshoot: float = 0.0) -> Match:
     """Scale and detection by which random_matched comes to these means. Raises ConfigError where none does in 2 %."""
     if wanted.generated >= lengths.mean:
         raise ConfigError(
@@ -140,7 +140,7 @@ def match(hazard: dict[int, float], wanted: Means, lengths: Lengths, overshoot: 
     return Match(rule, wanted, expected)
 
 
-def _detection(hazard: dict[int, float], scale: float, lengths: Lengths, kept: float) -> int:
+def _detection(hazard: dict[int, float], scale: float, lengths: LengthShares, kept: float) -> int:
     """The number of cut tokens that brings the mean kept nearest; more of them keep less."""
 
     def missing(tokens: int) -> float:

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from common.runfiles.lines import Object
 from ops.compare.data import Comparison
-from ops.compare.drift import Point, course, cut_something
+from ops.compare.drift import GuardPoint, course, cut_something
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report.data import Accuracy
 from ops.stats.seeds import mean_interval
@@ -143,14 +143,14 @@ def _draw_thresholds(axes: Any, courses: _Courses, shown: Sequence[str]) -> None
     say_title(axes, title)
     for label, points in found.items():
         colour, _, style = style_of(shown.index(label))
-        relative = [Point(point.step, point.value / points[0].value) for point in points]
+        relative = [GuardPoint(point.step, point.value / points[0].value) for point in points]
         _points(axes, relative, color=colour, linewidth=2.0, linestyle=style)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("learner step")
     plain(axes)
 
 
-def _points(axes: Any, points: Sequence[Point], **look: Any) -> None:
+def _points(axes: Any, points: Sequence[GuardPoint], **look: Any) -> None:
     axes.plot([point.step for point in points], [point.value for point in points], **look)
 
 

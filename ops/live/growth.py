@@ -22,7 +22,7 @@ _TRACE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
+class LiveSaving:
     """Length saving with its 95 % interval, of how many rollouts, from where: books | metrics (no interval)."""
 
     ratio: float | None = None
@@ -93,7 +93,7 @@ class Folder:
         self._compared: deque[_Compared] = deque(maxlen=_MOST_COMPARED)
         self._fired: deque[bool] = deque(maxlen=256)
         self.newest: dict[str, BookLine] = {}  # lines of the newest rollouts, by id
-        self._saving = Saving()
+        self._saving = LiveSaving()
         self._fresh, self._due_at = 0, 0.0
 
     def read(self) -> None:
@@ -121,12 +121,12 @@ class Folder:
         if len(self.newest) > _NEWEST:
             del self.newest[next(iter(self.newest))]
 
-    def saving(self) -> Saving:
+    def saving(self) -> LiveSaving:
         """Worked out again when there are new rollouts, and so that it takes a twentieth of the time at most."""
         now = time.monotonic()
         if self._fresh and now >= self._due_at:
             found = length_saving(list(self._compared), resamples=500)
-            self._saving = Saving(found.ratio, found.low, found.high, len(self._compared), "books")
+            self._saving = LiveSaving(found.ratio, found.low, found.high, len(self._compared), "books")
             self._fresh = 0
             took = time.monotonic() - now
             self._due_at = now + 20 * took

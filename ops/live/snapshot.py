@@ -20,7 +20,7 @@ from common.policies import unit_of
 from common.runfiles.records import BookLine, Trace
 from common.wire.messages import MessageError, Verdict, read_rid
 from common.wire.plane import GROUPS, unix_s
-from ops.live.growth import Folder, Rate, Saving
+from ops.live.growth import Folder, LiveSaving, Rate
 from ops.reach.ports import Served, scrape, targets
 from ops.reach.run import Away, Outlook, Run
 from ops.reading.rollouts import Words, texts_of
@@ -72,7 +72,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class RecentVerdict:
     """A recent verdict. `text`: the end of the kept part; `behind`: the beginning of the text after the cut."""
 
     rid: str
@@ -106,7 +106,7 @@ class Snapshot:
     ledger: dict[str, int] = field(default_factory=dict)
     open_rollouts: int | None = None
     dead_letters: int | None = None
-    saving: Saving = field(default_factory=Saving)
+    saving: LiveSaving = field(default_factory=LiveSaving)
     threshold_nats: float | None = None
     minima: int | None = None
     cut_rate: float | None = None  # share of treated rollouts in which the policy fired, applied or not
@@ -114,7 +114,7 @@ class Snapshot:
     tokens_per_s: dict[str, float | None] = field(default_factory=dict)
     redis_used_bytes: int | None = None
     redis_max_bytes: int | None = None
-    verdicts: list[Judged] = field(default_factory=list)
+    verdicts: list[RecentVerdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -130,7 +130,7 @@ class Observer:
         self._folder = Folder(config.run_dir)
         self._words = Words(config)
         self._run_key = ""
-        self._judged: dict[str, Judged] = {}
+        self._judged: dict[str, RecentVerdict] = {}
         self._by_port = {name: Rate() for name in ("written", "scored", "trained")}
         self._by_worker = Rate()
 
@@ -242,7 +242,7 @@ class Observer:
             return
         text, rest = self._excerpt(verdict.tokens.tolist(), verdict.keep)
         generated = max(verdict.generated or 0, length, len(verdict.tokens))
-        self._judged[rid] = Judged(
+        self._judged[rid] = RecentVerdict(
             rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.stopped, at_unix_s, text, rest
         )
 
@@ -285,7 +285,7 @@ class Observer:
         if trace.rid in self._judged:
             return
         text, rest = self._excerpt(trace.tokens.tolist(), trace.keep)
-        self._judged[trace.rid] = Judged(
+        self._judged[trace.rid] = RecentVerdict(
             trace.rid, trace.arm, trace.finish_reason, trace.keep, trace.written, trace.stopped, None, text, rest
         )
 
@@ -337,7 +337,7 @@ def as_dict(snapshot: Snapshot) -> dict[str, Any]:
     return value
 
 
-def _booked(judged: Judged, line: BookLine | None) -> Judged:
+def _booked(judged: RecentVerdict, line: BookLine | None) -> RecentVerdict:
     """With what the books know better: how much was written in the end."""
     if line is None:
         return judged
@@ -449,7 +449,7 @@ def _metrics_trouble(served: Sequence[Served], answered: Sequence[Served]) -> st
     return f"not reachable: {served[0].target.address} {served[0].trouble}"
 
 
-def _served_saving(feeders: Sequence[Served]) -> Saving:
+def _served_saving(feeders: Sequence[Served]) -> LiveSaving:
     """From the feeder's sums, where the books are not to be seen: the same ratio, without an interval."""
     for feeder in feeders:
         sums = {
@@ -458,8 +458,8 @@ def _served_saving(feeders: Sequence[Served]) -> Saving:
         }
         (treated, many), (control, others) = sums["treated"], sums["control"]
         if treated and control and many and others:
-            return Saving(1 - (treated / many) / (control / others), None, None, round(many + others), "metrics")
-    return Saving()
+            return LiveSaving(1 - (treated / many) / (control / others), None, None, round(many + others), "metrics")
+    return LiveSaving()
 
 
 def _count_of(feeder: Served, arm: str) -> float | None:

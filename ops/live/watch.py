@@ -86,7 +86,7 @@ class Watcher:
             run = self._outlook.look()
             fields = run.client.hgetall(run.key(f"rollout:{self.rid}"))
             if fields:
-                return self._live(fields, run.config)
+                return self._live(fields)
             cursor = run.client.get(run.key("cursor"))
         except Away as error:
             self.away = str(error)
@@ -100,9 +100,9 @@ class Watcher:
     def close(self) -> None:
         self._outlook.close()
 
-    def _live(self, fields: dict[bytes, bytes], config: Config) -> Reading:
+    def _live(self, fields: dict[bytes, bytes]) -> Reading:
         words = self._words
-        reading = reading_from_hash(fields, config, words.decode, stop_ids=words.stop_ids, rid=self.rid)
+        reading = reading_from_hash(fields, words.decode, stop_ids=words.stop_ids, rid=self.rid)
         line = booked_line(self._folder, self.rid) if reading.ending == "dead" else None
         return reading if line is None else replace(reading, reason=line.reason)
 

@@ -47,7 +47,7 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PanelRow:
     """Panels under one heading."""
 
     title: str
@@ -61,7 +61,7 @@ class Dashboard:
     name: str
     title: str
     description: str
-    rows: tuple[Row, ...]
+    rows: tuple[PanelRow, ...]
 
 
 # --- building expressions ------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _spread(histogram: str, by: str = "", window: str = RATE_INTERVAL, **labels:
 
 _MEASURED = f"and {of('eval_mean_length_tokens', job='evaluator')} > 0"  # not the zeros before the first evaluation
 
-_SAVINGS = Row(
+_SAVINGS = PanelRow(
     "Savings and quality",
     (
         Panel(
@@ -226,7 +226,7 @@ _SAVINGS = Row(
     ),
 )
 
-_DIVERGENCE = Row(
+_DIVERGENCE = PanelRow(
     "Divergence and threshold",
     (
         Panel(
@@ -286,7 +286,7 @@ _DIVERGENCE = Row(
     ),
 )
 
-_FLOW = Row(
+_FLOW = PanelRow(
     "Flow by stage",
     (
         Panel(
@@ -364,7 +364,7 @@ _FLOW = Row(
     ),
 )
 
-_LATENCY = Row(
+_LATENCY = PanelRow(
     "Latency",
     (
         Panel(
@@ -412,7 +412,7 @@ def _drift(kind: str, legend: str) -> Query:
     return Query(f"max({of('learner_drift_ratio', job='learner', kind=kind)})", legend)
 
 
-_LEARNING = Row(
+_LEARNING = PanelRow(
     "Learning",
     (
         Panel(
@@ -459,7 +459,7 @@ _LEARNING = Row(
     ),
 )
 
-_DRIFT = Row(
+_DRIFT = PanelRow(
     "Drift",
     (
         Panel(
@@ -512,7 +512,7 @@ _DRIFT = Row(
     ),
 )
 
-_STALENESS = Row(
+_STALENESS = PanelRow(
     "Staleness",
     (
         Panel(
@@ -556,7 +556,7 @@ _STALENESS = Row(
     ),
 )
 
-_FAULTS = Row(
+_FAULTS = PanelRow(
     "Faults",
     (
         Panel(
@@ -634,7 +634,7 @@ _FAULTS = Row(
     ),
 )
 
-_REDIS = Row(
+_REDIS = PanelRow(
     "Redis",
     (
         Panel(

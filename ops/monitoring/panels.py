@@ -29,7 +29,7 @@ from PIL import Image
 
 from common.config import ConfigError
 from common.files import write_atomically
-from ops.monitoring.dashboards import DASHBOARDS, RATE_INTERVAL, Panel, Query, Row, of
+from ops.monitoring.dashboards import DASHBOARDS, RATE_INTERVAL, Panel, PanelRow, Query, of
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION
 
 _TIMEOUT_S = 10.0
@@ -68,7 +68,7 @@ class Readings:
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
+class PanelSeries:
     """One line of a panel: its name, its moments (unix seconds [N]) and its readings ([N]; NaN for none)."""
 
     legend: str
@@ -176,10 +176,10 @@ def filled(expr: str, run: str, span: Span) -> str:
     return expr.replace("$run", quoted).replace(RATE_INTERVAL, span.rate_interval)
 
 
-def ask(prometheus: Prometheus, query: Query, run: str, span: Span) -> list[Series]:
+def ask(prometheus: Prometheus, query: Query, run: str, span: Span) -> list[PanelSeries]:
     """The series of one expression."""
     series = [
-        Series(_named(query.legend, one.labels), one.times_s, one.values, query.reference)
+        PanelSeries(_named(query.legend, one.labels), one.times_s, one.values, query.reference)
         for one in prometheus.matrix(filled(query.expr, run, span), span)
     ]
     return sorted(series, key=lambda one: one.legend)
@@ -190,7 +190,7 @@ def _named(legend: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), legend).strip() or "all"
 
 
-def seen(series: Sequence[Series]) -> bool:
+def seen(series: Sequence[PanelSeries]) -> bool:
     """Whether there is anything to draw."""
     return any(one.last is not None for one in series if not one.reference)
 
@@ -204,14 +204,14 @@ _TITLE, _HEADING, _FOOT = 0.65, 0.45, 0.3
 _HEIGHTS = {"stat": 1.05, "timeseries": 2.3}
 _BESIDE = {"stat": 4, "timeseries": 3}  # panels of a kind in one line
 _DOTS_PER_INCH = 100
-_Filled = tuple[Panel, list[Series]]
+_Filled = tuple[Panel, list[PanelSeries]]
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class FilledRow:
     """A row of a dashboard with the data of its panels; panels without data are named at its foot."""
 
-    row: Row
+    row: PanelRow
     shown: list[_Filled]
     empty: list[str]
 
@@ -261,16 +261,16 @@ def _save(figure: Figure, path: Path) -> None:
         image.convert("RGB").quantize(128).save(path, format="PNG", optimize=True)
 
 
-def ask_row(prometheus: Prometheus, row: Row, run: str, span: Span) -> Section:
+def ask_row(prometheus: Prometheus, row: PanelRow, run: str, span: Span) -> FilledRow:
     """The data of a row's panels."""
     data = [
         (panel, [one for query in panel.queries for one in ask(prometheus, query, run, span)]) for panel in row.panels
     ]
     empty = [panel.title for panel, series in data if not seen(series)]
-    return Section(row, [(panel, series) for panel, series in data if seen(series)], empty)
+    return FilledRow(row, [(panel, series) for panel, series in data if seen(series)], empty)
 
 
-def page(sections: list[Section], run: str, span: Span) -> Figure:
+def page(sections: list[FilledRow], run: str, span: Span) -> Figure:
     """The whole page."""
     halves = _halves(sections)
     height = _TITLE + max(sum(section.height for section in half) for half in halves) + _MARGIN
@@ -288,7 +288,7 @@ def page(sections: list[Section], run: str, span: Span) -> Figure:
     return figure
 
 
-def _halves(sections: list[Section]) -> tuple[list[Section], list[Section]]:
+def _halves(sections: list[FilledRow]) -> tuple[list[FilledRow], list[FilledRow]]:
     """The sections in their order, in two halves as equal in height as possible."""
 
     def height(place: int) -> float:
@@ -298,7 +298,7 @@ def _halves(sections: list[Section]) -> tuple[list[Section], list[Section]]:
     return sections[:place], sections[place:]
 
 
-def _draw_section(figure: Figure, section: Section, span: Span, left: float, top: float) -> None:
+def _draw_section(figure: Figure, section: FilledRow, span: Span, left: float, top: float) -> None:
     """A heading, then lines of panels; `left` and `top` in inches from the page's lower left corner."""
     _write(figure, left, top - 0.2, section.row.title, fontsize=14, fontweight="bold", color=BLUE)
     figure.add_artist(_rule(figure, left, top - 0.37))
@@ -332,7 +332,7 @@ def _rule(figure: Figure, left: float, y: float) -> Line2D:
 _Box = tuple[float, float, float, float]  # left, bottom, width, height in inches
 
 
-def _draw_figure(figure: Figure, panel: Panel, series: list[Series], box: _Box) -> None:
+def _draw_figure(figure: Figure, panel: Panel, series: list[PanelSeries], box: _Box) -> None:
     """The newest reading, large."""
     left, bottom, _, height = box
     reading = next(one.last for one in series if one.last is not None)
@@ -347,7 +347,7 @@ def _bad(panel: Panel, reading: float) -> bool:
     return reading < panel.alarm if panel.alarm_below else reading >= panel.alarm
 
 
-def _draw_curves(figure: Figure, panel: Panel, series: list[Series], span: Span, box: _Box) -> None:
+def _draw_curves(figure: Figure, panel: Panel, series: list[PanelSeries], span: Span, box: _Box) -> None:
     left, bottom, width, height = box
     page_height = figure.get_figheight()
     unit = panel.unit.removeprefix("suffix:").strip() if panel.unit.startswith("suffix:") else ""
@@ -367,7 +367,7 @@ def _draw_curves(figure: Figure, panel: Panel, series: list[Series], span: Span,
     _draw_legend(axes, series)
 
 
-def _plot(axes: Any, panel: Panel, series: list[Series], span: Span) -> None:
+def _plot(axes: Any, panel: Panel, series: list[PanelSeries], span: Span) -> None:
     lines = [one for one in series if not one.reference and one.last is not None]
     if panel.stacked:
         _stack(axes, lines, span)
@@ -379,7 +379,7 @@ def _plot(axes: Any, panel: Panel, series: list[Series], span: Span) -> None:
             axes.plot(_minutes(one, span), one.values, color=INK, linewidth=1, linestyle="--", label=one.legend)
 
 
-def _stack(axes: Any, lines: list[Series], span: Span) -> None:
+def _stack(axes: Any, lines: list[PanelSeries], span: Span) -> None:
     """Stacked areas; a line without a reading at a moment counts as 0 there."""
     moments = np.unique(np.concatenate([one.times_s for one in lines]))
     heights = np.zeros((len(lines), len(moments)))
@@ -399,12 +399,12 @@ def _cycled(count: int) -> list[str]:
     return [_COLOURS[place % len(_COLOURS)] for place in range(count)]
 
 
-def _minutes(series: Series, span: Span) -> npt.NDArray[np.float64]:
+def _minutes(series: PanelSeries, span: Span) -> npt.NDArray[np.float64]:
     minutes: npt.NDArray[np.float64] = (series.times_s - span.begin_s) / 60
     return minutes
 
 
-def _scale(axes: Any, panel: Panel, series: list[Series], span: Span) -> None:
+def _scale(axes: Any, panel: Panel, series: list[PanelSeries], span: Span) -> None:
     axes.set_xlim(0, (span.end_s - span.begin_s) / 60)
     if panel.log:
         axes.set_yscale("log")
@@ -430,7 +430,7 @@ def _scale(axes: Any, panel: Panel, series: list[Series], span: Span) -> None:
         axes.axhline(panel.alarm, color=VERMILLION, linewidth=1, linestyle=":")
 
 
-def _draw_legend(axes: Any, series: list[Series]) -> None:
+def _draw_legend(axes: Any, series: list[PanelSeries]) -> None:
     """Between title and curves, in as few lines as its names need; from the third line on the curves get less room."""
     names = [one.legend for one in series if one.last is not None]
     figure = axes.figure

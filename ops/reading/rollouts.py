@@ -39,7 +39,7 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class WrittenChunk:
     """Who wrote tokens `start` to `start + length`, with which version.
 
     `writer` is the nonce under which it owned the rollout; its worker's name is known for the last owner alone.
@@ -73,7 +73,7 @@ class Reading:
     problem: int = 0
     stopped: bool = False  # whether the policy stopped the writing
     generated: int = 0  # tokens written; beyond those in `tokens`, as far as is known
-    chunks: tuple[Chunk, ...] = ()  # where it is on record
+    chunks: tuple[WrittenChunk, ...] = ()  # where it is on record
     worker: str = ""  # that writes it, or was the last to
     versions: tuple[int, int] | None = None  # first and last policy version
     ending: str = ""  # trained | dropped | dead, once it is booked
@@ -250,11 +250,13 @@ def _booked(line: BookLine, prompts: _Prompts) -> Reading:
     )
 
 
-def audited_chunks(folder: Path, rid: str) -> tuple[Chunk, ...]:
+def audited_chunks(folder: Path, rid: str) -> tuple[WrittenChunk, ...]:
     """Who wrote which chunk of a booked rollout; nothing without `feeder.record_audit`. Raises ConfigError."""
     for audit in read_lines(folder / AUDIT, Audit.from_json, rids={rid}):
         return tuple(
-            Chunk(one.seq, one.start, one.n, one.version, one.writer) for one in audit.chunks if one.broken is None
+            WrittenChunk(one.seq, one.start, one.n, one.version, one.writer)
+            for one in audit.chunks
+            if one.broken is None
         )
     return ()
 
@@ -306,7 +308,7 @@ class _Prompts:
 
 
 def reading_from_hash(
-    fields: Mapping[bytes, bytes], config: Config, decode: Decode, *, stop_ids: Collection[int] = (), rid: str = ""
+    fields: Mapping[bytes, bytes], decode: Decode, *, stop_ids: Collection[int] = (), rid: str = ""
 ) -> Reading:
     """A rollout from its hash, whatever state it is in: being written, judged, dead.
 
@@ -345,10 +347,10 @@ def reading_from_hash(
     return reading if verdict is None else _judged(reading, verdict)
 
 
-def _chunk(chunk: ChunkTokens, fields: Mapping[bytes, bytes]) -> Chunk:
+def _chunk(chunk: ChunkTokens, fields: Mapping[bytes, bytes]) -> WrittenChunk:
     owned = fields.get(b"owner") == chunk.writer.encode()
     worker = fields.get(b"worker", b"").decode("ascii", "replace") if owned else ""
-    return Chunk(chunk.seq, chunk.start, len(chunk.tokens), chunk.policy_version, chunk.writer, worker)
+    return WrittenChunk(chunk.seq, chunk.start, len(chunk.tokens), chunk.policy_version, chunk.writer, worker)
 
 
 def _judged(reading: Reading, verdict: Verdict) -> Reading:

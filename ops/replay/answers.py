@@ -14,15 +14,15 @@ from pathlib import Path
 
 from common.config import Config, ConfigError
 from common.pretrained import ModelError
-from ops.replay.record import Record, Rollout
-from ops.replay.verdicts import Verdict
+from ops.replay.record import ReplayRecord, ReplayRollout
+from ops.replay.verdicts import ReplayVerdict
 from ops.tasks.source import TaskSource
 
 _REPORT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class Answers:
     """`right`: by place in the record and number of first tokens, whether the verifier calls these tokens right.
 
     `unsure`: places of right rollouts that it does not call right as they are, or cannot judge; no verdict on
@@ -33,7 +33,9 @@ class Judged:
     unsure: frozenset[int]
 
 
-def judged(record: Record, settings: Sequence[Sequence[Verdict]], folder: Path) -> tuple[Judged | None, str]:
+def judged(
+    record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]], folder: Path
+) -> tuple[Answers | None, str]:
     """Verdicts on what each setting keeps of each right rollout that it cuts, and else on what was written by then.
 
     None: no verdicts, since no answer was verified, or task or tokenizer are not available here. The second says
@@ -60,7 +62,7 @@ def judged(record: Record, settings: Sequence[Sequence[Verdict]], folder: Path) 
             reported_at = time.monotonic()
             print(f"{count + 1:,} of {len(wanted):,} right rollouts judged where they are cut", file=sys.stderr)
     missing = f"{len(unsure):,} right rollouts are left out: the verifier does not call them right now"
-    return Judged(right, frozenset(unsure)), missing if unsure else ""
+    return Answers(right, frozenset(unsure)), missing if unsure else ""
 
 
 def _source(config: Config, folder: Path) -> TaskSource:
@@ -75,7 +77,7 @@ def _source(config: Config, folder: Path) -> TaskSource:
     return TaskSource(config.model_copy(update={"student": left}))
 
 
-def _wanted(record: Record, settings: Sequence[Sequence[Verdict]]) -> dict[int, set[tuple[int, int]]]:
+def _wanted(record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]]) -> dict[int, set[tuple[int, int]]]:
     """By place, of right rollouts that count: keep and trigger of each cut that any setting makes."""
     found: dict[int, set[tuple[int, int]]] = {}
     for place in record.counted:
@@ -87,7 +89,7 @@ def _wanted(record: Record, settings: Sequence[Sequence[Verdict]]) -> dict[int, 
     return found
 
 
-def _judge(source: TaskSource, rollout: Rollout, ends: set[tuple[int, int]]) -> dict[int, bool] | None:
+def _judge(source: TaskSource, rollout: ReplayRollout, ends: set[tuple[int, int]]) -> dict[int, bool] | None:
     """By number of first tokens; None where the verifier does not call the whole right, or once gives no verdict.
 
     A verdict of math-verify takes a hundredth of a second: each number is asked once, a trigger only where its keep is

@@ -18,11 +18,11 @@ from common.files import write_text
 from common.policies import Calibrated, check_policy
 from ops.plots import named, save_png
 from ops.replay.answers import judged
-from ops.replay.plot import Point, draw
-from ops.replay.record import Record, read_record
+from ops.replay.plot import SettingPoint, draw
+from ops.replay.record import ReplayRecord, read_record
 from ops.replay.results import Outcome, outcomes
 from ops.replay.tables import Setting, about, aligned, as_csv, markdown, table, unequal
-from ops.replay.verdicts import Replay, Shape, Verdict
+from ops.replay.verdicts import Replay, ReplayVerdict, Shape
 
 MOST_SETTINGS = 400
 _COMPUTED = "same, computed"
@@ -74,15 +74,15 @@ def _write(folder: Path, head: str, settings: Sequence[Setting], found: Sequence
     return f"wrote {target}/replay.csv, replay.md, replay.png"
 
 
-def _points(settings: Sequence[Setting], found: Sequence[Outcome]) -> tuple[list[Point], list[Point]]:
+def _points(settings: Sequence[Setting], found: Sequence[Outcome]) -> tuple[list[SettingPoint], list[SettingPoint]]:
     """What was swept, joined along the first key, a colour for each combination of the others; and the run's own."""
     swept, own = [], []
     for one, outcome in zip(settings, found, strict=True):
         if not one.changes:
-            own.append(Point(one.name, "", outcome))
+            own.append(SettingPoint(one.name, "", outcome))
             continue
         (_, first), *others = one.changes
-        swept.append(Point(first, ", ".join(f"{key} {value}" for key, value in others), outcome))
+        swept.append(SettingPoint(first, ", ".join(f"{key} {value}" for key, value in others), outcome))
     return swept, own
 
 
@@ -124,7 +124,7 @@ def _swept(sweeps: Sequence[str], taken: set[str]) -> list[list[tuple[str, str]]
     return found
 
 
-def _own(record: Record) -> list[Setting]:
+def _own(record: ReplayRecord) -> list[Setting]:
     """The run's own settings: by the numbers on record, and by numbers that are computed anew."""
     settings = record.config.termination.model_copy(update={"shadow": False, "apply": "stop"})
     own = [Setting("as recorded", (), record.config.termination, recorded=True)]
@@ -132,7 +132,7 @@ def _own(record: Record) -> list[Setting]:
 
 
 def _chosen(
-    folder: Path, record: Record, pairs: Sequence[tuple[str, str]], swept: Sequence[Sequence[tuple[str, str]]]
+    folder: Path, record: ReplayRecord, pairs: Sequence[tuple[str, str]], swept: Sequence[Sequence[tuple[str, str]]]
 ) -> list[Setting]:
     """What is asked for. Raises ConfigError, also for what the record cannot tell."""
     chosen = []
@@ -152,7 +152,7 @@ def _chosen(
     return chosen
 
 
-def _why_not_replayable(record: Record, settings: Termination) -> str:
+def _why_not_replayable(record: ReplayRecord, settings: Termination) -> str:
     """Why the record of a run that stopped rollouts cannot tell what these settings do; empty if it can."""
     if record.whole:
         return ""
@@ -168,10 +168,10 @@ def _why_not_replayable(record: Record, settings: Termination) -> str:
     return ""
 
 
-def _verdicts(replayed: Replay, settings: Sequence[Setting]) -> list[list[Verdict]]:
+def _verdicts(replayed: Replay, settings: Sequence[Setting]) -> list[list[ReplayVerdict]]:
     """Of each setting, in their order; computed by shape, which costs the most."""
     order = sorted(range(len(settings)), key=lambda place: repr(Shape.of(settings[place].termination)))
-    found: dict[int, list[Verdict]] = {}
+    found: dict[int, list[ReplayVerdict]] = {}
     for place in order:
         one = settings[place]
         found[place] = (replayed.as_recorded if one.recorded else replayed.recomputed)(one.termination)

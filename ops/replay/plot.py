@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
-from ops.replay.results import Outcome, Share
+from ops.replay.results import HitShare, Outcome
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, GREY)
 _MARKERS = "os^Dv"
@@ -22,7 +22,7 @@ _ASIDE = ((7, 5), (7, -12), (-7, 5), (-7, -12), (0, 10), (0, -16), (18, 0), (-18
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class SettingPoint:
     """A setting in the picture: its name beside the point, the group that it is drawn in, and what it came to."""
 
     name: str
@@ -30,7 +30,7 @@ class Point:
     outcome: Outcome
 
 
-def draw(points: Sequence[Point], recorded: Sequence[Point], title: str, key: str) -> Figure:
+def draw(points: Sequence[SettingPoint], recorded: Sequence[SettingPoint], title: str, key: str) -> Figure:
     """`points` of one group are joined in their order; `key`: what their names are values of.
 
     `recorded`: the run's own settings, by the numbers on record and by computed ones, marked apart.
@@ -49,7 +49,9 @@ def draw(points: Sequence[Point], recorded: Sequence[Point], title: str, key: st
     return figure
 
 
-def _draw(figure: Figure, points: Sequence[Point], recorded: Sequence[Point], title: str, key: str) -> None:
+def _draw(
+    figure: Figure, points: Sequence[SettingPoint], recorded: Sequence[SettingPoint], title: str, key: str
+) -> None:
     groups = list(dict.fromkeys(point.group for point in points))
     named = len(groups) > 1
     width = figure.get_figwidth()
@@ -79,19 +81,19 @@ def _draw(figure: Figure, points: Sequence[Point], recorded: Sequence[Point], ti
     _write_names(figure, axes, [point for point in drawn if point in points])
 
 
-def _risk(point: Point) -> Share | None:
+def _risk(point: SettingPoint) -> HitShare | None:
     """What is on the y-axis: false stops; where answers are not known, cuts."""
     share = point.outcome.early if point.outcome.early is not None else point.outcome.cut
     return share if share.count else None
 
 
-def _at(point: Point) -> tuple[float, float]:
+def _at(point: SettingPoint) -> tuple[float, float]:
     share = _risk(point)
     assert share is not None and share.value is not None and point.outcome.saving is not None
     return 100 * point.outcome.saving, 100 * share.value
 
 
-def _draw_group(axes: Any, points: Sequence[Point], colour: str, marker: str) -> None:
+def _draw_group(axes: Any, points: Sequence[SettingPoint], colour: str, marker: str) -> None:
     if not points:
         return
     places = np.array([_at(point) for point in points])
@@ -107,7 +109,7 @@ def _draw_group(axes: Any, points: Sequence[Point], colour: str, marker: str) ->
             axes.plot([100 * end for end in saving], [y, y], color=colour, linewidth=1, alpha=0.35)
 
 
-def _finish(axes: Any, drawn: Sequence[Point], title: str, key: str) -> None:
+def _finish(axes: Any, drawn: Sequence[SettingPoint], title: str, key: str) -> None:
     known = any(point.outcome.early is not None for point in drawn)
     say_title(axes, title, pad=26)
     axes.text(
@@ -126,7 +128,7 @@ def _finish(axes: Any, drawn: Sequence[Point], title: str, key: str) -> None:
     axes.margins(x=0.06)
 
 
-def _write_names(figure: Figure, axes: Any, points: Sequence[Point]) -> None:
+def _write_names(figure: Figure, axes: Any, points: Sequence[SettingPoint]) -> None:
     """Each name at a place where it covers no other and no point; names without such a place are left out."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]

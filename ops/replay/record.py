@@ -11,7 +11,7 @@ import numpy as np
 
 from actors.books import number_of
 from common.config import Config, ConfigError, load
-from common.draws import draw, rollout_seed
+from common.draws import rollout_seed, uniform_bits
 from common.runfiles.lines import read_lines
 from common.runfiles.records import CONFIG, METRICS, ROLLOUTS, TRACES, BookLine, Trace
 from common.wire.messages import Floats, Ints
@@ -19,7 +19,7 @@ from ops.report import data
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class ReplayRollout:
     """A rollout that had its verdict.
 
     threshold, trigger, keep, stopped: as recorded. known: verdicts given before it was admitted. version, step: how far
@@ -47,11 +47,11 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ReplayRecord:
     """A run's rollouts in the order of their verdicts; `unusable`: those without a trace or a time on record."""
 
     config: Config
-    rollouts: list[Rollout]
+    rollouts: list[ReplayRollout]
     unusable: int
 
     @property
@@ -65,7 +65,7 @@ class Record:
         return all(rollout.free for rollout in self.rollouts)
 
 
-def read_record(folder: Path, arm: str | None = None) -> Record:
+def read_record(folder: Path, arm: str | None = None) -> ReplayRecord:
     """Read a run's folder.
 
     `arm`: whose rollouts count, `control` or `all`; None: all where nothing could have been stopped, else control. A
@@ -84,7 +84,7 @@ def read_record(folder: Path, arm: str | None = None) -> Record:
     # Verdicts of one millisecond were given in the order of their names.
     traced.sort(key=lambda one: (one.line.verdict_unix_s or 0.0, one.line.rid))
     rollouts = _rollouts(config, traced, _step_of_version(folder / METRICS), arm)
-    record = Record(config, rollouts, len(lines) - len(rollouts))
+    record = ReplayRecord(config, rollouts, len(lines) - len(rollouts))
     if not record.counted:
         wanted = "control rollout" if arm == "control" or not record.whole else "rollout"
         raise ConfigError(
@@ -102,7 +102,7 @@ class _Traced:
     trace: Trace
 
 
-def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[Rollout]:
+def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[ReplayRollout]:
     """`traced` in the order of the verdicts."""
     stoppable = [config.termination.stops(one.line.arm) and one.line.active for one in traced]
     wanted = arm or ("control" if any(stoppable) else "all")
@@ -117,12 +117,12 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
         version = written if config.deterministic else max(version, written)
         step = steps.get(version, version)
         rollouts.append(
-            Rollout(
+            ReplayRollout(
                 rid=line.rid,
                 arm=line.arm,
                 problem=line.problem,
                 seed=rollout_seed(config.seed, number),
-                lot=draw(config.seed, "arm", number) / 2**64,
+                lot=uniform_bits(config.seed, "arm", number) / 2**64,
                 threshold=trace.threshold,
                 trigger=trace.trigger,
                 keep=trace.keep,

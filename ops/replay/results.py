@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.wire.messages import Floats
-from ops.replay.answers import Judged
-from ops.replay.record import Record
-from ops.replay.verdicts import Verdict
+from ops.replay.answers import Answers
+from ops.replay.record import ReplayRecord
+from ops.replay.verdicts import ReplayVerdict
 from ops.stats.intervals import Reals, interval, resampled_sums, unseen_share, wilson
 
 _ALIKE = 250  # rollouts of neighbouring policy versions that are compared with each other
@@ -19,7 +19,7 @@ _Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class HitShare:
     """`hits` of `count`, with a 95 % interval; None of nothing."""
 
     hits: int
@@ -51,7 +51,7 @@ class Outcome:
 
     rollouts: int
     active: int
-    cut: Share
+    cut: HitShare
     generated: float | None
     whole: float | None
     kept: float | None
@@ -60,13 +60,15 @@ class Outcome:
     signal: float | None
     signal_interval: tuple[float, float] | None
     number: float | None
-    early: Share | None
-    unwritten: Share | None
-    late: Share | None
-    wrong: Share
+    early: HitShare | None
+    unwritten: HitShare | None
+    late: HitShare | None
+    wrong: HitShare
 
 
-def outcomes(record: Record, settings: Sequence[Sequence[Verdict]], answers: Judged | None) -> list[Outcome]:
+def outcomes(
+    record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]], answers: Answers | None
+) -> list[Outcome]:
     """The outcome of each setting. `answers`: what is right of what they keep; None: not known."""
     counted = record.counted
     problems = [record.rollouts[place].problem for place in counted]
@@ -101,7 +103,7 @@ def _to_come(divergence: Floats) -> Reals:
     return np.cumsum(divergence[::-1], dtype=np.float64)[::-1]
 
 
-def _signals(record: Record, verdicts: Sequence[Verdict], ahead: Sequence[Reals]) -> Reals:
+def _signals(record: ReplayRecord, verdicts: Sequence[ReplayVerdict], ahead: Sequence[Reals]) -> Reals:
     """For each rollout that counts, the divergence after its trigger, and the expected one of as many tokens at
     that place: float64 [2, rollouts], 0 of one that is not cut, or has nothing to be compared with.
 
@@ -118,7 +120,7 @@ def _signals(record: Record, verdicts: Sequence[Verdict], ahead: Sequence[Reals]
     return found
 
 
-def _trigger(verdict: Verdict) -> int | None:
+def _trigger(verdict: ReplayVerdict) -> int | None:
     return None if verdict.cut is None else verdict.cut.trigger
 
 
@@ -141,14 +143,14 @@ def _ratio(over: Reals, under: Reals) -> float | None:
     return float(over.sum() / under.sum()) if under.sum() > 0 else None
 
 
-def _seen(verdict: Verdict, total: float) -> float:
+def _seen(verdict: ReplayVerdict, total: float) -> float:
     return total if verdict.cut is None else float(verdict.cut.trigger)
 
 
 def _outcome(
-    record: Record,
-    verdicts: Sequence[Verdict],
-    shares: Mapping[str, Share],
+    record: ReplayRecord,
+    verdicts: Sequence[ReplayVerdict],
+    shares: Mapping[str, HitShare],
     seen: Reals,
     whole: Reals,
     interval: tuple[float, float] | None,
@@ -182,7 +184,9 @@ def _outcome(
 # --- shares and their intervals ---------------------------------------------------------------------------------------
 
 
-def _parts(record: Record, verdicts: Sequence[Verdict], answers: Judged | None) -> dict[str, tuple[_Bools, _Bools]]:
+def _parts(
+    record: ReplayRecord, verdicts: Sequence[ReplayVerdict], answers: Answers | None
+) -> dict[str, tuple[_Bools, _Bools]]:
     """Of each share, over the rollouts that count: which are hits, and which it is a share of."""
     counted = record.counted
     active = np.array([verdicts[place].active for place in counted])
@@ -202,7 +206,7 @@ def _parts(record: Record, verdicts: Sequence[Verdict], answers: Judged | None) 
     return parts | {"early": (early, right), "unwritten": (early & ~written, right), "late": (kept, right)}
 
 
-def _shares(parts: Sequence[tuple[_Bools, _Bools]], problems: Sequence[int]) -> list[Share]:
+def _shares(parts: Sequence[tuple[_Bools, _Bools]], problems: Sequence[int]) -> list[HitShare]:
     """One a setting. Wilson's intervals need rollouts that know nothing of each other: where two are of one prompt, the
     interval comes from a bootstrap by prompt."""
     hits, of = (np.array(one, dtype=np.float64) for one in zip(*parts, strict=True))
@@ -214,7 +218,7 @@ def _shares(parts: Sequence[tuple[_Bools, _Bools]], problems: Sequence[int]) -> 
             for hit, count in zip(hits, of, strict=True)
         ]
     return [
-        Share(int(hit.sum()), int(count.sum()), interval)
+        HitShare(int(hit.sum()), int(count.sum()), interval)
         for hit, count, interval in zip(hits, of, intervals, strict=True)
     ]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Termination
-from ops.replay.record import Record
-from ops.replay.results import Outcome, Share
-from ops.replay.verdicts import Verdict, reproduced
+from ops.replay.record import ReplayRecord
+from ops.replay.results import HitShare, Outcome
+from ops.replay.verdicts import ReplayVerdict, reproduced
 from ops.stats.intervals import FEW_PROMPTS
 from ops.words import policy_text
 
@@ -33,7 +33,9 @@ class Setting:
 # --- what was replayed ------------------------------------------------------------------------------------------------
 
 
-def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdict], missing: str) -> str:
+def about(
+    record: ReplayRecord, recorded: Sequence[ReplayVerdict], computed: Sequence[ReplayVerdict], missing: str
+) -> str:
     """What the figures stand on: which rollouts, how well the record is met, what could not be had (`missing`).
 
     `recorded`, `computed`: verdicts by the recorded settings, with numbers on record and computed ones (or none).
@@ -81,7 +83,7 @@ def about(record: Record, recorded: Sequence[Verdict], computed: Sequence[Verdic
     return "\n".join(f"{name:9} {text}" for name, text in parts)
 
 
-def _intervals(record: Record) -> str:
+def _intervals(record: ReplayRecord) -> str:
     """How they are made."""
     count, prompts = len(record.counted), len({record.rollouts[place].problem for place in record.counted})
     text = "95 %; savings: bootstrap by prompt, shares: Wilson; each rollout has its own prompt"
@@ -91,7 +93,7 @@ def _intervals(record: Record) -> str:
     return text + (few if prompts < FEW_PROMPTS else "")
 
 
-def _counted(record: Record) -> str:
+def _counted(record: ReplayRecord) -> str:
     counted = [record.rollouts[place] for place in record.counted]
     text = _arms(Counter(one.arm for one in counted))
     right = sum(one.correct is True for one in counted)
@@ -103,7 +105,7 @@ def _arms(counts: Counter[str]) -> str:
     return " and ".join(f"{count:,} {arm}" for arm, count in sorted(counts.items()))
 
 
-def drift_of(record: Record, verdicts: Sequence[Verdict]) -> float | None:
+def drift_of(record: ReplayRecord, verdicts: Sequence[ReplayVerdict]) -> float | None:
     """Median of |computed / recorded - 1| over rollouts that have both numbers; None without any."""
     both = [
         (verdict.number, one.threshold)
@@ -145,7 +147,7 @@ def _tokens(mean: float | None) -> str:
     return _NONE if mean is None else f"{mean:.1f}"
 
 
-def _share(share: Share | None) -> str:
+def _share(share: HitShare | None) -> str:
     if share is None or share.value is None:
         return _NONE
     return _percent(share.value, share.interval)
@@ -263,7 +265,7 @@ def _figures(setting: Setting, outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _columns(name: str, share: Share | None) -> dict[str, object]:
+def _columns(name: str, share: HitShare | None) -> dict[str, object]:
     low, high = (share.interval if share is not None else None) or (None, None)
     known = share is not None and share.count > 0
     return {

@@ -17,7 +17,7 @@ from ops.plots import GREY, INK, named, save_png
 from ops.report import data, plots
 from ops.report.page import write_page
 from ops.report.panels import draw_accuracy, draw_fates, draw_length, headline
-from ops.report.run import Run, find_decoder, read_run
+from ops.report.run import ReportRun, find_decoder, read_run
 from ops.report.traces import draw_traces
 from ops.words import policy_text
 
@@ -42,7 +42,7 @@ def write_report(folder: Path) -> Path:
     return target
 
 
-def draw(run: Run, decode: Callable[[list[int]], str] | None) -> Figure:
+def draw(run: ReportRun, decode: Callable[[list[int]], str] | None) -> Figure:
     """The whole picture, 1600 x 1000 pixels."""
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
@@ -56,7 +56,7 @@ def draw(run: Run, decode: Callable[[list[int]], str] | None) -> Figure:
     return figure
 
 
-def draw_caption(figure: Figure, run: Run) -> None:
+def draw_caption(figure: Figure, run: ReportRun) -> None:
     """What was run, in small print."""
     config = run.config
     done = run.steps[-1]["step"] if run.steps else 0

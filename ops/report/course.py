@@ -14,7 +14,7 @@ from common.runfiles.lines import Object
 from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data, series
 from ops.report.panels import length_title
-from ops.report.run import Run
+from ops.report.run import ReportRun
 from ops.stats import endings
 from ops.stats.saving import ARMS
 from ops.words import fired_word, percent
@@ -24,7 +24,7 @@ _OTHER_COLOURS = (BLUE, PURPLE, SKY, GREY, PALE)
 _NEITHER = "no rollout in rollouts.jsonl"
 
 
-def draw_saving(axes: Any, run: Run) -> None:
+def draw_saving(axes: Any, run: ReportRun) -> None:
     """The length saving over all booked so far, with its 95 % interval, over tokens generated."""
     curve = series.saving_curve(run.lines, run.saving)
     if not curve:
@@ -48,11 +48,11 @@ def draw_saving(axes: Any, run: Run) -> None:
     _over_tokens(axes, run)
 
 
-def _cuts_nothing(run: Run) -> bool:
+def _cuts_nothing(run: ReportRun) -> bool:
     return run.config.termination.policy == "none"
 
 
-def draw_threshold(figure: Figure, run: Run) -> None:
+def draw_threshold(figure: Figure, run: ReportRun) -> None:
     """The threshold, and beneath it how many of the rollouts that could be cut were; over the same tokens."""
     above, below = _two_rows(figure)
     tokens, values = series.threshold_curve(run.lines)
@@ -69,7 +69,7 @@ def draw_threshold(figure: Figure, run: Run) -> None:
     _draw_cut_rate(below, run)
 
 
-def _draw_cut_rate(axes: Any, run: Run) -> None:
+def _draw_cut_rate(axes: Any, run: ReportRun) -> None:
     curve = series.fired_curve(run.lines)
     if not curve:
         say_missing(axes, "Cut rate", "no rollout that could have been cut")
@@ -86,7 +86,7 @@ def _draw_cut_rate(axes: Any, run: Run) -> None:
     _over_tokens(axes, run)
 
 
-def draw_reasons(figure: Figure, run: Run) -> None:
+def draw_reasons(figure: Figure, run: ReportRun) -> None:
     """Why rollouts of each arm ended, as shares over tokens generated."""
     upper, lower = _two_rows(figure, right=0.8)
     mixes = {arm: series.reasons_mix(run.lines, arm) for arm in ARMS}
@@ -115,14 +115,14 @@ def draw_reasons(figure: Figure, run: Run) -> None:
     upper.set_xlabel("")
 
 
-def draw_staleness(figure: Figure, run: Run) -> None:
+def draw_staleness(figure: Figure, run: ReportRun) -> None:
     """How stale trajectories were, and how staleness went step by step against the limit."""
     left, right = _two_columns(figure)
     _draw_ages(left, run)
     _draw_ages_by_step(right, run)
 
 
-def _draw_ages(axes: Any, run: Run) -> None:
+def _draw_ages(axes: Any, run: ReportRun) -> None:
     counts = series.staleness_counts(run.lines)
     total = sum(seen.total() for seen in counts.values())
     if not total:
@@ -154,7 +154,7 @@ def _mean_length(ended: endings.Ended) -> str:
     return f"mean {ended.generated.mean:.0f} tokens written" if ended.generated is not None else "length unknown"
 
 
-def _draw_ages_by_step(axes: Any, run: Run) -> None:
+def _draw_ages_by_step(axes: Any, run: ReportRun) -> None:
     steps, limit = _steps_with(run, "staleness_mean", "staleness_max"), run.config.learner.max_staleness
     if not steps:
         say_missing(axes, "By step", "no step in metrics.jsonl")
@@ -171,7 +171,7 @@ def _draw_ages_by_step(axes: Any, run: Run) -> None:
     _over_steps(axes)
 
 
-def draw_latency(figure: Figure, run: Run) -> None:
+def draw_latency(figure: Figure, run: ReportRun) -> None:
     """Seconds from admission to verdict and from there to a checkpoint that covers it; beneath: the learner's steps."""
     above, below = _two_rows(figure, right=0.91)
     _draw_stages(above, run)
@@ -199,7 +199,7 @@ def draw_latency(figure: Figure, run: Run) -> None:
     below.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=12, ncol=2, labelcolor=INK)
 
 
-def _draw_stages(axes: Any, run: Run) -> None:
+def _draw_stages(axes: Any, run: ReportRun) -> None:
     curves = {stage: series.stage_latencies(run.lines, stage) for stage in series.STAGES}
     if not all(curves.values()):
         say_missing(axes, "Stage latencies", "the books have no times" if run.lines else _NEITHER)
@@ -220,7 +220,7 @@ def _draw_stages(axes: Any, run: Run) -> None:
     _over_tokens(axes, run)
 
 
-def draw_loss(axes: Any, run: Run) -> None:
+def draw_loss(axes: Any, run: ReportRun) -> None:
     """Divergence of student and teacher on what was trained on, and the student's entropy there, by step."""
     steps = _steps_with(run, "kl", "entropy")
     if not steps:
@@ -249,7 +249,7 @@ _GUARDS = {
 }
 
 
-def draw_drift(figure: Figure, run: Run) -> None:
+def draw_drift(figure: Figure, run: ReportRun) -> None:
     """The drift guards step by step, and beneath where the policy fired, in both arms."""
     above, below = _two_rows(figure, right=0.68)
     steps = _steps_with(run, *_GUARDS)
@@ -269,7 +269,7 @@ def draw_drift(figure: Figure, run: Run) -> None:
     _draw_cut_rates(below, run)
 
 
-def _draw_cut_rates(axes: Any, run: Run) -> None:
+def _draw_cut_rates(axes: Any, run: ReportRun) -> None:
     curves = {arm: series.fired_curve(run.lines, bins=8, arm=arm) for arm in ARMS}
     if not any(curves.values()):
         say_missing(axes, "Cut rate by arm", "no rollout that could have been cut")
@@ -299,7 +299,7 @@ def _as_shares(axes: Any) -> None:
 # --- common to them ------------------------------------------------------------------------------------------------
 
 
-def _steps_with(run: Run, *names: str) -> list[Object]:
+def _steps_with(run: ReportRun, *names: str) -> list[Object]:
     """Lines of metrics.jsonl that have these figures."""
     return [line for line in run.steps if all(isinstance(line.get(name), (int, float)) for name in names)]
 
@@ -314,7 +314,7 @@ def _two_columns(figure: Figure) -> Sequence[Any]:
     return [figure.add_subplot(grid[0]), figure.add_subplot(grid[1])]
 
 
-def _over_tokens(axes: Any, run: Run) -> None:
+def _over_tokens(axes: Any, run: ReportRun) -> None:
     """Tokens generated below, from the run's first to its last."""
     axes.set_xlim(0, max(run.generated, 10))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -36,7 +36,7 @@ from ops.plots import named
 from ops.reading.rollouts import Reading, Words, readings_from_folder
 from ops.report import data, plots
 from ops.report.panels import headline
-from ops.report.run import Run
+from ops.report.run import ReportRun
 from ops.stats import endings
 from ops.stats.saving import ARMS, Saving, arm_totals
 from ops.words import policy_text
@@ -110,7 +110,7 @@ COLUMNS = (
 _SHOWN_OF_COLUMN = ("name", "title", "meaning", "kind")
 
 
-def write_page(run: Run, figures: dict[str, Figure]) -> Path:
+def write_page(run: ReportRun, figures: dict[str, Figure]) -> Path:
     """Write `report.html` with figures that are drawn already, those of `report_plots.draw_all`. Raises ConfigError."""
     text = page(run, {name: plots.svg(figure, name) for name, figure in figures.items()})
     target = run.folder / "report.html"
@@ -124,7 +124,7 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def page(run: Run, drawn: dict[str, str]) -> str:
+def page(run: ReportRun, drawn: dict[str, str]) -> str:
     """The whole page; `drawn`: <svg> elements by the plot's name. Raises ConfigError."""
     script = (FILES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -162,7 +162,7 @@ def _figure(name: str, drawn: str) -> str:
 # --- head figures --------------------------------------------------------------------------------------------------
 
 
-def _done_text(run: Run) -> str:
+def _done_text(run: ReportRun) -> str:
     """Steps of the steps; where tokens end the run, these of theirs."""
     learner, done = run.config.learner, run.steps[-1]["step"] if run.steps else 0
     if learner.max_generated_tokens is None:
@@ -171,7 +171,7 @@ def _done_text(run: Run) -> str:
     return f"{tokens}, in {done} steps of {learner.batch_size} rollouts"
 
 
-def _facts(run: Run) -> str:
+def _facts(run: ReportRun) -> str:
     config = run.config
     rows = [
         ("run", f"{config.name}: {_done_text(run)}"),
@@ -194,7 +194,7 @@ def _saving_text(saving: Saving) -> str:
     return f"{saving.ratio:.1%} (95 % interval {saving.low:.1%} to {saving.high:.1%})"
 
 
-def _wall_text(run: Run) -> str:
+def _wall_text(run: ReportRun) -> str:
     """`katana run` measures its time; on a cluster nobody is there from the beginning to the end but the books."""
     if run.wall_s is not None:
         return _duration(run.wall_s)
@@ -211,7 +211,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _arms(run: Run) -> str:
+def _arms(run: ReportRun) -> str:
     names = {
         "rollouts": "rollouts",
         "tokens_generated": "generated",
@@ -228,7 +228,7 @@ def _arms(run: Run) -> str:
     return _table("Tokens", ["", *names.values()], [*rows, ["both", *counts, mean]])
 
 
-def _endings(run: Run) -> str:
+def _endings(run: ReportRun) -> str:
     """What became of the rollouts, and how long they were; a dash where it is not on record."""
     heads = ["", "rollouts", "share", "at the limit", "to train on", "± sd", "written", "± sd"]
     rows = []
@@ -239,7 +239,7 @@ def _endings(run: Run) -> str:
     return _table("Endings, mean tokens", heads, rows) if rows else ""
 
 
-def _evaluations(run: Run) -> str:
+def _evaluations(run: ReportRun) -> str:
     if not run.evaluations:
         return ""
     lines = sorted(run.evaluations, key=lambda line: line["step"])
@@ -267,7 +267,7 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
-def _shown(run: Run, count: int) -> str:
+def _shown(run: ReportRun, count: int) -> str:
     total = len(run.lines)
     if count == total:
         return f"All {total:,} rollouts on record. Choose one to read it."
@@ -277,7 +277,7 @@ def _shown(run: Run, count: int) -> str:
     )
 
 
-def _newest_time(run: Run) -> str:
+def _newest_time(run: ReportRun) -> str:
     """When the newest step was done, in UTC: the page says of itself how fresh it is."""
     times = [line["unix_s"] for line in run.steps if isinstance(line.get("unix_s"), (int, float))]
     return f"Newest step {np.datetime64(int(times[-1]), 's')} UTC." if times else ""
@@ -306,7 +306,7 @@ def choose(lines: Sequence[BookLine]) -> list[int]:
     return sorted(chosen)
 
 
-def table_data(run: Run, chosen: Sequence[int]) -> dict[str, Any]:
+def table_data(run: ReportRun, chosen: Sequence[int]) -> dict[str, Any]:
     """What the page's script reads; see the top of this file. Raises ConfigError."""
     timed = any(line.admitted_unix_s is not None for line in run.lines)
     columns = COLUMNS if timed else COLUMNS[:-1]
@@ -328,7 +328,7 @@ def table_data(run: Run, chosen: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _why_no_text(run: Run) -> str:
+def _why_no_text(run: ReportRun) -> str:
     if not run.config.feeder.record_traces:
         return "Its tokens were not recorded: feeder.record_traces is off."
     return "Its tokens were not recorded: it ended before its verdict."

@@ -24,14 +24,14 @@ from ops.plots import (
     say_title,
 )
 from ops.report import data
-from ops.report.run import Run
+from ops.report.run import ReportRun
 from ops.stats.saving import ARMS, Saving
 from ops.words import percent, short
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def headline(run: Run) -> str:
+def headline(run: ReportRun) -> str:
     """The run in one line: name, accuracy, saving."""
     curve = data.accuracy_curve(run.evaluations, data.generated_at_steps(run.lines, run.config.learner.batch_size))
     parts = []
@@ -57,7 +57,7 @@ def _saved(saving: Saving) -> str:
 # --- accuracy and length ---------------------------------------------------------------------------------------------
 
 
-def draw_accuracy(axes: Any, run: Run) -> None:
+def draw_accuracy(axes: Any, run: ReportRun) -> None:
     """avg@k and pass@k of the evaluated versions over tokens generated."""
     marks = data.generated_at_steps(run.lines, run.config.learner.batch_size)
     curve = data.accuracy_curve(run.evaluations, marks)
@@ -97,7 +97,7 @@ def draw_accuracy(axes: Any, run: Run) -> None:
     plain(axes)
 
 
-def draw_length(axes: Any, run: Run, title: str = "") -> None:
+def draw_length(axes: Any, run: ReportRun, title: str = "") -> None:
     """Mean length of both arms over policy versions, with where the rule became active; its title is the saving."""
     width = data.bin_width(data.finished(run.lines))
     curves = {arm: data.length_curve(run.lines, arm, width) for arm in ARMS}
@@ -152,7 +152,7 @@ def draw_length(axes: Any, run: Run, title: str = "") -> None:
     plain(axes)
 
 
-def draw_mean_length(axes: Any, run: Run) -> None:
+def draw_mean_length(axes: Any, run: ReportRun) -> None:
     """`draw_length`, for where the saving has a plot of its own: the title gives both arms' means."""
     counted = [line for line in run.lines if line.compared]
     means = {arm: [line.tokens_generated for line in counted if line.arm == arm] for arm in ARMS}

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ops.plots import THEMED, font_gaps_allowed
 from ops.report import course, panels
-from ops.report.run import Run
+from ops.report.run import ReportRun
 from ops.report.traces import draw_bookings
 
 NARROW, WIDE = 8.0, 13.0  # inches
@@ -26,20 +26,20 @@ class Plot:
 
     caption: str
     height_inches: float
-    draw: Callable[[Figure, Run], None]
+    draw: Callable[[Figure, ReportRun], None]
     width_inches: float = NARROW
 
 
-def _single(draw: Callable[[Any, Run], None], right: float = 0.97) -> Callable[[Figure, Run], None]:
+def _single(draw: Callable[[Any, ReportRun], None], right: float = 0.97) -> Callable[[Figure, ReportRun], None]:
     """A plot of one panel."""
 
-    def draw_figure(figure: Figure, run: Run) -> None:
+    def draw_figure(figure: Figure, run: ReportRun) -> None:
         draw(figure.add_axes((0.11, 0.16, right - 0.11, 0.68)), run)
 
     return draw_figure
 
 
-def _draw_fates(axes: Any, run: Run) -> None:
+def _draw_fates(axes: Any, run: ReportRun) -> None:
     panels.draw_fates(axes, run.lines)
 
 
@@ -59,7 +59,7 @@ PLOTS = {
 """Name of the file under figures/, and of the plot in the page → plot."""
 
 
-def draw_all(run: Run) -> dict[str, Figure]:
+def draw_all(run: ReportRun) -> dict[str, Figure]:
     """All plots by name."""
     figures = {}
     # Reasons in a run's files may hold anything, dollars as well.

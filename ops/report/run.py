@@ -24,7 +24,7 @@ _EVALUATION: _Types = {"step": int, "policy_version": int, "k": int, "n": int, "
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ReportRun:
     """The contents of a run's folder that its report is made of."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Run:
         return sum(line.tokens_generated for line in self.lines)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportRun:
     """A run's folder in whatever state the run is; files that are not there yet count as empty.
 
     Raises:
@@ -55,7 +55,7 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: Path) -> ReportRun:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no run's folder, there is no config.yaml; expected one like runs/demo")
     lines = list(read_lines(folder / ROLLOUTS, BookLine.from_json))
@@ -63,7 +63,7 @@ def _read_run(folder: Path) -> Run:
         traces = data.sample_traces(folder / TRACES, _SAMPLED_TRACES)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / TRACES}: damaged ({type(error).__name__}: {error})") from error
-    return Run(
+    return ReportRun(
         folder=folder,
         config=load(folder / CONFIG),
         lines=lines,
@@ -100,7 +100,7 @@ def _wall_s(path: Path) -> float | None:
         raise ConfigError(f"{path}: damaged, expected an object with wall_s") from error
 
 
-def find_decoder(run: Run) -> Callable[[list[int]], str] | None:
+def find_decoder(run: ReportRun) -> Callable[[list[int]], str] | None:
     """Token ids to text; None where no tokenizer is to be had, or nothing to be decoded."""
     if not any(sample.traces for sample in run.traces.values()):
         return None

@@ -15,7 +15,7 @@ from common.policies import unit_of
 from common.runfiles.records import Trace
 from ops.plots import BLUE, GREY, INK, SKY, VERMILLION, plain, say_missing, say_title
 from ops.report import data
-from ops.report.run import Run
+from ops.report.run import ReportRun
 from ops.stats.saving import ARMS
 from ops.words import fired_word
 
@@ -25,7 +25,7 @@ _TEXT_CHARACTERS = 60
 _CUT = "#FF1F3D"  # stands out from all of the map's blues and yellows, in a light and in a dark page
 
 
-def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | None) -> None:
+def draw_traces(figure: Figure, run: ReportRun, decode: Callable[[list[int]], str] | None) -> None:
     """Heat map of rollouts, and beneath it one of each arm as a curve; all over the same token positions."""
     grid = figure.add_gridspec(
         3, 1, left=0.505, right=0.925, top=0.858, bottom=0.275, hspace=0.4, height_ratios=(2.7, 1, 1)
@@ -56,7 +56,7 @@ def draw_traces(figure: Figure, run: Run, decode: Callable[[list[int]], str] | N
     _legend_of_examples(figure)
 
 
-def _heat_title(run: Run) -> str:
+def _heat_title(run: ReportRun) -> str:
     if not run.traces["treated"].found:
         return "The policy fired in none: divergence along some of them"
     fired, judged = data.fired_share(run.lines)
@@ -67,7 +67,7 @@ def _heat_title(run: Run) -> str:
     )
 
 
-def _draw_sides(axes: Any, run: Run) -> None:
+def _draw_sides(axes: Any, run: ReportRun) -> None:
     """What the rule saw, and what came after it where nothing was stopped: whether the signal was dead for good."""
     before, noticed, _ = data.mean_divergences(run.traces["treated"].traces)
     _, _, behind = data.mean_divergences(run.traces["control"].traces)
@@ -128,7 +128,7 @@ def _draw_colour_bar(figure: Figure, panels: Sequence[Any], shown: Any, low: flo
     bar.outline.set_visible(False)
 
 
-def draw_bookings(figure: Figure, run: Run) -> None:
+def draw_bookings(figure: Figure, run: ReportRun) -> None:
     """Heat map of rollouts of either arm in the order they were booked, with cuts; the figure's only panel."""
     sample = run.traces["booked"]
     rows = data.spread(sample.traces, _BOOKED_ROWS)
@@ -167,7 +167,7 @@ def _stacked(figure: Figure, groups: Mapping[str, Sequence[Trace]], fewest: floa
     return panels
 
 
-def _why_no_traces(run: Run) -> str:
+def _why_no_traces(run: ReportRun) -> str:
     return "no traces.jsonl yet" if run.config.feeder.record_traces else "not recorded (feeder.record_traces is off)"
 
 

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load
 
-from actors.engine import Decoder
-from actors.engine.models import load_model
+from actors.engine.loaded import sampler
 from common import metrics
 from common.config import Config, ConfigError
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
@@ -118,32 +116,22 @@ class Evaluator:
 
     def __init__(self, config: Config, folder: Path | None = None) -> None:
         self._config, settings = config, config.eval
-        torch.set_num_threads(settings.threads)
         pair = check_pair(config)
         if folder is not None:
             theirs = load_tokenizer(folder).get_vocab()
             compare_tokenizers(load_tokenizer(pair.student.folder).get_vocab(), theirs)
-        model = load_model(
+        self.decoder = sampler(
+            config,
+            pair,
             folder or pair.student.folder,
             dtype=config.rollout.dtype,
             device=settings.device,
-            vocab_size=pair.vocab_size,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
         )
         self._problems = _problems(config)
         for one in self._problems:
             one.source.prepare()
-        self.decoder = Decoder(
-            model,
-            slots=settings.slots,
-            max_length=config.max_length,
-            stop_ids=pair.stop_ids,
-            vocab_size=pair.vocab_size,
-            teacher_top_k=1,
-            chunk_tokens=config.rollout.max_completion_length,
-            prefill_tokens=config.rollout.prefill_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
 
     def swap(self, weights: bytes) -> None:
         """Take other weights, a safetensors file's bytes. Raises ValueError where they do not fit."""

@@ -22,7 +22,7 @@ from ops.reach.run import with_redis
 from ops.reach.server import reach
 from ops.report.command import write_report
 from ops.run.failures import MOST, Failures, mark_of
-from ops.run.progress import Progress
+from ops.run.progress import RunProgress
 from ops.run.roles import RUN_KEY, WORKERS
 from ops.run.summary import write_summary
 
@@ -81,7 +81,7 @@ class LocalRun:
 
     def _run(self, began: float) -> int:
         plane = self._plane = self._start_redis()
-        progress = Progress(self._config, plane)
+        progress = RunProgress(self._config, plane)
         for child in self._children:
             self._start(child)
         try:

@@ -24,7 +24,7 @@ from ops.stats.saving import ARMS, length_saving
 _STEPS_BYTES = 16 << 10  # of metrics.jsonl at a look: some 30 steps
 
 
-class Progress:
+class RunProgress:
     """A view of the run's folder and Redis; reads only. Use as a context manager around the run."""
 
     def __init__(self, config: Config, plane: Plane) -> None:
@@ -48,7 +48,7 @@ class Progress:
         self._said = self._twentieths()
         self._began = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunProgress:
         if self._live is not None:
             self._live.start()
         else:

@@ -71,7 +71,7 @@ def missing(names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class TrackedPoint:
     """Figures at one learner step. `kind`: train | rollout | eval; within a kind the steps of a lineage rise."""
 
     kind: str
@@ -153,7 +153,7 @@ class _Rollouts:
     def booked(self, line: BookLine) -> None:
         self._waiting.append(line)
 
-    def points(self, over: bool) -> Iterator[Point]:
+    def points(self, over: bool) -> Iterator[TrackedPoint]:
         """The points that are complete; when it is over, also the one that is open."""
         while self._waiting and (over or self._waiting[0].policy_version_last <= self._newest):
             line = self._waiting.popleft()
@@ -176,7 +176,7 @@ class _Rollouts:
             sums[0] += line.tokens_generated
             sums[1] += 1
 
-    def _close(self) -> Iterator[Point]:
+    def _close(self) -> Iterator[TrackedPoint]:
         window, self._window = self._window, _Window()
         if not window.rollouts:
             return
@@ -184,15 +184,15 @@ class _Rollouts:
         (treated, n_treated), (control, n_control) = self._compared["treated"], self._compared["control"]
         if n_treated and n_control:  # as in summary.json
             values["rollout/length_saving"] = 1 - (treated / n_treated) / (control / n_control)
-        yield Point("rollout", self._step, values, window.unix_s)
+        yield TrackedPoint("rollout", self._step, values, window.unix_s)
 
 
-def _train_point(line: dict[str, Any]) -> Point:
+def _train_point(line: dict[str, Any]) -> TrackedPoint:
     values = {name: float(line[key]) for name, key in _TRAIN.items() if line.get(key) is not None}
-    return Point("train", line["step"], values, line.get("unix_s"))
+    return TrackedPoint("train", line["step"], values, line.get("unix_s"))
 
 
-def _eval_point(line: dict[str, Any]) -> Point:
+def _eval_point(line: dict[str, Any]) -> TrackedPoint:
     k = line["k"]
     values = {
         f"eval/avg@{k}": line["avg@k"],
@@ -200,14 +200,14 @@ def _eval_point(line: dict[str, Any]) -> Point:
         "eval/completion_length": line["mean_length"],
         "eval/eos_rate": line["eos_rate"],
     }
-    return Point("eval", line["step"], values)
+    return TrackedPoint("eval", line["step"], values)
 
 
 @dataclass(frozen=True, slots=True)
 class News:
     """Points since the last look. `anew`: all that was told before is void, the points begin from the beginning."""
 
-    points: list[Point]
+    points: list[TrackedPoint]
     anew: bool
     more: bool  # whether there is more to read at once
 
@@ -248,7 +248,7 @@ class Follower:
         # Steps before rollouts: a step is written before anything that its weights wrote is booked.
         return self._steps.read(), self._evaluations.read(), self._booked.read()
 
-    def _points(self, steps: list[Object], evaluations: list[Object], rollouts: list[BookLine]) -> list[Point]:
+    def _points(self, steps: list[Object], evaluations: list[Object], rollouts: list[BookLine]) -> list[TrackedPoint]:
         for step in steps:
             self._rollouts.trained(step["policy_version"], step["step"])
         for line in rollouts:
@@ -267,7 +267,7 @@ class Tracker(Protocol):
     def begin(self) -> None:
         """Make ready. If something was shown already, all points come again, from the first; some may differ."""
 
-    def show(self, point: Point) -> None: ...
+    def show(self, point: TrackedPoint) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -308,7 +308,7 @@ class TensorBoard:
         start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(session_log=start, step=0)
 
-    def show(self, point: Point) -> None:
+    def show(self, point: TrackedPoint) -> None:
         values = [self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in point.values.items()]
         self._write(wall_time=point.unix_s, step=point.step, summary=self._summaries.Summary(value=values))
 
@@ -369,7 +369,7 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
         log.info("wandb: %s", self._run.url or f"offline; send it by: wandb sync {self._run.settings.sync_dir}")
 
-    def show(self, point: Point) -> None:
+    def show(self, point: TrackedPoint) -> None:
         if point.step > self._told.get(point.kind, -1):
             self._run.log({"step": point.step, **point.values})
             self._told[point.kind] = point.step

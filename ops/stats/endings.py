@@ -70,7 +70,7 @@ class Gap:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class UntrainedEnding:
     """An ending that was not trained on, beside the trained; no gap where a length is not on record."""
 
     ended: Ended
@@ -125,13 +125,15 @@ def _lengths(tokens: Sequence[int]) -> Lengths | None:
     return Lengths(len(tokens), mean, math.sqrt(sum((one - mean) ** 2 for one in tokens) / len(tokens)))
 
 
-def left_out(endings: dict[str, Ended]) -> list[LeftOut]:
+def left_out(endings: dict[str, Ended]) -> list[UntrainedEnding]:
     """All that was not trained on, each beside the trained; nothing where nothing was trained on yet."""
     trained = endings.get("trained")
     if trained is None:
         return []
     return [
-        LeftOut(ended, trained, gap(ended.trainable, trained.trainable), gap(ended.generated, trained.generated))
+        UntrainedEnding(
+            ended, trained, gap(ended.trainable, trained.trainable), gap(ended.generated, trained.generated)
+        )
         for ended in endings.values()
         if ended is not trained
     ]
@@ -169,7 +171,7 @@ def gap(some: Lengths | None, others: Lengths | None) -> Gap | None:
     return Gap(some.mean, others.mean, mean - half, mean + half)
 
 
-def words(one: LeftOut) -> str:
+def words(one: UntrainedEnding) -> str:
     """One ending that was left out, in a sentence or three."""
     ended, trained = one.ended, one.trained
     what = MEANINGS.get(ended.fate, "")

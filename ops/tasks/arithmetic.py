@@ -68,14 +68,6 @@ def steps_of(value: int, terms: list[str]) -> list[Step]:
     return steps
 
 
-def solution_of(prompt: str) -> str:
-    """Return the reference completion, without an end token: "12+7=19;19-3=16#16"."""
-    value, terms = terms_of(prompt)
-    steps = steps_of(value, terms)
-    answer = steps[-1].result if steps else value
-    return ";".join(step.text for step in steps) + f"#{answer}"
-
-
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
     """Problems of `min_numbers` to `max_numbers` numbers: one of 10 to `max_first`, then 1 to `max_value`.

@@ -99,7 +99,7 @@ class Render(Protocol):
 
 
 @dataclass(slots=True)
-class LeftOut:
+class UnusedRows:
     """Rows that are not used: their number, and the places of the first."""
 
     rows: int = 0
@@ -132,7 +132,7 @@ class Dataset:
     ) -> None:
         """`lengths` counts the tokens of texts."""
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
-        self._spool, self._too_long, self._special = _Spool(), LeftOut(), LeftOut()
+        self._spool, self._too_long, self._special = _Spool(), UnusedRows(), UnusedRows()
         self.origin = Origin()
         rows = read_rows(layout.path, layout.columns, frozenset(layout.template_columns))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):

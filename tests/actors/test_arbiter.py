@@ -174,9 +174,7 @@ def test_another_chunking_and_a_new_arbiter_after_every_chunk_change_no_verdict(
                 run.client.set(run.key("threshold"), "0.2")
         left = [case for case in left if not case.ended and case.done < len(case.values)]
         one = arbiter(run)
-        one._lease.take(threading.Event())
-        one._load_minima()
-        one._note(run.given("arbiter", "arbiter", "scores"))
+        one.open()
         one.step(block_s=0.01)
         run.client.delete(run.key("lease:arbiter"))  # killed: the lease runs out
         run.client.set(run.key("threshold"), "0.2")
@@ -191,19 +189,19 @@ def test_another_chunking_and_a_new_arbiter_after_every_chunk_change_no_verdict(
 
 def test_an_arbiter_that_lost_its_lease_writes_nothing_more(run: Run) -> None:
     old = arbiter(run)
-    old._lease.take(threading.Event())
+    old.open()
     Writing(run, "r1", [0.5] * 5).whole()
     run.client.delete(run.key("lease:arbiter"))
     judge(run)
     stored = run.field("r1", "verdict")
     Writing(run, "r2", [0.5] * 5).whole()
     new = arbiter(run)
-    new._lease.take(threading.Event())
+    new.open()
     with pytest.raises(LeaseLost):
-        old._look(old._note([(b"1-1", {b"rid": b"r2"})]))
+        old.step(block_s=0.01)
     assert run.field("r2", "verdict") is None
     assert run.field("r1", "verdict") == stored
-    new._lease.drop()
+    new.close()
 
 
 # --- what becomes of a verdict ---

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,15 @@ import pytest
 import redis
 from samples import Run, fenced, make_verdict, script, write_whole
 
-import actors.feeder
 from actors.books import rid_of
-from actors.feeder import Feeder
+from actors.feeder import COUNT_WAIT_S, HOUSEKEEPING_S, ROOM_S, Feeder, head_of
 from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
 from common.metrics import REGISTRY
 from common.runfiles.lines import read_lines
 from common.wire.lease import Lease, LeaseLost
 from common.wire.messages import Ints, RolloutHead
 from common.wire.plane import create_run
+from common.wire.scripts import Admitted
 from ops.reach.embedded import EmbeddedRedis
 
 
@@ -40,14 +41,20 @@ class Desk:
     """A run whose feeder can be asked to go on, or be killed; everybody else is played by the test."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        self.feeder = self._new()
+        self.run, self.source = run, Counting()
+        self.ahead_s = 0.0  # of the feeder's clock
+        self.feeder = self.begin()
         self.taken: dict[str, bytes] = {}
 
-    def _new(self) -> Feeder:
-        feeder = Feeder(self.run.config, self.run.plane, Counting(), threading.Event())
-        feeder._lease.take(threading.Event())
-        feeder._load()
+    def new(self) -> Feeder:
+        return Feeder(self.run.config, self.run.plane, self.source, threading.Event(), clock=self.clock)
+
+    def clock(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    def begin(self) -> Feeder:
+        feeder = self.new()
+        feeder.open()
         return feeder
 
     def go_on(self) -> None:
@@ -56,17 +63,16 @@ class Desk:
 
     def kill(self) -> None:
         """No word, no last deed: only the lease runs out."""
-        self.feeder._books.close()
+        self.feeder.books.close()
         self.run.client.delete(self.run.key("lease:feeder"))
 
     def restart(self) -> None:
         self.kill()
-        self.feeder = self._new()
+        self.feeder = self.begin()
 
-    def waited(self) -> None:
-        """As if the time for a writer's count were over."""
-        for rollout in self.feeder._rollouts.values():
-            rollout.ended_at -= actors.feeder._COUNT_WAIT_S
+    def waited(self, seconds: float) -> None:
+        """As if so much time had passed."""
+        self.ahead_s += seconds
         self.go_on()
 
     # --- the others ---
@@ -120,7 +126,7 @@ def begin(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[
 
     yield new
     for desk in desks:
-        desk.feeder._books.close()
+        desk.feeder.books.close()
 
 
 @pytest.fixture
@@ -187,7 +193,7 @@ def test_streams_are_measured(desk: Desk) -> None:
     desk.go_on()
     desk.take()
     time.sleep(1.1)
-    desk.feeder._measure_streams()
+    desk.waited(HOUSEKEEPING_S)
     assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "prompts"}) == 6
     oldest = REGISTRY.get_sample_value("katana_stream_oldest_pending_seconds", {"stream": "prompts"})
     assert oldest is not None
@@ -222,30 +228,32 @@ def test_concurrency_is_by_default_five_quarters_of_the_live_slots(begin: Callab
     desk.run.plane.seen("w1", role="rollout", slots=4)
     desk.run.plane.seen("w2", role="rollout", slots=12)
     desk.run.plane.seen("t1", role="teacher", slots=99)
-    desk.feeder._housekeeping_at = 0.0
-    desk.feeder.step(block_s=0.001)
+    desk.waited(HOUSEKEEPING_S)
     desk.go_on()
     assert desk.run.ledger() == {"admitted": 20}
 
 
-def refused(calls: Sequence[Any]) -> list[Any]:
-    """What a full Redis answers to admissions; nothing where there are none."""
-    return [actors.feeder.Admitted.FULL for call in calls if call.script == "admit"]
+@contextmanager
+def a_full_redis(desk: Desk) -> Iterator[None]:
+    """One that refuses admissions."""
+    each = desk.run.plane.call_all
+
+    def refusing(calls: Sequence[Any]) -> list[Any]:
+        refused: list[Any] = [Admitted.FULL for call in calls if call.script == "admit"]
+        return refused or each(calls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk.run.plane, "call_all", refusing)
+        yield
 
 
-def test_a_full_redis_stops_admission_until_it_has_room(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    each = desk.feeder._lease.call_all
-    monkeypatch.setattr(desk.feeder._lease, "call_all", lambda calls: refused(calls) or each(calls))
-    for _ in range(3):
-        desk.feeder._room_at = 0.0
-        desk.go_on()
-    assert desk.run.ledger() == {}
-    assert len([text for text in caplog.messages if "short of memory" in text]) == 1
-    monkeypatch.setattr(desk.feeder._lease, "call_all", each)
-    desk.feeder._room_at = 0.0
-    desk.go_on()
+def test_a_full_redis_stops_admission_until_it_has_room(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    with a_full_redis(desk):
+        for _ in range(3):
+            desk.waited(ROOM_S)
+        assert desk.run.ledger() == {}
+        assert len([text for text in caplog.messages if "short of memory" in text]) == 1
+    desk.waited(ROOM_S)
     assert desk.take() == [f"r{number:09d}" for number in range(6)]
 
 
@@ -259,11 +267,9 @@ class SmallDesk(Desk):
         room = rollouts * rollout_bytes(self.run.config) + 4096
         memory = self.run.client.info("memory")["used_memory"] + room
         self.run.client.config_set("maxmemory", int(memory / ALLOWED_SHARE))
-        self.feeder._room_at = 0.0
 
     def look_again(self) -> int:
-        self.feeder._room_at = 0.0
-        self.go_on()
+        self.waited(ROOM_S)
         return self.run.ledger().get("admitted", 0)
 
 
@@ -286,7 +292,7 @@ def small(own_redis: EmbeddedRedis, start: Callable[..., Run]) -> Iterator[Calla
 
     yield new
     for desk in desks:
-        desk.feeder._books.close()
+        desk.feeder.books.close()
 
 
 def test_whatever_was_admitted_can_be_finished(small: Callable[..., SmallDesk]) -> None:
@@ -343,9 +349,8 @@ def test_of_a_broken_record_the_whole_length_is_still_to_come(small: Callable[..
 
 def test_deterministic_a_batch_is_admitted_whole_or_not_at_all(small: Callable[..., SmallDesk]) -> None:
     desk = small(11.5, deterministic=True)
-    desk.feeder._running.add("r999")
     assert desk.look_again() == 0
-    desk.leave_room_for(13.5)
+    desk.leave_room_for(12.5)
     assert desk.look_again() == 12
 
 
@@ -358,22 +363,21 @@ def test_heads_are_a_function_of_seed_and_place(begin: Callable[..., Desk]) -> N
     assert len({head.seed for head in heads}) == 8
     assert all(head.max_new_tokens == 64 for head in heads)
     desk.restart()
-    again = [desk.feeder._head(place) for place in range(8)]
+    again = [head_of(desk.run.config, desk.source, place) for place in range(8)]
     assert [head.encode() for head in again] == [head.encode() for head in heads]
 
 
 def test_the_control_arm_has_its_share(begin: Callable[..., Desk]) -> None:
     desk = begin(termination={"control_fraction": 0.25})
-    arms = Counter(desk.feeder._head(place).arm for place in range(4000))
+    arms = Counter(head_of(desk.run.config, desk.source, place).arm for place in range(4000))
     assert abs(arms["control"] / 4000 - 0.25) < 0.03
 
 
-def test_a_prompt_that_is_too_long_ends_the_feeder(desk: Desk) -> None:
-    class Long(Counting):
-        def prompt(self, problem: int) -> Ints:
-            raise ValueError("problem 0: the prompt has 99 tokens")
+def test_a_prompt_that_is_too_long_ends_the_feeder(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_long(problem: int) -> Ints:
+        raise ValueError("problem 0: the prompt has 99 tokens")
 
-    desk.feeder._source = Long()
+    monkeypatch.setattr(desk.source, "prompt", too_long)
     with pytest.raises(ValueError, match="99 tokens"):
         desk.feeder.step(block_s=0.001)
 
@@ -507,7 +511,7 @@ def test_a_line_says_when_by_the_clock_of_redis(desk: Desk) -> None:
 
 def test_what_alerts_compare_with_is_served(desk: Desk) -> None:
     desk.go_on()
-    desk.feeder._housekeep()
+    desk.waited(HOUSEKEEPING_S)
     wanted = {"batch_size": 4, "max_staleness": 1, "max_steps": 100, "concurrency": 6}
     assert {kind: REGISTRY.get_sample_value("katana_config_value", {"kind": kind}) for kind in wanted} == wanted
     assert REGISTRY.get_sample_value("katana_rollouts_open") == 6
@@ -591,7 +595,7 @@ def test_without_a_count_the_stored_chunks_count_and_a_late_one_changes_nothing(
     desk.settle(rid)
     desk.go_on()
     assert desk.lines() == {}
-    desk.waited()
+    desk.waited(COUNT_WAIT_S)
     assert desk.lines()[rid]["tokens_generated"] == 5
     desk.run.client.xadd(desk.run.key("finished"), {"kind": "count", "rid": rid, "generated": "9"})
     desk.go_on()
@@ -620,17 +624,38 @@ class Crash(Exception):
     pass
 
 
-def crash(*args: Any, **kwargs: Any) -> Any:
-    raise Crash
+@contextmanager
+def crashing_before_the_line(desk: Desk) -> Iterator[None]:
+    def crash(bookings: Any) -> None:
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk.feeder.books, "write", crash)
+        yield
 
 
-def test_a_crash_between_the_line_and_the_script_books_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def crashing_at(desk: Desk, script: str, after: int = 0) -> Iterator[None]:
+    """A feeder that dies when it runs a script, once Redis has carried out so many of the trip's calls."""
+    each = desk.run.plane.call_all
+
+    def dying(calls: Sequence[Any]) -> Any:
+        if any(call.script == script for call in calls):
+            each(calls[:after])
+            raise Crash
+        return each(calls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk.run.plane, "call_all", dying)
+        yield
+
+
+def test_a_crash_between_the_line_and_the_script_books_once(desk: Desk) -> None:
     desk.go_on()
     a, b = desk.take()[:2]
     desk.judge(a)
     desk.settle(a)
-    monkeypatch.setattr(desk.feeder, "_settle", crash)
-    with pytest.raises(Crash):
+    with crashing_at(desk, "book"), pytest.raises(Crash):
         desk.go_on()
     assert list(desk.lines()) == [a]
     assert desk.run.ledger() == {"admitted": 6}
@@ -646,13 +671,12 @@ def test_a_crash_between_the_line_and_the_script_books_once(desk: Desk, monkeypa
     assert list(desk.lines()) == [a, b]
 
 
-def test_a_crash_before_the_line_loses_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_line_loses_nothing(desk: Desk) -> None:
     desk.go_on()
     rid = desk.take()[0]
     desk.judge(rid)
     desk.settle(rid)
-    monkeypatch.setattr(desk.feeder._books, "write", crash)
-    with pytest.raises(Crash):
+    with crashing_before_the_line(desk), pytest.raises(Crash):
         desk.go_on()
     desk.restart()
     desk.go_on()
@@ -677,22 +701,13 @@ def test_a_torn_last_line_is_written_again(desk: Desk) -> None:
 
 
 @pytest.mark.slow
-def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_the_run_is_closed_drops_what_was_in_flight_once(desk: Desk) -> None:
     desk.go_on()
     desk.finish_run()
-    each = desk.feeder._lease.call_all
-
-    def crash_later(calls: Any) -> Any:
-        each(calls[:2])
-        raise Crash
-
-    monkeypatch.setattr(desk.feeder._lease, "call_all", crash_later)
-    with pytest.raises(Crash):
-        desk.feeder._finish()
+    with crashing_at(desk, "book", after=2), pytest.raises(Crash):
+        desk.feeder.finish()
     desk.kill()
-    Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event()).run()
+    desk.new().run()
     assert desk.run.ledger() == {"admitted": 6, "dropped:run_end": 6}
     assert {line["reason"] for line in desk.lines().values()} == {"run_end"}
     assert len(desk.lines()) == 6
@@ -704,13 +719,12 @@ def test_a_former_feeder_books_and_admits_nothing(desk: Desk) -> None:
     old_lines = desk.run.config.run_dir / "rollouts.jsonl"
     desk.run.client.delete(desk.run.key("lease:feeder"))
     new = Lease(desk.run.plane, "feeder", 600.0)
-    new.take(threading.Event())
+    new.acquire(threading.Event())
     rids = desk.take()
     for rid in rids:
         desk.judge(rid)
-    old._running.clear()  # as if it had heard of the verdicts
     with pytest.raises(LeaseLost):
-        old._admit()
+        old.step(block_s=0.001)
     assert desk.run.ledger() == {"admitted": 6}
     assert old_lines.read_bytes() == b""
 
@@ -733,11 +747,16 @@ def test_an_ending_of_a_rollout_that_was_never_admitted_is_given_up(desk: Desk, 
 
 def test_a_feeder_that_took_over_later_keeps_its_ledger_on_disk(desk: Desk) -> None:
     desk.go_on()
+    former = desk.feeder
+    desk.run.client.delete(desk.run.key("lease:feeder"))
+    desk.feeder = desk.begin()
+    for rid in desk.take():
+        desk.judge(rid)
+    desk.waited(HOUSEKEEPING_S)
     path = desk.run.config.run_dir / "ledger.json"
-    desk.feeder._write_ledger()
     late = json.loads(path.read_text())
-    desk.feeder._ledger = {"admitted": 3}
-    desk.feeder._write_ledger()
+    assert (former.ledger.fields["admitted"], late["admitted"]) == (6, 8)
+    former.close()
     assert json.loads(path.read_text()) == late
 
 
@@ -750,10 +769,10 @@ def test_a_redis_that_went_back_is_told_from_one_that_lost_all(desk: Desk) -> No
     run.client.srem(run.key("open"), gone)
     run.client.delete(run.key(f"rollout:{gone}"))
     run.client.hset(run.key("ledger"), "admitted", 5)
-    desk.feeder._write_ledger()
+    desk.waited(HOUSEKEEPING_S)
     desk.restart()
     assert {rid: line["reason"] for rid, line in desk.lines().items()} == {gone: "lost"}
-    assert desk.feeder._cursor == 6
+    assert run.plane.cursor() == 6
     assert run.client.scard(run.key("open")) == 5
 
 
@@ -774,8 +793,8 @@ def test_tokens_generated_are_restored_from_the_books_and_the_records_of_the_liv
     desk.write(writing, tokens=4, finish=None)
     assert {rid: line["tokens_generated"] for rid, line in desk.lines().items()} == {whole: 3, booked: 3, cut: 9}
     assert run.plane.generated() == 3 + 3 + 9 + 4
-    admitted = desk.feeder._cursor
-    desk.feeder._write_ledger()
+    desk.waited(HOUSEKEEPING_S)
+    admitted = run.plane.cursor()
     if how == "lost all":
         for name in list(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")):
             run.client.delete(name)
@@ -787,7 +806,7 @@ def test_tokens_generated_are_restored_from_the_books_and_the_records_of_the_liv
         run.client.hset(run.key("policy"), "generated", 1)
     desk.restart()
     assert run.plane.generated() == 3 + 3 + 9 + (4 if how == "went back" else 0)
-    assert desk.feeder._cursor == admitted
+    assert run.plane.cursor() == admitted
 
 
 @pytest.mark.parametrize(
@@ -858,7 +877,7 @@ def test_what_is_sent_back_is_a_new_admission_of_the_same_problem(begin: Callabl
     assert desk.run.entries("again") == []
     assert (desk.head("r000000007").problem, desk.head("r000000008").problem) == (1, 4)
     assert desk.head("r000000007").prompt.tolist() == [2]
-    assert desk.head("r000000007").seed != desk.feeder._head(3).seed
+    assert desk.head("r000000007").seed != head_of(desk.run.config, desk.source, 3).seed
     assert desk.run.field("r000000007", "problem") == b"1"
     assert desk.run.field("r000000008", "problem") is None
     bury(desk, "r000000007")  # it may die again, and be sent back again
@@ -866,33 +885,21 @@ def test_what_is_sent_back_is_a_new_admission_of_the_same_problem(begin: Callabl
     bury(desk, "r000000002")
     assert desk.head("r000000010").problem == 1
     desk.finish_run()
-    desk.feeder._finish()
-    ledger = desk.feeder.ledger()
+    desk.feeder.finish()
+    ledger = desk.feeder.ledger.counts()
     assert (ledger["admitted"], ledger["dead"], ledger["dropped"], ledger["open"]) == (11, 5, {"run_end": 6}, 0)
     assert sorted(desk.lines()) == [f"r{number:09d}" for number in range(11)]
     assert desk.lines()["r000000003"]["ending"] == "dead"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_crash_around_the_script_admits_what_was_sent_back_once(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_a_crash_around_the_script_admits_what_was_sent_back_once(desk: Desk, when: str) -> None:
     desk.go_on()
     bury(desk, "r000000001", "r000000002")
     send_back(desk, "r000000001")
     send_back(desk, "r000000002")
     desk.die("r000000003")
-    each = desk.feeder._lease.call_all
-
-    def dying(calls: Any) -> Any:
-        if any(call.script == "admit" for call in calls):
-            if when == "after":
-                each(calls[:1])
-            raise Crash
-        return each(calls)
-
-    monkeypatch.setattr(desk.feeder._lease, "call_all", dying)
-    with pytest.raises(Crash):
+    with crashing_at(desk, "admit", after=when == "after"), pytest.raises(Crash):
         desk.go_on()
     assert len(desk.run.entries("again")) == (2 if when == "before" else 1)
     desk.restart()
@@ -904,17 +911,14 @@ def test_a_crash_around_the_script_admits_what_was_sent_back_once(
     assert [head.problem for head in resent] == [1, 2, 10]
 
 
-def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_redis_keeps_what_was_sent_back(desk: Desk) -> None:
     desk.go_on()
     bury(desk, "r000000001")
     send_back(desk, "r000000001")
-    each = desk.feeder._lease.call_all
-    monkeypatch.setattr(desk.feeder._lease, "call_all", lambda calls: refused(calls) or each(calls))
-    bury(desk, "r000000002")
+    with a_full_redis(desk):
+        bury(desk, "r000000002")
     assert len(desk.run.entries("again")) == 1
-    monkeypatch.setattr(desk.feeder._lease, "call_all", each)
-    desk.feeder._room_at = 0.0
-    desk.go_on()
+    desk.waited(ROOM_S)
     assert desk.head("r000000007").problem == 1
 
 
@@ -927,15 +931,16 @@ def test_a_full_redis_keeps_what_was_sent_back(desk: Desk, monkeypatch: pytest.M
     ],
 )
 def test_a_request_that_cannot_be_admitted_is_given_up_and_the_rest_flows(
-    desk: Desk, fields: dict[str, Any], told: str
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], told: str
 ) -> None:
-    class Bounded(Counting):
-        def prompt(self, problem: int) -> Ints:
-            if problem >= 4000:
-                raise ValueError(f"problem {problem}: the prompt is too long")
-            return super().prompt(problem)
+    each = desk.source.prompt
 
-    desk.feeder._source = Bounded()
+    def bounded(problem: int) -> Ints:
+        if problem >= 4000:
+            raise ValueError(f"problem {problem}: the prompt is too long")
+        return each(problem)
+
+    monkeypatch.setattr(desk.source, "prompt", bounded)
     desk.run.client.xadd(desk.run.key("again"), fields)
     desk.run.client.xadd(desk.run.key("again"), {"problem": "70"})
     desk.go_on()
@@ -998,18 +1003,21 @@ class Fates:
             if self.desk.run.field(rid, "owner"):
                 self.desk.count(rid, 3 + int(self.rng.integers(0, 4)))
 
-    def strike(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(self) -> AbstractContextManager[None]:
+        """What may befall a feeder: it is killed now, or crashes at its next booking, before the line or after it."""
         event = self.rng.random()
         if event < 0.3:
             self.desk.restart()
         elif event < 0.4:
-            monkeypatch.setattr(self.desk.feeder, "_settle", crash)
+            return crashing_at(self.desk, "book")
         elif event < 0.5:
-            monkeypatch.setattr(self.desk.feeder._books, "write", crash)
+            return crashing_before_the_line(self.desk)
+        return nullcontext()
 
-    def round(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def round(self) -> None:
         try:
-            self.desk.go_on()
+            with self.strike():
+                self.desk.go_on()
         except Crash:
             self.crashes += 1
             self.desk.restart()
@@ -1017,22 +1025,21 @@ class Fates:
             self.begin(rid)
         self.settle(int(self.rng.integers(0, 6)))
         self.count()
-        self.strike(monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_every_admitted_rollout_ends_exactly_once_as_trained_dropped_with_a_reason_or_dead(
-    begin: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, seed: int
+    begin: Callable[..., Desk], seed: int
 ) -> None:
     desk = begin(feeder={"concurrency": 8}, learner={"batch_size": 6, "max_staleness": 2, "max_steps": 100})
     fates = Fates(desk, seed)
     for _ in range(30):
-        fates.round(monkeypatch)
+        fates.round()
     fates.settle(1000)
     desk.finish_run()
     desk.kill()
-    Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event()).run()
+    desk.new().run()
 
     lines, ledger = desk.lines(), desk.run.ledger()
     admitted = ledger.pop("admitted")
@@ -1059,8 +1066,7 @@ def test_every_admitted_rollout_ends_exactly_once_as_trained_dropped_with_a_reas
 
 def test_the_whole_loop_returns_when_the_run_is_over_and_lets_go_of_its_lease(desk: Desk) -> None:
     desk.kill()
-    feeder = Feeder(desk.run.config, desk.run.plane, Counting(), threading.Event())
-    feeder.run(until_idle=True)
+    desk.new().run(until_idle=True)
     assert desk.run.ledger() == {"admitted": 6}
     assert desk.run.client.exists(desk.run.key("lease:feeder")) == 0
     written = json.loads((desk.run.config.run_dir / "ledger.json").read_text())
@@ -1089,7 +1095,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
     desk.go_on()
     assert lost
     assert desk.run.ledger()["trained"] == 1
-    assert desk.feeder.ledger()["trained"] == 1
+    assert desk.feeder.ledger.fields["trained"] == 1
 
 
 @pytest.mark.parametrize(

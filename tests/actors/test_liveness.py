@@ -6,22 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from samples import Run, fenced
-from test_turns import Counting
+from samples import Run
+from test_turns import Counting, announce
 
 import actors.weights
 from actors.engine import Scored, ScoreRequest
 from actors.rollout import RolloutWorker
-from actors.teacher import TeacherWorker
+from actors.teacher import TeacherWorker, rendezvous
 from common.metrics import REGISTRY
-from common.wire.weights import publish
+from common.wire.plane import Roster
 from ops.reach.embedded import EmbeddedRedis
 
 CLAIM_S = 0.4
@@ -90,16 +88,16 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
     return run
 
 
-def announce(run: Run, version: int) -> Path:
-    folder = run.config.run_dir / "weights"
-    ref = publish(folder, version, lambda path: save_file({"weight": torch.zeros(2)}, path))
-    run.lease("learner").call(fenced("publish", version, version, ref.file, ref.sha256))
-    return folder / ref.file
+# What tells a worker to stop.
+STOPS: WeakKeyDictionary[RolloutWorker | TeacherWorker, threading.Event] = WeakKeyDictionary()
 
 
 def writer(run: Run, name: str, decoder: Counting) -> RolloutWorker:
     unchecked: Any = decoder
-    return RolloutWorker(run.config, run.plane, unchecked, worker=name, stop=threading.Event())
+    stop = threading.Event()
+    worker = RolloutWorker(run.config, run.plane, unchecked, worker=name, stop=stop)
+    STOPS[worker] = stop
+    return worker
 
 
 @contextmanager
@@ -110,7 +108,7 @@ def serving(worker: RolloutWorker | TeacherWorker) -> Iterator[None]:
     try:
         yield
     finally:
-        worker._stop.set()
+        STOPS[worker].set()
         thread.join(20)
         assert not thread.is_alive()
 
@@ -143,19 +141,22 @@ def test_a_worker_that_reads_weights_for_long_goes_on_writing_and_keeps_its_roll
 ) -> None:
     load = actors.weights.load
 
+    reading = threading.Event()
+
     def slowly(data: bytes) -> Any:
+        reading.set()
         time.sleep(LONG_S)
         return load(data)
 
     with rollout_written_by_one_of_two(run) as (first, decoder):
         monkeypatch.setattr(actors.weights, "load", slowly)
         announce(run, 1)
-        until(lambda: first._weights._thread is not None)
+        until(reading.is_set)
         chunks = int(run.field("r1", "chunks") or 0)
         until(lambda: int(run.field("r1", "chunks") or 0) > chunks + 2)  # written beside the reading
         assert decoder.swapped[1:] == []
         until(lambda: len(decoder.swapped) == 2)
-        assert first._version == 1
+        assert first.version == 1
         assert (worker_of(run), run.field("r1", "claims")) == (b"first", None)
 
 
@@ -179,9 +180,15 @@ def test_a_worker_at_one_long_piece_of_work_keeps_its_rollouts(
 
 def test_a_worker_whose_loop_hangs_loses_its_rollouts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = threading.Event()
-    with rollout_written_by_one_of_two(run) as (first, _):
-        talk = first._talk
-        monkeypatch.setattr(first, "_talk", lambda: (hangs.wait(20), talk())[1])
+    call_all = run.plane.call_all
+
+    def hanging(calls: Any) -> Any:
+        if any(call.script == "beat" and "first" in call.args for call in calls):
+            hangs.wait(20)
+        return call_all(calls)
+
+    with rollout_written_by_one_of_two(run):
+        monkeypatch.setattr(run.plane, "call_all", hanging)
         until(lambda: worker_of(run) == b"second")
         hangs.set()
 
@@ -214,30 +221,43 @@ def test_a_teacher_at_one_long_batch_keeps_its_chunks(run: Run) -> None:
 
 def teacher(run: Run, name: str, scorer: SlowScorer) -> TeacherWorker:
     unchecked: Any = scorer
-    return TeacherWorker(
-        run.config, run.plane, unchecked, vocab_size=37, stop_count=1, worker=name, stop=threading.Event()
-    )
+    stop = threading.Event()
+    worker = TeacherWorker(run.config, run.plane, unchecked, vocab_size=37, stop_count=1, worker=name, stop=stop)
+    STOPS[worker] = stop
+    return worker
 
 
 def test_an_idle_teacher_without_a_shard_waits_and_a_shard_of_its_own_ends_that(run: Run) -> None:
-    one = teacher(run, "t1", SlowScorer(0.0))
-    one._roster.names, one._roster.revision = ["another"], b"7"
-    turns = 0
-    step = one.step
+    shards = range(run.plane.shards)
+    names = (f"t{number}" for number in range(10_000))
+    name = next(name for name in names if {rendezvous(shard, [name, "greedy"]) for shard in shards} == {"greedy"})
+    one = teacher(run, name, SlowScorer(0.0))
+    step, read = one.step, run.plane.read
+    turns, waited_for = 0, []  # streams of each read that waits
 
     def counted() -> bool:
         nonlocal turns
         turns += 1
         return step()
 
+    def seen(group: str, consumer: str, streams: Any, *, count: int, block_s: float) -> Any:
+        waited_for.extend([len(streams)] * (block_s > 0))
+        return read(group, consumer, streams, count=count, block_s=block_s)
+
     one.step = counted  # type: ignore[method-assign,assignment]
-    one._pulse._say = lambda: None
+    run.plane.read = seen  # type: ignore[method-assign]
+    run.plane.seen("greedy", role="teacher", roster=Roster(60.0))
     with serving(one):
-        time.sleep(1.0)
-        assert one._mine == []
+        time.sleep(0.3)  # until its pulse has told it of the other one
+        turns = 0
+        waited_for.clear()
+        for _ in range(4):
+            time.sleep(0.25)
+            run.plane.seen("greedy", role="teacher", roster=Roster(60.0))
+        assert waited_for == []
         assert turns <= 1.0 / 0.05 + 2, "it waits at least 50 ms between two looks"
-        one._roster.names, one._roster.revision = ["t1"], b"8"
-        until(lambda: len(one._mine) == run.plane.shards)
+        run.plane.gone("greedy", role="teacher")
+        until(lambda: run.plane.shards in waited_for)
 
 
 @pytest.mark.parametrize(("help_after_s", "takes_it"), [(60.0, False), (0.0, True)])
@@ -330,4 +350,4 @@ def test_a_worker_that_cannot_take_the_weights_says_which(run: Run) -> None:
     with serving(one):
         until(lambda: run.plane.policy().get("refused") == "1")
         announce(run, 2)
-        until(lambda: one._version == 2)
+        until(lambda: one.version == 2)

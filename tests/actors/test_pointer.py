@@ -51,7 +51,7 @@ def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complain
     run.chunk(finish="eos")
     run.score()
     arbiter.run(until_idle=True)
-    assert arbiter._version == 3
+    assert arbiter.version == 3
     assert run.field("r1", "verdict") is not None
     assert [one.getMessage() for one in caplog.records if one.name == "katana.arbiter"] == [
         "ignored, going on as of version 3: policy pointer: version 'new' is not a number"
@@ -67,9 +67,9 @@ def test_the_learner_leaves_a_version_that_is_no_number_out(
     run = start(embedded_redis, student={"model": str(student)})
     facts = read_facts(student)
     learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
-    assert learner._announced() == -1
+    assert learner.announced() == -1
     run.lease("learner").call(fenced("publish", 3, 30, "v00000003.safetensors", "aa"))
-    assert learner._announced() == 3
+    assert learner.announced() == 3
     run.client.hset(run.key("policy"), "version", "new")
-    assert learner._announced() == -1
+    assert learner.announced() == -1
     assert "policy pointer: version 'new' is not a number" in caplog.text

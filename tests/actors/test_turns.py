@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from samples import Run, fenced
 
-import actors.rollout
 from actors.engine.decode import NO_TOKENS, ClosedChunk
 from actors.rollout import RolloutWorker
 from common.metrics import REGISTRY
@@ -128,7 +128,6 @@ class Turns:
         self.run, self.clock, self.trip_s = run, Clock(), TRIP_S
         self.decoder = Counting(self.clock, chunk, length)
         self.trips: list[Sequence[Any]] = []
-        monkeypatch.setattr(actors.rollout, "time", self.clock)
         call_all = run.plane.call_all
 
         def timed(calls: Sequence[Any]) -> list[Any]:
@@ -138,8 +137,12 @@ class Turns:
 
         monkeypatch.setattr(run.plane, "call_all", timed)
         decoder: Any = self.decoder
-        self.worker = RolloutWorker(run.config, run.plane, decoder, worker="w1", stop=self.clock)
-        self.worker._version = self.worker._step = 0
+        self.worker = RolloutWorker(
+            run.config, run.plane, decoder, worker="w1", stop=self.clock, clock=self.clock.monotonic
+        )
+        announce(run, 0)
+        assert self.worker.open()
+        self.decoder.swapped.clear()
         for rid in ROLLOUTS:
             assert run.admit(rid, max_new_tokens=LENGTH) == b"ok"
 
@@ -171,6 +174,14 @@ class Turns:
     def counts(self) -> dict[str, int]:
         entries = [one for one in self.run.entries("finished") if one["kind"] == "count"]
         return {one["rid"]: int(one["generated"]) for one in entries}
+
+
+def announce(run: Run, version: int) -> Path:
+    """Publish weights as the learner would; the file."""
+    folder = run.config.run_dir / "weights"
+    ref = publish(folder, version, lambda path: save_file({"weight": torch.zeros(2)}, path))
+    run.lease("learner").call(fenced("publish", version, version, ref.file, ref.sha256))
+    return folder / ref.file
 
 
 Begin = Callable[..., Turns]
@@ -219,11 +230,9 @@ def test_new_weights_are_swapped_in_although_chunks_close_at_every_step(
 ) -> None:
     turns = begin(embedded_redis, chunk=AT_EVERY_STEP)
     turns.go(10)
-    folder = turns.run.config.run_dir / "weights"
-    ref = publish(folder, 1, lambda path: save_file({"weight": torch.zeros(2)}, path))
-    turns.run.lease("learner").call(fenced("publish", 1, 1, ref.file, ref.sha256))
+    announce(turns.run, 1)
     turns.until(lambda: len(turns.decoder.swapped) == 1, turns=4)
-    assert turns.worker._version == 1
+    assert turns.worker.version == 1
 
 
 def test_over_a_slow_line_a_worker_is_silent_for_no_longer_than_half_a_heartbeat(
@@ -259,7 +268,7 @@ def test_a_script_that_redis_does_not_know_makes_no_other_run_twice(
     trips = [[call.script for call in calls] for calls in turns.trips]
     together = [name for names in trips if "count" in names for name in names]
     assert "take" in together, "the slot was filled by the trip that found no script"
-    assert turns.owned() == set(turns.worker._writing) == set(turns.decoder.busy) == {"r1", "r2", "r3", "r4"}
+    assert turns.owned() == set(turns.worker.writing) == set(turns.decoder.busy) == {"r1", "r2", "r3", "r4"}
 
 
 def test_a_drain_reports_how_much_was_written_of_what_was_judged_before(
@@ -269,7 +278,7 @@ def test_a_drain_reports_how_much_was_written_of_what_was_judged_before(
     turns.until(lambda: "r1" in turns.decoder.busy and turns.decoder.known("r1") == 21, turns=30)
     assert turns.run.field("r1", "length") == b"16"
     assert turns.run.verdict("r1", stop=True, entries=[]) == b"ok"
-    turns.worker._drain()  # it has not heard of the verdict: its open chunk is refused
+    turns.worker.close()  # it has not heard of the verdict: its open chunk is refused
     assert turns.counts() == {"r1": 21}
     assert [turns.run.field(rid, "length") for rid in ("r0", "r1", "r2", "r3")] == [b"21", b"16", b"21", b"21"]
     assert turns.owned() == set()
@@ -285,7 +294,7 @@ def test_a_pointer_of_junk_bytes_ends_no_step(
     turns.run.client.hset(turns.run.key("policy"), mapping=pointer)
     turns.go(20)
     assert turns.run.field("r0", "chunks") == b"1"
-    assert (turns.decoder.swapped, turns.worker._version) == ([], 0)
+    assert (turns.decoder.swapped, turns.worker.version) == ([], 0)
 
 
 @pytest.fixture
@@ -301,15 +310,19 @@ def test_a_worker_whose_chunks_a_full_redis_refused_takes_no_more(
     full: Turns, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The trip that is refused for the first time may have filled the slots again; no later one does."""
-    full.until(lambda: any(one.refused for one in full.worker._writing.values()), turns=20)
-    taken = full.owned()
+
+    def refusals() -> float:
+        return REGISTRY.get_sample_value("katana_chunks_refused_total") or 0.0
+
+    before = refusals()
+    full.until(lambda: refusals() > before, turns=20)
+    taken, refused = full.owned(), refusals()
     assert SLOTS <= len(taken) <= 2 * SLOTS
-    refused = REGISTRY.get_sample_value("katana_chunks_refused_total") or 0.0
     full.go(60)  # past several tries to send what was refused
-    assert (REGISTRY.get_sample_value("katana_chunks_refused_total") or 0.0) > refused
+    assert refusals() > refused
     assert len([text for text in caplog.messages if "Redis is full" in text]) == 1, "said once, not at every try"
-    assert full.owned() == set(full.worker._writing) == taken
+    assert full.owned() == set(full.worker.writing) == taken
     assert [full.run.field(rid, "chunks") for rid in ROLLOUTS] == [b"0"] * len(ROLLOUTS)
     full.run.client.config_set("maxmemory", 0)
     full.until(lambda: all(full.run.field(rid, "finish") == b"eos" for rid in ROLLOUTS), turns=200)
-    assert full.worker._writing == {}
+    assert full.worker.writing == ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from samples import Run, fenced
 from shipped_engines import STOPS, VOCAB, decoder_of, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
+from actors.engine import Decoder, Scored, Scorer, ScoreRequest
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker, rendezvous
 from common.wire.messages import ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
@@ -61,15 +62,31 @@ def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 
     return folder / ref.file
 
 
-def rollout_worker(run: Run, model: PreTrainedModel, name: str = "w1") -> RolloutWorker:
-    return RolloutWorker(run.config, run.plane, decoder_of(run, model), worker=name, stop=threading.Event())
+class Clock:
+    """The writers' clock. What is due by time can be made due."""
+
+    ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    def all_is_due(self) -> None:
+        self.ahead_s += 10.0
 
 
-def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1") -> TeacherWorker:
+CLOCK = Clock()
+
+
+def rollout_worker(run: Run, model: PreTrainedModel, name: str = "w1", decoder: Decoder | None = None) -> RolloutWorker:
+    decoder = decoder or decoder_of(run, model)
+    return RolloutWorker(run.config, run.plane, decoder, worker=name, stop=threading.Event(), clock=CLOCK)
+
+
+def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1", scorer: Scorer | None = None) -> TeacherWorker:
     return TeacherWorker(
         run.config,
         run.plane,
-        scorer_of(run, model),
+        scorer or scorer_of(run, model),
         vocab_size=VOCAB,
         stop_count=1,
         worker=name,
@@ -103,7 +120,7 @@ def admit(run: Run, rid: str, seed: int) -> None:
 
 def long_seed(run: Run, model: PreTrainedModel) -> int:
     """A seed whose rollout is at least five chunks long: found by writing."""
-    decoder = rollout_worker(run, model)._decoder
+    decoder = decoder_of(run, model)
     for seed in range(100):
         decoder.add("probe", PROMPT, seed=seed, max_new_tokens=LENGTH)
         while not (closed := decoder.step()) or closed[0].start < 4 * CHUNK:
@@ -116,7 +133,7 @@ def long_seed(run: Run, model: PreTrainedModel) -> int:
 
 
 def whole_text(model: PreTrainedModel, run: Run, seed: int) -> list[int]:
-    decoder = rollout_worker(run, model)._decoder
+    decoder = decoder_of(run, model)
     decoder.add("whole", PROMPT, seed=seed, max_new_tokens=LENGTH)
     tokens: list[int] = []
     while decoder.busy:
@@ -161,17 +178,18 @@ def test_a_stop_takes_effect_at_the_next_chunk_and_the_writer_reports_its_count(
     assert [entry["rid"] for entry in counts] == ["r1"]
     assert written <= int(counts[0]["generated"]) <= written + CHUNK
     assert int(run.field("r1", "length") or 0) == written, "a chunk was stored behind the verdict"
-    assert "r1" not in writer._decoder.busy
+    assert "r1" not in writer.writing
 
 
 def test_new_weights_close_open_chunks_and_every_chunk_names_its_version(run: Run, student: PreTrainedModel) -> None:
     seed = long_seed(run, student)
     admit(run, "r1", seed)
     announce(run, student, 0)
-    writer = rollout_worker(run, student)
-    turn(writer, lambda: writer._decoder.decoded_tokens >= 3)
+    decoder = decoder_of(run, student)
+    writer = rollout_worker(run, student, decoder=decoder)
+    turn(writer, lambda: decoder.decoded_tokens >= 3)
     announce(run, student, 1)
-    writer._due.clear()  # look at the pointer now
+    CLOCK.all_is_due()  # look at the pointer now
     turn(writer, wrote(run, "r1", 2))
     first, second = stored(run, "r1")[:2]
     assert (first.policy_version, second.policy_version) == (0, 1)
@@ -186,7 +204,7 @@ def test_weights_with_another_digest_are_refused_and_writing_goes_on(run: Run, s
     turn(writer, wrote(run, "r1", 1))
     path = announce(run, student, 1)
     path.write_bytes(path.read_bytes()[:-1000])
-    writer._due.clear()
+    CLOCK.all_is_due()
     turn(writer, wrote(run, "r1", 2))
     assert {chunk.policy_version for chunk in stored(run, "r1")} == {0}
 
@@ -213,9 +231,9 @@ def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
     assert tokens_of(run, "r1") == expected
     # The former owner is told, and frees its slot without harm.
     silent.step()
-    silent._due.clear()
+    CLOCK.all_is_due()
     silent.step()
-    assert silent._decoder.busy == ()
+    assert silent.writing == ()
     assert tokens_of(run, "r1") == expected
 
 
@@ -224,9 +242,10 @@ def test_a_drain_hands_back_and_the_next_worker_loses_no_token(run: Run, student
     expected = whole_text(student, run, seed)
     admit(run, "r1", seed)
     announce(run, student, 0)
-    first = rollout_worker(run, student, "first")
-    turn(first, lambda: first._decoder.decoded_tokens >= 5)
-    first._drain()
+    decoder = decoder_of(run, student)
+    first = rollout_worker(run, student, "first", decoder)
+    turn(first, lambda: decoder.decoded_tokens >= 5)
+    first.close()
     assert tokens_of(run, "r1") == expected[:5]
     assert run.field("r1", "owner") is None
     second = rollout_worker(run, student, "second")
@@ -323,10 +342,10 @@ def test_stops_restarts_and_other_teachers_change_no_bit_in_deterministic_mode(
         announce(exact, student, turns)
         writer = rollout_worker(exact, student, f"w{turns}")
         admit_for(exact, f"other{turns}", turns, step=0)
-        assert writer._wait_for_weights()
+        assert writer.open()
         for _ in range(turns):
             writer.step()
-        writer._drain()
+        writer.close()
         fresh = teacher_worker(exact, teacher, f"t{turns}")
         for _ in range(turns % 4):
             fresh.step(block_s=0.001)
@@ -347,13 +366,13 @@ def test_a_rollout_waits_for_the_weights_of_its_step(exact: Run, student: PreTra
     announce(exact, student, 6, step=0, change=0.5)
     admit_for(exact, "r2", seed, step=2)
     for _ in range(20):
-        writer._due.clear()
+        CLOCK.all_is_due()
         writer.step()
     assert exact.field("r2", "owner") is None
     assert int(exact.field("r2", "chunks") or 0) == 0
     announce(exact, student, 7, step=2, change=0.5)
     exact.plane.fail("r1", "rollout", "as if judged: r1 is of an earlier step", max_attempts=1)
-    writer._due.clear()
+    CLOCK.all_is_due()
     turn(writer, wrote(exact, "r2", 1))
     assert {chunk.policy_version for chunk in stored(exact, "r1")} == {5}
     assert {chunk.policy_version for chunk in stored(exact, "r2")} == {7}
@@ -457,25 +476,42 @@ def test_what_stands_before_a_chunk_is_not_made_up(
 
 @pytest.mark.parametrize("how", ["judged", "gone"])
 def test_a_rollout_that_ends_while_it_is_read_is_not_broken(
-    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, how: str
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
-    turn(rollout_worker(run, student), wrote(run, "r1", 2))
-    cold = teacher_worker(run, teacher)
-    cold._note(cold._read(range(run.plane.shards), 8, 0.01))
-    loaded = [one for one in cold._load(cold._waiting) if one.work.seq == 1]
-    if how == "gone":
-        run.client.delete(run.key("rollout:r1"))
-    else:
-        run.client.hdel(run.key("rollout:r1"), "t:0")
-        run.client.hset(run.key("rollout:r1"), "verdict", "any")
-    good, requests = cold._requests(loaded)
-    assert [len(one.prefix) for one in requests if one.prefix is not None] == [CHUNK]
-    cold._store(good, cold._scorer.score(requests))
-    assert run.field("r1", "scored") in (b"0", None)
+    writer, warm = rollout_worker(run, student), teacher_worker(run, teacher)
+    turn(writer, wrote(run, "r1", 1))
+    while run.field("r1", "scored") != b"1":
+        warm.step(block_s=0.001)
+    turn(writer, wrote(run, "r1", 2))
+    scorer = scorer_of(run, teacher)
+    cold = teacher_worker(run, teacher, "cold", scorer)
+    score, fields, prefixes = scorer.score, run.plane.fields, []
+
+    def scored(requests: Sequence[ScoreRequest]) -> list[Scored]:
+        prefixes.extend(len(one.prefix) for one in requests if one.prefix is not None)
+        return score(requests)
+
+    def ending(wanted: Iterable[tuple[str, list[str]]]) -> list[list[bytes | None]]:
+        """The rollout ends before what came before its chunk is read."""
+        asked = list(wanted)
+        if any("t:0" in names and "t:1" not in names for _, names in asked):
+            if how == "gone":
+                run.client.delete(run.key("rollout:r1"))
+            else:
+                run.client.hdel(run.key("rollout:r1"), "t:0")
+                run.client.hset(run.key("rollout:r1"), "verdict", "any")
+        return fields(asked)
+
+    monkeypatch.setattr(scorer, "score", scored)
+    monkeypatch.setattr(run.plane, "fields", ending)
+    assert cold.step(block_s=0.01)
+    assert prefixes == [CHUNK]
+    assert run.field("r1", "scored") == (None if how == "gone" else b"1")
+    assert run.field("r1", "d:1") is None
     assert run.entries("dead") == []
-    assert cold._scorer.cached("r1") == -1
+    assert scorer.cached("r1") == -1
 
 
 @pytest.mark.parametrize("field", ["t:0", "chunks", "length", "scored"])
@@ -486,7 +522,7 @@ def test_a_takeover_of_a_broken_record_counts_attempts_and_the_rest_is_written(
     announce(run, student, 0)
     first = rollout_worker(run, student, "first")
     turn(first, wrote(run, "r1", 1))
-    first._drain()
+    first.close()
     broken = beyond_the_vocabulary(run.field("r1", "t:0") or b"") if field == "t:0" else b"1x"
     run.client.hset(run.key("rollout:r1"), field, broken)
     admit(run, "r2", 3)
@@ -539,15 +575,15 @@ def test_a_pointer_that_no_learner_wrote_is_refused_and_writing_goes_on(
     writer = rollout_worker(run, student)
     turn(writer, wrote(run, "r1", 1))
     run.client.hset(run.key("policy"), mapping=pointer)
-    writer._due.pop("pointer", None)
+    CLOCK.all_is_due()
     turn(writer, lambda: "weights refused" in caplog.text)
     assert "policy pointer: " in caplog.text
-    assert writer._version == 0
+    assert writer.version == 0
     assert writer.step()
     run.client.delete(run.key("policy"))
     announce(run, student, 1)
-    writer._due.pop("pointer", None)
-    turn(writer, lambda: writer._version == 1)
+    CLOCK.all_is_due()
+    turn(writer, lambda: writer.version == 1)
 
 
 def test_a_count_of_scores_broken_under_its_writer_harms_nobody_else(run: Run, student: PreTrainedModel) -> None:

@@ -59,7 +59,7 @@ def make_learner(run: Run) -> Learner:
     facts = read_facts(Path(MODELS["student"]))
     pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
     learner_ = Learner(run.config, run.plane, pair, threading.Event())
-    learner_._lease.take(threading.Event())
+    learner_.open()
     MADE.append(learner_)
     return learner_
 
@@ -89,7 +89,7 @@ def endings(run: Run) -> list[tuple[str, str]]:
 
 
 def take_step(learner_: Learner) -> None:
-    batch = learner_._next_batch(block_s=0.01)
+    batch = learner_.next_batch(block_s=0.01)
     assert batch is not None
     learner_.step(batch)
 
@@ -132,11 +132,8 @@ def test_a_checkpoint_that_takes_longer_than_the_lease_does_not_lose_it(
             time.sleep(0.02)
         return save(*args, **kwargs)
 
-    with first._pulse:
-        first.start()
-        take_step(first)
-        monkeypatch.setattr(learner.train, "save", slowly)
-        first.checkpoint()
+    monkeypatch.setattr(learner.train, "save", slowly)
+    first.run(until_idle=True)
     assert endings(run) == [("r0", "trained"), ("r1", "trained")]
     time.sleep(0.35)
     assert run.plane.call(script("lease", "learner", "another", 300, "take")) == [b"ok"], "nobody renews it any more"
@@ -146,32 +143,31 @@ def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the steps that are left until the checkpoint wait for rollouts, and those for what it would take off."""
-    monkeypatch.setattr(learner.train, "_STARVED_S", 0.0)
+    monkeypatch.setattr(learner.train, "STARVED_S", 0.0)
     for number in range(3):
         trajectory(run, number)
     learner_ = make_learner(run)
     learner_.start()
     memory = {"used_memory": 750, "maxmemory": 1000}
     monkeypatch.setattr(run.plane, "memory", lambda: memory)
-    assert learner_._next_batch(block_s=0.01) is not None  # what is there is not starved of
-    learner_._intake.recover(())
+    assert learner_.next_batch(block_s=0.01) is not None  # what is there is not starved of
     learner_ = make_learner(run)
     learner_.start()
     take_step(learner_)
     memory["maxmemory"] = 1 << 40
-    assert learner_._next_batch(block_s=0.01) is None
+    assert learner_.next_batch(block_s=0.01) is None
     assert endings(run) == [], "there is room for a batch: the checkpoint is not due"
     memory["maxmemory"] = 0
-    assert learner_._next_batch(block_s=0.01) is None
+    assert learner_.next_batch(block_s=0.01) is None
     assert endings(run) == [], "Redis has no limit"
     memory["maxmemory"] = 1000
-    assert learner_._next_batch(block_s=0.01) is None
+    assert learner_.next_batch(block_s=0.01) is None
     assert endings(run) == [("r0", "trained"), ("r1", "trained")]
     state = load_newest(run.config.run_dir / "checkpoints")
     assert state is not None
     assert (state.step, state.consumed) == (1, ("r0", "r1"))
     written = (run.config.run_dir / "checkpoints" / "step-00000001").stat().st_mtime_ns
-    assert learner_._next_batch(block_s=0.01) is None
+    assert learner_.next_batch(block_s=0.01) is None
     assert (run.config.run_dir / "checkpoints" / "step-00000001").stat().st_mtime_ns == written, "nothing new to cover"
     trajectory(run, 3)
     take_step(learner_)
@@ -181,23 +177,20 @@ def test_starving_on_a_redis_without_room_it_lets_go_of_what_it_trained(
 def test_weights_that_nobody_can_take_are_published_again_when_no_batch_comes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learner.train, "_STARVED_S", 0.0)
+    monkeypatch.setattr(learner.train, "STARVED_S", 0.0)
     learner_ = make_learner(run)
     learner_.start()
     announced = read_pointer(run.plane.policy())
     assert announced is not None
     (run.config.run_dir / "weights" / announced[0].file).write_bytes(b"torn")
-    learner_._starved_at = 0.0
-    assert learner_._next_batch(0.001) is None
+    assert learner_.next_batch(0.001) is None
     assert learner_.version == announced[0].version, "nobody has asked for it"
     run.plane.refuse(announced[0].version)
-    learner_._starved_at = 0.0
-    assert learner_._next_batch(0.001) is None
+    assert learner_.next_batch(0.001) is None
     again = read_pointer(run.plane.policy())
     assert again is not None and again[0].version == announced[0].version + 1
     assert verified(run.config.run_dir / "weights", again[0])
-    learner_._starved_at = 0.0
-    assert learner_._next_batch(0.001) is None
+    assert learner_.next_batch(0.001) is None
     assert learner_.version == again[0].version, "once"
 
 
@@ -233,7 +226,7 @@ def test_killed_between_checkpoint_and_acknowledgement_it_acknowledges_and_does_
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(first._intake, "settle", crash)
+        patch.setattr(learner.intake.Intake, "settle", crash)
         with pytest.raises(Crash):
             take_step(first)
     assert endings(run) == []
@@ -241,7 +234,7 @@ def test_killed_between_checkpoint_and_acknowledgement_it_acknowledges_and_does_
     second.start()
     assert endings(run) == [(f"r{number}", "trained") for number in range(4)]
     assert second.step_count == 2
-    batch = second._next_batch(block_s=0.01)
+    batch = second.next_batch(block_s=0.01)
     assert batch is not None
     assert [one.trajectory.rid for one in batch] == ["r4", "r5"]
 
@@ -254,10 +247,11 @@ def test_stale_trajectories_are_dropped_and_counted_by_arm(run: Run) -> None:
     learner_.version = 9  # max_staleness is 8
     trajectory(run, 2, version=1)
     trajectory(run, 3, version=9)
-    batch = learner_._next_batch(block_s=0.01)
+    batch = learner_.next_batch(block_s=0.01)
     assert batch is not None
     assert [one.trajectory.rid for one in batch] == ["r2", "r3"]
-    assert learner_._intake.dropped == {"treated": 1, "control": 1}
+    learner_.step(batch)
+    assert lines_of(run)[-1]["stale_dropped"] == {"treated": 1, "control": 1}
     lines = [line for line in run.entries("finished") if line["kind"] == "ending"]
     assert [(line["rid"], line["ending"], line["reason"], line["staleness"]) for line in lines] == [
         ("r0", "dropped", "stale", "9"),
@@ -309,7 +303,7 @@ def test_a_trajectory_that_cannot_be_read_dies_with_its_reason_and_the_rest_is_t
     run.client.xadd(run.key("trajectories"), {"what": "?"})
     learner_ = make_learner(run)
     learner_.start()
-    batch = learner_._next_batch(block_s=0.01)
+    batch = learner_.next_batch(block_s=0.01)
     assert batch is not None
     assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
     assert ("r0", "dead") in endings(run)
@@ -342,7 +336,7 @@ def test_a_record_broken_after_its_verdict_dies_and_the_rest_is_trained(
     run.client.hset(run.key("rollout:r0"), mapping=dict(breaking()))
     learner_ = make_learner(run)
     learner_.start()
-    batch = learner_._next_batch(block_s=0.01)
+    batch = learner_.next_batch(block_s=0.01)
     assert batch is not None
     assert [one.trajectory.rid for one in batch] == ["r1", "r2"]
     assert ("r0", "dead") in endings(run)

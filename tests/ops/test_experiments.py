@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from common.config import load
-from ops.cli.main import _parser
+from ops.cli.main import command_line
 from ops.compare.grid import read_budget, read_rows, row_config
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def _check(call: list[str]) -> None:
         return [value for name, value in itertools.pairwise(call) if name == option]
 
     sets = [one for one in given("--set") if not one.startswith(("student.model=", "teacher.model="))]
-    _parser().parse_args(call)
+    command_line().parse_args(call)
     if call[0] == "compare":
         base = load(EXPERIMENTS / "demo.yaml", sets)
         budget = given("--budget")

@@ -473,7 +473,7 @@ def test_what_an_adoption_took_whose_answer_was_lost_is_read_next(
     run.plane.read("learner", "former", ["trajectories"], count=10, block_s=0)
     plane = open_plane(run.config, impatient(own_redis, 0.3), run.plane.run_key)
     lease = Lease(plane, "learner", 600.0)
-    lease.take(threading.Event())
+    lease.acquire(threading.Event())
     os.kill(own_redis.pid, signal.SIGSTOP)
     timer = threading.Timer(0.6, os.kill, (own_redis.pid, signal.SIGCONT))
     timer.start()
@@ -488,7 +488,7 @@ def test_what_an_adoption_took_whose_answer_was_lost_is_read_next(
 def test_a_former_holder_adopts_nothing(run: Run) -> None:
     former = run.lease("learner")
     run.client.delete(run.key("lease:learner"))
-    Lease(run.plane, "learner", 600.0).take(threading.Event())
+    Lease(run.plane, "learner", 600.0).acquire(threading.Event())
     with pytest.raises(LeaseLost):
         former.adopt("trajectories", "learner")
     with pytest.raises(LeaseLost), former.exclusively(Path(run.config.runs_dir) / "lock"):
@@ -510,7 +510,7 @@ def test_who_takes_over_waits_until_a_former_holder_has_left_its_file(run: Run, 
     inside.wait()
     run.client.delete(run.key("lease:learner"))
     new = Lease(run.plane, "learner", 600.0)
-    new.take(threading.Event())
+    new.acquire(threading.Event())
     with new.exclusively(tmp_path / "lock"):
         order.append("new")
     thread.join()

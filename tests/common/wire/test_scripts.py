@@ -828,7 +828,7 @@ def test_a_lease_that_ran_out_is_renewed_only_while_nobody_took_it(run: Run) -> 
 
 def test_a_call_of_a_slow_holder_renews_and_goes_through(run: Run) -> None:
     lease = Lease(run.plane, "feeder", 0.05)
-    lease.take(run.plane._stop)
+    lease.acquire(run.plane._stop)
     time.sleep(0.08)
     assert lease.call(fenced("admit", "r1", make_head().encode(), 1)) == [b"ok"]
 
@@ -838,7 +838,7 @@ def test_a_call_of_a_former_holder_raises_and_writes_nothing(run: Run) -> None:
     old.take(run.plane._stop)
     time.sleep(0.08)
     new = Lease(run.plane, "feeder", 60.0)
-    new.take(run.plane._stop)
+    new.acquire(run.plane._stop)
     with pytest.raises(LeaseLost):
         old.call(fenced("admit", "r1", make_head().encode(), 1))
     with pytest.raises(LeaseLost):
@@ -855,7 +855,7 @@ def test_a_lease_that_is_kept_by_another_is_not_waited_for_without_end(run: Run)
     run.lease("feeder")
     began = time.monotonic()
     with pytest.raises(LeaseLost, match="another feeder"):
-        Lease(run.plane, "feeder", 0.2).take(run.plane._stop, wait_s=0.1)
+        Lease(run.plane, "feeder", 0.2).acquire(run.plane._stop, wait_s=0.1)
     assert time.monotonic() - began < 5
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_sets import solution_of
 from run_folders import fill, line, trace_line, write_lines
 
 from common.config import ConfigError, load
@@ -18,10 +19,9 @@ from common.pretrained import ModelError, check_pair, find_model
 from ops.audit import command as module
 from ops.audit.command import audit
 from ops.audit.cuts import AFTER, BEFORE, LOOP
-from ops.audit.sampling import Prefix, Progress, Weights, continue_all, find_student, make_decoder
+from ops.audit.sampling import Continuer, Prefix, SamplingProgress, continue_all, find_student, make_decoder
 from ops.cli.main import main
 from ops.reading.rollouts import Words
-from ops.tasks.arithmetic import solution_of
 from ops.tasks.pretrain import exchange_end
 from ops.tasks.source import TaskSource
 
@@ -165,12 +165,12 @@ def test_an_interrupted_audit_leaves_the_former_files(
 def test_what_has_ended_is_judged_as_it_is_and_needs_no_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(run / "config.yaml")
     pair, source = check_pair(config), TaskSource(config)
-    weights = Weights(pair.student.folder, None, "student")
+    weights = Continuer(pair.student.folder, None, "student")
     decoder = make_decoder(config, pair, weights, dtype="float32", device="cpu")
     solution = source.tokenizer(solution_of(source.problem(0).prompt), add_special_tokens=False)["input_ids"]
     ended, long = [*solution, pair.stop_ids[0]], solution[:20]
     prefixes = [Prefix("a", 0, np.array(ended, np.int32)), Prefix("b", 0, np.array(long, np.int32))]
-    progress = Progress(4)
+    progress = SamplingProgress(4)
     shares = continue_all(
         decoder, source, prefixes, stop_ids=pair.stop_ids, limit=20, samples=2, seed=0, progress=progress
     )
@@ -209,15 +209,15 @@ def test_a_source_tells_where_an_answer_ends(run: Path) -> None:
 def test_the_student_is_the_named_one_then_the_run_s_then_its_newest_weights(run: Path, tmp_path: Path) -> None:
     config = load(run / "config.yaml")
     pair = check_pair(config)
-    assert find_student(run, config, pair, "ops/models/teacher").name == "ops/models/teacher"
-    assert find_student(run, config, pair, None).folder == run / "model"
+    assert find_student(run, pair, "ops/models/teacher").name == "ops/models/teacher"
+    assert find_student(run, pair, None).folder == run / "model"
     with pytest.raises(ConfigError, match=r"neither model/ nor weights/ is in it; name a student by --student"):
-        find_student(tmp_path, config, pair, None)
+        find_student(tmp_path, pair, None)
     (tmp_path / "weights").mkdir()
     for version in (3, 12):
         path = tmp_path / "weights" / f"v{version:08d}.safetensors"
         path.write_bytes((pair.student.folder / "model.safetensors").read_bytes() if version == 12 else b"")
-    found = find_student(tmp_path, config, pair, None)
+    found = find_student(tmp_path, pair, None)
     assert (found.folder, found.name) == (pair.student.folder, "weights/v00000012.safetensors, the newest of the run")
     make_decoder(config, pair, found, dtype="float32", device="cpu")
     assert found.file is not None

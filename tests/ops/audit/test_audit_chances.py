@@ -15,7 +15,7 @@ from test_audit_cuts import record, uncut
 from ops.audit.chances import ALL, SOURCES, Audited, chance, rows_of
 from ops.audit.cuts import AFTER, BEFORE, LOOP
 from ops.audit.plot import draw
-from ops.audit.table import Audit, csv_of, markdown_of, sentences, text_of, tree_of
+from ops.audit.table import AuditResult, csv_of, markdown_of, sentences, text_of, tree_of
 
 SHARES: dict[str, float | None] = {
     "keep": 0.5,
@@ -33,7 +33,7 @@ def audited(number: int, kind: str = BEFORE, *, alone: bool = False, **shares: f
     return Audited(record(number), kind, None, other, {**SHARES, **lacking, **shares})
 
 
-def an_audit(cuts: Sequence[Audited], **changes: Any) -> Audit:
+def an_audit(cuts: Sequence[Audited], **changes: Any) -> AuditResult:
     values: dict[str, Any] = {
         "run": "first",
         "policy": "kat",
@@ -50,7 +50,7 @@ def an_audit(cuts: Sequence[Audited], **changes: Any) -> Audit:
         "cuts": cuts,
         "rows": rows_of(cuts, 0),
     }
-    return Audit(**values | changes)
+    return AuditResult(**values | changes)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------

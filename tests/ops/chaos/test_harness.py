@@ -28,7 +28,7 @@ from ops.chaos.faults import KINDS, Kind, Scene
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
 from ops.chaos.recovery import moved
-from ops.chaos.schedule import Fault, Result, schedule
+from ops.chaos.schedule import ChaosResult, Fault, schedule
 from ops.chaos.table import describe, percentile
 from ops.cli.main import main
 from ops.reach.embedded import EmbeddedRedis
@@ -135,7 +135,7 @@ def test_a_table_counts_what_was_injected_and_survived_and_says_the_seed() -> No
         Fault("redis-kill", False, 3, injected=True, survived=False),
         Fault("redis-kill", False, 4, note="missed"),
     ]
-    result = Result(7, faults_, [Violation("every fault is recovered from", "", "redis-kill")], wall_s=120.0)
+    result = ChaosResult(7, faults_, [Violation("every fault is recovered from", "", "redis-kill")], wall_s=120.0)
     text = describe([result])
     assert "| kill-feeder | 2 | 2 | 2 | 2.0 | 4.0 |" in text
     assert "| redis-kill | 1 | 0 | 0 |  |  |" in text
@@ -297,7 +297,7 @@ def test_a_fault_that_fails_in_a_way_of_its_own_is_told(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(harness, "_GAP_S", 0.001)
     monkeypatch.setitem(KINDS, "redis-full", Kind("redis-full", fail))
-    result = Result(0, [Fault("redis-full", False, 1)])
+    result = ChaosResult(0, [Fault("redis-full", False, 1)])
     harness._inject_all(Cluster(load(CHAOS, [f"runs_dir={tmp_path}"])), Scene(), result, 0.0)
     assert result.violations == [Violation("the harness works", "", "redis-full: ValueError: not like this")]
     assert not result.faults[0].injected

@@ -52,7 +52,7 @@ def new():
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(student)
     learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
-    learner._lease.take(threading.Event())
+    learner.open()
     learner.start()
     return learner
 def show(learner):
@@ -60,11 +60,11 @@ def show(learner):
     print(learner.step_count, *ended, flush=True)
 first = new()
 for _ in range(3):
-    first.step(first._next_batch(block_s=0.01))
+    first.step(first.next_batch(block_s=0.01))
     show(first)
 second = new()
 show(second)
-print(second._next_batch(block_s=0.01))
+print(second.next_batch(block_s=0.01))
 remove_run(run)
 """
 

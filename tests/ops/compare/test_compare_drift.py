@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ops.compare.drift import GUARDS, Point, course, cut_something, early_and_late, judged
+from ops.compare.drift import GUARDS, GuardPoint, course, cut_something, early_and_late, judged
 
 
 def step(number: int, **guards: float | None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_the_course_is_the_mean_of_the_cells_where_all_have_steps() -> None:
     one = judged([step(n, entropy=1.0) for n in range(1, 25)], "none")
     other = judged([step(n, entropy=3.0) for n in range(5, 13)], "none")  # began later, ended earlier
     points = course([one, other], "entropy", bins=12)
-    assert points == [Point(5.5, 2.0), Point(7.5, 2.0), Point(9.5, 2.0), Point(11.5, 2.0)]
+    assert points == [GuardPoint(5.5, 2.0), GuardPoint(7.5, 2.0), GuardPoint(9.5, 2.0), GuardPoint(11.5, 2.0)]
     assert len(course([one], "entropy", bins=12)) == 12
     assert course([one], "repetition") == [] and course([], "entropy") == []
 
@@ -65,7 +65,7 @@ def test_the_course_is_the_mean_of_the_cells_where_all_have_steps() -> None:
 def test_a_cell_counts_once_however_many_steps_it_has_in_a_stretch() -> None:
     often = judged([step(n, entropy=1.0) for n in range(1, 5)], "none")
     once = judged([step(2, entropy=3.0)], "none")
-    assert course([often, once], "entropy", bins=1) == [Point(2.5, 2.0)]
+    assert course([often, once], "entropy", bins=1) == [GuardPoint(2.5, 2.0)]
 
 
 def test_a_policy_that_cut_early_alone_has_cut_something() -> None:

@@ -13,7 +13,7 @@ from samples import make_config
 
 from common.config import Config, ConfigError
 from ops.compare import grid as grids
-from ops.compare.grid import Cell, Grid, Row
+from ops.compare.grid import Cell, Grid, GridRow
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_rows_of_policies_and_variants() -> None:
         "none, kat,own_policy:Halved", ["soft:termination.eta=0.1,termination.options={a: 1, b: 2},loss.mode=x"]
     )
     assert rows == (
-        Row("none", ("termination.policy=none",)),
-        Row("kat", ("termination.policy=kat",)),
-        Row("own_policy.Halved", ("termination.policy=own_policy:Halved",)),
-        Row("soft", ("termination.eta=0.1", "termination.options={a: 1, b: 2}", "loss.mode=x")),
+        GridRow("none", ("termination.policy=none",)),
+        GridRow("kat", ("termination.policy=kat",)),
+        GridRow("own_policy.Halved", ("termination.policy=own_policy:Halved",)),
+        GridRow("soft", ("termination.eta=0.1", "termination.options={a: 1, b: 2}", "loss.mode=x")),
     )
 
 
@@ -101,8 +101,8 @@ def test_kat_is_added_for_random_matched_and_runs_before_it() -> None:
     assert Cell("none", 3).needs is None
 
 
-def row(label: str, *changes: str) -> Row:
-    return Row(label, changes or (f"termination.policy={label}",))
+def row(label: str, *changes: str) -> GridRow:
+    return GridRow(label, changes or (f"termination.policy={label}",))
 
 
 def test_a_grid_grows(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_configs_of_rows_and_cells(base: Config, tmp_path: Path) -> None:
 
 def test_a_budget_of_tokens_ends_every_row(base: Config) -> None:
     for changes, steps in ((("learner.batch_size=8",), 126), ((), 32)):
-        learner = grids.row_config(base, Row("any", changes), 1001).learner
+        learner = grids.row_config(base, GridRow("any", changes), 1001).learner
         # A trajectory of one token at least: so many steps have generated the tokens, whatever is cut.
         assert learner.max_generated_tokens == 1001
         assert learner.max_steps == steps
@@ -300,8 +300,8 @@ def test_a_row_of_a_policy_in_a_file_is_called_after_it_and_finds_it_from_anywhe
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "rule.py").write_text("")
     found, variant = grids.read_rows("my/rule.py:P", ["own:termination.policy=my/rule.py:Q,loss.mode=x"], tmp_path)
-    assert found == Row("rule.P", (f'termination.policy="{tmp_path}/my/rule.py:P"',))
-    assert variant == Row("own", (f'termination.policy="{tmp_path}/my/rule.py:Q"', "loss.mode=x"))
+    assert found == GridRow("rule.P", (f'termination.policy="{tmp_path}/my/rule.py:P"',))
+    assert variant == GridRow("own", (f'termination.policy="{tmp_path}/my/rule.py:Q"', "loss.mode=x"))
 
 
 def test_settings_that_no_row_can_have_are_refused(base: Config) -> None:

@@ -20,7 +20,7 @@ from common.policies import Situation, find
 from ops.cli.main import main
 from ops.compare.match import compare, corrected_config, matched_config
 from ops.compare.match_means import (
-    Lengths,
+    LengthShares,
     Means,
     Rule,
     agree,
@@ -279,7 +279,7 @@ def test_agreement_by_luck_is_told_from_agreement(runs: tuple[Path, Path]) -> No
 
 def test_what_cannot_be_matched_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no shorter"):
-        match({5: 0.5}, Means(9, 2, 0.5), Lengths(np.array([5.0]), np.array([1.0])))
+        match({5: 0.5}, Means(9, 2, 0.5), LengthShares(np.array([5.0]), np.array([1.0])))
     with pytest.raises(ConfigError, match="no control rollout"):
         matched_config(flat_run(tmp_path, []))
     with pytest.raises(ConfigError, match="cannot be matched within 2%"):  # two cuts, late: chance has none before

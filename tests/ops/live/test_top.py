@@ -32,7 +32,7 @@ from common.runfiles.records import BookLine
 from common.runfiles.run import write_text
 from common.wire.connect import connect
 from ops.live.growth import Folder, Rate
-from ops.live.snapshot import Judged, Observer, Snapshot, Stream, as_dict
+from ops.live.snapshot import Observer, RecentVerdict, Snapshot, Stream, as_dict
 from ops.live.top import picture, top
 from ops.reach.embedded import EmbeddedRedis
 from ops.stats.saving import length_saving
@@ -340,7 +340,7 @@ def test_junk_in_redis_is_not_shown_and_ends_nothing(
 
 
 def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
-    judged = Judged("r1", "treated", "kl_trap", 2, 9, True, None, "a\x1b[31mb\u202ec\n", "d\x07")
+    judged = RecentVerdict("r1", "treated", "kl_trap", 2, 9, True, None, "a\x1b[31mb\u202ec\n", "d\x07")
     snapshot = Snapshot(0.0, "x\x1b[2J", "", "", "", verdicts=[judged])
     text = rendered(snapshot)
     assert "\x1b" not in text

@@ -23,8 +23,8 @@ from common.pretrained import find_model
 from common.runfiles import records
 from common.wire.messages import Verdict
 from ops.reading.rollouts import (
-    Chunk,
     Words,
+    WrittenChunk,
     audited_chunks,
     booked_ends,
     booked_line,
@@ -181,13 +181,13 @@ def test_a_rollout_that_is_being_written(run: Run) -> None:
     run.chunk(tokens=(1, 2, 3), version=2)
     run.chunk(seq=1, start=3, tokens=(4, 5), version=3)
     run.score()
-    reading = reading_from_hash(hash_of(run), run.config, spelled)
+    reading = reading_from_hash(hash_of(run), spelled)
     assert (reading.rid, reading.arm, reading.problem, reading.prompt) == ("r1", "control", 4, "hi")
     assert not reading.finished
     assert [token.text for token in reading.tokens] == list("abcde")
     assert [token.divergence for token in reading.tokens] == [0.5, 0.25, 0.0, None, None]
     assert {token.part for token in reading.tokens} == {"kept"}
-    assert reading.chunks == (Chunk(0, 0, 3, 2, "n1", "w7"), Chunk(1, 3, 2, 3, "n1", "w7"))
+    assert reading.chunks == (WrittenChunk(0, 0, 3, 2, "n1", "w7"), WrittenChunk(1, 3, 2, 3, "n1", "w7"))
     assert (reading.versions, reading.generated, reading.threshold) == ((2, 3), 5, None)
 
 
@@ -202,14 +202,14 @@ def test_one_that_was_handed_on_names_the_last_writer_alone(run: Run) -> None:
     shard = run.plane.shard_of("r1")
     stored = run.plane.call(script("chunk", "r1", "n2", 1, later, make_support().encode(), shard, 6, ""))
     assert stored[0] == b"ok"
-    first, second = reading_from_hash(hash_of(run), run.config, spelled).chunks
+    first, second = reading_from_hash(hash_of(run), spelled).chunks
     assert (first.writer, first.worker) == ("n1", "")
     assert (second.writer, second.worker) == ("n2", "w2")
 
 
 def test_one_that_has_its_verdict(run: Run) -> None:
     run.judged()
-    reading = reading_from_hash(hash_of(run), run.config, spelled)
+    reading = reading_from_hash(hash_of(run), spelled)
     assert (reading.finish_reason, reading.keep, reading.trigger, reading.stopped) == ("kl_trap", 2, 3, True)
     assert [token.part for token in reading.tokens] == ["kept", "kept", "detection"]
     assert (reading.threshold, reading.min_window) == (0.25, 0.125)
@@ -222,26 +222,26 @@ def test_what_was_written_after_the_verdicts_tokens_is_overshoot(run: Run) -> No
     run.chunk(seq=1, start=3, tokens=(4,))
     run.score()
     assert run.verdict(stop=True) == b"ok"
-    tokens = reading_from_hash(hash_of(run), run.config, spelled).tokens
+    tokens = reading_from_hash(hash_of(run), spelled).tokens
     assert [(token.part, token.divergence) for token in tokens][-2:] == [("detection", 0.0), ("overshoot", None)]
 
 
 def test_broken_records_are_said_and_the_rest_is_read(run: Run) -> None:
     run.judged()
     run.client.hset(run.key("rollout:r1"), mapping={"head": b"junk", "d:0": b"", "t:1": b"\xff", "chunks": 2})
-    reading = reading_from_hash(hash_of(run), run.config, spelled, rid="r1")
+    reading = reading_from_hash(hash_of(run), spelled, rid="r1")
     assert (reading.rid, reading.arm, reading.finish_reason) == ("r1", "?", "kl_trap")
     assert [note.partition(":")[0] for note in reading.notes] == ["head", "t", "d"]
     assert [token.text for token in reading.tokens] == list("abc")
     assert [token.divergence for token in reading.tokens] == [None, None, None]
-    nothing = reading_from_hash({b"chunks": b"many", b"length": b"-1"}, run.config, spelled, rid="r9")
+    nothing = reading_from_hash({b"chunks": b"many", b"length": b"-1"}, spelled, rid="r9")
     assert (nothing.rid, nothing.tokens) == ("r9", [])
 
 
 def test_scores_that_do_not_fit_are_left_out(run: Run) -> None:
     run.judged()
     run.client.hset(run.key("rollout:r1"), "d:0", make_divergence([0.5]).encode())
-    reading = reading_from_hash(hash_of(run), run.config, spelled)
+    reading = reading_from_hash(hash_of(run), spelled)
     assert "d:0: 1 divergences of 3 tokens" in reading.notes
     assert {token.divergence for token in reading.tokens} == {None}
 
@@ -252,7 +252,7 @@ def test_a_dead_one(run: Run) -> None:
     run.chunk()
     for _ in range(3):
         run.plane.fail("r1", "teacher", "broken", max_attempts=3)
-    reading = reading_from_hash(hash_of(run), run.config, spelled)
+    reading = reading_from_hash(hash_of(run), spelled)
     assert (reading.finish_reason, reading.ending, len(reading.tokens)) == ("unfinished", "dead", 3)
     assert reading.finished
 
@@ -285,7 +285,7 @@ def test_booked_rollouts_are_read_in_order_and_by_id(tmp_path: Path) -> None:
     assert (only.keep, only.trigger, only.generated, only.ending, only.min_window) == (2, 3, 5, "trained", 0.125)
     assert [token.divergence for token in only.tokens] == [0.5, 0.25, 0.0]
     assert only.prompt.endswith("?")
-    assert audited_chunks(tmp_path, "r3") == (Chunk(0, 0, 3, 1, "n4"),)
+    assert audited_chunks(tmp_path, "r3") == (WrittenChunk(0, 0, 3, 1, "n4"),)
     assert list(readings_from_folder(tmp_path, config, {"r9"})) == []
 
 

@@ -19,11 +19,11 @@ from common.config import ConfigError, load
 from common.pretrained import find_model, load_tokenizer
 from common.termination import Cut
 from ops.cli.main import main
-from ops.replay.answers import Judged, judged
+from ops.replay.answers import Answers, judged
 from ops.replay.command import replay
 from ops.replay.record import read_record
-from ops.replay.results import Outcome, Share, outcomes, ratio_intervals, saving_intervals
-from ops.replay.verdicts import Replay, Verdict
+from ops.replay.results import HitShare, Outcome, outcomes, ratio_intervals, saving_intervals
+from ops.replay.verdicts import Replay, ReplayVerdict
 from ops.stats.intervals import wilson
 from ops.stats.saving import length_saving
 from ops.tasks.arithmetic import Arithmetic
@@ -219,7 +219,7 @@ def test_shares_of_rollouts_of_one_prompt_are_no_narrower_than_their_prompts(tmp
     assert "with 2 prompts they are too narrow" in replay(fill(tmp_path / "few", [{}, {}]))
 
 
-def outcome_of(folder: Path) -> Share:
+def outcome_of(folder: Path) -> HitShare:
     """The false stops at 8 tokens, every right rollout taken for one whose texts hold what their names say."""
     record = read_record(folder)
     settings = load(folder / "config.yaml", ["termination.policy=fixed", "termination.fixed_tokens=8"]).termination
@@ -230,7 +230,7 @@ def outcome_of(folder: Path) -> Share:
         for place, one in enumerate(record.rollouts)
         for end in (8, 16)
     }
-    found = outcomes(record, verdicts, Judged(right, frozenset()))[0].early
+    found = outcomes(record, verdicts, Answers(right, frozenset()))[0].early
     assert found is not None
     return found
 
@@ -270,9 +270,9 @@ def test_the_saving_has_the_interval_of_the_summary() -> None:
 def test_only_active_rollouts_count(tmp_path: Path) -> None:
     record = read_record(fill(tmp_path / "run", [{}, {}, {}]))
     cut = Cut(4, 4, "fixed")
-    verdicts = [Verdict(None, False, cut), Verdict(0.5, True, cut), Verdict(0.7, True, None)]
-    never = [Verdict(None, False, None)] * 3
-    found, idle = outcomes(record, [verdicts, never], Judged({(0, 4): False, (1, 4): True}, frozenset()))
+    verdicts = [ReplayVerdict(None, False, cut), ReplayVerdict(0.5, True, cut), ReplayVerdict(0.7, True, None)]
+    never = [ReplayVerdict(None, False, None)] * 3
+    found, idle = outcomes(record, [verdicts, never], Answers({(0, 4): False, (1, 4): True}, frozenset()))
     assert (found.active, found.cut.hits, found.cut.count, found.generated) == (2, 1, 2, 10)
     assert found.number == pytest.approx(0.6)
     assert (idle.active, idle.saving, idle.saving_interval, idle.number) == (0, None, None, None)

@@ -205,7 +205,7 @@ def pixels(path: Path) -> Any:
     return imread(path)
 
 
-def words(run: report_run.Run) -> str:
+def words(run: report_run.ReportRun) -> str:
     """All text of the picture."""
     figure = report.draw(run, None)
     titles = [panel.get_title(loc="left") for panel in figure.axes]

@@ -11,7 +11,7 @@ from samples import make_config
 from common.wire.connect import connect
 from common.wire.plane import open_plane
 from ops.reach.embedded import EmbeddedRedis
-from ops.run.progress import Progress
+from ops.run.progress import RunProgress
 
 
 def line(step: int, generated: int) -> str:
@@ -30,10 +30,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def begin(folder: Path, server: EmbeddedRedis, budget: int | None) -> tuple[Progress, Path]:
+def begin(folder: Path, server: EmbeddedRedis, budget: int | None) -> tuple[RunProgress, Path]:
     config = make_config(folder, learner={"max_steps": 200, "max_generated_tokens": budget})
     config.run_dir.mkdir(parents=True)
-    return Progress(config, open_plane(config, connect(server.url), "none")), config.run_dir / "metrics.jsonl"
+    return RunProgress(config, open_plane(config, connect(server.url), "none")), config.run_dir / "metrics.jsonl"
 
 
 def test_without_a_budget_steps_say_how_far_it_is(

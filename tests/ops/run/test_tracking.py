@@ -25,7 +25,17 @@ from common.runfiles import lines as runfiles_lines
 from common.runfiles.run import lock
 from ops.run import tracking
 from ops.run.summary import write_summary
-from ops.run.tracking import Follower, News, Point, TensorBoard, Tracker, Tracking, WeightsAndBiases, missing, turn
+from ops.run.tracking import (
+    Follower,
+    News,
+    TensorBoard,
+    TrackedPoint,
+    Tracker,
+    Tracking,
+    WeightsAndBiases,
+    missing,
+    turn,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -92,7 +102,7 @@ def steps(news: News, kind: str = "train") -> list[int]:
 
 def rest(follower: Follower) -> News:
     """All that is left, and what was held back."""
-    points: list[Point] = []
+    points: list[TrackedPoint] = []
     while (news := follower.look(over=True)).more:
         points += news.points
     return News(points + news.points, news.anew, more=False)
@@ -202,7 +212,7 @@ def test_points_do_not_depend_on_when_the_files_are_read(tmp_path: Path, seed: i
     """Weights every second step, announcements without a step, stragglers: read at any moments, or at once."""
     draw = random.Random(seed)
     live = Follower(tmp_path)
-    seen: list[Point] = []
+    seen: list[TrackedPoint] = []
     version = 0
     for step in range(1, 30):
         version += (step % 2 == 0) + (draw.random() < 0.1)
@@ -216,7 +226,7 @@ def test_points_do_not_depend_on_when_the_files_are_read(tmp_path: Path, seed: i
     late = Follower(tmp_path)
     at_once = rest(late).points
 
-    def sorted_by_kind(points: list[Point]) -> list[Point]:
+    def sorted_by_kind(points: list[TrackedPoint]) -> list[TrackedPoint]:
         return sorted(points, key=lambda point: point.kind)
 
     assert sorted_by_kind(seen) == sorted_by_kind(at_once)

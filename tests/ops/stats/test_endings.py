@@ -15,7 +15,7 @@ from samples import make_config
 from common.runfiles.records import BookLine
 from ops.run.progress import describe
 from ops.run.summary import write_summary
-from ops.stats.endings import LeftOut, Lengths, by_ending, from_json, gap, left_out, to_json, words
+from ops.stats.endings import Lengths, UntrainedEnding, by_ending, from_json, gap, left_out, to_json, words
 
 
 def of(tokens: int, written: int | None = None, **changes: Any) -> BookLine:
@@ -29,7 +29,7 @@ def dropped(reason: str, tokens: int, written: int | None = None, **changes: Any
     return of(tokens, written, **{"ending": "dropped", "reason": reason, **changes})
 
 
-def one(lines: list[dict[str, Any]], fate: str = "stale") -> LeftOut:
+def one(lines: list[dict[str, Any]], fate: str = "stale") -> UntrainedEnding:
     return next(found for found in left_out(by_ending(lines)) if found.ended.fate == fate)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from data_sets import solution_of
 
 from ops.tasks import Problem
 from ops.tasks.arithmetic import (
@@ -13,7 +14,6 @@ from ops.tasks.arithmetic import (
     LARGEST_RESULT,
     SMALLEST_RESULT,
     Arithmetic,
-    solution_of,
     split_of,
     steps_of,
     terms_of,

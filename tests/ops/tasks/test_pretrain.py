@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_sets import solution_of
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from common.config import Rollout, load
 from common.pretrained import check_pair
 from ops.cli.main import main
-from ops.tasks.arithmetic import ALPHABET, Arithmetic, solution_of, split_of
+from ops.tasks.arithmetic import ALPHABET, Arithmetic, split_of
 from ops.tasks.pretrain import (
     EOS,
     STUDENT,

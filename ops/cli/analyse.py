@@ -1,0 +1,186 @@
+"""Commands that judge what was trained: scores of a model, reports and replays of one run, comparisons of several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from common.config import Config, ConfigError
+from ops.cli.arguments import (
+    Commands,
+    Once,
+    add_config,
+    add_overrides,
+    add_run_folder,
+    command,
+    load_config,
+    positive,
+)
+
+
+def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
+    add_run_folder(
+        command(commands, "report", _report, "write report.html, report.png and figures/ from a run's folder")
+    )
+
+    evaluate = command(commands, "eval", _eval, "avg@k and pass@k of a model on the held-out problems")
+    add_config(evaluate)
+    evaluate.add_argument("--model", required=True, help="folder or hub id of the model to measure")
+    evaluate.add_argument(
+        "--k", type=positive, help="samples a problem (default: each benchmark's own; 8 on held-out problems)"
+    )
+
+    replay = command(commands, "replay", _replay, "what other settings would have cut of the rollouts on record")
+    add_run_folder(replay)
+    add_overrides(replay, "a termination key; may be repeated")
+    replay.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="A.B=C,D",
+        help="a termination key with several values; given again: all combinations; writes RUN/replay/",
+    )
+    replay.add_argument(
+        "--arm",
+        choices=("control", "all"),
+        help="rollouts that count (default: all where nothing was stopped, else control)",
+    )
+
+    audit = command(commands, "audit", _audit, "whether cut rollouts were recoverable: continue them, and judge")
+    add_run_folder(audit)
+    audit.add_argument("--samples", type=positive, default=8, help="continuations of each prefix (default 8)")
+    audit.add_argument("--rollouts", type=positive, default=200, metavar="N", help="most cuts (default 200)")
+    audit.add_argument("--student", metavar="MODEL", help="who continues (default: the student that the run left)")
+    audit.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+    match = command(commands, "match", _match, "from a run of kat, the config of random_matched: it cuts by chance")
+    match.add_argument("run", type=Path, help="the folder of the run of kat, for example runs/demo")
+    match.add_argument("--against", type=Path, metavar="RUN", help="compare its means with this run's")
+    match.add_argument("--correct", action="store_true", help="with --against: the config again, from both runs")
+
+    compare = command(commands, "compare", _compare, "run several policies and seeds one by one, with tables and plots")
+    add_config(compare, judges=True)
+    compare.add_argument(
+        "--policies",
+        action=Once,
+        default="none,kat",
+        help="names with commas between them (default none,kat): a row each",
+    )
+    compare.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="LABEL:A.B=C,D.E=F",
+        help="one more row: the config with these keys changed; may be given again",
+    )
+    compare.add_argument("--seeds", action=Once, default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
+    compare.add_argument(
+        "--budget",
+        action=Once,
+        default="steps",
+        help="steps: learner.max_steps; tokens:N: each run ends when N are generated; tokens: N is the config's "
+        "learner.max_generated_tokens (default steps)",
+    )
+    compare.add_argument("--jobs", type=positive, default=1, help="runs at a time (default 1)")
+    compare.add_argument(
+        "--report-only", action="store_true", help="run nothing; CONFIG may be the folder of the comparison"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ops.report.command import write_report
+
+    write_report(arguments.run)
+    print(arguments.run / "report.html")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from common.pretrained import find_model
+    from ops.run.evaluator import Evaluator
+
+    config = load_config(arguments)
+    folder = find_model(arguments.model)
+    scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
+    assert scores is not None
+    print(json.dumps({"model": str(folder), **scores.line()}))
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from ops.replay.command import replay
+
+    print(replay(arguments.run, arguments.overrides, arguments.sweep, arguments.arm))
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from ops.audit.command import audit
+
+    chosen = {name: getattr(arguments, name) for name in ("samples", "rollouts", "student", "seed")}
+    print(audit(arguments.run, **chosen))
+    return 0
+
+
+def _match(arguments: argparse.Namespace) -> int:
+    from ops.compare import match as matching
+
+    if arguments.correct and arguments.against is None:
+        raise ConfigError("--correct needs --against RUN, the run that was matched before")
+    if arguments.against is not None and not arguments.correct:
+        text, agree = matching.compare(arguments.run, arguments.against)
+        print(text)
+        if not agree:
+            again = f"katana match {arguments.run} --against {arguments.against} --correct > again.yaml"
+            print(f"no match within 2 %; corrected: {again}", file=sys.stderr)
+        return 0 if agree else 1
+    if arguments.against is not None:
+        config, text = matching.corrected_config(arguments.run, arguments.against)
+    else:
+        config, text = matching.matched_config(arguments.run)
+    print(text, file=sys.stderr)
+    print(config.to_yaml(), end="")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from ops.compare import command as compare
+    from ops.compare.grid import resolved_budget
+
+    if arguments.report_only and arguments.config.is_dir():
+        return compare.report(arguments.config)
+    config, name = _load_base(arguments), arguments.name
+    if arguments.report_only:
+        return compare.report(compare.grid_folder(config, name))
+    budget = resolved_budget(arguments.budget, config)
+    request = compare.Request(
+        arguments.policies,
+        arguments.variant,
+        arguments.seeds,
+        budget,
+        arguments.overrides,
+        arguments.jobs,
+        arguments.config.parent,
+    )
+    return compare.compare(config, name, request)
+
+
+def _load_base(arguments: argparse.Namespace) -> Config:
+    """The config that all rows of a comparison begin with. Raises ConfigError.
+
+    Where every row names its policy, it need not be valid with its own one, which is in no row: rows are checked each
+    with theirs.
+    """
+    from ops.compare.grid import name_policies, read_rows
+
+    try:
+        return load_config(arguments)
+    except ConfigError:
+        if not name_policies(read_rows(arguments.policies, arguments.variant)):
+            raise
+        with suppress(ConfigError):  # also wrong without a policy: the first error says it best
+            return load_config(arguments, ["termination.policy=none"])
+        raise

@@ -1,0 +1,128 @@
+"""Commands around a run: start it or one of its roles, check its config, make models for it, remove what it left."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.config import ConfigError, keys
+from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, load_config
+
+ROLES = {
+    "feeder": "admits rollouts, opens shifts, keeps the books; opens the run",
+    "rollout": "a Celery worker that writes rollouts (student)",
+    "teacher": "a Celery worker that scores chunks (teacher)",
+    "arbiter": "gives every rollout its verdict",
+    "learner": "trains, checkpoints, publishes weights",
+    "evaluator": "measures avg@k and pass@k of published weights",
+}
+
+
+def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
+    run = command(commands, "run", _run, "everything on this machine, until the run is done")
+    add_config(run, judges=True)
+    former = run.add_mutually_exclusive_group()
+    former.add_argument(
+        "--resume", action="store_true", help="go on in the run's folder; docs/running.md: which keys may change"
+    )
+    former.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
+
+    for role, text in ROLES.items():
+        parser = command(commands, role, _role, f"one role, for clusters: {text}")
+        add_config(parser, judges=role in ("feeder", "arbiter"))
+
+    check = command(commands, "check", _check, "validate a config, its models and data, and say what would run")
+    add_config(check, of_a_run=True, judges=True)
+
+    add_run_folder(command(commands, "clean", _clean, "remove what a run left in Redis and on disk"))
+
+    known = command(commands, "keys", _keys, "every config key with its default and meaning")
+    known.add_argument("--markdown", action="store_true", help="as the table in docs/configuration.md")
+
+    pretrain = command(commands, "pretrain", _pretrain, "make the tiny teacher and the tiny base student that ship")
+    pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
+    pretrain.add_argument("--which", choices=("teacher", "student", "both"), default="both")
+    pretrain.add_argument("--seed", type=int, default=0)
+    pretrain.add_argument(
+        "--exchange-end",
+        type=Path,
+        metavar="MODEL",
+        help="make nothing; copy MODEL into --out with another id for its end token, as base and instruct models have",
+    )
+    pretrain.add_argument(
+        "--leave-loop",
+        type=chance,
+        metavar="P",
+        help="chance that a loop in the teacher's documents ends, at each repetition (default 0.15); low: a trap",
+    )
+    pretrain.add_argument(
+        "--loop", type=chance, metavar="P", help="chance of a loop in a document of the student's (default 0.12)"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ops.run.local import run_locally
+
+    return run_locally(load_config(arguments), resume=arguments.resume, fresh=arguments.fresh)
+
+
+def _role(arguments: argparse.Namespace) -> int:
+    from ops.run.roles import run_role
+
+    return run_role(arguments.command, load_config(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ops.run.check import check
+
+    found = check(load_config(arguments))
+    for line in found.lines:
+        print(line)
+    for text in found.unchecked:
+        print(f"unchecked  {text}")
+    for text in found.problems:
+        print(f"error: {text}", file=sys.stderr)
+    if found.problems:
+        print("not usable")
+        return 2
+    unchecked = len(found.unchecked)
+    print(f"nothing wrong in what could be checked; {unchecked} could not be (above)" if unchecked else "ok")
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from ops.run.clean import clean
+
+    print(clean(arguments.run))
+    return 0
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    if arguments.markdown:
+        print("| key | default | meaning |\n| --- | --- | --- |")
+    for name, default, meaning in keys():
+        if arguments.markdown:
+            print(f"| `{name}` | {default} | {meaning} |")
+        else:
+            print(f"{name:36} {default:12} {meaning}")
+    return 0
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from ops.tasks.pretrain import exchange_end, pretrain, with_loops
+
+    if arguments.exchange_end is not None:
+        if arguments.loop is not None or arguments.leave_loop is not None:
+            raise ConfigError("--exchange-end makes no model: it goes with neither --loop nor --leave-loop")
+        exchange_end(arguments.exchange_end, arguments.out)
+        return 0
+    for option, value, other, role in (
+        ("--loop", arguments.loop, "teacher", "student"),
+        ("--leave-loop", arguments.leave_loop, "student", "teacher"),
+    ):
+        if value is not None and arguments.which == other:
+            raise ConfigError(f"{option} is for the {role}'s documents: it goes with --which {role} or both")
+    settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
+    pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
+    return 0
