@@ -230,7 +230,7 @@ def test_the_student_is_the_named_one_then_the_run_s_then_its_newest_weights(run
 
 
 def test_folders_that_cannot_be_audited_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not a run's folder"):
+    with pytest.raises(ConfigError, match=r"no run's folder"):
         audit(tmp_path)
     folder = fill(tmp_path)
     with pytest.raises(ModelError, match=r"absent-student"):
