@@ -4,6 +4,8 @@ BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # exec, and it ends with make: ending one of the three ends all, and what the tests started (tests/left_over.py).
 PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m pytest
+# Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py: the longest first.
+WORKERS := -n 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
 	dashboards bench chaos soak fuzz pretrain evidence clean
@@ -29,11 +31,11 @@ demo: setup
 test: lint types test-only
 
 test-only: setup-dev
-	$(PYTEST)
+	$(PYTEST) $(WORKERS)
 
 # What needs no processes and no training, in under two minutes.
 test-fast: setup-dev
-	$(PYTEST) -m 'not slow and not cluster and not network' -n 3 --dist worksteal
+	$(PYTEST) $(WORKERS) -m 'not slow and not cluster and not network'
 
 # The cluster of docker-compose.yml in real containers, as root: see docs/operating.md. About ten minutes.
 test-cluster: setup-dev

@@ -1,4 +1,4 @@
-"""The roles around the rollouts. `celery -A actors.app worker` begins here, where another `common` may lie about."""
+"""The roles around the rollouts. `celery -A actors.app worker` starts here: Katana's own `common` is imported first."""
 
 import sys
 from pathlib import Path

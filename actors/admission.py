@@ -6,17 +6,11 @@ Redis can hold until it is booked.
 
 from __future__ import annotations
 
+from common.config import LearnerSettings
+
 
 def places(
-    *,
-    concurrency: int,
-    running: int,
-    open_rollouts: int,
-    step: int,
-    covered: int,
-    batch_size: int,
-    max_staleness: int,
-    max_steps: int,
+    limits: LearnerSettings, *, concurrency: int, running: int, open_rollouts: int, step: int, covered: int
 ) -> int:
     """min(concurrency - running, (max_staleness + 1) · batch - waiting - running), but no more than the run can train.
 
@@ -24,12 +18,13 @@ def places(
     What was trained since the checkpoint is open, and neither waiting nor running. Counted so, and not from the sum of
     all ever trained, the number stays right when a learner goes back to an older checkpoint. Below 1: none.
     """
-    usable = min(max_staleness + 1, max_steps - step) * batch_size
-    in_flight = open_rollouts - (step - covered) * batch_size
+    usable = min(limits.max_staleness + 1, limits.max_steps - step) * limits.batch_size
+    in_flight = open_rollouts - (step - covered) * limits.batch_size
     return min(concurrency - running, usable - in_flight)
 
 
 def rest_of_batch(
+    limits: LearnerSettings,
     *,
     open_rollouts: int,
     judged: int,
@@ -38,19 +33,17 @@ def rest_of_batch(
     trained: int,
     step: int,
     covered: int,
-    batch_size: int,
-    max_steps: int,
 ) -> int:
     """Deterministic runs: (step + 1) · batch - (trained + waiting); 0 while a verdict is outstanding. Below 1: none.
 
     Of the open rollouts `judged` have a verdict or have ended; of those `useful` are, or will be, trained, and of
     these `useful_ended` have ended. `trained`: those booked so.
     """
-    if judged < open_rollouts or step >= max_steps:
+    if judged < open_rollouts or step >= limits.max_steps:
         return 0
     # Trained after a checkpoint that the learner has fallen back from: anew. None where no checkpoint was torn.
-    lost = max(0, trained + useful_ended - covered * batch_size)
-    return (step + 1) * batch_size - (trained + useful - lost)
+    lost = max(0, trained + useful_ended - covered * limits.batch_size)
+    return (step + 1) * limits.batch_size - (trained + useful - lost)
 
 
 def fitting(count: int, *, running: int, free: float, growing: float, each: int) -> int:

@@ -1,8 +1,8 @@
-"""Celery: which worker serves, where, for how long. The work itself is in Redis streams.
+"""Celery: which worker serves which run, for how long. The work itself is in Redis streams.
 
-A shift is one task: it loads the model once a process, serves a run's streams until its time is over, the run ends or
-the worker is told to stop, and returns. A lost or doubled message costs nothing: the feeder sees an empty queue and
-opens another shift; a shift of an ended run returns at once.
+A worker task (`shift`) loads the model once per process and serves a run's streams. It returns after
+`liveness.shift_s`, or when the run ends or the worker is stopped. A lost or doubled message does no harm: the feeder
+sends another task when a queue is empty, and a task of an ended run returns at once.
 
 Settings come from the environment, so that `celery -A actors.app worker -Q rollout` works by itself:
 
@@ -16,8 +16,8 @@ Settings come from the environment, so that `celery -A actors.app worker -Q roll
     KATANA_METRICS_HOST    address that metrics are served on   127.0.0.1
     KATANA_METRICS_PORT    their port                           0: any free one
 
-User and password go to the connections alone: no URL, and so no log line, holds them. Workers take no remote control
-(`celery inspect`, `celery control`): whoever reaches the broker could end them, and nothing here needs it.
+User and password are passed to the connections only: no URL, and so no log line, contains them. Remote control
+(`celery inspect`, `celery control`) is off: anyone who reaches the broker could stop workers, and nothing here uses it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STOP = threading.Event()
 
 
 def settings_from_environment() -> Redis:
-    """Where Redis is, and who this worker is to it. Raises ConfigError."""
+    """Address of Redis, and this worker's user there. Raises ConfigError."""
     found = {
         name: os.environ[f"KATANA_{name.upper()}"]
         for name in ("broker_url", "username", "password_file", "ca_file", "cert_file", "key_file")
@@ -66,7 +66,7 @@ def settings_from_environment() -> Redis:
 
 
 def celery_url(url: str) -> str:
-    """kombu's spelling of a Redis URL: it says redis+socket:// where redis-py says unix://."""
+    """A Redis URL in kombu's form: kombu writes redis+socket:// for unix:// of redis-py."""
     if not url.startswith("unix://"):
         return url
     path, _, query = url.removeprefix("unix://").partition("?")
@@ -76,8 +76,8 @@ def celery_url(url: str) -> str:
 
 class _QoS(kombu_redis.QoS):
     def restore_visible(self, *_: Any, **__: Any) -> None:
-        """Nothing: a message that a worker fetched and died over is not put back after an hour, as kombu would, since
-        the feeder has opened another shift long before. kombu's lock for it would call for the right to SET and DEL."""
+        """Do nothing. kombu would requeue the message of a dead worker after an hour, but the feeder has sent another
+        task long before. kombu's lock for this would also need the right to SET and DEL."""
 
 
 class _Channel(kombu_redis.Channel):
@@ -94,17 +94,17 @@ class _Connection(Connection):
 
 
 def make_app(settings: Redis, role: str) -> Celery:
-    """A Celery app that acknowledges early, fetches nothing ahead, keeps no results and carries ids as JSON.
+    """A Celery app that acknowledges early, prefetches nothing, keeps no results and carries ids as JSON.
 
     Raises ConfigError for a password or certificate file that cannot be read.
     """
     url, access = settings.broker, settings.access(role)
     username, password = access.pop("username"), read_password(access.pop("password_file"))
     app = Celery("katana", broker=celery_url(url))
-    # Not as part of the URL, which Celery logs with the user in it.
+    # Not as part of the URL: Celery logs the URL with the user in it.
     provider = None if password is None else redis.UsernamePasswordCredentialProvider(username, password)
     app.amqp.Connection = partial(_Connection, credential_provider=provider)
-    # kombu checks no certificate at all unless it is told to.
+    # Without these options kombu does not verify certificates.
     app.conf.broker_use_ssl = tls_options(url, **access) or None
     app.conf.update(
         task_acks_late=False,
@@ -140,7 +140,7 @@ def _worker_name(role: str) -> str:
 
 
 def _join_run(run_key: str) -> tuple[Config, Plane] | None:
-    """The run's config and plane; None if Redis does not know the run (a shift that came too late)."""
+    """The run's config and plane; None if the run is unknown to Redis or not open (the task came too late)."""
     settings = settings_from_environment()
     client = connect(str(settings.url), **settings.access(""))
     plane = Plane(client, run_key, shards=1, wait_s=60.0, claim_pause_s=8.0, stop=STOP)
@@ -200,15 +200,15 @@ def _engines(config: Config) -> Any:
 
 @contextmanager
 def _ending_the_worker_on_failure() -> Iterator[None]:
-    """What a shift cannot cope with would meet the next shift too: the process ends and says why.
+    """An error that ends a worker task would end the next one too: log it and end the process.
 
-    Exit code 2 for a model that cannot be used, 1 for the rest; whoever started the worker decides on starting another.
-    The error goes on to Celery, which otherwise logs a shift that succeeded.
+    Exit code 2 for an unusable model or config, 1 otherwise; the supervisor decides whether to start another worker.
+    The error is raised again, or Celery would log that the task succeeded.
     """
     try:
         yield
     except (RunGone, RedisUnavailable, Stopping) as error:
-        log.warning("shift over: %s", error)
+        log.warning("worker task ended: %s", error)
     except Exception as error:
         celery.worker.state.should_stop = 2 if isinstance(error, ModelError | ConfigError) else 1
         log.error("error: %s", error or type(error).__name__)
@@ -216,24 +216,24 @@ def _ending_the_worker_on_failure() -> Iterator[None]:
 
 
 def exit_code() -> int:
-    """What a worker process is to end with, once Celery has let go of it: `worker_main` does not hand it on."""
+    """Exit code for a worker process after `worker_main` returns, which does not return it."""
     asked = celery.worker.state.should_stop
     return int(asked) if asked else 0
 
 
 @worker_init.connect  # type: ignore[untyped-decorator]
 def serve_metrics(**_: Any) -> None:
-    """Serve this process's metrics where the environment says (KATANA_METRICS_HOST, _PORT; 0: any free port)."""
+    """Serve this process's metrics at the address in the environment (KATANA_METRICS_HOST, _PORT; 0: any free port)."""
     host = os.environ.get("KATANA_METRICS_HOST", "127.0.0.1")
     port = metrics.serve(host, int(os.environ.get("KATANA_METRICS_PORT", "0")))
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def keep_shifts_open(sender: Celery, run_key: str, away: Episode) -> None:
-    """Leave one waiting shift in every queue: any worker that comes finds one, and none finds two.
+def keep_tasks_waiting(sender: Celery, run_key: str, away: Episode) -> None:
+    """Keep one waiting task in every queue, so that any idle worker finds one, and none finds two.
 
-    A broker that does not answer, or is full, is said (once, by `away`) and left for the next time: workers at work
-    need none.
+    If the broker does not answer or is full, this is logged once (by `away`) and tried again at the next call: workers
+    that already serve the run need no task.
     """
     try:
         with sender.connection_for_write() as connection:
@@ -243,19 +243,19 @@ def keep_shifts_open(sender: Celery, run_key: str, away: Episode) -> None:
                         f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection, retry=False
                     )
     except _BROKER_ERRORS as error:
-        away.seen(f"the broker does not answer or is full, no shift was opened: {error}")
+        away.seen(f"the broker does not answer or is full, no worker task was sent: {error}")
     else:
-        away.not_seen("the broker takes shifts again")
+        away.not_seen("the broker accepts worker tasks again")
 
 
-def close_shifts(sender: Celery) -> None:
-    """Take the waiting shifts away again: the run is over."""
+def remove_waiting_tasks(sender: Celery) -> None:
+    """Remove the waiting tasks: the run has ended."""
     try:
         with sender.connection_for_write() as connection:
             for queue in QUEUES:
                 connection.default_channel.queue_purge(queue)
     except _BROKER_ERRORS as error:
-        log.warning("the broker does not answer, waiting shifts stay and will return at once: %s", error)
+        log.warning("the broker does not answer, waiting tasks stay in it and will return at once: %s", error)
 
 
 def _waiting(connection: Any, queue: str) -> int:

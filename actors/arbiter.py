@@ -1,7 +1,7 @@
-"""The arbiter: reads divergences, gives every rollout exactly one verdict, tells its writer to stop. No torch.
+"""The arbiter: reads divergences, gives every rollout exactly one verdict, signals its writer to stop. No torch.
 
-Invariant: what is pending in `scores` is this process's state. A rollout's notices are acknowledged with its verdict
-and not before, so that a new arbiter, given the same notices, comes to the same verdicts.
+Invariant: the pending entries of `scores` are this process's state. A rollout's notices are acknowledged with its
+verdict and not before, so that a new arbiter reads the same notices and gives the same verdicts.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from common.wire.scripts import Fenced, Judged
 from common.wire.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
-_AHEAD = 4  # chunks asked for in one look
-_MOST_IN_A_ROW = 5  # rollouts that the policy fails on, and no verdict between them: it is not the rollouts
+_AHEAD = 4  # chunks of a rollout that one round trip reads
+_MOST_IN_A_ROW = 5  # the policy failed on so many rollouts without a verdict between them: the policy is at fault
 
 
 class PolicyBroken(RuntimeError):
-    """The policy raises, whatever it is given."""
+    """The policy raises on every rollout."""
 
 
 def _read_threshold(value: bytes | None) -> float | None:
@@ -43,7 +43,7 @@ def _read_threshold(value: bytes | None) -> float | None:
     try:
         threshold = float(value or b"")
     except ValueError as error:
-        raise MessageError(f"threshold: {value!r:.40} is no number") from error
+        raise MessageError(f"threshold: {value!r:.40} is not a number") from error
     if not math.isfinite(threshold):
         raise MessageError(f"threshold: {threshold} is not finite")
     return threshold
@@ -51,13 +51,13 @@ def _read_threshold(value: bytes | None) -> float | None:
 
 @dataclass(slots=True)
 class _Track:
-    """One rollout without a verdict, as far as it has been read."""
+    """A rollout without a verdict: what has been read of it."""
 
     entries: list[bytes] = field(default_factory=list)
     head: RolloutHead | None = None
     threshold: float | None = None
     detector: Policy | None = None
-    minimum: Kat | None = None  # sees every window, also those behind a control rollout's would-be cut
+    minimum: Kat | None = None  # sees every window, also those after the would-be cut of a control rollout
     cut: Cut | None = None
     chunks: list[ChunkTokens] = field(default_factory=list)
     divergence: list[ScoreDivergence] = field(default_factory=list)
@@ -68,7 +68,7 @@ class _Track:
 
 
 class Arbiter:
-    """Reads `scores`, writes verdicts. One at a time acts on a run: it holds the lease `arbiter`.
+    """Reads `scores`, writes verdicts. Only one acts on a run at a time: the holder of the lease `arbiter`.
 
     `version`: the newest policy version that could be read.
     """
@@ -85,13 +85,13 @@ class Arbiter:
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._policy = policies.find(self._settings.policy)
         self.version = self._step = 0
-        self._refused: dict[str, str] = {}  # the policy pointer that was complained of last
-        # Verdicts (None: only to acknowledge) that the look at hand has come to, with the last notice of each.
+        self._refused: dict[str, str] = {}  # the last malformed policy pointer that was reported
+        # Calls to send at the end of this pass, each with its verdict and last notice (None: only acknowledge).
         self._due: list[tuple[Fenced[Judged], tuple[Verdict, bytes] | None]] = []
         self._recent: deque[bool] = deque(maxlen=256)
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Serve until told to stop or the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
+        """Serve until stopped or until the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
         self.open()
         try:
             while not self._stop.is_set():
@@ -102,7 +102,7 @@ class Arbiter:
             self.close()
 
     def open(self) -> None:
-        """Take the lease, and judge what a former arbiter left, one by one: one of them may have ended it."""
+        """Acquire the lease, and judge what a former arbiter left, one rollout at a time: one may have crashed it."""
         self._lease.acquire(self._stop)
         try:
             self.version = self._policy_version()
@@ -119,7 +119,7 @@ class Arbiter:
         self._lease.drop()
 
     def step(self, block_s: float) -> bool:
-        """Read what came, judge what it touches. True if there was anything."""
+        """Read new notices and judge their rollouts. True if there were any."""
         self._lease.keep()
         self.version = self._policy_version()
         came = self._plane.read("arbiter", self._lease.token, ["scores"], count=512, block_s=block_s)
@@ -133,7 +133,7 @@ class Arbiter:
 
     @property
     def threshold(self) -> float | None:
-        """The policy's number (kat: s) for rollouts whose first score is stored from now on; None for none."""
+        """The policy's number (kat: the threshold s) for rollouts whose first score is stored from now on, or None."""
         number = self._policy.number(self._settings, Progress(self.version, self._step, self._minima))
         return None if number is None else float(number)
 
@@ -144,7 +144,7 @@ class Arbiter:
         except BadWeights as error:
             if pointer != self._refused:
                 metrics.dead_letters.labels("weights").inc()
-                log.warning("ignored, going on as of version %d: %s", self.version, error)
+                log.warning("ignored, continuing with version %d: %s", self.version, error)
             self._refused = pointer
             return self.version
         step = pointer.get("step", "")
@@ -160,15 +160,8 @@ class Arbiter:
             try:
                 rid = read_rid(values.get(b"rid"))
             except MessageError as error:
-                self._plane.fail(
-                    "",
-                    "scores",
-                    str(error),
-                    max_attempts=1,
-                    shown=shown(values),
-                    at=("scores", "arbiter", entry),
-                )
-                metrics.dead_letters.labels("scores").inc()
+                at = ("scores", "arbiter", entry)
+                self._plane.fail("", "scores", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             self._tracks.setdefault(rid, _Track()).entries.append(entry)
             touched.add(rid)
@@ -178,9 +171,9 @@ class Arbiter:
         if not self._in_order:
             self._look(touched)
             return
-        # Deterministic: minima and trajectories come in the order of admission, so a verdict that is due may wait.
+        # Deterministic: minima and trajectories follow the order of admission, so a verdict that is due may wait.
         unjudged = self._unjudged()
-        self._look(set(self._tracks).difference(unjudged))  # over without a verdict of ours: only taken off
+        self._look(set(self._tracks).difference(unjudged))  # ended without our verdict: only acknowledged
         for rid in unjudged:
             if rid not in self._tracks:
                 return
@@ -195,21 +188,21 @@ class Arbiter:
         return [rid for rid, (head, verdict) in zip(rids, answers, strict=True) if head and verdict is None]
 
     def _look(self, rids: set[str]) -> None:
-        """Judge rollouts; with care, each by itself, said before and after: what nobody came back from is given up."""
+        """Judge rollouts. If careful, one at a time with its attempts counted: a rollout that ends arbiters dies."""
         if not self._careful:
             self._look_together(rids)
             return
         for rid in sorted(rids):
             begun = self._plane.attempt(rid, "arbiter")
             if begun > self._max_attempts:
-                reason = f"{begun - 1} arbiters ended while they judged it, and nothing else"
+                reason = f"{begun - 1} arbiters ended while judging only this rollout"
                 self._report(rid, self._tracks[rid], reason, max_attempts=1)
             self._look_together({rid} & set(self._tracks))
             self._plane.attempt_over(rid, "arbiter")
         self._send_due()
 
     def _look_together(self, rids: set[str]) -> None:
-        """Read on in each rollout from where it was left, a few chunks a round trip, until nothing new is there."""
+        """Read each rollout from where the last read ended, a few chunks per round trip, until there are no more."""
         left = sorted(rids)
         while left:
             answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
@@ -223,7 +216,7 @@ class Arbiter:
         return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
 
     def _read_on(self, rid: str, values: list[bytes | None]) -> bool:
-        """Take in new chunks and judge; True if there may be more to read."""
+        """Add new chunks and judge; True if there may be more to read."""
         track = self._tracks[rid]
         head, verdict, threshold, finish, chunks, length = values[:6]
         if head is None or verdict is not None:
@@ -236,7 +229,7 @@ class Arbiter:
         except MessageError as error:
             self._report(rid, track, str(error))
             return False
-        except Exception as error:  # a policy may be its user's, and raise anything
+        except Exception as error:  # a custom policy may raise anything
             self._blame_policy(rid, track, error)
             return False
         if due is None:
@@ -257,7 +250,7 @@ class Arbiter:
                 break
             tokens, scores = ChunkTokens.decode(tokens_bytes), ScoreDivergence.decode(divergence_bytes)
             if len(tokens.tokens) != len(scores.divergence) or tokens.start != track.scored:
-                raise MessageError(f"chunk {tokens.seq}: tokens and divergences do not fit each other")
+                raise MessageError(f"chunk {tokens.seq}: tokens and divergences do not match")
             track.chunks.append(tokens)
             track.divergence.append(scores)
             fresh += 1
@@ -268,7 +261,7 @@ class Arbiter:
         return fresh
 
     def _blame_policy(self, rid: str, track: _Track, error: Exception) -> None:
-        """Count it against the rollout. Raises PolicyBroken where the policy fails on one after another."""
+        """Count a failure of the rollout. Raises PolicyBroken if the policy fails on several in a row."""
         reason = f"policy {self._settings.policy}: {brief(error)}"
         self._blamed.add(rid)
         if len(self._blamed) >= _MOST_IN_A_ROW:
@@ -278,7 +271,6 @@ class Arbiter:
     def _report(self, rid: str, track: _Track, reason: str, max_attempts: int | None = None) -> None:
         log.warning("rollout %s cannot be judged: %s", rid, reason)
         if self._plane.fail(rid, "arbiter", reason, max_attempts=max_attempts or self._max_attempts):
-            metrics.dead_letters.labels("arbiter").inc()
             self._acknowledge(rid)
         else:
             self._tracks[rid] = _Track(entries=track.entries)
@@ -292,9 +284,7 @@ class Arbiter:
         del self._tracks[verdict.rid]
         self._blamed.clear()
         if track.head is not None and track.head.step is not None:
-            self.version = self._step = (
-                track.head.step
-            )  # a version of the pointer also counts how often the run was resumed
+            self.version = self._step = track.head.step  # not the pointer's version, which also grows with each resume
         minimum = verdict.min_window if self._calibrates(verdict) else None
         if minimum is not None:
             self._minima.push(minimum)
@@ -302,21 +292,21 @@ class Arbiter:
         self._due.append((call, (verdict, track.entries[-1])))
 
     def _send_due(self) -> None:
-        """Give the verdicts of this look, in their order, in one round trip."""
+        """Send the verdicts of this pass, in their order, in one round trip."""
         due, self._due = self._due, []
         failed = self._plane.failed_calls
         replies = self._lease.call_all([call for call, _ in due]) if due else []
-        words = [(one, word) for (_, one), word in zip(due, replies, strict=True) if one is not None]
-        if any(word is not Judged.OK for _, word in words):
+        given = [(one, answer) for (_, one), answer in zip(due, replies, strict=True) if one is not None]
+        if any(answer is not Judged.OK for _, answer in given):
             self._load_minima()
-        # After an answer that was lost, a verdict of ours is found to be there.
+        # If an answer was lost and the call repeated, our own verdict is a duplicate.
         ours = (Judged.OK, Judged.DUPLICATE) if self._plane.failed_calls != failed else (Judged.OK,)
-        self._observe([one for one, word in words if word in ours])
+        self._observe([one for one, answer in given if answer in ours])
 
     def _verdict(
         self, rid: str, track: _Track, finish: bytes | None, chunks: bytes | None, length: bytes | None
     ) -> Verdict | None:
-        """The verdict, if one is due: the rollout is to be cut, or it has ended by itself and is scored whole."""
+        """The verdict, if one is due: the rollout must be cut, or it has ended by itself and is completely scored."""
         assert track.head is not None and track.minimum is not None
         arm, settings = track.head.arm, self._settings
         cut = settings.stops(arm) and track.cut is not None
@@ -326,7 +316,7 @@ class Arbiter:
         tokens = np.concatenate([chunk.tokens for chunk in track.chunks])
         total = len(tokens)
         keep = track.cut.keep if track.cut else total
-        # What nothing stops is judged by all of its windows, also those behind a would-be cut.
+        # The minimum of a rollout that is not stopped covers all its windows, also those after a would-be cut.
         seen = track.detector if settings.stops(arm) and isinstance(track.detector, Kat) else track.minimum
         versions = [chunk.policy_version for chunk in track.chunks]
         return Verdict(
@@ -350,7 +340,7 @@ class Arbiter:
     def _calibrates(self, verdict: Verdict) -> bool:
         if verdict.min_window is None:
             return False
-        if self.threshold is None:  # until the rule is active all minima count
+        if self.threshold is None:  # until the policy is active all minima count
             return True
         source = self._settings.calibrate_on
         return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.stopped)

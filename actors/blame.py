@@ -1,4 +1,4 @@
-"""Who is at fault when an engine fails: a rollout, or the process. What writers and teachers have in common."""
+"""Whether a rollout or the process is at fault when an engine fails; for rollout and teacher workers."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from actors.engine.decode import ClosedChunk, Decoder
 from common.failing import brief, out_of_memory
 
 log = logging.getLogger("katana.engine")
-ALONE_AFTER = 2  # takeovers without progress: whoever was taken over so often may be what ends workers
-_MOST_IN_A_ROW = 5  # rollouts that an engine fails on, and none between that it does not: it is not the rollouts
-_MOST_REMEMBERED = 1000  # rollouts at fault; a few attempts later each is dead
+ALONE_AFTER = 2  # takeovers without progress: such a rollout may be what ends its workers
+_MOST_IN_A_ROW = 5  # the engine failed on so many rollouts and on none succeeded between: the process is at fault
+_MOST_REMEMBERED = 1000  # rollouts at fault; each is dead after a few more attempts
 
 
 class EngineBroken(RuntimeError):
-    """This process cannot write or score, whatever it is given: another one may."""
+    """This process cannot write or score any rollout; another process may."""
 
 
 class Blame:
-    """Failures of one engine, each of one rollout by itself. `prove`: the engine's own test; `deed`: what it does to a
-    rollout, as a participle; `model`: whose model it has."""
+    """Failures of one engine, each on a single rollout. `prove`: the engine's self-test, raises if it fails; `deed`:
+    what it does to a rollout, as a participle; `model`: student or teacher."""
 
     def __init__(self, prove: Callable[[], None], *, deed: str, model: str) -> None:
         self._prove, self._deed, self._model = prove, deed, model
-        self._rids: set[str] = set()  # that it failed on since it last succeeded
-        self._at_fault: set[str] = set()  # that it failed on before it succeeded with others
+        self._rids: set[str] = set()  # failed since the engine last succeeded
+        self._at_fault: set[str] = set()  # failed before the engine succeeded with others
 
     def succeeded(self) -> None:
-        """The engine works: what it failed on before is at fault itself, and does not count against it again."""
+        """The engine works: the rollouts on which it failed are at fault, and do not count against it again."""
         if len(self._at_fault) > _MOST_REMEMBERED:
             self._at_fault.clear()
         self._at_fault |= self._rids
         self._rids.clear()
 
     def of(self, rid: str, error: Exception) -> None:
-        """A rollout is at fault. Raises EngineBroken where it is this process."""
+        """Count a failure on a rollout. Raises EngineBroken if this process is at fault."""
         if rid not in self._at_fault:
             self._rids.add(rid)
         if len(self._rids) >= _MOST_IN_A_ROW:
@@ -43,22 +43,20 @@ class Blame:
         try:
             self._prove()
         except Exception as broken:
-            raise EngineBroken(
-                f"{brief(error)}; nor does the {self._model} pass its own test: {brief(broken)}"
-            ) from error
+            raise EngineBroken(f"{brief(error)}; the {self._model} fails its self-test too: {brief(broken)}") from error
 
 
 def step_or_part(
     decoder: Decoder, keys: list[str], *, may_economize: bool
 ) -> tuple[list[ClosedChunk], list[tuple[str, Exception]]]:
-    """One step of the rollouts `keys`: chunks that it closed, and those on which the model failed, each with its error.
+    """One step of the rollouts `keys`: the chunks that it closed, and the rollouts that failed, each with its error.
 
-    Of what fails together each half is tried, down to the rollout that fails by itself.
+    If a batch fails, each half is tried, down to the single rollout that fails.
     """
     try:
         return decoder.step(keys), []
     except Exception as error:
-        failed = error.with_traceback(None)  # whose frames hold what memory is short of
+        failed = error.with_traceback(None)  # its frames keep tensors in memory
     if may_economize and out_of_memory(failed) and (tokens := decoder.economize()):
         log.warning("out of memory: at most %d tokens in a prefill from now on (%s)", tokens, brief(failed))
         return step_or_part(decoder, keys, may_economize=True)

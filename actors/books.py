@@ -1,11 +1,11 @@
-"""The books: a line in `rollouts.jsonl` for every rollout that ended, and the same in the metrics. No torch, no Redis.
+"""The books: a line in `rollouts.jsonl` for every rollout that ended, and its metrics. No torch, no Redis.
 
 `traces.jsonl` (feeder.record_traces) holds tokens and divergences of each verdict, `audit.jsonl` (feeder.record_audit)
-who wrote which chunk. Both are on disk before the line in `rollouts.jsonl` is, and hold nothing that is not booked.
+the writer of each chunk. Both are on disk before the line in `rollouts.jsonl`, and hold only booked rollouts.
 
 Per rollout, in tokens: generated = kept + detection + overshoot, with detection = trigger - keep and overshoot =
-generated - trigger. `tokens_trained` is what the learner was given, 0 of one that was dropped; `tokens_trainable`
-what its verdict hands on, whatever became of it after: so one sees how long what was left out would have been.
+generated - trigger. `tokens_trained` is what the learner trained on, 0 for a dropped rollout; `tokens_trainable` is
+what its verdict passes on, also if it was dropped later: this shows the length of the dropped rollouts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def line_of(
     correct: bool | None,
 ) -> BookLine:
     """The line of a rollout that has a verdict."""
-    # The last stored count may lie below the trigger only if the record is broken; the identity must hold anyway.
+    # The last stored count is below the trigger only if the record is broken; the identity must hold even then.
     generated = max(generated, verdict.trigger)
     return BookLine(
         rid=verdict.rid,
@@ -91,21 +91,21 @@ def unjudged_line(rid: str, arm: str, problem: int, *, ending: str, reason: str,
 
 
 def rid_of(index: int) -> str:
-    """The id of the rollout that was admitted as number `index`, from 0."""
+    """The id of the rollout with admission number `index`, from 0."""
     return f"r{index:09d}"
 
 
 def number_of(rid: str) -> int:
-    """The admission number of a rollout; -1 for an id that `rid_of` does not give."""
+    """The admission number of a rollout; -1 for an id that does not come from `rid_of`."""
     number = int(rid[1:]) if rid.isascii() and rid[1:].isdigit() else -1
     return number if number >= 0 and rid_of(number) == rid else -1
 
 
 class Booked:
-    """A set of rollouts that takes no more room as a run grows: admission numbers up to one, and those beyond."""
+    """A set of rollouts that needs little memory: all admission numbers up to one, and the few above it."""
 
     def __init__(self) -> None:
-        self._upto = 0  # all below are in
+        self._upto = 0  # all numbers below are in the set
         self._beyond: set[int] = set()
         self._others: set[str] = set()
 
@@ -125,11 +125,11 @@ class Booked:
 
     @property
     def next_number(self) -> int:
-        """The highest admission number and one."""
+        """The highest admission number plus one."""
         return max(self._beyond, default=self._upto - 1) + 1
 
 
-class Ledger:
+class Tally:
     """How many rollouts were admitted and how they ended, by ledger field."""
 
     def __init__(self, fields: Mapping[str, int]) -> None:
@@ -166,7 +166,7 @@ def _reached(counts: dict[str, Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """A line with what is kept beside it."""
+    """A line with its trace and audit."""
 
     line: BookLine
     verdict: Verdict | None = None
@@ -174,7 +174,7 @@ class Booking:
 
 
 class Books:
-    """Appends lines; knows which rollouts are booked, so that booking twice does nothing."""
+    """Appends lines, and remembers which rollouts are booked, so that booking twice has no effect."""
 
     def __init__(self, folder: Path, *, record_traces: bool, record_audit: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ class Books:
         self._audit = self._open_beside(folder / AUDIT) if record_audit else None
 
     def write(self, bookings: Sequence[Booking]) -> None:
-        """Put rollouts on record, on disk when this returns; without effect for those that are there."""
+        """Book rollouts; they are on disk when this returns. Has no effect for rollouts that are already booked."""
         fresh = {one.line.rid: one for one in bookings if one.line.rid not in self.booked}.values()
         if not fresh:
             return
@@ -198,7 +198,7 @@ class Books:
             self._count(one.line)
 
     def _open_beside(self, path: Path) -> FileIO:
-        """Open for appending, behind the last line whose rollout is booked: a crash came before the others were."""
+        """Open for appending after the last line of a booked rollout; later lines are of a crash before booking."""
         file = open_whole_lines(path)
         end = 0
         for place, raw in whole_lines(path):
@@ -220,16 +220,16 @@ class Books:
 
 
 def _number(rid: str, name: str, value: bytes, otherwise: int) -> int:
-    """A count from a rollout's hash; `otherwise` where the record is broken."""
+    """A count from a rollout's hash; `otherwise` if the field is broken."""
     try:
         return read_number(value, name, high=1 << 16)
     except MessageError as error:
-        log.warning("rollout %s: audited with %d instead: %s", rid, otherwise, error)
+        log.warning("rollout %s: the audit uses %d instead: %s", rid, otherwise, error)
         return otherwise
 
 
 def audit_of(rid: str, record: dict[bytes, bytes]) -> Audit:
-    """Who wrote which chunk, and digests of what: a rollout's hash as it was when it was booked."""
+    """The writer and the digests of each chunk, from a rollout's hash at the time of booking."""
     owners = record.get(b"owners", b"").decode("ascii", "replace").split()
     threshold = record.get(b"threshold")
     chunks, stored = record.get(b"chunks", b"0"), sum(map(holds_tokens, record))
@@ -265,7 +265,7 @@ def _audited_chunk(record: dict[bytes, bytes], seq: int) -> Chunk:
 
 
 def count(line: BookLine) -> None:
-    """Put a line into the metrics; also done for every line on record when a feeder starts."""
+    """Add a line to the metrics; a starting feeder does so for every line in the books."""
     arm, reason = line.arm, line.finish_reason
     metrics.rollouts_finished.labels(arm, reason).inc()
     metrics.tokens_generated.labels(arm).inc(line.tokens_generated)
@@ -277,7 +277,7 @@ def count(line: BookLine) -> None:
         metrics.rollout_kept.labels(arm, reason).observe(line.tokens_kept)
     if line.ending == "dropped":
         metrics.trajectories_dropped.labels(line.reason).inc()
-    if line.fate != "lost":  # what it had written was lost with Redis's data
+    if line.fate != "lost":  # its length was lost with the data of Redis
         metrics.ended_length.labels(line.fate).observe(line.tokens_generated)
     if line.tokens_trainable is not None:
         metrics.ended_trainable.labels(line.fate).observe(line.tokens_trainable)

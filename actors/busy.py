@@ -1,4 +1,4 @@
-"""How much of its time a role is at work, the figure that says who is the bottleneck; and how it waits when idle."""
+"""The share of time that a role is busy, which shows the bottleneck; and how long a role waits when idle."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class BusyShare:
 
 
 class Idling:
-    """How long to wait before looking again: a tenth of the time that there has been nothing to do, between limits.
+    """How long an idle worker waits before it polls again: a tenth of its idle time so far, between two limits.
 
-    So nobody who comes with work waits for more than a tenth longer than there was none, and a thousand workers without
-    any ask a thousand times a second, not a hundred thousand.
+    New work waits at most a tenth of the time that there was none, and a thousand idle workers poll a thousand times a
+    second, not a hundred thousand times.
     """
 
     def __init__(self, shortest_s: float, longest_s: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actors import admission, stream_metrics
-from actors.books import Booking, Books, Ledger, audit_of, number_of, rid_of, unjudged_line
+from actors.books import Booking, Books, Tally, audit_of, number_of, rid_of, unjudged_line
 from actors.unbooked import FACTS, Unbooked
 from common import metrics, policies
 from common.config import Config
@@ -50,7 +50,7 @@ class Feeder:
     """One at a time acts on a run: it holds the lease `feeder`. `clock`: seconds, never going back."""
 
     books: Books  # from `open` on: before the lease is ours a former feeder may still write
-    ledger: Ledger
+    ledger: Tally
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Feeder:
             self.books = Books(
                 self._config.run_dir, record_traces=settings.record_traces, record_audit=settings.record_audit
             )
-        self.ledger = Ledger(self._plane.ledger())
+        self.ledger = Tally(self._plane.ledger())
         self._cursor = self._plane.cursor()
         known = _admitted_on_disk(self._config.run_dir, self.books)
         if self._cursor < known:
@@ -167,7 +167,7 @@ class Feeder:
             ]
         )
         self._cursor = cursor
-        self.ledger = Ledger({"admitted": cursor, **self.books.endings})
+        self.ledger = Tally({"admitted": cursor, **self.books.endings})
         lines = read_lines(self._config.run_dir / ROLLOUTS, BookLine.from_json)
         generated = sum(line.tokens_generated for line in lines)
         # These have a count of their own in their records, to which their writers may be adding.
@@ -196,7 +196,8 @@ class Feeder:
             rollout = self._rollouts.get(rid, Unbooked())
             rollout.absorb(entry, values, self._clock())
         except MessageError as error:
-            self._refuse("finished", "books", entry, values, error)
+            at = ("finished", "books", entry)
+            self._plane.fail("", "finished", str(error), max_attempts=1, shown=shown(values), at=at)
             return
         if rollout.judged:
             self._running.discard(rid)
@@ -206,11 +207,6 @@ class Feeder:
             self._rollouts.pop(rid, None)
         else:
             self._rollouts[rid] = rollout
-
-    def _refuse(self, stream: str, group: str, entry: bytes, values: dict[bytes, bytes], error: Exception) -> None:
-        at = (stream, group, entry)
-        self._plane.fail("", stream, str(error), max_attempts=1, shown=shown(values), at=at)
-        metrics.dead_letters.labels(stream).inc()
 
     def _book_ready(self, wait_s: float = COUNT_WAIT_S) -> None:
         now = self._clock()
@@ -249,7 +245,7 @@ class Feeder:
         booked = self._lease.call_all([scripts.book(*ending) for ending in endings])
         if self._plane.failed_calls != failed:
             # A call that came through and whose answer was lost says "before" the second time.
-            self.ledger = Ledger(self._plane.ledger())
+            self.ledger = Tally(self._plane.ledger())
             return
         self.ledger.fields.update(name for (_, name, _), fresh in zip(endings, booked, strict=True) if fresh)
 
@@ -259,16 +255,14 @@ class Feeder:
         """Admit what there is room for: writers' slots on the one hand, staleness on the other, memory on the third."""
         if self._config.deterministic:
             return self._admit_batch()
-        learner, (step, covered) = self._config.learner, self._plane.steps()
+        step, covered = self._plane.steps()
         count = admission.places(
+            self._config.learner,
             concurrency=self._concurrency,
             running=len(self._running),
             open_rollouts=self.ledger.open,
             step=step,
             covered=covered,
-            batch_size=learner.batch_size,
-            max_staleness=learner.max_staleness,
-            max_steps=learner.max_steps,
         )
         return self._admit_next(self._fitting(count))
 
@@ -278,10 +272,11 @@ class Feeder:
         The step, and the threshold of that moment, go with each rollout: so it does not matter who writes, scores or
         judges which of them first.
         """
-        learner, (step, covered) = self._config.learner, self._plane.steps()
+        step, covered = self._plane.steps()
         judged = [one for one in self._rollouts.values() if one.judged]
         useful = [one for one in judged if one.useful]
         count = admission.rest_of_batch(
+            self._config.learner,
             open_rollouts=self.ledger.open,
             judged=len(judged),
             useful=len(useful),
@@ -289,8 +284,6 @@ class Feeder:
             trained=self.ledger.fields["trained"],
             step=step,
             covered=covered,
-            batch_size=learner.batch_size,
-            max_steps=learner.max_steps,
         )
         if count <= 0 or self._fitting(count) < count:  # whole, or its parts would be judged by other thresholds
             return 0
@@ -328,7 +321,8 @@ class Feeder:
                 problem = read_number(values.get(b"problem"), "again.problem")
                 self._source.prompt(problem)
             except ValueError as error:
-                self._refuse("again", "", entry, values, error)
+                at = ("again", "", entry)
+                self._plane.fail("", "again", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             found.append((entry, problem))
         return found

@@ -1,8 +1,7 @@
-"""The rollout worker: writes admitted rollouts, hands over their chunks, stops when told.
+"""The rollout worker: generates admitted rollouts, sends their chunks, stops a rollout on a signal.
 
-Generation goes on while earlier chunks are scored, up to `max_unscored_chunks`. Whatever Redis answers to a chunk
-other than "ok" means: free the slot. Output of a former owner, of a stopped rollout or of a run that is over is
-refused there and does no harm.
+Generation continues while earlier chunks are scored, up to `max_unscored_chunks`. If Redis refuses a chunk, the slot
+is freed, except when Redis is full. It refuses chunks of a former owner, of a stopped rollout and of an ended run.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ from common.wire.record import tokens_field
 from common.wire.scripts import Beat, Call, Counted, Given, Ownership, Stored, Written
 
 log = logging.getLogger("katana.rollout")
-_CONTROL_S = 0.01  # how often signals, credit and the policy pointer are looked at, and rollouts for free slots
-_TALK_SHARE = 0.25  # of its time, at most, a worker that has something to write waits for Redis's answers
-_LONGEST_SILENCE_S = 0.5  # also after a trip that took long because Redis was away
-_LONGEST_IDLE_S = 2.0  # between two looks of a worker that has nothing to write
+_CONTROL_S = 0.01  # interval for reading signals, scored counts and the policy pointer, and for filling free slots
+_EXCHANGE_SHARE = 0.25  # share of its time, at most, that a generating worker waits for the answers of Redis
+_LONGEST_SILENCE_S = 0.5  # limit of the pause after a slow round trip
+_LONGEST_IDLE_S = 2.0  # between two polls of a worker that has nothing to write
 
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A rollout that this worker now owns. `claims`: how often it was taken from a silent worker without progress."""
+    """A rollout that this worker now owns. `claims`: how often it was claimed from a silent worker without progress."""
 
     rid: str
     entry: bytes
@@ -71,7 +70,7 @@ class _Writing:
     scored: int
     held: bool = False
     closed: list[tuple[ClosedChunk, int]] = field(default_factory=list)  # chunks to send, with their version
-    refused: bool = False  # a full Redis has not taken the first of them
+    refused: bool = False  # Redis was full and refused the first of them
 
     @property
     def owned(self) -> Written:
@@ -79,12 +78,12 @@ class _Writing:
 
     @property
     def final(self) -> bool:
-        """It has left its slot: its last chunk is to be sent."""
+        """It has left its slot, and only its last chunks must be sent."""
         return bool(self.closed) and self.closed[-1][0].finish is not None
 
 
 class RolloutWorker:
-    """One worker task of one worker. `version`: of the weights at hand, -1 for none. `clock`: seconds."""
+    """A rollout worker during one worker task. `version`: of its weights, -1 for none. `clock`: monotonic seconds."""
 
     def __init__(
         self,
@@ -100,24 +99,24 @@ class RolloutWorker:
         self._clock = clock
         self._weights = WeightsReader(config.run_dir / "weights", plane.refuse)
         self._writing: dict[str, _Writing] = {}
-        self._counts: list[Call[Counted]] = []  # what stopped rollouts came to, to be sent
+        self._counts: list[Call[Counted]] = []  # lengths of stopped rollouts, to be sent
         self._done: list[bytes] = []  # signals that have been read
-        self._talk_at = 0.0
+        self._exchange_at = 0.0
         self.version = self._step = -1
         self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
-        self._alone: list[str] = []  # rollouts that are to be written by themselves, the others waiting
-        self._tried = ""  # the first of them, once that has been said
+        self._alone: list[str] = []  # rollouts to be written alone, while the others wait
+        self._tried = ""  # the first of them, once its attempt is counted
         self._blame = Blame(decoder.prove, deed="written", model="student")
         self._idle = Idling(_CONTROL_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         self._full = Episode(log)
         self._due: dict[str, float] = {}
         live = config.liveness
-        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
+        self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
         metrics.slots_total.labels("rollout").set(config.rollout.slots)
 
     def serve(self, until: float) -> None:
-        """Write until `until` (monotonic seconds), the end of the run, or a stop; then hand everything back."""
+        """Generate until `until` (monotonic seconds), the end of the run, or a stop; then release all rollouts."""
         try:
             with self._pulse:
                 try:
@@ -132,9 +131,9 @@ class RolloutWorker:
             self._plane.gone(self._worker, role="rollout", streams=["prompts"])
 
     def step(self) -> bool:
-        """One turn: heartbeat, signals, weights, refill, one engine step. False once the run is over."""
+        """One iteration: heartbeat, signals, weights, refill, one engine step. False if the run has ended."""
         self._pulse.turn()
-        if not self._talk():
+        if not self._exchange_if_due():
             return False
         self._try_alone()
         if all(one.held or self._waits_for_another(one.rid) for one in self._writing.values()):
@@ -143,18 +142,18 @@ class RolloutWorker:
         self._idle.worked()
         closed = self._write()
         self._close(closed)
-        if closed and self._clock() >= self._talk_at:
-            # Control goes with it: chunks may close at every step, and then this is the only word for a long time.
-            return self._say(control=self._is_due("control", _CONTROL_S))
+        if closed and self._clock() >= self._exchange_at:
+            # With control: if chunks close at every step, this may be the only round trip for a long time.
+            return self._exchange(control=self._is_due("control", _CONTROL_S))
         return True
 
     @property
     def writing(self) -> tuple[str, ...]:
-        """Rollouts that are in a slot, or have left it with chunks to be sent."""
+        """Rollouts in a slot, or with chunks still to be sent."""
         return tuple(self._writing)
 
     def _write(self) -> list[ClosedChunk]:
-        """One engine step. Of rollouts on which it fails an attempt is counted, and the others go on."""
+        """One engine step. For each rollout on which it fails an attempt is counted; the others continue."""
         before = self._decoder.decoded_tokens
         with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
             closed, failures = step_or_part(
@@ -165,7 +164,7 @@ class RolloutWorker:
         written = self._decoder.decoded_tokens - before
         metrics.decode_tokens.labels("rollout").inc(written)
         for rid, error in failures:
-            if written:  # beside them: however many fail, it is not the engine
+            if written:  # other rollouts succeeded, so the engine works however many fail
                 self._blame.succeeded()
             self._count_failure(self._writing[rid], error)
         if written:
@@ -173,7 +172,7 @@ class RolloutWorker:
         return closed
 
     def _count_failure(self, writing: _Writing, error: Exception) -> None:
-        """Of a rollout that fails by itself. Raises EngineBroken where it is this process that cannot write."""
+        """Count a failure of a single rollout. Raises EngineBroken if this process is at fault."""
         self._blame.of(writing.rid, error)
         self._decoder.discard(writing.rid)
         self._forget(writing.rid)
@@ -181,8 +180,8 @@ class RolloutWorker:
         self._give_up(writing.rid, brief(error), writing.entry)
 
     def _try_alone(self) -> None:
-        """Of rollouts that may have ended their workers, one at a time is written, and nothing beside it, until a chunk
-        of it is stored; it is given up once it has ended so many that were writing nothing else."""
+        """Write rollouts that may have ended their workers one at a time and alone, until a chunk of it is stored. One
+        that ended `max_attempts` workers in this way is given up."""
         while self._alone and self._alone[0] != self._tried:
             writing = self._writing[self._alone[0]]
             begun, most = self._plane.attempt(writing.rid, "rollout"), self._config.liveness.max_attempts
@@ -190,26 +189,26 @@ class RolloutWorker:
                 self._tried = writing.rid
             else:
                 self._forget(writing.rid)
-                reason = f"{begun - 1} workers ended while they wrote it, and nothing else"
+                reason = f"{begun - 1} workers ended while writing only this rollout"
                 self._give_up(writing.rid, reason, writing.entry, attempts=1)
 
     def _waits_for_another(self, rid: str) -> bool:
-        """Whether one is tried alone, and it is not this one."""
+        """Whether another rollout is being written alone."""
         return bool(self._alone) and rid != self._alone[0]
 
-    def _talk(self) -> bool:
-        """All that is due between this worker and Redis, in one round trip. False once the run is over.
+    def _exchange_if_due(self) -> bool:
+        """All communication with Redis that is due, in one round trip. False if the run has ended.
 
-        Over a long line every trip costs the time of many tokens: the next one then waits until enough was written.
+        On a connection with high latency a trip takes the time of many tokens, so the next one is delayed.
         """
         writing = any(not writing.held for writing in self._writing.values())
-        if writing and self._clock() < self._talk_at:
+        if writing and self._clock() < self._exchange_at:
             return True
-        return self._say(control=not writing or self._is_due("control", _CONTROL_S))
+        return self._exchange(control=not writing or self._is_due("control", _CONTROL_S))
 
-    def _say(self, *, control: bool) -> bool:
-        """Send chunks and counts; with `control`, learn of signals, credit and weights, and take rollouts."""
-        free = self._free() if control else 0  # asked before chunks that a full Redis refused are tried again
+    def _exchange(self, *, control: bool) -> bool:
+        """Send chunks and counts; with `control`, read signals, scored counts and weights, and take rollouts."""
+        free = self._free() if control else 0  # before `refused` is reset: a full Redis gets no new rollouts
         everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
         if self._is_due("refused", 0.25):
             for one in self._writing.values():
@@ -221,19 +220,19 @@ class RolloutWorker:
         nonce = secrets.token_hex(8)
         takes = [self._take_call(nonce, free)] if free else []
         began = self._clock()
-        stored, _, told, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
+        stored, _, answered, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
         now = self._clock()
         longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
-        self._talk_at = now + min((now - began) * (1 / _TALK_SHARE - 1), longest)
+        self._exchange_at = now + min((now - began) * (1 / _EXCHANGE_SHARE - 1), longest)
         del self._counts[: len(counts)]
         for (one, chunk, _), answer in zip(sent, stored, strict=True):
-            self._heed_answer(one, chunk, answer)
-        for beat in told:
-            self._heed_control(asked, beat)
+            self._handle_answer(one, chunk, answer)
+        for beat in answered:
+            self._handle_control(asked, beat)
         return all(self._begin_all(reply, nonce) for reply in given)
 
     def _free(self) -> int:
-        """Slots to be filled; none while Redis is full."""
+        """Number of free slots; 0 while Redis is full."""
         if any(one.refused for one in self._writing.values()):
             return 0
         return self._config.rollout.slots - len(self._decoder.busy)
@@ -246,7 +245,7 @@ class RolloutWorker:
         return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from)
 
     def _begin_all(self, given: Given, nonce: str) -> bool:
-        """Begin the rollouts that Redis gave. False once the run is over."""
+        """Start the rollouts that Redis gave. False if the run has ended."""
         if given.ended:
             return False
         self._claim_from = given.claim_from
@@ -277,7 +276,7 @@ class RolloutWorker:
         head_bytes, scored, *chunks = fields
         if head_bytes is None:
             return  # ended between the two calls
-        # A rollout that this very worker had lost from sight (a claim after a stall) is written from the record.
+        # This worker may claim its own rollout after a stall: it is then continued from the record.
         if taken.rid in self._writing:
             self._forget(taken.rid)
         try:
@@ -288,11 +287,7 @@ class RolloutWorker:
                 self._release(Written(taken.rid, taken.entry, nonce))
                 return
             self._decoder.add(
-                taken.rid,
-                head.prompt,
-                seed=head.seed,
-                max_new_tokens=head.max_new_tokens,
-                generated=_join(chunks),
+                taken.rid, head.prompt, seed=head.seed, max_new_tokens=head.max_new_tokens, generated=_join(chunks)
             )
         except (MessageError, ValueError) as error:
             self._release(Written(taken.rid, taken.entry, nonce))
@@ -306,18 +301,17 @@ class RolloutWorker:
     def _give_up(self, rid: str, reason: str, entry: bytes, attempts: int | None = None) -> None:
         log.warning("rollout %s cannot be written: %s", rid or "?", reason)
         attempts = attempts or (self._config.liveness.max_attempts if rid else 1)
-        if self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry)):
-            metrics.dead_letters.labels("rollout").inc()
+        self._plane.fail(rid, "rollout", reason, max_attempts=attempts, at=("prompts", "rollout", entry))
 
     def _release(self, *written: Written) -> None:
-        """Hand rollouts back: whoever comes next takes them at once."""
+        """Release rollouts: the next worker that asks takes them."""
         self._plane.call(scripts.release(self._worker, written))
 
     def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
         return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
 
-    def _heed_control(self, asked: list[_Writing], beat: Beat) -> None:
-        """Signals, weights, and what was scored, ended, or taken away of those that were asked about."""
+    def _handle_control(self, asked: list[_Writing], beat: Beat) -> None:
+        """Read signals and weights, and for the rollouts `asked`: scored counts, endings, lost ownership."""
         self._done = [entry for entry, _ in beat.signals]
         for entry, rid in beat.signals:
             self._signal = entry
@@ -332,7 +326,7 @@ class RolloutWorker:
                 self._forget(one.rid)
             else:
                 self._learn_scored(one, standing.scored)
-        # Deterministic: only what a rollout calls for (`_start`), so that no chunk is ever closed before it is full.
+        # Deterministic: weights change only when a rollout needs it (`_start`), so no chunk is closed early.
         if not self._config.deterministic:
             self._follow(beat.policy, wait=self.version < 0)
 
@@ -355,20 +349,20 @@ class RolloutWorker:
                 (self._decoder.hold if hold else self._decoder.release)(writing.rid)
 
     def _end(self, rid: str, final: ClosedChunk | None = None) -> None:
-        """The rollout has its verdict: free the slot; how much was written, the chunk at hand included, is reported."""
+        """The rollout has its verdict: free the slot, and report its length including the current chunk."""
         writing = self._writing[rid]
         generated = self._forget(rid) or (final.start + len(final.tokens) if final else 0)
         self._counts.append(scripts.count(rid, writing.nonce, generated))
 
     def _came_through(self, rid: str) -> None:
-        """It need not be tried alone any more: a chunk of it is stored, or it is not ours."""
+        """Write it with the others again: a chunk of it is stored, or it is not ours any more."""
         if rid in self._alone:
             self._alone.remove(rid)
         if rid == self._tried:
             self._tried = ""
 
     def _forget(self, rid: str) -> int:
-        """Drop a rollout; how much of it was written."""
+        """Drop a rollout; returns how many of its tokens were written."""
         writing = self._writing.pop(rid)
         self._came_through(rid)
         if rid in self._decoder.busy:
@@ -379,14 +373,14 @@ class RolloutWorker:
     # --- what goes out -----------------------------------------------------------------------------------------
 
     def _close(self, closed: list[ClosedChunk]) -> None:
-        """Take chunks that the decoder closed; they go out with the next word to Redis."""
+        """Queue chunks that the decoder closed; the next round trip sends them."""
         for chunk in closed:
             if (writing := self._writing.get(chunk.key)) is not None:
                 writing.closed.append((chunk, self.version))
                 self._hold_or_release(writing)
 
     def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call[Stored]]:
-        """Calls for chunks, those of one rollout in their order."""
+        """Calls that send chunks, in order within each rollout."""
         ahead: Counter[str] = Counter()
         calls: list[Call[Stored]] = []
         for one, chunk, version in sent:
@@ -415,19 +409,19 @@ class RolloutWorker:
         shard = self._plane.shard_of(writing.rid)
         return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
 
-    def _heed_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
+    def _handle_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
-            return  # behind one that was not taken
+            return  # it follows a refused chunk
         if stored.word is scripts.ChunkAnswer.FULL:
             metrics.chunks_refused.inc()
-            self._full.seen("Redis is full: chunks wait until what is trained or ended is taken off")
+            self._full.seen("Redis is full: chunks wait until trained and ended rollouts are removed")
             writing.refused = True
             self._hold_or_release(writing)
             return
         del writing.closed[0]
         if stored.word is scripts.ChunkAnswer.OK:
             metrics.chunks_sent.inc()
-            self._full.not_seen("Redis takes chunks again")
+            self._full.not_seen("Redis accepts chunks again")
             writing.sent += 1
             self._came_through(writing.rid)
             if chunk.finish:
@@ -444,7 +438,7 @@ class RolloutWorker:
     # --- weights -----------------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Load the newest weights before the first claim. False if the run ends or we are stopped first."""
+        """Load the newest weights before taking rollouts. False if the run ends or the worker is stopped first."""
         while not self._stop.is_set():
             self._follow(self._plane.policy(), wait=True)
             if self.version >= 0:
@@ -455,23 +449,23 @@ class RolloutWorker:
         return False
 
     def _has_weights_of(self, step: int | None) -> bool:
-        """Swap if a rollout must be written by other weights. Whatever is in a slot then is of an earlier step: it has
-        its verdict, and nobody takes its chunks any more."""
+        """Swap weights if a rollout needs those of another step. All rollouts in slots are then of an earlier step:
+        they have their verdicts, and their chunks are refused anyway."""
         if step is not None and step != self._step:
             self._follow(self._plane.policy(), step, wait=True)
         return step in (None, self._step)
 
     def _follow(self, pointer: dict[str, str], step: int | None = None, *, wait: bool) -> None:
-        """Swap in what the policy pointer announces (with `step`: if it is that step's), once it has been read."""
+        """Swap in the announced weights once they are read; with `step`, only those of that step."""
         with self._pulse.busy("reading weights") if wait else contextlib.nullcontext():
             newer = self._weights.newer(pointer, self.version, step=step, wait=wait)
         if newer is not None:
             self._swap(newer)
 
     def _swap(self, weights: Weights) -> None:
-        """Take other weights; every open chunk is closed first."""
+        """Swap in other weights; every open chunk is closed first."""
         self._close(self._decoder.close_chunks())
-        with self._pulse.busy("taking weights"):
+        with self._pulse.busy("swapping weights"):
             self._decoder.swap(weights.state)
         self.version, self._step = weights.version, weights.step
         metrics.policy_version.labels("rollout").set(weights.version)
@@ -479,17 +473,17 @@ class RolloutWorker:
     # --- the end -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close open chunks and hand rollouts back, in this order, so that what is handed back is complete."""
+        """Close and send open chunks, then release the rollouts: the order makes their records complete."""
         try:
-            # Deterministic: no chunk ends but where it would have; what is open is written again, bit for bit.
+            # Deterministic: chunks are not closed early; the next worker writes the open ones again, bit for bit.
             if not self._config.deterministic:
                 self._close(self._decoder.close_chunks())
-            self._say(control=False)
+            self._exchange(control=False)
             self._plane.call_all(self._counts)  # of rollouts that those answers ended
             if self._writing:
                 self._release(*(one.owned for one in self._writing.values()))
         except (Stopping, RunGone, RedisUnavailable) as error:
-            log.warning("not handed back, another worker will claim after a while: %s", error)
+            log.warning("rollouts not released, another worker will claim them: %s", error)
         finally:
             for rid in self._decoder.busy:
                 self._decoder.remove(rid)
@@ -497,7 +491,7 @@ class RolloutWorker:
             self._alone.clear()
         metrics.slots_busy.labels("rollout").set(0)
 
-    def _say_alive(self) -> None:
+    def _report_alive(self) -> None:
         metrics.turned("rollout")
         metrics.busy_ratio.labels("rollout").set(self._busy.share)
         self._plane.seen(

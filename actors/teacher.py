@@ -1,7 +1,7 @@
-"""The teacher worker: scores chunks in the order they come, keeps rollouts' caches while it can.
+"""The teacher worker: scores chunks in the order of arrival, and keeps the KV caches of rollouts while it can.
 
-Who serves which shard decides speed only: any teacher may score any chunk, rebuilding the cache from the rollout's
-hash, and the first score stored wins.
+Which teacher serves which shard affects only speed: any teacher can score any chunk, by rebuilding the cache from the
+rollout's hash, and the first stored score wins.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from common.wire.record import divergence_field, support_field, tokens_field
 from common.wire.scripts import Entry, ScoreAnswer
 
 log = logging.getLogger("katana.teacher")
-_HELP_AFTER_S = 0.3  # a teacher without work takes that of others
-_SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two looks of a teacher that has nothing to score
+_HELP_AFTER_S = 0.3  # a teacher that is idle for so long takes work of others
+_SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two polls of an idle teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ class _Loaded:
     tokens: ChunkTokens
     support: ChunkSupport
     record: bytes  # the tokens as they are stored
-    before: bytes | None  # those of the chunk before it
+    before: bytes | None  # those of the previous chunk
 
 
 class TeacherWorker:
-    """One shift of one worker."""
+    """A teacher worker during one worker task."""
 
     def __init__(
         self,
@@ -87,16 +87,16 @@ class TeacherWorker:
         self._idle = Idling(_SHORTEST_IDLE_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         live = config.liveness
         self._roster = Roster(silence_s=3 * live.heartbeat_s + 1)
-        self._pulse = Pulse(self._say_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
-        self._mine = list(range(plane.shards))  # of the roster's revision, as this teacher knows it
+        self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
+        self._mine = list(range(plane.shards))  # this teacher's shards by revision `_mine_of` of the roster
         self._mine_of = self._roster.revision
         self._claim_at = 0.0
-        self._turn_of = 0  # of the others' shards the one whose forgotten notices are looked at next
+        self._turn_of = 0  # the shard of another teacher whose idle notices are claimed next
         self._waiting: list[_Work] = []
-        self._alone: set[str] = set()  # rollouts that are scored by themselves, behind all others
+        self._alone: set[str] = set()  # rollouts that are scored alone, after all others
         self._blame = Blame(scorer.prove, deed="scored", model="teacher")
-        # By rollout the record of the chunk that was scored last. It names the digest of its support, which hangs on
-        # all that was written before: where another stands, the cache holds another text, perhaps of another run.
+        # By rollout, the record of the last scored chunk. It has the digest of its support, which depends on all text
+        # before it: if the stored record differs, the cache holds another text, perhaps of another run.
         self._latest: dict[str, bytes] = {}
         self._scored_tokens = 0
         metrics.slots_total.labels("teacher").set(scorer.slots)
@@ -115,8 +115,8 @@ class TeacherWorker:
             self._plane.gone(self._worker, role="teacher", streams=shards)
 
     def step(self, block_s: float | None = None) -> bool:
-        """Read notices and score what they point at. True if there were any. `block_s`: how long to wait for some;
-        None: the longer, the longer there have been none."""
+        """Read notices and score their chunks. True if there were any. `block_s`: how long to wait for notices; None:
+        the longer the teacher has been idle, the longer."""
         self._pulse.turn()
         block_s = self._idle.pause_s if block_s is None else block_s
         if time.monotonic() >= self._claim_at:
@@ -126,7 +126,7 @@ class TeacherWorker:
         if not self._waiting:
             self._note(self._wait_for_own(count, block_s))
         if not self._waiting and len(self._mine) < self._plane.shards and self._idle.idle_s > _HELP_AFTER_S:
-            # Others' chunks cost a rebuild of what came before them, here and with the next one over there.
+            # Helping costs forwards: the cache of the earlier chunks is rebuilt here, and again by the next teacher.
             self._note(self._read(range(self._plane.shards), count, 0.0))
         work, self._waiting = self._waiting[:count], self._waiting[count:]
         if not work:
@@ -139,8 +139,8 @@ class TeacherWorker:
     # --- notices -----------------------------------------------------------------------------------------------
 
     def _wait_for_own(self, count: int, block_s: float) -> list[tuple[str, Entry]]:
-        """Notices of the shards that are this teacher's; a teacher that has none waits as long all the same."""
-        if self._mine_of != self._roster.revision:  # as the pulse was told it
+        """Notices of this teacher's shards; a teacher without shards waits equally long."""
+        if self._mine_of != self._roster.revision:  # the pulse's thread updates it
             self._mine_of, teachers = self._roster.revision, sorted(self._roster.names) or [self._worker]
             self._mine = [shard for shard in range(self._plane.shards) if rendezvous(shard, teachers) == self._worker]
         if self._mine:
@@ -150,7 +150,7 @@ class TeacherWorker:
 
     def _read(self, shards: range | list[int], count: int, block_s: float) -> list[tuple[str, Entry]]:
         streams = [f"chunks:{shard}" for shard in shards]
-        # COUNT holds for each stream by itself.
+        # COUNT applies to each stream separately.
         each = max(1, count // max(1, min(len(streams), 8)))
         return self._plane.read("teacher", self._worker, streams, count=each, block_s=block_s) if streams else []
 
@@ -161,15 +161,13 @@ class TeacherWorker:
                 rid = read_rid(values.get(b"rid"))
                 seq = read_number(values.get(b"seq"), "chunks.seq", high=1 << 31)
             except MessageError as error:
-                self._plane.fail(
-                    "", "chunks", str(error), max_attempts=1, shown=shown(values), at=(stream, "teacher", entry)
-                )
-                metrics.dead_letters.labels("chunks").inc()
+                at = (stream, "teacher", entry)
+                self._plane.fail("", "chunks", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             self._waiting.append(_Work(shard, entry, rid, seq))
 
     def _claim(self) -> None:
-        # Each shard by its own teacher, and by the others in turn: its own may be at one long piece of work.
+        # A teacher claims in its own shards and, in turn, in the others': their teacher may be busy for long.
         self._turn_of = (self._turn_of + 1) % self._plane.shards
         shards = sorted({*self._mine, self._turn_of})
         claimed = self._plane.claim_chunks(self._worker, idle_s=self._config.liveness.claim_s, count=32, shards=shards)
@@ -181,7 +179,7 @@ class TeacherWorker:
             if (stream, entry[0]) not in known:
                 self._note([(stream, entry)])
 
-    def _say_alive(self) -> None:
+    def _report_alive(self) -> None:
         metrics.turned("teacher")
         metrics.busy_ratio.labels("teacher").set(self._busy.share)
         self._plane.seen(
@@ -199,7 +197,7 @@ class TeacherWorker:
         if not loaded:
             return
         if self._config.deterministic:
-            self._scorer.forget()  # a chunk by itself, from its prompt on: the same shapes whoever scores it, and when
+            self._scorer.forget()  # score each chunk alone, from its prompt on: the same tensor shapes in every run
         before = self._scorer.rebuilt_tokens
         self._score_or_part(loaded)
         metrics.rebuilt_tokens.inc(self._scorer.rebuilt_tokens - before)
@@ -207,8 +205,8 @@ class TeacherWorker:
         metrics.slots_busy.labels("teacher").set(self._scorer.held)
 
     def _next(self, work: list[_Work]) -> list[_Work]:
-        """What to score now. A rollout that may end this process waits until nothing else does, so that it takes nobody
-        with it; and is given up once it has ended so many that it was begun in."""
+        """What to score now. A rollout that may crash this process waits until no other does, so that the others do not
+        fail with it. It is given up after `max_attempts` such attempts."""
         good = [one for one in work if one.rid not in self._alone]
         if good or not work:
             self._waiting += [one for one in work if one.rid in self._alone]
@@ -218,11 +216,11 @@ class TeacherWorker:
         begun, most = self._plane.attempt(rid, "teacher"), self._config.liveness.max_attempts
         if begun <= most:
             return [one for one in work if one.rid == rid]
-        self._give_up(work[0], f"{begun - 1} teachers ended while they scored it, and nothing else", attempts=1)
+        self._give_up(work[0], f"{begun - 1} teachers ended while scoring only this rollout", attempts=1)
         return []
 
     def _score_or_part(self, loaded: list[_Loaded]) -> None:
-        """Score and store. Of what fails together each half is tried, down to the rollout that fails by itself."""
+        """Score and store. If a batch fails, each half is tried, down to the single rollout that fails."""
         loaded, requests = self._requests(loaded)
         if not requests:
             return
@@ -230,7 +228,7 @@ class TeacherWorker:
         if error is None:
             self._store(loaded, scored)
         elif out_of_memory(error) and not self._config.deterministic and (tokens := self._scorer.economize()):
-            # No rollout's fault: deterministic runs alone may not change what is computed at once.
+            # No rollout is at fault. A deterministic run must not change its batches, so there it counts as a failure.
             log.warning("out of memory: at most %d tokens in a forward from now on (%s)", tokens, brief(error))
             self._score_or_part(loaded)
         elif len(rids := sorted({one.work.rid for one in loaded})) > 1:
@@ -241,12 +239,12 @@ class TeacherWorker:
             self._count_failure(loaded, error)
 
     def _answers(self, requests: list[ScoreRequest]) -> tuple[list[Scored], Exception | None]:
-        """The scores, or what a model that may do anything raised; the cache is then as if it had never been asked."""
+        """The scores, or the error that the model raised; the cache then holds nothing of these requests."""
         try:
             with metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
                 scored = self._scorer.score(requests)
         except Exception as error:
-            failed = error.with_traceback(None)  # whose frames hold what memory is short of
+            failed = error.with_traceback(None)  # its frames keep tensors in memory
         else:
             metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
             return scored, None
@@ -254,7 +252,7 @@ class TeacherWorker:
         return [], failed
 
     def _count_failure(self, loaded: list[_Loaded], error: Exception) -> None:
-        """Of a rollout that fails by itself. Raises EngineBroken where it is this process that cannot score."""
+        """Count a failure of a single rollout. Raises EngineBroken if this process is at fault."""
         work = loaded[0].work
         if work.rid in self._alone:
             self._plane.attempt_over(work.rid, "teacher")
@@ -264,7 +262,7 @@ class TeacherWorker:
         self._give_up(work, brief(error))
 
     def _load(self, work: list[_Work]) -> list[_Loaded]:
-        """Read what the notices point at, in the order of seq, each chunk once; notices without work are taken off."""
+        """Read the chunks of the notices, in the order of seq, each once; acknowledge notices without work."""
         work = sorted({(one.rid, one.seq): one for one in reversed(work)}.values(), key=lambda one: (one.rid, one.seq))
         answers = self._plane.fields((one.rid, _wanted(one.seq)) for one in work)
         loaded, over = [], []
@@ -278,18 +276,18 @@ class TeacherWorker:
                 loaded.append(self._decode(one, head, tokens, support or b"", before))
             except MessageError as error:
                 self._give_up(one, str(error))
-        self._plane.call_all(over)  # nothing to score any more: the script only takes the notices off
+        self._plane.call_all(over)  # nothing left to score: the script only acknowledges the notices
         return loaded
 
     def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes, before: bytes | None) -> _Loaded:
         parts = RolloutHead.decode(head), ChunkTokens.decode(tokens), ChunkSupport.decode(support)
         one = _Loaded(work, *parts, tokens, before)
         if one.tokens.seq != work.seq or support_digest(support) != one.tokens.digest:
-            raise MessageError("the chunk's support is not the one that its tokens name")
+            raise MessageError("the chunk's support does not have the digest in its tokens")
         if one.support.support_ids.shape != (len(one.tokens.tokens), self._support):
             raise MessageError(f"the chunk's support is not [tokens, {self._support}]")
         if (one.support.tail_logprobs is None) != self._whole:
-            raise MessageError("the chunk has a tail where there is none, or none where there is one")
+            raise MessageError("the chunk has a tail although its support holds every outcome, or lacks the tail")
         highest = max(one.tokens.tokens.max(), one.support.support_ids.max(initial=0), one.head.prompt.max())
         if highest >= self._vocab_size:
             raise MessageError(f"token id {highest} is outside the vocabulary of {self._vocab_size}")
@@ -298,13 +296,13 @@ class TeacherWorker:
         return one
 
     def _requests(self, loaded: list[_Loaded]) -> tuple[list[_Loaded], list[ScoreRequest]]:
-        """What to ask, and for which chunks: those whose earlier chunks cannot be read are given up."""
+        """The requests, and their chunks; a chunk whose earlier chunks cannot be read is given up."""
         good, requests = [], []
         reached: dict[str, int] = {}
         broken: set[str] = set()
         for one in loaded:
             start, rid = one.tokens.start, one.work.rid
-            if rid in broken:  # one attempt of a rollout a turn
+            if rid in broken:  # one attempt per rollout and iteration
                 self._waiting.append(one.work)
                 continue
             if start and rid not in reached and (one.before is None or self._latest.get(rid) != one.before):
@@ -331,21 +329,21 @@ class TeacherWorker:
         return good, requests
 
     def _prefix(self, one: _Loaded) -> Ints:
-        """The completion before a chunk, off the record. Raises MessageError."""
+        """The completion before a chunk, from the record. Raises MessageError."""
         seqs, start = range(one.work.seq), one.tokens.start
         if len(seqs) > start:  # a chunk has at least a token
             raise MessageError(f"{start} tokens cannot be {len(seqs)} chunks")
         names = ["head", "verdict", *map(tokens_field, seqs)]
         head, verdict, *stored = self._plane.fields([(one.work.rid, names)])[0]
-        if head is None or verdict is not None:  # over meanwhile: anything of the right length serves
-            return np.zeros(start, np.int32)  # its score is refused
+        if head is None or verdict is not None:  # ended meanwhile: any prefix of this length will do
+            return np.zeros(start, np.int32)  # the score will be refused
         prefix: Ints = np.zeros(0, np.int32)
         for seq, data in zip(seqs, stored, strict=True):
             if data is None:
                 raise MessageError(f"chunk {seq} is missing")
             chunk = ChunkTokens.decode(data)
             if (chunk.seq, chunk.start) != (seq, len(prefix)):
-                raise MessageError(f"chunk {chunk.seq} from token {chunk.start} stands as chunk {seq}")
+                raise MessageError(f"chunk {chunk.seq} from token {chunk.start} is stored as chunk {seq}")
             prefix = np.concatenate((prefix, chunk.tokens))
         if len(prefix) != start:
             raise MessageError(f"{len(prefix)} tokens are stored before token {start}")
@@ -354,7 +352,7 @@ class TeacherWorker:
         return prefix
 
     def _store(self, loaded: list[_Loaded], scored: list[Scored]) -> None:
-        """Store what can be stored in one round trip; give up what cannot."""
+        """Store the scores in one round trip; give up chunks whose scores are not finite."""
         good, calls = [], []
         for one, answer in zip(loaded, scored, strict=True):
             work = one.work
@@ -376,45 +374,42 @@ class TeacherWorker:
             self._latest[one.work.rid] = one.record
             if reply is ScoreAnswer.ENDED or one.tokens.finish:
                 self._drop(one.work.rid)
-        if len(self._latest) > 4 * self._scorer.slots:  # evicted since, and perhaps over
+        if len(self._latest) > 4 * self._scorer.slots:  # some are evicted or have ended
             self._latest = {rid: record for rid, record in self._latest.items() if self._scorer.cached(rid) >= 0}
 
     def _drop(self, rid: str) -> None:
-        """Forget a rollout that is over."""
+        """Forget a rollout that has ended."""
         self._scorer.drop(rid)
         self._alone.discard(rid)
         self._latest.pop(rid, None)
 
     def _give_up(self, work: _Work, reason: str, attempts: int | None = None) -> None:
-        """Count an attempt; `attempts`: how many there may be, if not as many as the config allows."""
+        """Count an attempt; `attempts`: how many are allowed, by default `liveness.max_attempts`."""
         log.warning("chunk %d of rollout %s cannot be scored: %s", work.seq, work.rid, reason)
         at = (f"chunks:{work.shard}", "teacher", work.entry)
         most = attempts or self._config.liveness.max_attempts
         if self._plane.fail(work.rid, "teacher", reason, max_attempts=most, at=at):
-            metrics.dead_letters.labels("teacher").inc()
             self._drop(work.rid)
         else:
             self._waiting.append(work)
 
 
 def _wanted(seq: int) -> list[str]:
-    """What a notice points at, and the chunk before it."""
+    """The fields that a notice needs: of its chunk, and the tokens of the previous chunk."""
     return ["head", "verdict", divergence_field(seq), tokens_field(seq), support_field(seq), tokens_field(seq - 1)]
 
 
 def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
-    """Divergence and log-probabilities of a chunk, encoded. Raises ValueError where they are not finite."""
+    """Divergence and log-probabilities of a chunk, encoded. Raises ValueError if they are not finite."""
     divergence = coarse_reverse_kl(
         one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs, scored.tail_logprobs
     )
     support = ScoreSupport(
-        teacher_logprobs=scored.teacher_logprobs,
-        tail_logprobs=scored.tail_logprobs,
-        sampled_logprobs=scored.sampled,
+        teacher_logprobs=scored.teacher_logprobs, tail_logprobs=scored.tail_logprobs, sampled_logprobs=scored.sampled
     )
     return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
 
 
 def rendezvous(shard: int, teachers: list[str]) -> str:
-    """The teacher with the highest hash serves the shard: when one comes or goes, only its shards move."""
+    """The teacher with the highest hash serves the shard: if one joins or leaves, only its shards move."""
     return max(teachers, key=lambda name: hashlib.blake2b(f"{name}:{shard}".encode(), digest_size=8).digest())

@@ -88,24 +88,9 @@ class Unbooked:
     ) -> BookLine:
         """`facts`: the FACTS of its record. `active`: whether the policy could cut by a threshold; `judge`: whether a
         completion of a problem is right."""
-        head, length, entry = facts
-        return replace(
-            self._ended_line(rid, head, length, active, judge),
-            admitted_unix_s=_moment(entry),
-            verdict_unix_s=self.verdict_unix_s,
-            ended_unix_s=self.ended_unix_s,
-        )
-
-    def _ended_line(
-        self,
-        rid: str,
-        head_bytes: bytes | None,
-        length: bytes | None,
-        active: Callable[[float | None], bool],
-        judge: Callable[[int, Ints], bool | None],
-    ) -> BookLine:
         assert self.ending is not None
         ending, reason, staleness = self.ending
+        head_bytes, length, entry = facts
         generated = self.generated
         if generated is None:  # its writer died or never reported it: the stored chunks
             generated = 0
@@ -114,7 +99,7 @@ class Unbooked:
             except MessageError as error:
                 log.warning("rollout %s is booked with no tokens beyond its verdict: %s", rid, error)
         if (verdict := self.verdict) is not None:
-            return line_of(
+            line = line_of(
                 verdict,
                 ending=ending,
                 reason=reason,
@@ -123,14 +108,17 @@ class Unbooked:
                 active=active(verdict.threshold),
                 correct=judge(verdict.problem, verdict.tokens),
             )
-        arm, problem = "treated", 0
-        if head_bytes is not None:
+        else:
+            arm, problem = "treated", 0
             try:
-                head = RolloutHead.decode(head_bytes)
-                arm, problem = head.arm, head.problem
+                if head_bytes is not None:
+                    head = RolloutHead.decode(head_bytes)
+                    arm, problem = head.arm, head.problem
             except MessageError:
                 log.warning("rollout %s: its head cannot be read; booked as treated", rid)
-        return unjudged_line(rid, arm, problem, ending=ending, reason=reason, generated=generated)
+            line = unjudged_line(rid, arm, problem, ending=ending, reason=reason, generated=generated)
+        verdict_s, ended_s = self.verdict_unix_s, self.ended_unix_s
+        return replace(line, admitted_unix_s=_moment(entry), verdict_unix_s=verdict_s, ended_unix_s=ended_s)
 
 
 def _moment(entry: bytes | None) -> float | None:

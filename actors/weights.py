@@ -1,4 +1,4 @@
-"""Weights for a rollout worker: the file that was announced is read beside the writing, and taken once it is there."""
+"""Weights for a rollout worker: a thread reads the announced file while the worker generates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from common import metrics
 from common.wire.weights import BadWeights, WeightsRef, read_pointer, verified
 
 log = logging.getLogger("katana.rollout")
-_AGAIN_S = 2.0  # before refused weights are looked at again: they are large, and will be no better
+_AGAIN_S = 2.0  # before refused weights are read again: they are large, and rarely better
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One version in memory: `state` by the model's names, on the CPU; `step`: the step that it is of."""
+    """One version in memory. `state`: tensors by the model's names, on the CPU; `step`: the optimizer step."""
 
     version: int
     step: int
@@ -29,14 +29,14 @@ class Weights:
 
 
 class WeightsReader:
-    """Reads one version at a time out of a run's `weights/`, in a thread of its own.
+    """Reads one version at a time from a run's `weights/`, in its own thread.
 
     `refused` is called with a version that could not be read.
     """
 
     def __init__(self, folder: Path, refused: Callable[[int], None] = lambda version: None) -> None:
         self._folder, self._refused = folder, refused
-        self._thread: threading.Thread | None = None  # with `_ref`: what is being read, or waits to be taken
+        self._thread: threading.Thread | None = None  # reads `_ref`, or has read it
         self._ref: WeightsRef | None = None
         self._found: Weights | Exception | None = None
         self._again_at = 0.0
@@ -44,12 +44,12 @@ class WeightsReader:
     def newer(
         self, pointer: Mapping[str, str], at_work: int, *, step: int | None = None, wait: bool = False
     ) -> Weights | None:
-        """What the policy pointer announced, if it is newer than the version at work and has been read; asked at every
-        turn. `step`: only of that step. `wait`: until it has been read.
+        """The weights that the policy pointer announced, if they are newer than version `at_work` and have been read;
+        called at every iteration. `step`: only weights of that step. `wait`: block until they have been read.
 
-        A version that was read is handed over even if a newer one was announced meanwhile: where reading takes longer
-        than the steps between two versions, none would ever come otherwise. One that could not be read is refused and
-        looked at again after a while, but for one whose file has made room for a newer one's.
+        A version that was read is returned even if a newer one was announced meanwhile; otherwise none would ever be,
+        if reading takes longer than the interval between versions. A version that could not be read is refused and
+        read again later, unless a newer one was announced meanwhile: then its file may be deleted.
         """
         try:
             ref, of_step = read_pointer(pointer) or (None, 0)
@@ -71,12 +71,12 @@ class WeightsReader:
         return found
 
     def _due(self, step: int | None) -> bool:
-        """Whether to look at what was refused: a rollout that waits for its step's weights has nothing else to do."""
+        """Whether to read refused weights again; always if a rollout waits for the weights of its step."""
         return step is not None or time.monotonic() >= self._again_at
 
     def _refuse(self, error: Exception, at_work: int) -> None:
         metrics.dead_letters.labels("weights").inc()
-        log.warning("weights refused, going on with version %d: %s", at_work, error)
+        log.warning("weights refused, continuing with version %d: %s", at_work, error)
         self._again_at = time.monotonic() + _AGAIN_S
 
     def _begin(self, ref: WeightsRef, step: int) -> None:
@@ -86,7 +86,7 @@ class WeightsReader:
 
     def _read(self, ref: WeightsRef, step: int) -> None:
         try:
-            # Not load_file: safetensors 0.8 keeps 1.5 kB at each call, 190 MB a day at 1.5 versions a second.
+            # Not load_file: safetensors 0.8 leaks 1.5 kB at each call, 190 MB a day at 1.5 versions a second.
             self._found = Weights(ref.version, step, load(verified(self._folder, ref)))
         except Exception as error:
             self._found = error

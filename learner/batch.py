@@ -1,8 +1,7 @@
-"""Trajectories, and the micro-batches that the learner cuts a batch of them into.
+"""Trajectories, and the micro-batches into which the learner splits a batch of them.
 
-What the loss sees is flat: the N kept tokens of a micro-batch one behind the other, without prompts and
-padding. Left out here: packing several trajectories into one row, which needs a block mask that not every
-model's attention takes.
+The loss gets flat tensors: the N kept tokens of a micro-batch in sequence, without prompts and padding. Left out here:
+packing several trajectories into one row, which needs a block mask that not every model's attention supports.
 """
 
 from __future__ import annotations
@@ -17,36 +16,36 @@ import torch
 from torch import Tensor
 
 Denominator = Literal["kept", "sequence", "generated"]
-"""What a batch's mean divides by: see `token_weights`."""
+"""The divisor of a batch's mean, see `token_weights`."""
 
 Shares = Callable[["Trajectory"], npt.NDArray[np.float64]]
-"""How much each kept token of a trajectory counts, float64 [n], at least 0: see `learner.weighting`."""
+"""The share of each kept token of a trajectory, float64 [n], at least 0, see `learner.weighting`."""
 
 PADDING_ID = 0
-"""Any id the embedding holds: what stands at a padded place reaches no kept token (see `_micro_batch`)."""
+"""Any id of the embedding: padding does not affect kept tokens (see `_micro_batch`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """What is trained on: one rollout, trimmed to the tokens its verdict kept.
+    """A training example: one rollout, trimmed to the tokens that its verdict kept.
 
     rid: the rollout's id; arm: "treated" or "control".
     prompt: int32 [m], m >= 1.
     tokens: int32 [n], n >= 1, the kept tokens only.
     support_ids: int32 [n, K], the outcomes of the support besides STOP.
     teacher_logprobs: float32 [n, K+1] nats; column 0 is STOP, column k+1 belongs to support_ids[:, k].
-    teacher_tail: float32 [n] nats; None where support and STOP are all outcomes there are.
+    teacher_tail: float32 [n] nats; None if support and STOP are all outcomes.
     teacher_sampled: float32 [n] nats, the teacher's log-probability of the sampled outcome (STOP's for a
         stop token).
     rollout_logprobs: float32 [n] nats, the same under the student that sampled it, at temperature 1, before top-p.
-    sampling_logprobs: float32 [n] nats, the same as it was sampled, after temperature and top-p.
+    sampling_logprobs: float32 [n] nats, the same after temperature and top-p, as it was sampled.
     oldest_version: the oldest policy version among the kept tokens.
-    generated: tokens that its verdict saw, up to the trigger where it was cut, n or more; 0 stands for n.
-    finish_reason, threshold: as in the verdict. fired: whether the policy did, applied or not (control arm, mask,
-        shadow). repetition: of all its tokens, see `learner.drift`. These four are looked at, nothing else.
+    generated: tokens that its verdict saw, up to the trigger if it was cut; n or more; 0 means n.
+    finish_reason, threshold: as in the verdict. fired: whether the policy fired, applied or not (control arm, mask,
+        shadow). repetition: of all its tokens, see `learner.drift`. These four are only for metrics.
 
-    Raises ValueError, naming rollout and field, where a dtype or shape is another, or a log-probability
-    not finite: this is the last door before the weights, and one NaN behind it ends a run.
+    Raises ValueError, with rollout and field, for a wrong dtype or shape, or a log-probability that is not finite:
+    this is the last check before training, and one NaN would end a run.
     """
 
     rid: str
@@ -69,7 +68,7 @@ class Trajectory:
     def __post_init__(self) -> None:
         self._check("prompt", np.int32, None)
         self._check("tokens", np.int32, None)
-        if not len(self.prompt):  # on its last token stand the logits of the first kept one
+        if not len(self.prompt):  # the logits at its last token predict the first kept one
             raise ValueError(f"trajectory {self.rid}: prompt is empty")
         if not len(self.tokens):
             raise ValueError(f"trajectory {self.rid}: tokens is empty; such a rollout is dropped, not trained on")
@@ -108,19 +107,18 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """b trajectories right-padded to the longest, T tokens, and what the loss needs of their N kept tokens.
+    """b trajectories, right-padded to the longest (T tokens), and the loss's inputs for their N kept tokens.
 
-    Flat tensors run row by row, within a row in the order of writing: the order in which
-    `logits[logit_mask]` selects.
+    Flat tensors are in the order of `logits[logit_mask]`: row by row, within a row in the order of writing.
 
     rids: the b rollouts, in row order.
     input_ids: int64 [b, T].
-    logit_mask: bool [b, T], True at the N positions *before* each kept token: whose logits it was drawn from.
+    logit_mask: bool [b, T], True at the N positions *before* the kept tokens, whose logits predict them.
     targets: int64 [N], the kept tokens.
     support_ids: int64 [N, K]; teacher_logprobs: float32 [N, K+1]; teacher_tail: float32 [N] or None.
     teacher_sampled, rollout_logprobs, sampling_logprobs: float32 [N] nats.
-    weights: float32 [N], each token's share in the *whole batch's* mean, so that the batch's loss is the
-        sum of `(weights * token_losses).sum()` over its micro-batches, however it was cut.
+    weights: float32 [N], each token's weight in the mean of the *whole batch*: the batch's loss is the
+        sum of `(weights * token_losses).sum()` over its micro-batches, however it was split.
     """
 
     rids: tuple[str, ...]
@@ -137,7 +135,7 @@ class MicroBatch:
 
     @property
     def kept_tokens(self) -> int:
-        """N, the tokens that the loss falls on."""
+        """N, the number of tokens in the loss."""
         return self.targets.shape[0]
 
     def to(self, device: torch.device | str) -> MicroBatch:
@@ -148,7 +146,7 @@ class MicroBatch:
 
 
 def uniform(trajectory: Trajectory) -> npt.NDArray[np.float64]:
-    """Every kept token counts alike."""
+    """The same share for every kept token."""
     return np.ones(len(trajectory.tokens))
 
 
@@ -157,13 +155,13 @@ def token_weights(
 ) -> list[npt.NDArray[np.float64]]:
     """Return, for each trajectory, the weight of each of its kept tokens in the batch's mean, float64 [n].
 
-    kept: share / (sum of the batch's shares): every kept token counts alike, long trajectories more than short ones.
-    sequence: share / (sum of this trajectory's shares x trajectories): every trajectory counts alike.
-    generated: share / (tokens generated of the batch): what is cut counts as a loss of 0, so that cutting does not
-        raise the weight of what is left.
+    kept: share / (sum of the batch's shares): all kept tokens count the same, long trajectories more than short ones.
+    sequence: share / (sum of this trajectory's shares x trajectories): all trajectories count the same.
+    generated: share / (tokens generated in the batch): a cut token counts as a loss of 0, so that cutting does not
+        raise the weight of the kept tokens.
 
-    All weights of `kept` and `sequence` sum to 1 (0 where no token has a share; a trajectory without one counts 0).
-    Raises ValueError for another denominator.
+    All weights of `kept` and `sequence` sum to 1 (0 if no token has a share; a trajectory without shares counts 0).
+    Raises ValueError for an unknown denominator.
     """
     counted = [shares(trajectory) for trajectory in trajectories]
     if denominator == "kept":
@@ -178,20 +176,15 @@ def token_weights(
 
 
 def micro_batches(
-    trajectories: Sequence[Trajectory],
-    *,
-    max_tokens: int,
-    denominator: Denominator = "kept",
-    shares: Shares = uniform,
+    trajectories: Sequence[Trajectory], *, max_tokens: int, denominator: Denominator = "kept", shares: Shares = uniform
 ) -> list[MicroBatch]:
-    """Cut a batch into micro-batches of like length, of at most `max_tokens` padded tokens each.
+    """Split a batch into micro-batches of similar length, of at most `max_tokens` padded tokens each.
 
-    Padded tokens are rows x longest; a trajectory that is longer by itself stands alone. The order is by
-    length, longest first (a device too small says so at the first step), then by rid: a function of the
-    set alone, so that neither the order of arrival nor a restart changes the order in which gradients are
-    summed.
+    Padded tokens are rows x longest; a trajectory that is longer than `max_tokens` is alone in its micro-batch. The
+    order is by length, longest first (so a device that is too small fails at the first step), then by rid: it depends
+    only on the set, so neither the order of arrival nor a restart changes the order in which gradients are summed.
 
-    Raises ValueError for max_tokens < 1, or where trajectories differ in K or in having a tail.
+    Raises ValueError for max_tokens < 1, or if trajectories differ in K or in having a tail.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
@@ -200,7 +193,7 @@ def micro_batches(
     ordered = sorted(zip(trajectories, weights, strict=True), key=lambda row: (-row[0].length, row[0].rid))
     groups: list[list[tuple[Trajectory, npt.NDArray[np.float64]]]] = []
     for row in ordered:
-        # Longest first: the first row of a group is as long as its padding will ever be.
+        # Longest first: a group is padded to its first row.
         if groups and (len(groups[-1]) + 1) * groups[-1][0][0].length <= max_tokens:
             groups[-1].append(row)
         else:
@@ -209,7 +202,7 @@ def micro_batches(
 
 
 def _check_alike(trajectories: Sequence[Trajectory]) -> None:
-    """Raise ValueError unless all trajectories have the same K, and all or none a tail."""
+    """Raise ValueError unless all trajectories have the same K, and either all or none have a tail."""
     for trajectory in trajectories[1:]:
         first = trajectories[0]
         if trajectory.support_ids.shape[1] != first.support_ids.shape[1]:
@@ -222,20 +215,19 @@ def _check_alike(trajectories: Sequence[Trajectory]) -> None:
 
 
 def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[npt.NDArray[np.float64]]) -> MicroBatch:
-    """Pad and flatten `rows`, the longest of which stands first."""
+    """Pad and flatten `rows`; the first is the longest."""
     # Right padding needs no attention mask: attention is causal, so no position sees one to its right, and
-    # all padding is to the right of every token that counts. Rotary positions count from 0 at the row's
-    # left end, as they did when the row was sampled. The padded positions compute something that nothing
-    # selects: no gradient either.
+    # all padding is to the right of every token that counts. Rotary positions count from 0 at the left end
+    # of the row, as in sampling. Outputs at padded positions are never selected, so they have no gradient.
     input_ids = np.full((len(rows), rows[0].length), PADDING_ID, dtype=np.int64)
     logit_mask = np.zeros(input_ids.shape, dtype=np.bool_)
     for row, trajectory in enumerate(rows):
         input_ids[row, : trajectory.length] = np.concatenate([trajectory.prompt, trajectory.tokens])
-        # The logits at position i are for the token at i + 1.
+        # The logits at position i predict the token at i + 1.
         logit_mask[row, len(trajectory.prompt) - 1 : trajectory.length - 1] = True
 
     def flat(name: str) -> Tensor:
-        # Concatenating copies, a single array too: those off the wire are read-only, which torch refuses.
+        # np.concatenate copies even a single array: arrays from the wire are read-only, which torch refuses.
         return torch.from_numpy(np.concatenate([getattr(trajectory, name) for trajectory in rows]))
 
     return MicroBatch(

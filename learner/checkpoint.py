@@ -1,15 +1,14 @@
-"""Checkpoints: all that a learner needs to go on as if it had never stopped.
+"""Checkpoints: all that a learner needs to continue as if it had never stopped.
 
     checkpoints/step-00000012/    model.safetensors       each tensor once, tied ones under their first name
                                   optimizer.safetensors   "{parameter}/{exp_avg | exp_avg_sq | step}"
-                                  state.json              counters, what was consumed, random number states
-                                  manifest.json           size and sha256 of the three others; written last
+                                  state.json              counters, consumed rollouts, random number states
+                                  manifest.json           size and sha256 of the other three; written last
     checkpoints/step-00000012.tmp/   being written, or left by a crash: never read, removed by the next save
-    checkpoints/step-00000012.old/   an earlier checkpoint of the same step, while the new one takes its place
+    checkpoints/step-00000012.old/   an earlier checkpoint of the same step, while the new one replaces it
 
-The invariant: when `save` returns, its checkpoint survives a power cut; until then, the one before it
-does. What was consumed is acknowledged only after `save` returned, so a checkpoint that were lost later
-would lose trajectories.
+The invariant: when `save` returns, its checkpoint survives a power cut; until then, the previous one does. Consumed
+trajectories are acknowledged only after `save` has returned, so losing a checkpoint after that would lose them.
 
 No pickle anywhere: loading a checkpoint runs no code from it. Left out: sharded (FSDP) states.
 """
@@ -40,27 +39,27 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
-"""What of a parameter group the update depends on; foreach, fused and the like belong to the device."""
+"""The keys of a parameter group that affect the update; foreach, fused and similar ones depend on the device."""
 
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")
 
 
 class TornCheckpointError(RuntimeError):
-    """A checkpoint is not what was saved: the named file is missing, short, altered or unreadable."""
+    """A checkpoint differs from what was saved: a file is missing, short, altered or unreadable."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointState:
     """A learner between two steps.
 
-    step: optimizer steps done. policy_version: the newest version published (a count of its own).
-    consumed: ids of the rollouts that this state has taken in: what may be acknowledged once it is saved,
-        and what must not be trained on again.
+    step: optimizer steps done. policy_version: the newest published version (a separate count).
+    consumed: ids of the rollouts that this state was trained on: they may be acknowledged once it is saved, and must
+        not be trained on again.
     counters: running totals, e.g. of tokens.
     model: tensors by name, each once. optimizer: tensors by "{parameter}/{key}".
     optimizer_groups: for each parameter group its parameters' "names" and its hyperparameters.
-    rng: generator states by device: "cpu", and "cuda:0" ... where CUDA is in use.
+    rng: generator states by device: "cpu", and "cuda:0" ... if CUDA is in use.
     """
 
     step: int
@@ -87,9 +86,8 @@ def capture(
 ) -> CheckpointState:
     """Return a snapshot, copied to the CPU, of model, optimizer and torch's random number generators.
 
-    The copy is what makes it a state: training on changes parameters and moments in place. Raises
-    ValueError where the optimizer holds a parameter that is none of the model's, or a state that is no
-    tensor.
+    The copy is needed because further training changes parameters and moments in place. Raises ValueError if the
+    optimizer holds a parameter that is not the model's, or a state that is not a tensor.
     """
     groups = _group_names(model, optimizer)
     moments = {
@@ -114,12 +112,12 @@ def capture(
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> None:
-    """Put `state` into a model and an optimizer of the same make, in place, and into torch's generators.
+    """Restore `state` in place into a model and an optimizer of the same kind, and into torch's generators.
 
-    Training goes on bit for bit as it would have from the captured state (on the same device and
-    versions). Tied tensors are written once and stay tied. `state` itself is copied from, never shared.
+    Training continues bit for bit as from the captured state (on the same device and versions). Tied tensors are
+    written once and stay tied. `state` is copied, never shared.
 
-    Raises ValueError, before anything is changed, where names, shapes, dtypes or parameter groups differ.
+    Raises ValueError, before anything is changed, if names, shapes, dtypes or parameter groups differ.
     """
     targets = untied_tensors(model)
     _check_tensors("model", targets, state.model)
@@ -132,8 +130,8 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Che
 
 
 def untied_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the live parameters and persistent buffers by name, tied ones once, by their first name."""
-    # keep_vars: without it every entry is a fresh view, and a tied tensor is two objects.
+    """Return the parameters and persistent buffers themselves by name; tied ones once, under their first name."""
+    # keep_vars: without it every entry is a new view, and a tied tensor is two objects.
     by_identity: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         by_identity.setdefault(id(tensor), (name, tensor))
@@ -147,7 +145,7 @@ def _snapshot(name: str, value: object) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Return a hyperparameter as JSON: a learning rate may be a tensor, and betas are a tuple."""
+    """Return a hyperparameter as JSON: a learning rate may be a tensor, betas are a tuple."""
     if isinstance(value, Tensor):
         return value.item()
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
@@ -167,7 +165,7 @@ def _check_tensors(what: str, targets: Mapping[str, Tensor], saved: Mapping[str,
     if missing := sorted(targets.keys() - saved.keys()):
         raise ValueError(f"{what}: the checkpoint lacks {', '.join(missing)}")
     if unknown := sorted(saved.keys() - targets.keys()):
-        raise ValueError(f"{what}: the checkpoint's {', '.join(unknown)} have no place")
+        raise ValueError(f"{what}: the checkpoint has {', '.join(unknown)}, which the {what} lacks")
     for name, target in targets.items():
         have, want = saved[name], target
         if have.shape != want.shape or have.dtype != want.dtype:
@@ -180,23 +178,23 @@ def _check_tensors(what: str, targets: Mapping[str, Tensor], saved: Mapping[str,
 def _packed_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState
 ) -> dict[str, Any]:
-    """Return `state`'s optimizer as `load_state_dict` wants it: parameters counted by position.
+    """Return the optimizer of `state` in the form of `load_state_dict`, which numbers the parameters.
 
-    Raises ValueError where it does not fit `optimizer`.
+    Raises ValueError if it does not match `optimizer`.
     """
     groups = _group_names(model, optimizer)
     if groups != [list(group["names"]) for group in state.optimizer_groups]:
-        raise ValueError("optimizer: the checkpoint's parameter groups hold other parameters, or in another order")
+        raise ValueError("optimizer: the parameter groups in the checkpoint differ in parameters or their order")
     parameters = dict(model.named_parameters())
     position = {name: index for index, name in enumerate(name for names in groups for name in names)}
     packed: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.optimizer.items():
         parameter, _, key = name.rpartition("/")
         if parameter not in position:
-            raise ValueError(f"optimizer: the checkpoint's {name} has no place")
-        if tensor.dim() and tensor.shape != parameters[parameter].shape:  # without dimensions: the step
+            raise ValueError(f"optimizer: the checkpoint has {name}, which the model lacks")
+        if tensor.dim() and tensor.shape != parameters[parameter].shape:  # a scalar is the step
             raise ValueError(f"optimizer: {name} is {list(tensor.shape)}, the parameter another shape")
-        # load_state_dict keeps the tensors it is given, and steps write into them.
+        # load_state_dict does not copy, and steps would write into these tensors.
         packed.setdefault(position[parameter], {})[key] = tensor.clone()
     param_groups = [
         group | {key: _as_hyperparameter(saved[key]) for key in HYPERPARAMETERS if key in saved}
@@ -211,7 +209,7 @@ def _as_hyperparameter(value: Any) -> Any:
 
 def _rng_states() -> dict[str, bytes]:
     states = {"cpu": torch.get_rng_state()}
-    # Not is_available(): asking for the state of a device that nobody uses would start it.
+    # Not is_available(): reading the state of an unused device would initialize it.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states |= {f"cuda:{i}": tensor for i, tensor in enumerate(torch.cuda.get_rng_state_all())}
     return {device: tensor.numpy().tobytes() for device, tensor in states.items()}
@@ -228,16 +226,15 @@ def _set_rng_states(states: Mapping[str, bytes]) -> None:
             logger.warning("random number state of %s not restored: no such device here", device)
 
 
-# ------------------------------------------------------------------------------------------- to the disk
+# ------------------------------------------------------------------------------------------- saving
 
 
 def save(folder: Path, state: CheckpointState, *, keep: int) -> Path:
-    """Write `state` under `folder`, keep the newest `keep` checkpoints only, and return the new one's path.
+    """Write `state` under `folder`, keep only the newest `keep` checkpoints, and return the path of the new one.
 
-    On return the checkpoint is on the disk, by fsync. A crash at any moment before leaves the newest one
-    before it in force, also where that is of the same step. Checkpoints of later steps (torn, or
-    `load_newest` would have gone on from them) stay where they are. Raises ValueError for keep < 1 or a
-    state that is not JSON, OSError as it comes.
+    On return the checkpoint is on disk, by fsync. After a crash at any moment before that, the previous one is still
+    the newest, even if it is of the same step. Checkpoints of later steps (torn, or `load_newest` would have returned
+    them) are not touched. Raises ValueError for keep < 1 or a state that is not JSON, and OSError.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1")
@@ -251,7 +248,7 @@ def save(folder: Path, state: CheckpointState, *, keep: int) -> Path:
     unfinished = _unfinished(final)
     _write(unfinished, state)
     if final.exists():
-        # A directory cannot be replaced in one move: the former stays readable until the new one stands.
+        # A directory cannot be replaced atomically: the former stays readable until the new one is in place.
         former = final.with_name(f"{final.name}.old")
         if former.exists():
             _discard(former)
@@ -299,7 +296,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _fsync(path: Path) -> None:
-    """Bring a file's content, or a directory's entries, to the disk."""
+    """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -312,17 +309,17 @@ def _unfinished(path: Path) -> Path:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that one half removed never looks like one that was torn."""
+    """Remove a checkpoint. It is renamed first, so that a partly removed one never looks torn."""
     os.replace(path, _unfinished(path))
     shutil.rmtree(_unfinished(path))
 
 
 def _retain(folder: Path, step: int, keep: int) -> None:
-    """Discard all but the newest `keep` checkpoints up to `step`, and what they have replaced."""
+    """Discard all but the newest `keep` checkpoints up to `step`, and all replaced ones."""
     kept = 0
     for path in _checkpoints(folder):
         match = _NAME.fullmatch(path.name)
-        assert match is not None  # _checkpoints lists no other name
+        assert match is not None  # _checkpoints lists only such names
         if int(match[1]) > step:
             logger.warning("checkpoint %s is of a later step than the one just saved; left in place", path)
         elif match[2] or kept == keep:
@@ -331,15 +328,15 @@ def _retain(folder: Path, step: int, keep: int) -> None:
             kept += 1
 
 
-# ----------------------------------------------------------------------------------------- from the disk
+# ----------------------------------------------------------------------------------------- loading
 
 
 def load_newest(folder: Path) -> CheckpointState | None:
-    """Return the newest checkpoint under `folder` that is whole; None where there are none, or no folder.
+    """Return the newest good checkpoint under `folder`; None if there are none, or no folder.
 
-    One that is torn is passed over with a warning that says which file is wrong. Raises
-    TornCheckpointError where there are checkpoints and all are torn: beginning again from step 0 is for a
-    person to decide. Raises ValueError for a checkpoint of another format.
+    A torn one is skipped with a warning that names the bad file. Raises TornCheckpointError if there are checkpoints
+    and all are torn: an operator must decide whether to start again from step 0. Raises ValueError for a checkpoint
+    of another format.
     """
     paths = _checkpoints(folder) if folder.is_dir() else []
     torn = []
@@ -347,10 +344,10 @@ def load_newest(folder: Path) -> CheckpointState | None:
         try:
             state = load(path)
         except TornCheckpointError as error:
-            logger.warning("torn checkpoint passed over: %s", error)
+            logger.warning("torn checkpoint skipped: %s", error)
             torn.append(path)
             continue
-        for path in torn:  # kept for a person to look at, but no longer counted among the newest
+        for path in torn:  # kept for inspection, under a name that is not loaded
             os.replace(path, _free_name(path))
         return state
     if paths:
@@ -366,10 +363,10 @@ def _free_name(path: Path) -> Path:
 
 
 def load(path: Path) -> CheckpointState:
-    """Return the checkpoint in directory `path`, its tensors on the CPU.
+    """Return the checkpoint in directory `path`, with its tensors on the CPU.
 
-    Raises TornCheckpointError, naming the file, where one is missing, of another size or digest than the
-    manifest says, or not readable as what it is; ValueError for a checkpoint of another format.
+    Raises TornCheckpointError, with the file, if one is missing, unreadable, or differs in size or digest from the
+    manifest; ValueError for a checkpoint of another format.
     """
     _verify(path)
     tensors = {}
@@ -386,14 +383,14 @@ def load(path: Path) -> CheckpointState:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the directories of checkpoints, newest first, of one step the former one last."""
+    """Return the directories of checkpoints, newest first; of the same step the replaced one last."""
     found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     found.sort(key=lambda entry: (int(entry[0][1]), entry[0][2] is None), reverse=True)
     return [path for _, path in found]
 
 
 def _verify(path: Path) -> None:
-    """Raise TornCheckpointError unless the files are those that the manifest was written for."""
+    """Raise TornCheckpointError unless the files match the manifest."""
     manifest = path / MANIFEST
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))

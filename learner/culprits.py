@@ -1,6 +1,7 @@
-"""A step that cannot be taken: whose fault it is, found without a change to anything.
+"""Finds the trajectories at fault when a step fails, without changing any state.
 
-What is tried is given as a function: gradients of some trajectories, thrown away again; it says why there are none.
+The caller passes the trial as a function: it computes the gradients of some trajectories, discards them, and returns
+the reason if there are none.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ Attempt = Callable[[Sequence[Received]], str]
 
 
 class StepImpossible(RuntimeError):
-    """No step can be taken, and no trajectory is to blame."""
+    """No step is possible, and no trajectory is at fault."""
 
 
 def culprits(batch: Sequence[Received], why_not: Attempt) -> list[tuple[Received, str]]:
-    """Those that fail by themselves, with the reason: of a part that fails, each half is tried.
+    """The trajectories that fail alone, each with the reason, by trying each half of a failing part.
 
-    Empty where the whole fails and every part of it passes.
+    Empty if the batch passes, or if it fails but its parts pass.
     """
     if not batch or not (reason := why_not(batch)):
         return []
@@ -34,8 +35,8 @@ def culprits(batch: Sequence[Received], why_not: Attempt) -> list[tuple[Received
 
 
 def witness(like: Trajectory) -> Trajectory:
-    """A trajectory that any learner in order can be trained on: the prompt's first token and one more, as likely as all
-    others to its writer and to its teacher."""
+    """A trajectory that any working learner can train on: the prompt's first token twice, with uniform probabilities of
+    writer and teacher."""
     k = like.support_ids.shape[1]
     share = np.float32(-np.log(k + 2))
     return replace(

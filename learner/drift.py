@@ -1,7 +1,7 @@
-"""Drift guards: figures of a batch that move when training runs off with itself, whatever the loss says.
+"""Drift guards: figures of a batch that change when training degenerates, even if the loss looks good.
 
-None of them is trained on. They are of the trajectories that a step trains: a rollout that was cut at its first token
-(dropped as `empty`) or came too late (`stale`) is in none of them; the books have those.
+They are not in the loss. They cover the trajectories that a step trains on, not rollouts that were cut at their first
+token (dropped as `empty`) or came too late (`stale`); those are in the books.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from learner.batch import Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Of one batch; None where none of its trajectories can tell.
+    """Figures of one batch; None if no trajectory in it has the figure.
 
     repetition: mean over trajectories of `repetition`, of all tokens that were written and scored, kept or not.
     truncation_rate: share that ended at the length limit (finish reason `length`).
     cut_rate_treated, cut_rate_control: share in which the policy fired, applied or not, by arm; 0 while not active.
-        Control rollouts are written to their end and judged by the same threshold: theirs is what the rule makes of
-        whole rollouts. Where both rise step by step and repetition does not, it is the threshold that climbs.
-    threshold: mean of the numbers they were judged by, in the policy's unit, over those that have one.
+        Control rollouts are complete and judged by the same threshold, so their rate shows the policy on complete
+        rollouts. If both rise and repetition does not, the threshold is rising.
+    threshold: mean of the thresholds of the verdicts, in the policy's unit, over trajectories that have one.
     """
 
     repetition: float
@@ -36,7 +36,7 @@ class Drift:
 
 
 def drift_of(batch: Sequence[Trajectory]) -> Drift:
-    """Return the figures of a batch of at least one trajectory; every trajectory counts alike."""
+    """Return the figures of a batch of at least one trajectory; all trajectories have the same weight."""
     return Drift(
         repetition=sum(one.repetition for one in batch) / len(batch),
         truncation_rate=sum(one.finish_reason == "length" for one in batch) / len(batch),
@@ -51,14 +51,13 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def repetition(tokens: npt.NDArray[np.int32], vocab_size: int) -> float:
-    """Return the share of a text that deflate saves, 0 <= r < 1: near 1 in a loop, near 0 in noise.
+    """Return the share by which deflate compresses a text, 0 <= r < 1: near 1 for a loop, near 0 for noise.
 
         max(0, 1 - deflated bytes / raw bytes)
 
-    The raw bytes are the token ids one behind the other, each in as many bytes as vocab_size - 1 needs, the lowest
-    first. They are deflated as zlib does by default, without its header and checksum, which would outweigh a short
-    text. Ids that are few, or some of them frequent, save something too, and a longer text has more to repeat; another
-    tokenizer gives other values for the same text: compare within one model alone.
+    The raw bytes are the token ids in sequence, little-endian, each in as many bytes as vocab_size - 1 needs. They are
+    deflated with zlib's defaults, without header and checksum, which would dominate in a short text. A few frequent ids
+    and a longer text compress better too, and another tokenizer gives other values: compare only within one model.
 
     tokens: int32 [n], n >= 1, all below vocab_size.
     """

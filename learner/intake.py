@@ -1,7 +1,7 @@
-"""Trajectories in: from the stream and the rollouts' hashes to batches, in the order they came.
+"""Reads trajectories from the stream and the rollouts' hashes, and forms batches in the order of arrival.
 
-Nothing is acknowledged here: what was read stays pending until a checkpoint on disk covers it (or it is dropped), so
-a new learner finds it again.
+A trajectory stays pending after it is read, until a checkpoint on disk covers it or it is dropped, so that a new
+learner finds it again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import metrics
 from common.wire import scripts
 from common.wire.lease import Lease
-from common.wire.messages import (
-    ChunkSupport,
-    ChunkTokens,
-    MessageError,
-    RolloutHead,
-    ScoreSupport,
-    Verdict,
-    read_rid,
-)
+from common.wire.messages import ChunkSupport, ChunkTokens, MessageError, RolloutHead, ScoreSupport, Verdict, read_rid
 from common.wire.plane import Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
@@ -43,24 +34,24 @@ class Received:
 
 
 class Intake:
-    """Reads `trajectories`; what is stale at the moment it would be used is dropped and said."""
+    """Reads `trajectories`; drops those that are stale when they would be used."""
 
     def __init__(self, plane: Plane, lease: Lease, *, max_staleness: int, vocab_size: int) -> None:
         self._plane, self._lease = plane, lease
         self._max_staleness, self._vocab_size = max_staleness, vocab_size
         self._waiting: deque[Received] = deque()
-        self._held: set[bytes] = set()  # entries read and not taken off
+        self._held: set[bytes] = set()  # entries that are read and not acknowledged
         self._known: set[str] = set()  # their rollouts
         self._covered: frozenset[str] = frozenset()
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}
 
     def recover(self, consumed: Iterable[str]) -> None:
-        """Take up what an earlier learner was given. What its checkpoint covers is acknowledged, whenever it comes."""
+        """Take over what an earlier learner was given. What its checkpoint covers is acknowledged when it is read."""
         self._covered = frozenset(consumed)
         self._receive(self._lease.adopt("trajectories", "learner"))
 
     def batch(self, size: int, version: int, block_s: float) -> list[Received] | None:
-        """The next `size` usable trajectories, or None if they have not come yet."""
+        """The next `size` usable trajectories, or None if there are not enough yet."""
         if self._lease.adoption_due:
             self._receive(self._lease.adopt("trajectories", "learner"))
         self._drop_stale(version)
@@ -74,19 +65,18 @@ class Intake:
         return [self._waiting.popleft() for _ in range(size)]
 
     def put_back(self, batch: list[Received]) -> None:
-        """Let the next batch begin with these."""
+        """Put these at the start of the next batch."""
         self._waiting.extendleft(reversed(batch))
 
     def set_aside(self, one: Received, reason: str) -> None:
-        """A trajectory that cannot be trained on is dead, and leaves its reason."""
+        """Give up a trajectory that cannot be trained on: it is dead, with its reason as a dead letter."""
         rid = one.trajectory.rid
         log.warning("trajectory %s is set aside: %s", rid, reason)
-        metrics.dead_letters.labels("learner").inc()
         self._plane.fail(rid, "learner", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
         self.settle([Ending(one.entry, rid, "dead", "learner")])
 
     def settle(self, endings: list[Ending]) -> None:
-        """Take trajectories off with their endings: they cannot come again."""
+        """Acknowledge trajectories and send their endings: they are not delivered again."""
         for begin in range(0, len(endings), 64):
             self._lease.call(scripts.settle(endings[begin : begin + 64]))
         self._held.difference_update(ending.entry for ending in endings)
@@ -118,14 +108,14 @@ class Intake:
                 self._give_up(rid, str(error), entry)
 
     def _fresh(self, entry: bytes, values: dict[bytes, bytes]) -> str:
-        """The rollout that a notice names; '' where there is nothing more to do about it."""
+        """The rollout that a notice names; '' if there is nothing left to do for it."""
         try:
             rid = read_rid(values.get(b"rid"))
         except MessageError as error:
             self._refuse(entry, str(error), shown(values))
             return ""
         if entry in self._held:
-            return ""  # a group that was lost and made again delivers anew what is in our hands
+            return ""  # a consumer group that was recreated delivers again what we already hold
         if rid in self._covered:
             self.settle([Ending(entry, rid, "trained")])
             return ""
@@ -139,12 +129,12 @@ class Intake:
             return
         trajectory = read_trajectory(record, self._vocab_size)
         if trajectory.rid != rid:
-            raise MessageError(f"the record of {trajectory.rid!r:.40}")
+            raise MessageError(f"it holds the record of {trajectory.rid!r:.40}")
         self._waiting.append(Received(entry, trajectory))
         self._known.add(rid)
 
     def _refusal(self, rid: str, record: dict[bytes, bytes]) -> str:
-        """Why a notice has no trajectory to train on; '' where it has one."""
+        """Why a notice has no trajectory to train on; '' if it has one."""
         if not record:
             return "its rollout is gone"
         if rid in self._known or b"settled" in record:
@@ -152,22 +142,20 @@ class Intake:
         return "" if record.get(b"verdict", b"dead") != b"dead" else "its rollout has no verdict"
 
     def _refuse(self, entry: bytes, reason: str, what: bytes) -> None:
-        """Take a notice off that leads to no trajectory; no rollout ends by it."""
-        log.warning("a notice of a trajectory is taken off: %s", reason)
-        metrics.dead_letters.labels("trajectories").inc()
+        """Acknowledge a notice without a trajectory; this ends no rollout."""
+        log.warning("a notice in `trajectories` is removed: %s", reason)
         at = ("trajectories", "learner", entry)
         self._plane.fail("", "trajectories", reason, max_attempts=1, shown=what, at=at)
 
     def _give_up(self, rid: str, reason: str, entry: bytes) -> None:
-        """A rollout that has its verdict cannot die any more by the script: its ending says why it was left out."""
+        """End a rollout as dead. The script `fail` cannot do so after the verdict, so its ending states the reason."""
         log.warning("trajectory %s cannot be read: %s", rid, reason)
-        metrics.dead_letters.labels("trajectories").inc()
         self._plane.fail(rid, "trajectories", reason, max_attempts=1, shown=shown({b"rid": rid.encode()}))
         self.settle([Ending(entry, rid, "dead", "trajectories")])
 
 
 def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
-    """The kept part of a rollout's hash. Raises MessageError when the record does not hold what its verdict says."""
+    """The kept part of a rollout's hash. Raises MessageError if the record does not match its verdict."""
     head = RolloutHead.decode(record.get(b"head", b""))
     verdict = Verdict.decode(record.get(b"verdict", b""))
     chunks: list[ChunkTokens] = []
@@ -184,7 +172,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
         support = ChunkSupport.decode(part(support_field(seq)))
         teacher = ScoreSupport.decode(part(scores_field(seq)))
         if not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs) or chunk.start != read:
-            raise MessageError(f"chunk {seq}: its parts do not fit each other")
+            raise MessageError(f"chunk {seq}: its parts do not match")
         chunks.append(chunk)
         supports.append(support)
         teachers.append(teacher)
@@ -212,7 +200,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             rollout_logprobs=np.concatenate([support.rollout_logprobs for support in supports])[:keep],
             sampling_logprobs=np.concatenate([support.sampled_logprobs for support in supports])[:keep],
             oldest_version=min(chunk.policy_version for chunk in chunks),
-            # Not the writer's count: how far it overshoots depends on time, and what is trained may not.
+            # Not the writer's count: its overshoot depends on timing, and training must not.
             generated=verdict.trigger if verdict.stopped else len(verdict.tokens),
             finish_reason=verdict.finish_reason,
             fired=verdict.fired,

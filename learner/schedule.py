@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of how far the run is, so that a resumed learner needs no scheduler's state."""
+"""The learning rate as a pure function of the run's progress, so that a resumed learner needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Schedule = Literal["cosine", "constant"]
 def learning_rate(step: int, *, base: float, schedule: Schedule, warmup_steps: int, max_steps: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Steps 0 ... warmup_steps - 1 rise linearly from base / warmup_steps to base (the first step is never
-    lost on a rate of 0). From there `constant` stays, and `cosine` falls to 0 at max_steps along half a
-    cosine (SGDR without restarts, arXiv 1608.03983); the last step of a run, max_steps - 1, still moves.
-    Past max_steps cosine stays at 0, also where the warm-up is longer than the run.
+    In steps 0 ... warmup_steps - 1 the rate rises linearly from base / warmup_steps to base (so the first
+    step has a rate above 0). After that `constant` stays at base, and `cosine` falls to 0 at max_steps along
+    half a cosine (SGDR without restarts, arXiv 1608.03983); the last step of a run, max_steps - 1, has a rate
+    above 0. From max_steps on cosine stays at 0, even if the warm-up is longer than the run.
 
-    Raises ValueError for a negative step, warmup_steps or max_steps, and for another schedule.
+    Raises ValueError for a negative step, warmup_steps or max_steps, and for an unknown schedule.
     """
     _check(schedule, step=step, warmup_steps=warmup_steps, max_steps=max_steps)
     if schedule == "cosine" and step >= max_steps:
@@ -31,18 +31,18 @@ def learning_rate(step: int, *, base: float, schedule: Schedule, warmup_steps: i
 def learning_rate_by_tokens(
     generated: int, *, own: int, base: float, schedule: Schedule, warmup_ratio: float, max_tokens: int
 ) -> float:
-    """Return the learning rate of the step that follows when `generated` tokens of at most `max_tokens` were written.
+    """Return the learning rate of the next step, after `generated` of at most `max_tokens` tokens were generated.
 
         g < w:      base * min(1, (g + own) / w)                    w = warmup_ratio * max_tokens
         constant:   base
         cosine:     base * (1 + cos(pi (g - w) / (max_tokens - w))) / 2,    0 from max_tokens on
 
-    generated (g): as counted when the step before ended, 0 at the first one: it stands where the number of steps done
-    stands in `learning_rate`. own: tokens written in the rollouts of the step's own batch, which stand where that
-    number's + 1 stands: the first step is never lost on a rate of 0.
+    generated (g): as counted at the end of the previous step, 0 at the first step; corresponds to `step` in
+    `learning_rate`. own: tokens generated in the rollouts of the step's batch; corresponds to the + 1 there, so the
+    first step has a rate above 0.
 
-    Raises ValueError for negative generated, own or max_tokens, for a warmup_ratio outside 0 <= r < 1, and for another
-    schedule.
+    Raises ValueError for negative generated, own or max_tokens, for a warmup_ratio outside 0 <= r < 1, and for an
+    unknown schedule.
     """
     _check(schedule, generated=generated, own=own, max_tokens=max_tokens)
     if not 0 <= warmup_ratio < 1:

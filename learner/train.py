@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,14 +27,10 @@ from common import metrics
 from common.config import Config
 from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
-from common.policies import unit_of
 from common.pretrained import ModelError, Pair, load_tokenizer
 from common.pulse import Pulse
-from common.runfiles.lines import open_cut_back
-from common.runfiles.records import METRICS, TRAINED, Trained
 from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
-from common.wire.messages import row_digest
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
@@ -42,8 +38,8 @@ from learner.batch import Trajectory, micro_batches
 from learner.budget import GeneratedTokens
 from learner.checkpoint import capture, load_newest, restore, save, untied_tensors
 from learner.culprits import StepImpossible, culprits, witness
-from learner.drift import Drift, drift_of
 from learner.intake import Intake, Received
+from learner.journal import Journal
 from learner.loss import Diagnostics, diagnostics, keep_head_in_float32, kept_logits, log_outcomes, merged, token_losses
 from learner.schedule import learning_rate, learning_rate_by_tokens
 from learner.weighting import shares_of
@@ -93,7 +89,7 @@ class Learner:
         self._working_since = time.monotonic()
         self._starved_at = time.monotonic() + STARVED_S  # when the wait for a batch becomes too long
         self._lock = config.run_dir / ".learner.lock"
-        self._lines: dict[str, IO[str]] = {}
+        self._journal = Journal(config)
 
     def run(self, *, until_idle: bool = False) -> None:
         """Train to the end (see `done`), or until told to stop; a checkpoint is written either way.
@@ -141,8 +137,7 @@ class Learner:
     def close(self) -> None:
         """Let go of the lease and the files; nothing is written any more."""
         self._lease.drop()
-        for file in self._lines.values():
-            file.close()
+        self._journal.close()
 
     # --- start and end -----------------------------------------------------------------------------------------
 
@@ -161,8 +156,7 @@ class Learner:
                 generated = state.counters.get("tokens_generated", 0)
                 log.info("going on from step %d", self.step_count)
             self._generated.go_on(self.step_count, generated)
-            for name in (METRICS, TRAINED):
-                self._lines[name] = open_cut_back(folder / name, lambda line: line["step"] <= self.step_count)
+            self._journal.open(self.step_count)
             # A Redis that lost the run forgot the pointer; the file names remember.
             self.version = max(self.version, newest_version(folder / "weights"))
         self.version = max(self.version, self.announced())
@@ -257,10 +251,31 @@ class Learner:
             self.publish()
         else:
             self._lease.advance("step", self.step_count)
-        self._write_line(batch, staleness, loss, norm, rate, seen, time.monotonic() - began)
+        self._journal.write(
+            [one.trajectory for one in batch],
+            seen,
+            step=self.step_count,
+            policy_version=self.version,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens_trained_total=self._tokens_trained,
+            tokens_generated=self.tokens_generated,
+            staleness=staleness,
+            stale_dropped=self._intake.dropped,
+            step_s=time.monotonic() - began,
+            idle_ratio=self._idle_ratio(),
+        )
         if self.step_count % self._config.checkpoints.every_steps == 0 or self.done:
             self.checkpoint()
         self._starved_at = time.monotonic() + STARVED_S
+
+    def _idle_ratio(self) -> float:
+        """Share of the time since it was last asked for that the learner waited for a batch."""
+        now = time.monotonic()
+        idle, self._idle_s = self._idle_s, 0.0
+        whole, self._working_since = now - self._working_since, now
+        return idle / max(whole, 1e-9)
 
     def _gradients(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """As `_backward`. Raises FloatingPointError, with the reason, where there is no finite loss and gradient, and
@@ -398,78 +413,6 @@ class Learner:
             max_steps=settings.max_steps,
         )
 
-    def _write_line(
-        self,
-        batch: list[Received],
-        staleness: list[int],
-        loss: float,
-        norm: float,
-        rate: float,
-        seen: Diagnostics,
-        step_s: float,
-    ) -> None:
-        now = time.monotonic()
-        idle, self._idle_s = self._idle_s, 0.0
-        whole, self._working_since = now - self._working_since, now
-        idle_ratio = idle / max(whole, 1e-9)
-        drift = drift_of([one.trajectory for one in batch])
-        line = {
-            "step": self.step_count,
-            "policy_version": self.version,
-            "loss": loss,
-            "kl": seen.kl_nats,
-            "entropy": seen.entropy_nats,
-            "support_mass": seen.support_mass,
-            "support_mass_teacher": seen.support_mass_teacher,
-            "topk_overlap": seen.topk_overlap,
-            **asdict(drift),
-            "ratio_mean": seen.ratio_mean,
-            "ratio_max": seen.ratio_max,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "trajectories": len(batch),
-            "tokens_trained": seen.tokens,
-            "tokens_trained_total": self._tokens_trained,
-            "tokens_generated": self.tokens_generated,
-            "mean_kept": seen.tokens / len(batch),
-            "staleness_mean": sum(staleness) / len(staleness),
-            "staleness_max": max(staleness),
-            "stale_dropped": dict(self._intake.dropped),
-            "step_s": step_s,
-            "idle_ratio": idle_ratio,
-            "unix_s": time.time(),
-        }
-        self._append(METRICS, line)
-        self._append(TRAINED, _trained_line(self.step_count, self.version, batch).to_json())
-        metrics.learner_steps.inc()
-        metrics.learner_tokens.inc(seen.tokens)
-        metrics.learner_loss.set(loss)
-        metrics.learner_step_seconds.observe(step_s)
-        metrics.learner_idle.set(idle_ratio)
-        self._show_drift(seen, drift)
-
-    def _show_drift(self, seen: Diagnostics, drift: Drift) -> None:
-        """What a batch cannot tell stays as the last one told it."""
-        metrics.learner_entropy.set(seen.entropy_nats)
-        shares = {
-            "support_mass": seen.support_mass,
-            "support_mass_teacher": seen.support_mass_teacher,
-            "topk_overlap": seen.topk_overlap,
-            "repetition": drift.repetition,
-            "truncation": drift.truncation_rate,
-            "cut_treated": drift.cut_rate_treated,
-            "cut_control": drift.cut_rate_control,
-        }
-        for kind, share in shares.items():
-            if share is not None:
-                metrics.learner_drift.labels(kind).set(share)
-        if drift.threshold is not None and unit_of(self._config.termination.policy) == "nats":
-            metrics.learner_threshold.set(drift.threshold)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        self._lines[name].write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines[name].flush()
-
     # --- weights and checkpoints -------------------------------------------------------------------------------
 
     def publish(self) -> None:
@@ -523,8 +466,7 @@ class Learner:
         )
         with self._lease.exclusively(self._lock):
             save(self._config.run_dir / "checkpoints", state, keep=self._config.checkpoints.keep)
-            for file in self._lines.values():
-                os.fsync(file.fileno())
+            self._journal.sync()
 
 
 def _load(folder: Path, config: Config) -> Any:
@@ -561,15 +503,3 @@ def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: in
     draft = target.with_suffix(".tmp")
     draft.write_text(json.dumps(note))
     os.replace(draft, target.with_suffix(".json"))
-
-
-def _trained_line(step: int, version: int, batch: list[Received]) -> Trained:
-    """What a step was trained on: rollout, tokens, digest (8 bytes) of their ids as little-endian int32."""
-    trajectories = [one.trajectory for one in batch]
-    return Trained(
-        step=step,
-        policy_version=version,
-        rids=[one.rid for one in trajectories],
-        tokens=[len(one.tokens) for one in trajectories],
-        digests=[row_digest(one.tokens) for one in trajectories],
-    )

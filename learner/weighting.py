@@ -1,11 +1,11 @@
-"""How much each kept token counts beside the cut: what cutting is compared with. Pure functions.
+"""Weights of kept tokens: baselines with which cutting is compared. Pure functions.
 
-    uniform       every kept token counts alike
-    random_drop   a random share of the kept tokens, `retention`, counts, wherever they stand: with `policy: none` and
-                  the retention of a run of KAT it learns from as many tokens as KAT does, but not from the beginnings
-    position      a token counts 2^(-t / half_life), t = 0 at the first: earlier ones count more
+    uniform       all kept tokens have the same weight
+    random_drop   a random share of the kept tokens, `retention`, counts, at any position: with `policy: none` and the
+                  retention of a KAT run it trains on as many tokens as KAT, but not on the first ones
+    position      the weight is 2^(-t / half_life), t = 0 at the first token: earlier tokens count more
 
-A draw is a function of the run's seed, rollout and position: a batch trained again has the same weights.
+A draw is a function of the run's seed, rollout and position: a repeated batch has the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from learner.batch import Shares, Trajectory, uniform
 
 
 def shares_of(settings: Loss, seed: int) -> Shares:
-    """What `loss.weighting` asks for, in a run of this seed."""
+    """The shares for `loss.weighting` in a run with this seed."""
     if settings.weighting == "random_drop":
         return lambda trajectory: random_drop(trajectory, settings.retention, seed)
     if settings.weighting == "position":
@@ -29,9 +29,9 @@ def shares_of(settings: Loss, seed: int) -> Shares:
 
 
 def random_drop(trajectory: Trajectory, retention: float, seed: int) -> npt.NDArray[np.float64]:
-    """1 for a random share `retention` (0 … 1) of the kept tokens, each by itself, 0 for the others; float64 [n]."""
+    """1 with probability `retention` (0 … 1), else 0, independently for each kept token; float64 [n]."""
     key = hashlib.blake2b(f"{seed}:drop:{trajectory.rid}".encode(), digest_size=16).digest()
-    # Philox's raw numbers never change between versions of numpy.
+    # The raw numbers of Philox are the same in every version of numpy.
     raw = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(len(trajectory.tokens))
     return ((np.asarray(raw) >> np.uint64(11)) / 2.0**53 < retention).astype(np.float64)
 

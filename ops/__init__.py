@@ -1,4 +1,4 @@
-"""Commands and tools. Our `common` comes first, whatever a module here imports before it: see there."""
+"""Commands and tools. Katana's own `common` is imported first, see `common/own_packages.py`."""
 
 import sys
 from pathlib import Path

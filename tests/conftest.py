@@ -13,6 +13,7 @@ from typing import Any
 import left_over
 import pytest
 from samples import Run, make_config, remove_run, start_run
+from whole_run import WholeRun, observe
 
 from common.wire.connect import connect
 from ops.reach.embedded import EmbeddedRedis
@@ -21,6 +22,28 @@ from ops.reach.embedded import EmbeddedRedis
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # of several processes the first one alone
         left_over.mark()
+
+
+# What takes longest, longest first: with several workers (make test) whoever begins it late is waited for. Tests in one
+# xdist group share what is made once, and go to one worker; all others go one by one to whoever is free.
+_LONGEST = (
+    "tests/e2e/test_experiment_run.py",
+    "tests/e2e/test_chaos.py",
+    "@whole run",
+    "@deterministic",
+    "tests/e2e/",
+    "tests/common/test_own_packages.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)  # stable: the rest as it was found
+
+
+def _rank(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group")
+    name = f"@{group.args[0]}" if group else item.nodeid
+    return next((place for place, start in enumerate(_LONGEST) if name.startswith(start)), len(_LONGEST))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -71,6 +94,21 @@ def any_redis(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def own_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EmbeddedRedis]:
     """Each supported Redis in turn, for one test alone: it may be filled, stopped, killed."""
     yield from _serve(tmp_path / "redis", request.param)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeRun]:
+    """A finished run of real processes, for questions that change nothing.
+
+    Tests that ask are in the xdist group `whole run`, so that one worker has all of them and makes one run.
+    """
+    yield from observe(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def small_redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    """An embedded Redis with little memory, for one test alone."""
+    yield from _serve(tmp_path / "redis", "embedded", maxmemory_mb=20)
 
 
 @pytest.fixture

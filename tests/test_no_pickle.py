@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from whole_run import WholeRun
 
 from common.pretrained import PACKAGE_ROOT
 
@@ -76,44 +74,11 @@ from_pretrained(x, trust_remote_code=False)
     ]
 
 
-# Put in front of every Python process of a run: writes down each class that an unpickler looks up, and who asked.
-_HOOK = """
-import os, sys, traceback
-
-def _hook(event, arguments):
-    if event == "pickle.find_class":
-        asked = [f"{frame.filename}:{frame.name}" for frame in traceback.extract_stack()[:-1]]
-        line = "\\t".join([" ".join(sys.argv[1:2]), f"{arguments[0]}.{arguments[1]}", *reversed(asked)]) + "\\n"
-        with open(os.environ["KATANA_TEST_UNPICKLED"], "a") as log:
-            log.write(line)
-
-sys.addaudithook(_hook)
-with open(os.environ["KATANA_TEST_UNPICKLED"], "a") as log:
-    log.write("\\t".join(["started", *sys.argv[1:2]]) + "\\n")
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_no_process_of_a_run_unpickles_anything(tmp_path: Path) -> None:
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(_HOOK)
-    log = tmp_path / "unpickled"
-    given = (
-        *("learner.max_steps=3", "learner.batch_size=16", "checkpoints.every_steps=1", "rollout.slots=16"),
-        *("eval.every_steps=2", "eval.problems=4", f"runs_dir={tmp_path}"),
-    )
-    flags = [flag for item in given for flag in ("--set", item)]
-    done = subprocess.run(
-        [sys.executable, "-m", "ops.cli", "run", "ops/experiments/demo.yaml", *flags, "--name", "run"],
-        cwd=PACKAGE_ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "hook"), "KATANA_TEST_UNPICKLED": str(log)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split("\t") for line in log.read_text().splitlines()]
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("whole run")
+def test_no_process_of_a_run_unpickles_anything(whole_run: WholeRun) -> None:
+    lines = whole_run.unpickled
     print(Counter(tuple(line[:3]) for line in lines))
     started = {line[1] for line in lines if line[0] == "started" and len(line) > 1}
     assert {"run", "feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"} <= started

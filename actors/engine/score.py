@@ -324,10 +324,7 @@ class Scorer(TextSlots):
         log_probs = log_outcomes(logits, self._stops, self._vocab_size)
         device = logits.device
         logprobs, tail = on_support(
-            log_probs,
-            torch.from_numpy(support).to(device),
-            self._stop_ids[0],
-            stop_count=len(self._stop_ids),
+            log_probs, torch.from_numpy(support).to(device), self._stop_ids[0], stop_count=len(self._stop_ids)
         )
         sampled = log_probs.gather(1, torch.from_numpy(drawn).to(device)[:, None])
         absent = torch.zeros_like(sampled) if tail is None else tail[:, None]

@@ -49,6 +49,7 @@ from typing import Any, TypeVar
 
 import redis
 
+from common import metrics
 from common.config import Config
 from common.footprint import RECORDS_AT_A_TIME
 from common.wire import scripts
@@ -396,11 +397,14 @@ class Plane:
         shown: bytes = b"",
         at: tuple[str, str, bytes] | None = None,
     ) -> bool:
-        """Report a rollout or notice that could not be read; True if it was given up. `at`: stream, group, entry."""
+        """Report a rollout or notice that could not be read; True if it was given up, which is counted in the
+        metrics. `at`: stream, group, entry."""
         stream, group, entry = at or ("", "", b"")
         report = secrets.token_hex(8)
         call = scripts.fail(rid, stage, reason[:300], max_attempts, shown[:256], stream, group, entry, report)
-        return self.call(call).word is Failed.DEAD
+        given_up = self.call(call).word is Failed.DEAD
+        metrics.dead_letters.labels(stage).inc(given_up)
+        return given_up
 
     def reopen(self, config: str) -> None:
         """Resume a run with this resolved config."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ops.audit.cuts import CLASSES, AuditedRollout
+from ops.audit.cuts import CLASSES, Recorded
 from ops.stats.intervals import RESAMPLES, interval, resampled_sums, unseen_share
 
 SOURCES = {
@@ -31,10 +31,10 @@ class Audited:
     """A cut that was looked at: its class, the tokens that hold its answer, what it was compared with, and for each
     source the share of right continuations (whole: 0 or 1; None: not to be had)."""
 
-    record: AuditedRollout
+    record: Recorded
     kind: str
     answer: int | None
-    uncut: AuditedRollout | None
+    uncut: Recorded | None
     right: Mapping[str, float | None]
 
 

@@ -39,7 +39,7 @@ from common.pretrained import Pair, check_pair
 from common.runfiles.records import TRACES
 from common.wire.messages import Ints
 from ops.audit.chances import SOURCES, Audited, rows_of
-from ops.audit.cuts import AuditedRollout, Reader, answer_tokens, chosen, class_of, matched, read_records, read_tokens
+from ops.audit.cuts import Reader, Recorded, answer_tokens, chosen, class_of, matched, read_records, read_tokens
 from ops.audit.plot import DOTS_PER_INCH, draw
 from ops.audit.sampling import Continuer, Prefix, SamplingProgress, continue_all, find_student, make_decoder
 from ops.audit.table import AuditResult, csv_of, markdown_of, text_of, tree_of
@@ -74,7 +74,7 @@ def audit(folder: Path, *, samples: int = 8, rollouts: int = 200, student: str |
     return f"{text_of(done)}\n\n{folder / 'audit'}: audit.md, audit.csv, audit.json, audit.png"
 
 
-def _records(run: ReportRun) -> list[AuditedRollout]:
+def _records(run: ReportRun) -> list[Recorded]:
     """Raises ConfigError if nothing can be continued, or there is no verifier."""
     data, traces = run.config.data, run.folder / TRACES
     if data.task == "dataset" and data.verifier == "none":
@@ -100,9 +100,7 @@ class _Auditor:
         self._traces = run.folder / TRACES
         self._samples, self._seed = samples, seed
 
-    def look(
-        self, cuts: Sequence[AuditedRollout], uncut: Sequence[AuditedRollout | None], student: Continuer
-    ) -> list[Audited]:
+    def look(self, cuts: Sequence[Recorded], uncut: Sequence[Recorded | None], student: Continuer) -> list[Audited]:
         """Every cut with its class, what it is compared with, and its chances."""
         tokens = read_tokens(self._traces, {one.rid for one in [*cuts, *uncut] if one is not None})
         prefixes = _prefixes(cuts, uncut, tokens)
@@ -110,7 +108,7 @@ class _Auditor:
         return [self._audited(cut, other, tokens[cut.rid], right) for cut, other in zip(cuts, uncut, strict=True)]
 
     def _audited(
-        self, cut: AuditedRollout, uncut: AuditedRollout | None, tokens: Ints, right: Mapping[_Key, float | None]
+        self, cut: Recorded, uncut: Recorded | None, tokens: Ints, right: Mapping[_Key, float | None]
     ) -> Audited:
         source = self._source
         reader = Reader(source.text, partial(source.judge, cut.problem), partial(source.answer_end, cut.problem))
@@ -146,7 +144,7 @@ class _Auditor:
 
 
 def _prefixes(
-    cuts: Sequence[AuditedRollout], uncut: Sequence[AuditedRollout | None], tokens: Mapping[str, Ints]
+    cuts: Sequence[Recorded], uncut: Sequence[Recorded | None], tokens: Mapping[str, Ints]
 ) -> dict[_Key, Prefix]:
     """What is to be written on, by source and by the cut rollout that it belongs to."""
     found: dict[_Key, Prefix] = {}

@@ -26,7 +26,7 @@ COPIES, LEAST_TOKENS = 3, 12
 
 
 @dataclass(frozen=True, slots=True)
-class AuditedRollout:
+class Recorded:
     """A rollout that has a verdict. `trigger`: tokens seen when the policy fired; all of them where it did not.
 
     `written`: tokens on record. `fired`: whether there was a cut, applied or not. `active`: whether the policy could
@@ -46,7 +46,7 @@ class AuditedRollout:
     whole: bool | None
 
 
-def read_records(traces: Path, books: Iterable[BookLine]) -> list[AuditedRollout]:
+def read_records(traces: Path, books: Iterable[BookLine]) -> list[Recorded]:
     """All booked rollouts of traces.jsonl, in the order they were booked. Raises ConfigError for a damaged line."""
     booked = {line.rid: line for line in books}
     return [_record(trace, booked[trace.rid]) for trace in read_lines(traces, read_trace) if trace.rid in booked]
@@ -58,8 +58,8 @@ def read_tokens(traces: Path, rids: Collection[str]) -> dict[str, Ints]:
     return {trace.rid: trace.tokens for trace in read_lines(traces, read_trace, rids=rids)}
 
 
-def _record(trace: Trace, booked: BookLine) -> AuditedRollout:
-    return AuditedRollout(
+def _record(trace: Trace, booked: BookLine) -> Recorded:
+    return Recorded(
         rid=trace.rid,
         arm=trace.arm,
         problem=trace.problem,
@@ -73,7 +73,7 @@ def _record(trace: Trace, booked: BookLine) -> AuditedRollout:
     )
 
 
-def chosen(cuts: Sequence[AuditedRollout], most: int, seed: int) -> list[AuditedRollout]:
+def chosen(cuts: Sequence[Recorded], most: int, seed: int) -> list[Recorded]:
     """At most `most` of the cuts, spread over the run: one drawn from each of `most` equal stretches of it."""
     if len(cuts) <= most:
         return list(cuts)
@@ -81,9 +81,7 @@ def chosen(cuts: Sequence[AuditedRollout], most: int, seed: int) -> list[Audited
     return [cuts[begin + uniform_bits(seed, "audit:cut", begin) % (end - begin)] for begin, end in pairwise(ends)]
 
 
-def matched(
-    cuts: Sequence[AuditedRollout], records: Sequence[AuditedRollout], seed: int
-) -> list[AuditedRollout | None]:
+def matched(cuts: Sequence[Recorded], records: Sequence[Recorded], seed: int) -> list[Recorded | None]:
     """For each cut a rollout that was still going, and not cut, when the policy fired in this one; None without any.
 
     Among those that the policy could have cut the nearest is taken: of the same prompt if there is one, then of the
@@ -91,7 +89,7 @@ def matched(
     """
     luck = {one.rid: uniform_bits(seed, f"audit:reference:{one.rid}") for one in records if one.active}
     free = {one.rid: one for one in records if one.active}
-    found: list[AuditedRollout | None] = []
+    found: list[Recorded | None] = []
     for cut in cuts:
         best = _nearest(cut, free.values(), luck)
         found.append(best)
@@ -100,13 +98,13 @@ def matched(
     return found
 
 
-def _nearest(cut: AuditedRollout, records: Iterable[AuditedRollout], luck: Mapping[str, int]) -> AuditedRollout | None:
+def _nearest(cut: Recorded, records: Iterable[Recorded], luck: Mapping[str, int]) -> Recorded | None:
     # `trigger` is where a rollout was cut, or its end: before that it was going and not cut, whatever came later.
     going = (one for one in records if one.trigger > cut.trigger)
     return min(going, key=lambda one: _distance(one, cut, luck), default=None)
 
 
-def _distance(one: AuditedRollout, cut: AuditedRollout, luck: Mapping[str, int]) -> tuple[bool, int, bool, int]:
+def _distance(one: Recorded, cut: Recorded, luck: Mapping[str, int]) -> tuple[bool, int, bool, int]:
     return one.problem != cut.problem, abs(one.version - cut.version), one.arm != cut.arm, luck[one.rid]
 
 

@@ -72,7 +72,7 @@ class MemoryLog:
 
 
 @dataclass(frozen=True, slots=True)
-class MemorySeries:
+class Lifetime:
     """Memory of one process of a role while it lived; `s` in seconds since the log began."""
 
     role: str
@@ -91,7 +91,7 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryVerdict:
+class Growth:
     """What a role's memory does over a soak of `hours`: `word` is FLAT, GROWS or CANNOT_TELL."""
 
     role: str
@@ -120,7 +120,7 @@ class MemoryVerdict:
         )
 
 
-def read_series(path: Path) -> list[MemorySeries]:
+def read_series(path: Path) -> list[Lifetime]:
     """Every process in a log, and Redis, in the order in which they came; a torn last line is left out."""
     points: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for line in read_lines(path):
@@ -128,7 +128,7 @@ def read_series(path: Path) -> list[MemorySeries]:
         samples.append((REDIS, line["pid"].get("redis", 0), line["redis_used"]))
         for role, pid, size in samples:
             points.setdefault((role, pid), []).append((line["s"], size / MB))
-    return [MemorySeries(role, pid, *np.array(found, np.float64).T) for (role, pid), found in points.items()]
+    return [Lifetime(role, pid, *np.array(found, np.float64).T) for (role, pid), found in points.items()]
 
 
 def _role(name: str) -> str:
@@ -139,7 +139,7 @@ def warm_up_s(role: str) -> float:
     return LEARNER_WARM_UP_S if role == "learner" else WARM_UP_S
 
 
-def settled(series: MemorySeries) -> MemorySeries:
+def settled(series: Lifetime) -> Lifetime:
     """Without the first minutes of its life, as many as `warm_up_s` says.
 
     In that time a process loads its libraries and its model and sees its first batches, and its allocator keeps what
@@ -152,10 +152,10 @@ def settled(series: MemorySeries) -> MemorySeries:
     So a soak lets them live longer than that.
     """
     late = series.s >= series.s[0] + warm_up_s(series.role)
-    return MemorySeries(series.role, series.pid, series.s[late], series.mb[late])
+    return Lifetime(series.role, series.pid, series.s[late], series.mb[late])
 
 
-def floors(series: MemorySeries) -> tuple[Numbers, Numbers]:
+def floors(series: Lifetime) -> tuple[Numbers, Numbers]:
     """Hours and MB: the lowest sample of each block of BLOCK_S, at the mean time of its samples.
 
     Memory that is allocated for a batch and freed (plateaus of 15 MB for up to a minute in the learner) is above the
@@ -172,7 +172,7 @@ def floors(series: MemorySeries) -> tuple[Numbers, Numbers]:
     return (np.bincount(block, series.s / 3600) / count)[full], low[full]
 
 
-def fit(series: Sequence[MemorySeries]) -> Fit | None:
+def fit(series: Sequence[Lifetime]) -> Fit | None:
     """A line by least squares through the floors of each series: its level is its own, the slope is common.
 
     Together these lifetimes show what none shows alone. One block is like the next, so the interval is that of
@@ -219,7 +219,7 @@ def _t_quantile(freedom: float) -> float:
     )
 
 
-def judge(path: Path) -> list[MemoryVerdict]:
+def judge(path: Path) -> list[Growth]:
     """A verdict on each role in a log, and on Redis.
 
     What is allowed over a soak is 3 % of the median or 8 MB, whichever is larger: an allocator that still settles, the
@@ -241,11 +241,11 @@ def judge(path: Path) -> list[MemoryVerdict]:
     ]
 
 
-def _judge_role(lives: Sequence[MemorySeries], hours: float) -> MemoryVerdict:
+def _judge_role(lives: Sequence[Lifetime], hours: float) -> Growth:
     late = [one for one in map(settled, lives) if len(one.s)]
     median = float(np.median(np.concatenate([one.mb for one in late or lives])))
     bound = max(BOUND_MB, BOUND_SHARE * median)
-    return MemoryVerdict(
+    return Growth(
         role=lives[0].role,
         processes=len(lives),
         median_mb=median,
@@ -256,7 +256,7 @@ def _judge_role(lives: Sequence[MemorySeries], hours: float) -> MemoryVerdict:
     )
 
 
-def _hours(series: MemorySeries) -> float:
+def _hours(series: Lifetime) -> float:
     return float(series.s[-1] - series.s[0]) / 3600
 
 
@@ -287,16 +287,14 @@ def draw(target: Path, path: Path, title: str) -> None:
     write_atomically(target, lambda draft: figure.savefig(draft, format="png"))
 
 
-def _begun(series: Sequence[MemorySeries]) -> Iterator[float]:
+def _begun(series: Sequence[Lifetime]) -> Iterator[float]:
     """When a process took the place of one of its role, in minutes."""
     first = {role: min(one.s[0] for one in series if one.role == role) for role in {one.role for one in series}}
     over = {role: min(one.s[-1] for one in series if one.role == role) for role in first}
     yield from (one.s[0] / 60 for one in series if one.s[0] > max(first[one.role], over[one.role]))
 
 
-def _draw_panel(
-    axes: Any, series: Sequence[MemorySeries], verdicts: dict[str, MemoryVerdict], begun: Sequence[float]
-) -> None:
+def _draw_panel(axes: Any, series: Sequence[Lifetime], verdicts: dict[str, Growth], begun: Sequence[float]) -> None:
     for minute in begun:
         axes.axvline(minute, color=GREY, linewidth=0.6, alpha=0.5, zorder=0)
     roles = sorted({one.role for one in series}, key=lambda role: -verdicts[role].median_mb)
@@ -320,7 +318,7 @@ def _draw_panel(
     axes.set_axisbelow(True)
 
 
-def _name_lines(axes: Any, named: Sequence[tuple[MemoryVerdict, str]], top: float) -> None:
+def _name_lines(axes: Any, named: Sequence[tuple[Growth, str]], top: float) -> None:
     """Each role with its slope beside the axes, at the height of its median or as near as the others leave room."""
     height_inches = axes.get_position().height * axes.figure.get_figheight()
     heights = _apart([verdict.median_mb / top for verdict, _ in named], _LABEL_INCHES / height_inches)

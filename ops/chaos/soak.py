@@ -20,7 +20,7 @@ from common.files import write_json
 from ops.chaos.cluster import ROLES, Cluster, RunEnded
 from ops.chaos.faults import KINDS, Scene
 from ops.chaos.harness import CALM_S, begin, end, prepared
-from ops.chaos.memory import CANNOT_TELL, GROWS, MemoryLog, MemoryVerdict, draw, judge, warm_up_s
+from ops.chaos.memory import CANNOT_TELL, GROWS, Growth, MemoryLog, draw, judge, warm_up_s
 from ops.chaos.records import Violation
 
 _KINDS = [f"{what}-{role}" for what in ("kill", "term") for role in ROLES]
@@ -39,7 +39,7 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
     config = prepared(config)
     violations: list[Violation] = []
     kills: list[dict[str, Any]] = []
-    verdicts: list[MemoryVerdict] = []
+    verdicts: list[Growth] = []
     with Cluster(config) as cluster:
         try:
             begin(cluster)

@@ -1,4 +1,4 @@
-"""`python -m ops.cli`: the command `katana`, by the Python that runs."""
+"""`python -m ops.cli`: the command `katana` with this Python."""
 
 import sys
 

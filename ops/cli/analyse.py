@@ -1,4 +1,4 @@
-"""Commands that judge what was trained: scores of a model, reports and replays of one run, comparisons of several."""
+"""Commands that analyse results: scores of a model, reports, replays and audits of a run, comparisons of several."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.config import Config, ConfigError
-from ops.cli.arguments import (
-    Commands,
-    Once,
-    add_config,
-    add_overrides,
-    add_run_folder,
-    command,
-    load_config,
-    positive,
-)
+from ops.cli.arguments import Commands, Once, add_config, add_overrides, add_run_folder, command, load_config, positive
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -30,10 +21,10 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     add_config(evaluate)
     evaluate.add_argument("--model", required=True, help="folder or hub id of the model to measure")
     evaluate.add_argument(
-        "--k", type=positive, help="samples a problem (default: each benchmark's own; 8 on held-out problems)"
+        "--k", type=positive, help="samples per problem (default: the k of each benchmark; 8 on held-out problems)"
     )
 
-    replay = command(commands, "replay", _replay, "what other settings would have cut of the rollouts on record")
+    replay = command(commands, "replay", _replay, "what other settings would have cut in the recorded rollouts")
     add_run_folder(replay)
     add_overrides(replay, "a termination key; may be repeated")
     replay.add_argument(
@@ -41,25 +32,36 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         action="append",
         default=[],
         metavar="A.B=C,D",
-        help="a termination key with several values; given again: all combinations; writes RUN/replay/",
+        help="a termination key with several values; repeat it for all combinations; writes RUN/replay/",
     )
     replay.add_argument(
         "--arm",
         choices=("control", "all"),
-        help="rollouts that count (default: all where nothing was stopped, else control)",
+        help="rollouts to count (default: all if nothing was stopped, else control)",
     )
 
-    audit = command(commands, "audit", _audit, "whether cut rollouts were recoverable: continue them, and judge")
+    audit = command(commands, "audit", _audit, "whether cut rollouts were recoverable: continue and judge them")
     add_run_folder(audit)
     audit.add_argument("--samples", type=positive, default=8, help="continuations of each prefix (default 8)")
-    audit.add_argument("--rollouts", type=positive, default=200, metavar="N", help="most cuts (default 200)")
-    audit.add_argument("--student", metavar="MODEL", help="who continues (default: the student that the run left)")
-    audit.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    audit.add_argument(
+        "--rollouts", type=positive, default=200, metavar="N", help="largest number of cuts (default 200)"
+    )
+    audit.add_argument(
+        "--student", metavar="MODEL", help="the model that continues (default: the student in the run's folder)"
+    )
+    audit.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
 
-    match = command(commands, "match", _match, "from a run of kat, the config of random_matched: it cuts by chance")
+    match = command(
+        commands,
+        "match",
+        _match,
+        "print a config of random_matched that cuts at random as often and as much as a run of kat",
+    )
     match.add_argument("run", type=Path, help="the folder of the run of kat, for example runs/demo")
-    match.add_argument("--against", type=Path, metavar="RUN", help="compare its means with this run's")
-    match.add_argument("--correct", action="store_true", help="with --against: the config again, from both runs")
+    match.add_argument("--against", type=Path, metavar="RUN", help="compare its means with those of RUN")
+    match.add_argument(
+        "--correct", action="store_true", help="with --against: print a corrected config, from both runs"
+    )
 
     compare = command(commands, "compare", _compare, "run several policies and seeds one by one, with tables and plots")
     add_config(compare, judges=True)
@@ -67,24 +69,24 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "--policies",
         action=Once,
         default="none,kat",
-        help="names with commas between them (default none,kat): a row each",
+        help="comma-separated names (default none,kat): one row each",
     )
     compare.add_argument(
         "--variant",
         action="append",
         default=[],
         metavar="LABEL:A.B=C,D.E=F",
-        help="one more row: the config with these keys changed; may be given again",
+        help="one more row: the config with these keys changed; may be repeated",
     )
     compare.add_argument("--seeds", action=Once, default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
     compare.add_argument(
         "--budget",
         action=Once,
         default="steps",
-        help="steps: learner.max_steps; tokens:N: each run ends when N are generated; tokens: N is the config's "
-        "learner.max_generated_tokens (default steps)",
+        help="steps: learner.max_steps; tokens:N: each run ends after N generated tokens; tokens: N is "
+        "learner.max_generated_tokens of the config (default steps)",
     )
-    compare.add_argument("--jobs", type=positive, default=1, help="runs at a time (default 1)")
+    compare.add_argument("--jobs", type=positive, default=1, help="parallel runs (default 1)")
     compare.add_argument(
         "--report-only", action="store_true", help="run nothing; CONFIG may be the folder of the comparison"
     )
@@ -129,7 +131,7 @@ def _match(arguments: argparse.Namespace) -> int:
     from ops.compare import match as matching
 
     if arguments.correct and arguments.against is None:
-        raise ConfigError("--correct needs --against RUN, the run that was matched before")
+        raise ConfigError("--correct needs --against RUN, the run with the matched config")
     if arguments.against is not None and not arguments.correct:
         text, agree = matching.compare(arguments.run, arguments.against)
         print(text)
@@ -169,10 +171,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _load_base(arguments: argparse.Namespace) -> Config:
-    """The config that all rows of a comparison begin with. Raises ConfigError.
+    """The config on which all rows of a comparison are based. Raises ConfigError.
 
-    Where every row names its policy, it need not be valid with its own one, which is in no row: rows are checked each
-    with theirs.
+    If every row names its policy, the config need not be valid with its own policy, which is in no row: each row is
+    checked with its policy.
     """
     from ops.compare.grid import name_policies, read_rows
 
@@ -181,6 +183,6 @@ def _load_base(arguments: argparse.Namespace) -> Config:
     except ConfigError:
         if not name_policies(read_rows(arguments.policies, arguments.variant)):
             raise
-        with suppress(ConfigError):  # also wrong without a policy: the first error says it best
+        with suppress(ConfigError):  # if it is wrong without a policy too, raise the first error
             return load_config(arguments, ["termination.policy=none"])
         raise

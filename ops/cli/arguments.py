@@ -1,4 +1,4 @@
-"""What commands have in common: the arguments that name a config, types of numbers, and how the config is read."""
+"""Shared by all commands: arguments for a config, types of numbers, loading of the config."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ from typing import Any, TypeVar
 
 from common.config import Config, load
 
-Commands = argparse._SubParsersAction  # argparse has no public name for what `add_subparsers` gives
+Commands = argparse._SubParsersAction  # argparse has no public name for the type that `add_subparsers` returns
 N = TypeVar("N", int, float)
 
 
 def command(
-    commands: Commands[argparse.ArgumentParser],
-    name: str,
-    act: Callable[[argparse.Namespace], int],
-    help_text: str,
+    commands: Commands[argparse.ArgumentParser], name: str, act: Callable[[argparse.Namespace], int], help_text: str
 ) -> argparse.ArgumentParser:
-    """A sub-parser whose arguments `act` is called with; it returns the exit code."""
+    """Add a sub-parser. `act` gets its arguments and returns the exit code."""
     parser = commands.add_parser(name, help=help_text)
     parser.set_defaults(act=act)
     return parser
 
 
 def add_config(parser: argparse.ArgumentParser, *, of_a_run: bool = False, judges: bool = False) -> None:
-    """CONFIG, --set and --name, which `load_config` reads.
+    """Add CONFIG, --set and --name, which `load_config` reads.
 
-    `of_a_run`: the command asks something of a run that is there, so its folder stands for the config in it.
-    `judges`: it judges rollouts or starts what does; only there is a custom policy imported.
+    `of_a_run`: the command is about an existing run, so CONFIG may be its folder.
+    `judges`: the command judges rollouts, or starts a role that does: only then is a custom policy imported.
     """
     parser.set_defaults(of_a_run=of_a_run, judges=judges)
     known = "a YAML file, for example ops/experiments/demo.yaml" + ("; or a run's folder" if of_a_run else "")
@@ -49,7 +46,7 @@ def add_run_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Config:
-    """The config that is asked for, with `more` overrides on top. Raises ConfigError, PolicyError."""
+    """The config that the arguments name, with the overrides `more`. Raises ConfigError, PolicyError."""
     path: Path = arguments.config
     if arguments.of_a_run and path.is_dir():
         path = arguments.config = path / "config.yaml"
@@ -61,7 +58,7 @@ def load_config(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Conf
     where = [f"name={json.dumps(arguments.name)}"] if arguments.name else []
     folder = path.resolve().parent
     if (arguments.of_a_run or getattr(arguments, "resume", False)) and (folder / "run.json").is_file():
-        # A run's own config: the folder it lies in is the run, also if it was moved or renamed.
+        # The config in a run's folder: the folder is the run, even if it was moved or renamed.
         where = [f"name={json.dumps(folder.name)}", f"runs_dir={json.dumps(str(folder.parent))}"]
     config = load(path, [*arguments.overrides, *more, *where])
     if arguments.judges:
@@ -72,12 +69,12 @@ def load_config(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Conf
 
 
 class Once(argparse.Action):
-    """Stores a value, and refuses a second one: by itself argparse keeps the last and says nothing."""
+    """Stores a value and refuses a second one; argparse would silently keep the last."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        # Whether it was given shows in no value, which may be that of the default.
+        # The value does not show whether the option was given: it may equal the default.
         given = f"_given_{self.dest}"
         if hasattr(namespace, given):
             former = getattr(namespace, self.dest)

@@ -1,4 +1,4 @@
-"""Commands that put the system under strain: measured speed, injected faults, a long run with kills."""
+"""Commands that load the system: speed benchmarks, injected faults, a long run with kills."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
-from ops.cli.arguments import (
-    Commands,
-    add_config,
-    add_overrides,
-    command,
-    load_config,
-    positive,
-    positive_float,
-)
+from ops.cli.arguments import Commands, add_config, add_overrides, command, load_config, positive, positive_float
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -28,31 +20,36 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         choices=("engine", "head", "loop", "idle"),
         help="engine: decode tokens/s against a bare forward loop; "
         "head: seconds of a bfloat16 head with a bfloat16 and with a float32 result; "
-        "loop: tokens/s of the whole and each role's busy share; idle: what workers without work cost",
+        "loop: tokens/s of a whole run and each role's busy share; idle: the load of workers without work",
     )
     bench.add_argument("config", type=Path, nargs="?", default=Path("ops/experiments/demo.yaml"))
     add_overrides(bench)
     bench.set_defaults(of_a_run=False, judges=False, name=None)
     bench.add_argument("--repeats", type=positive, default=5)
-    bench.add_argument("--workers", type=positive, default=1000, help="how many are idle (default 1000)")
+    bench.add_argument("--workers", type=positive, default=1000, help="idle workers, for idle (default 1000)")
 
-    chaos = command(commands, "chaos", _chaos, "inject faults into a run of its own, then check that nothing was lost")
+    chaos = command(commands, "chaos", _chaos, "start a run, inject faults, then check that nothing was lost")
     add_config(chaos, judges=True)
-    chaos.add_argument("--seed", type=int, action="append", help="of the schedule; several: a run for each (default 0)")
-    chaos.add_argument("--faults", type=positive, default=130, help="in each run (default 130)")
-    chaos.add_argument("--kinds", help="names with commas between them (default: all); an unknown one lists them")
+    chaos.add_argument(
+        "--seed",
+        type=int,
+        action="append",
+        help="seed of the fault schedule; may be repeated: a run for each (default 0)",
+    )
+    chaos.add_argument("--faults", type=positive, default=130, help="number of faults in each run (default 130)")
+    chaos.add_argument("--kinds", help="comma-separated names (default: all); an unknown name lists them")
     chaos.add_argument(
         "--calm",
         type=positive_float,
         default=120.0,
         metavar="SECONDS",
-        help="how long what is open when the faults end may take (default 120)",
+        help="how long open rollouts may take after the last fault (default 120)",
     )
 
-    soak = command(commands, "soak", _soak, "a long run whose processes are killed now and then; its memory stays flat")
+    soak = command(commands, "soak", _soak, "a long run with occasional kills; checks that memory stays flat")
     add_config(soak, judges=True)
-    soak.add_argument("--minutes", type=positive_float, default=30.0, help="how long (default 30)")
-    soak.add_argument("--seed", type=int, default=0, help="of the kills (default 0)")
+    soak.add_argument("--minutes", type=positive_float, default=30.0, help="duration (default 30)")
+    soak.add_argument("--seed", type=int, default=0, help="seed of the kills (default 0)")
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Commands that look at a run while it is there: its health, a view of all or of one rollout, panels, dead letters."""
+"""Commands that look at an existing run: health, a view of the cluster or of one rollout, panels, dead letters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ops.cli.run import ROLES
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
-    health = command(commands, "health", _health, "whether a role on this host works: for health checks")
+    health = command(commands, "health", _health, "health check of a role on this host")
     health.add_argument("role", choices=sorted(ROLES))
     add_config(health, of_a_run=True)
     health.add_argument(
@@ -24,33 +24,39 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
     top = command(commands, "top", _top, "a running cluster at a glance: roles, streams, saving, recent verdicts")
     add_config(top, of_a_run=True)
-    top.add_argument("--interval", type=positive_float, default=1.0, metavar="S", help="between looks (default 1 s)")
+    top.add_argument(
+        "--interval", type=positive_float, default=1.0, metavar="S", help="seconds between updates (default 1)"
+    )
     top.add_argument(
         "--once",
         action="store_true",
         help="print one snapshot and exit (without --json the default when output is not a terminal)",
     )
-    top.add_argument("--json", action="store_true", help="lines of JSON: until the run ends, or one with --once")
+    top.add_argument("--json", action="store_true", help="print JSON lines until the run ends; with --once, one line")
 
     watch = command(commands, "watch", _watch, "one rollout: its text, coloured by divergence, and where it was cut")
     add_config(watch, of_a_run=True)
     watch.add_argument("rid", metavar="RID", help="id or number of the rollout")
-    watch.add_argument("--follow", action="store_true", help="until it has its verdict")
+    watch.add_argument("--follow", action="store_true", help="update until it has its verdict")
     watch.add_argument("--json", action="store_true", help="a JSON object: position, token, divergence, kept")
 
     panels = command(commands, "panels", _panels, "draw the dashboards' panels of one run from a running Prometheus")
     panels.add_argument("prometheus", metavar="PROMETHEUS", help="its address, for example http://127.0.0.1:9090")
     panels.add_argument("--run", required=True, metavar="NAME", help="the run's name")
     panels.add_argument("--out", type=Path, required=True, metavar="FILE", help="the PNG")
-    panels.add_argument("--minutes", type=positive_float, default=60.0, help="how far back to look (default 60)")
+    panels.add_argument(
+        "--minutes", type=positive_float, default=60.0, help="length of the plotted period up to now (default 60)"
+    )
 
-    dead = command(commands, "dead", _dead, "list what a run gave up and why; send a rollout back, or remove it")
+    dead = command(commands, "dead", _dead, "list the dead letters of a run; send a rollout back, or remove it")
     add_config(dead, of_a_run=True)
     what = dead.add_mutually_exclusive_group()
-    what.add_argument("--json", action="store_true", help="the list as JSON, a line a letter")
-    what.add_argument("--show", metavar="ENTRY", help="one letter whole, and what is left of its rollout")
-    what.add_argument("--again", metavar="ENTRY", help="send the rollout back: its problem is admitted as a new one")
-    what.add_argument("--drop", metavar="ENTRY", help="remove the letter, and the dead rollout's record, for good")
+    what.add_argument("--json", action="store_true", help="print the list as JSON, one line per letter")
+    what.add_argument("--show", metavar="ENTRY", help="show all fields of a letter and of its rollout")
+    what.add_argument(
+        "--again", metavar="ENTRY", help="send the rollout back: its problem is admitted as a new rollout"
+    )
+    what.add_argument("--drop", metavar="ENTRY", help="remove the letter and the dead rollout's record permanently")
 
 
 def _health(arguments: argparse.Namespace) -> int:
@@ -60,7 +66,7 @@ def _health(arguments: argparse.Namespace) -> int:
     for trouble in troubles:
         print(trouble, file=sys.stderr)
     if not troubles:
-        print(f"{arguments.role}: well")
+        print(f"{arguments.role}: healthy")
     return 1 if troubles else 0
 
 

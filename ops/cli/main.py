@@ -15,13 +15,13 @@ from ops.cli import analyse, faults, look, run
 
 _EPILOG = """\
 A first run:       katana run ops/experiments/demo.yaml
-Look before:       katana check ops/experiments/demo.yaml
+Check it first:    katana check ops/experiments/demo.yaml
 Change a setting:  katana run ops/experiments/demo.yaml --set learner.max_steps=20 --name short
-Stop, go on:       Ctrl-C, then  katana run runs/short/config.yaml --resume
+Stop, resume:      Ctrl-C, then  katana run runs/short/config.yaml --resume
 Every key:         katana keys
 
-On a cluster each role is a process of its own: start `katana feeder CONFIG`, then the others, as many rollout and
-teacher workers as there are devices. All of them need redis.url in the config and see the same runs folder.
+On a cluster each role is a separate process: start `katana feeder CONFIG`, then the others, with one rollout or teacher
+worker per device. All need redis.url in the config and the same runs folder.
 
 exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted
 """
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelError, PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_utf8() -> None:
-    """Begin anew in Python's UTF-8 mode where the locale has another encoding: run files and messages are UTF-8, and
-    the processes that are started from here are to read and write them alike."""
+    """Restart in Python's UTF-8 mode if the locale has another encoding: run files and messages are UTF-8, also in the
+    processes that this one starts."""
     if not sys.flags.utf8_mode and locale.getpreferredencoding(do_setlocale=False).lower().replace("-", "") != "utf8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

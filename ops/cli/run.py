@@ -1,4 +1,4 @@
-"""Commands around a run: start it or one of its roles, check its config, make models for it, remove what it left."""
+"""Commands around a run: start it or one role, check its config, train the shipped models, remove the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.config import ConfigError, keys
 from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, load_config
 
 ROLES = {
-    "feeder": "admits rollouts, opens shifts, keeps the books; opens the run",
+    "feeder": "opens the run, admits rollouts, sends worker tasks, keeps the books",
     "rollout": "a Celery worker that writes rollouts (student)",
     "teacher": "a Celery worker that scores chunks (teacher)",
     "arbiter": "gives every rollout its verdict",
@@ -20,44 +20,46 @@ ROLES = {
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
-    run = command(commands, "run", _run, "everything on this machine, until the run is done")
+    run = command(commands, "run", _run, "run all roles on this machine until the run has ended")
     add_config(run, judges=True)
     former = run.add_mutually_exclusive_group()
     former.add_argument(
-        "--resume", action="store_true", help="go on in the run's folder; docs/running.md: which keys may change"
+        "--resume", action="store_true", help="continue from the run's folder; docs/running.md: which keys may change"
     )
-    former.add_argument("--fresh", action="store_true", help="move a former run of this name to NAME.1, NAME.2 …")
+    former.add_argument("--fresh", action="store_true", help="move an earlier run of this name to NAME.1, NAME.2 …")
 
     for role, text in ROLES.items():
         parser = command(commands, role, _role, f"one role, for clusters: {text}")
         add_config(parser, judges=role in ("feeder", "arbiter"))
 
-    check = command(commands, "check", _check, "validate a config, its models and data, and say what would run")
+    check = command(commands, "check", _check, "validate a config, its models and data, and show what would run")
     add_config(check, of_a_run=True, judges=True)
 
-    add_run_folder(command(commands, "clean", _clean, "remove what a run left in Redis and on disk"))
+    add_run_folder(command(commands, "clean", _clean, "remove a run from Redis and from disk"))
 
     known = command(commands, "keys", _keys, "every config key with its default and meaning")
     known.add_argument("--markdown", action="store_true", help="as the table in docs/configuration.md")
 
-    pretrain = command(commands, "pretrain", _pretrain, "make the tiny teacher and the tiny base student that ship")
-    pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="where teacher/ and student/ go")
+    pretrain = command(
+        commands, "pretrain", _pretrain, "train the tiny teacher and the tiny base student that Katana ships"
+    )
+    pretrain.add_argument("--out", type=Path, default=Path("ops/models"), help="folder for teacher/ and student/")
     pretrain.add_argument("--which", choices=("teacher", "student", "both"), default="both")
     pretrain.add_argument("--seed", type=int, default=0)
     pretrain.add_argument(
         "--exchange-end",
         type=Path,
         metavar="MODEL",
-        help="make nothing; copy MODEL into --out with another id for its end token, as base and instruct models have",
+        help="train nothing; copy MODEL into --out with another id for its end token, as in an instruct model",
     )
     pretrain.add_argument(
         "--leave-loop",
         type=chance,
         metavar="P",
-        help="chance that a loop in the teacher's documents ends, at each repetition (default 0.15); low: a trap",
+        help="probability that a loop in the teacher's documents ends at each repetition (default 0.15); low: a trap",
     )
     pretrain.add_argument(
-        "--loop", type=chance, metavar="P", help="chance of a loop in a document of the student's (default 0.12)"
+        "--loop", type=chance, metavar="P", help="probability of a loop in a document of the student (default 0.12)"
     )
 
 
@@ -114,7 +116,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
     if arguments.exchange_end is not None:
         if arguments.loop is not None or arguments.leave_loop is not None:
-            raise ConfigError("--exchange-end makes no model: it goes with neither --loop nor --leave-loop")
+            raise ConfigError("--exchange-end trains no model: it cannot be combined with --loop or --leave-loop")
         exchange_end(arguments.exchange_end, arguments.out)
         return 0
     for option, value, other, role in (
@@ -122,7 +124,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
         ("--leave-loop", arguments.leave_loop, "student", "teacher"),
     ):
         if value is not None and arguments.which == other:
-            raise ConfigError(f"{option} is for the {role}'s documents: it goes with --which {role} or both")
+            raise ConfigError(f"{option} is for the {role}'s documents: use it with --which {role} or both")
     settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
     pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common.config import Config, ConfigError
 from common.pretrained import ModelError
-from ops.replay.record import ReplayRecord, ReplayRollout
-from ops.replay.verdicts import ReplayVerdict
+from ops.replay.record import Recording, Replayed
+from ops.replay.verdicts import Judgement
 from ops.tasks.source import TaskSource
 
 _REPORT_EVERY_S = 30.0
@@ -33,9 +33,7 @@ class Answers:
     unsure: frozenset[int]
 
 
-def judged(
-    record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]], folder: Path
-) -> tuple[Answers | None, str]:
+def judged(record: Recording, settings: Sequence[Sequence[Judgement]], folder: Path) -> tuple[Answers | None, str]:
     """Verdicts on what each setting keeps of each right rollout that it cuts, and else on what was written by then.
 
     None: no verdicts, since no answer was verified, or task or tokenizer are not available here. The second says
@@ -77,7 +75,7 @@ def _source(config: Config, folder: Path) -> TaskSource:
     return TaskSource(config.model_copy(update={"student": left}))
 
 
-def _wanted(record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]]) -> dict[int, set[tuple[int, int]]]:
+def _wanted(record: Recording, settings: Sequence[Sequence[Judgement]]) -> dict[int, set[tuple[int, int]]]:
     """By place, of right rollouts that count: keep and trigger of each cut that any setting makes."""
     found: dict[int, set[tuple[int, int]]] = {}
     for place in record.counted:
@@ -89,7 +87,7 @@ def _wanted(record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]]) -
     return found
 
 
-def _judge(source: TaskSource, rollout: ReplayRollout, ends: set[tuple[int, int]]) -> dict[int, bool] | None:
+def _judge(source: TaskSource, rollout: Replayed, ends: set[tuple[int, int]]) -> dict[int, bool] | None:
     """By number of first tokens; None where the verifier does not call the whole right, or once gives no verdict.
 
     A verdict of math-verify takes a hundredth of a second: each number is asked once, a trigger only where its keep is

@@ -19,10 +19,10 @@ from common.policies import Calibrated, check_policy
 from ops.plots import named, save_png
 from ops.replay.answers import judged
 from ops.replay.plot import SettingPoint, draw
-from ops.replay.record import ReplayRecord, read_record
+from ops.replay.record import Recording, read_record
 from ops.replay.results import Outcome, outcomes
 from ops.replay.tables import Setting, about, aligned, as_csv, markdown, table, unequal
-from ops.replay.verdicts import Replay, ReplayVerdict, Shape
+from ops.replay.verdicts import Judgement, Replay, Shape
 
 MOST_SETTINGS = 400
 _COMPUTED = "same, computed"
@@ -124,7 +124,7 @@ def _swept(sweeps: Sequence[str], taken: set[str]) -> list[list[tuple[str, str]]
     return found
 
 
-def _own(record: ReplayRecord) -> list[Setting]:
+def _own(record: Recording) -> list[Setting]:
     """The run's own settings: by the numbers on record, and by numbers that are computed anew."""
     settings = record.config.termination.model_copy(update={"shadow": False, "apply": "stop"})
     own = [Setting("as recorded", (), record.config.termination, recorded=True)]
@@ -132,7 +132,7 @@ def _own(record: ReplayRecord) -> list[Setting]:
 
 
 def _chosen(
-    folder: Path, record: ReplayRecord, pairs: Sequence[tuple[str, str]], swept: Sequence[Sequence[tuple[str, str]]]
+    folder: Path, record: Recording, pairs: Sequence[tuple[str, str]], swept: Sequence[Sequence[tuple[str, str]]]
 ) -> list[Setting]:
     """What is asked for. Raises ConfigError, also for what the record cannot tell."""
     chosen = []
@@ -152,7 +152,7 @@ def _chosen(
     return chosen
 
 
-def _why_not_replayable(record: ReplayRecord, settings: Termination) -> str:
+def _why_not_replayable(record: Recording, settings: Termination) -> str:
     """Why the record of a run that stopped rollouts cannot tell what these settings do; empty if it can."""
     if record.whole:
         return ""
@@ -168,10 +168,10 @@ def _why_not_replayable(record: ReplayRecord, settings: Termination) -> str:
     return ""
 
 
-def _verdicts(replayed: Replay, settings: Sequence[Setting]) -> list[list[ReplayVerdict]]:
+def _verdicts(replayed: Replay, settings: Sequence[Setting]) -> list[list[Judgement]]:
     """Of each setting, in their order; computed by shape, which costs the most."""
     order = sorted(range(len(settings)), key=lambda place: repr(Shape.of(settings[place].termination)))
-    found: dict[int, list[ReplayVerdict]] = {}
+    found: dict[int, list[Judgement]] = {}
     for place in order:
         one = settings[place]
         found[place] = (replayed.as_recorded if one.recorded else replayed.recomputed)(one.termination)

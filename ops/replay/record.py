@@ -19,7 +19,7 @@ from ops.report import data
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayRollout:
+class Replayed:
     """A rollout that had its verdict.
 
     threshold, trigger, keep, stopped: as recorded. known: verdicts given before it was admitted. version, step: how far
@@ -47,11 +47,11 @@ class ReplayRollout:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayRecord:
+class Recording:
     """A run's rollouts in the order of their verdicts; `unusable`: those without a trace or a time on record."""
 
     config: Config
-    rollouts: list[ReplayRollout]
+    rollouts: list[Replayed]
     unusable: int
 
     @property
@@ -65,7 +65,7 @@ class ReplayRecord:
         return all(rollout.free for rollout in self.rollouts)
 
 
-def read_record(folder: Path, arm: str | None = None) -> ReplayRecord:
+def read_record(folder: Path, arm: str | None = None) -> Recording:
     """Read a run's folder.
 
     `arm`: whose rollouts count, `control` or `all`; None: all where nothing could have been stopped, else control. A
@@ -84,7 +84,7 @@ def read_record(folder: Path, arm: str | None = None) -> ReplayRecord:
     # Verdicts of one millisecond were given in the order of their names.
     traced.sort(key=lambda one: (one.line.verdict_unix_s or 0.0, one.line.rid))
     rollouts = _rollouts(config, traced, _step_of_version(folder / METRICS), arm)
-    record = ReplayRecord(config, rollouts, len(lines) - len(rollouts))
+    record = Recording(config, rollouts, len(lines) - len(rollouts))
     if not record.counted:
         wanted = "control rollout" if arm == "control" or not record.whole else "rollout"
         raise ConfigError(
@@ -102,7 +102,7 @@ class _Traced:
     trace: Trace
 
 
-def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[ReplayRollout]:
+def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], arm: str | None) -> list[Replayed]:
     """`traced` in the order of the verdicts."""
     stoppable = [config.termination.stops(one.line.arm) and one.line.active for one in traced]
     wanted = arm or ("control" if any(stoppable) else "all")
@@ -117,7 +117,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
         version = written if config.deterministic else max(version, written)
         step = steps.get(version, version)
         rollouts.append(
-            ReplayRollout(
+            Replayed(
                 rid=line.rid,
                 arm=line.arm,
                 problem=line.problem,

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from common.wire.messages import Floats
 from ops.replay.answers import Answers
-from ops.replay.record import ReplayRecord
-from ops.replay.verdicts import ReplayVerdict
+from ops.replay.record import Recording
+from ops.replay.verdicts import Judgement
 from ops.stats.intervals import Reals, interval, resampled_sums, unseen_share, wilson
 
 _ALIKE = 250  # rollouts of neighbouring policy versions that are compared with each other
@@ -66,9 +66,7 @@ class Outcome:
     wrong: HitShare
 
 
-def outcomes(
-    record: ReplayRecord, settings: Sequence[Sequence[ReplayVerdict]], answers: Answers | None
-) -> list[Outcome]:
+def outcomes(record: Recording, settings: Sequence[Sequence[Judgement]], answers: Answers | None) -> list[Outcome]:
     """The outcome of each setting. `answers`: what is right of what they keep; None: not known."""
     counted = record.counted
     problems = [record.rollouts[place].problem for place in counted]
@@ -103,7 +101,7 @@ def _to_come(divergence: Floats) -> Reals:
     return np.cumsum(divergence[::-1], dtype=np.float64)[::-1]
 
 
-def _signals(record: ReplayRecord, verdicts: Sequence[ReplayVerdict], ahead: Sequence[Reals]) -> Reals:
+def _signals(record: Recording, verdicts: Sequence[Judgement], ahead: Sequence[Reals]) -> Reals:
     """For each rollout that counts, the divergence after its trigger, and the expected one of as many tokens at
     that place: float64 [2, rollouts], 0 of one that is not cut, or has nothing to be compared with.
 
@@ -120,7 +118,7 @@ def _signals(record: ReplayRecord, verdicts: Sequence[ReplayVerdict], ahead: Seq
     return found
 
 
-def _trigger(verdict: ReplayVerdict) -> int | None:
+def _trigger(verdict: Judgement) -> int | None:
     return None if verdict.cut is None else verdict.cut.trigger
 
 
@@ -143,13 +141,13 @@ def _ratio(over: Reals, under: Reals) -> float | None:
     return float(over.sum() / under.sum()) if under.sum() > 0 else None
 
 
-def _seen(verdict: ReplayVerdict, total: float) -> float:
+def _seen(verdict: Judgement, total: float) -> float:
     return total if verdict.cut is None else float(verdict.cut.trigger)
 
 
 def _outcome(
-    record: ReplayRecord,
-    verdicts: Sequence[ReplayVerdict],
+    record: Recording,
+    verdicts: Sequence[Judgement],
     shares: Mapping[str, HitShare],
     seen: Reals,
     whole: Reals,
@@ -185,7 +183,7 @@ def _outcome(
 
 
 def _parts(
-    record: ReplayRecord, verdicts: Sequence[ReplayVerdict], answers: Answers | None
+    record: Recording, verdicts: Sequence[Judgement], answers: Answers | None
 ) -> dict[str, tuple[_Bools, _Bools]]:
     """Of each share, over the rollouts that count: which are hits, and which it is a share of."""
     counted = record.counted

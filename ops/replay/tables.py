@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import Termination
-from ops.replay.record import ReplayRecord
+from ops.replay.record import Recording
 from ops.replay.results import HitShare, Outcome
-from ops.replay.verdicts import ReplayVerdict, reproduced
+from ops.replay.verdicts import Judgement, reproduced
 from ops.stats.intervals import FEW_PROMPTS
 from ops.words import policy_text
 
@@ -33,9 +33,7 @@ class Setting:
 # --- what was replayed ------------------------------------------------------------------------------------------------
 
 
-def about(
-    record: ReplayRecord, recorded: Sequence[ReplayVerdict], computed: Sequence[ReplayVerdict], missing: str
-) -> str:
+def about(record: Recording, recorded: Sequence[Judgement], computed: Sequence[Judgement], missing: str) -> str:
     """What the figures stand on: which rollouts, how well the record is met, what could not be had (`missing`).
 
     `recorded`, `computed`: verdicts by the recorded settings, with numbers on record and computed ones (or none).
@@ -83,7 +81,7 @@ def about(
     return "\n".join(f"{name:9} {text}" for name, text in parts)
 
 
-def _intervals(record: ReplayRecord) -> str:
+def _intervals(record: Recording) -> str:
     """How they are made."""
     count, prompts = len(record.counted), len({record.rollouts[place].problem for place in record.counted})
     text = "95 %; savings: bootstrap by prompt, shares: Wilson; each rollout has its own prompt"
@@ -93,7 +91,7 @@ def _intervals(record: ReplayRecord) -> str:
     return text + (few if prompts < FEW_PROMPTS else "")
 
 
-def _counted(record: ReplayRecord) -> str:
+def _counted(record: Recording) -> str:
     counted = [record.rollouts[place] for place in record.counted]
     text = _arms(Counter(one.arm for one in counted))
     right = sum(one.correct is True for one in counted)
@@ -105,7 +103,7 @@ def _arms(counts: Counter[str]) -> str:
     return " and ".join(f"{count:,} {arm}" for arm, count in sorted(counts.items()))
 
 
-def drift_of(record: ReplayRecord, verdicts: Sequence[ReplayVerdict]) -> float | None:
+def drift_of(record: Recording, verdicts: Sequence[Judgement]) -> float | None:
     """Median of |computed / recorded - 1| over rollouts that have both numbers; None without any."""
     both = [
         (verdict.number, one.threshold)

@@ -17,7 +17,7 @@ from common.config import ConfigError, Termination
 from common.policies import Progress, ScoredTokens, Situation
 from common.termination import Cut, MinimaBuffer
 from common.wire.messages import Floats
-from ops.replay.record import ReplayRecord, ReplayRollout
+from ops.replay.record import Recording, Replayed
 
 _BITS = 30  # a sum is high · 2^30 + low, in the units of 2^-60 nats that common.termination counts in
 _LOW = (1 << _BITS) - 1
@@ -109,7 +109,7 @@ def _least_sum_of(mean: float, window: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayVerdict:
+class Judgement:
     """Of one rollout: the number that it was judged by, whether it could be cut, and where it was."""
 
     number: float | None
@@ -120,22 +120,22 @@ class ReplayVerdict:
 class Replay:
     """One record under many settings."""
 
-    def __init__(self, record: ReplayRecord) -> None:
+    def __init__(self, record: Recording) -> None:
         self._record = record
         self._shape: Shape | None = None
         self._windows: list[Windows] = []
 
-    def as_recorded(self, settings: Termination) -> list[ReplayVerdict]:
+    def as_recorded(self, settings: Termination) -> list[Judgement]:
         """A verdict for each rollout, by the number that it was judged by in the run."""
         windows, policy = self._windows_of(settings), policies.find(settings.policy)
         return [
-            ReplayVerdict(
+            Judgement(
                 one.threshold, policy.active(one.threshold), self._cut(settings, one, windows[place], one.threshold)
             )
             for place, one in enumerate(self._record.rollouts)
         ]
 
-    def recomputed(self, settings: Termination) -> list[ReplayVerdict]:
+    def recomputed(self, settings: Termination) -> list[Judgement]:
         """A verdict for each rollout, by numbers that come from the replayed rollouts themselves.
 
         A rollout that was not free gets none, and pushes nothing. What begins is judged by the number of the moment in
@@ -156,18 +156,18 @@ class Replay:
                     least = windows[place].minimum(stopped.trigger if stopped else None)
                     if least is not None:
                         minima.push(least)
-            verdicts.append(ReplayVerdict(number, policy.active(number), cut))
+            verdicts.append(Judgement(number, policy.active(number), cut))
             numbers.append(policy.number(settings, progress))
         return verdicts
 
-    def _arm_of(self, rollout: ReplayRollout, settings: Termination) -> str:
+    def _arm_of(self, rollout: Replayed, settings: Termination) -> str:
         """As recorded; under another control_fraction, as the feeder would have drawn it."""
         fraction = settings.control_fraction
         if fraction == self._record.config.termination.control_fraction:
             return rollout.arm
         return "treated" if rollout.lot >= fraction else "control"
 
-    def _cut(self, settings: Termination, rollout: ReplayRollout, windows: Windows, number: float | None) -> Cut | None:
+    def _cut(self, settings: Termination, rollout: Replayed, windows: Windows, number: float | None) -> Cut | None:
         policy = policies.find(settings.policy)
         if policy in _KAT:
             return None if number is None else windows.cut(number, settings.patience)
@@ -185,7 +185,7 @@ class Replay:
         return self._windows
 
 
-def reproduced(record: ReplayRecord, verdicts: Sequence[ReplayVerdict]) -> int:
+def reproduced(record: Recording, verdicts: Sequence[Judgement]) -> int:
     """How many rollouts got their recorded verdict; all, by the recorded settings and numbers, if nothing is wrong."""
     settings, found = record.config.termination, 0
     for one, verdict in zip(record.rollouts, verdicts, strict=True):
@@ -202,7 +202,7 @@ def _calibrates(arm: str, settings: Termination, stopped: Cut | None) -> bool:
     return settings.calibrate_on == "all" or stopped is None
 
 
-def _checked(cut: Cut | None, rollout: ReplayRollout) -> Cut | None:
+def _checked(cut: Cut | None, rollout: Replayed) -> Cut | None:
     """Raises ConfigError for a cut that a policy of the user's own cannot have made; the arbiter refuses it, too."""
     if cut is None or 0 <= cut.keep <= cut.trigger <= len(rollout.divergence):
         return cut

@@ -42,15 +42,15 @@ def check(config: Config) -> Findings:
     check_redis(config, found)
     found.problems += missing(config.tracking)
     _check_devices(config, found)
-    _say_what_runs(config, found)
+    _add_summary(config, found)
     return found
 
 
 def _check_models(config: Config, found: Findings) -> Pair | None:
     try:
-        pair = check_pair(config, weights=False)  # reading is enough: a hub's weights are fetched by a run
+        pair = check_pair(config, weights=False)  # the weights of a hub model are only downloaded by a run
     except HubUnavailable as error:
-        found.unchecked.append(f"models: {error}; checked without them: the config alone")
+        found.unchecked.append(f"models: {error}; only the config was checked")
         return None
     except ModelError as error:
         found.problems.append(str(error))
@@ -60,13 +60,13 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
         ("teacher", pair.teacher, config.teacher.model),
     ):
         if facts.parameters_bytes == 0 and not is_hub_id(model):
-            found.problems.append(f"{who} {facts.folder}: no *.safetensors in it; Katana loads no other weights")
+            found.problems.append(f"{who} {facts.folder}: contains no *.safetensors; Katana loads no other weights")
     stops = ", ".join(str(stop) for stop in pair.stop_ids)
     found.lines += [
         f"student    {pair.student.folder} ({pair.student.model_type})",
         f"teacher    {pair.teacher.folder} ({pair.teacher.model_type})",
         f"tokenizer  shared, {pair.vocab_size} ids in use",
-        f"stop set   {{{stops}}}: generation ends on any of them, together they are the one outcome STOP",
+        f"stop set   {{{stops}}}: generation ends on any of them; together they are one outcome, STOP",
         f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens; contexts: "
         f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
     ]
@@ -75,29 +75,29 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
 
 
 def _context(facts: ModelFacts) -> str:
-    """Its length, or that nothing says it: positions without a table (ALiBi, say) have no end that a config states."""
+    """The context length. Position encodings without a table, such as ALiBi, state none in the config."""
     longest = facts.max_position_embeddings
     return "not stated in its config.json, so not checked" if longest is None else f"{longest} tokens"
 
 
 def ends_outside(pair: Pair, data: Data) -> list[str]:
-    """What the tokenizer, or the chat template, says an answer ends with, where the stop set does not have it."""
+    """Warnings: a token that ends an answer by the tokenizer or the chat template is not in the stop set."""
     tokenizer = load_tokenizer(pair.student.folder)
-    told = {"the tokenizer's own eos": tokenizer.eos_token_id}
+    ends = {"the eos token of the tokenizer": tokenizer.eos_token_id}
     for name, token in _ends_of_turn(tokenizer, data).items():
-        told[f"the end of an answer in the chat template ({name})"] = token
+        ends[f"the end of an answer in the chat template ({name})"] = token
     return [
         f"{what}, {tokenizer.convert_ids_to_tokens(token)!r} ({token}), is not in the stop set: a rollout that writes "
-        f"it goes on to the limit; add it to eos_token_id in generation_config.json of {pair.student.folder}"
-        for what, token in told.items()
+        f"it continues to the length limit; add it to eos_token_id in generation_config.json of {pair.student.folder}"
+        for what, token in ends.items()
         if token is not None and token not in pair.stop_ids
     ]
 
 
 def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
-    """The special token that each chat template in use puts behind an answer; None where there is none.
+    """The special token that each chat template in use puts after an answer; None where there is none.
 
-    Nothing of a template that refuses or is not there: that is told where prompts are looked at.
+    A template that fails or is missing is skipped here: `_check_prompts` reports it.
     """
     answer = "An answer."
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
@@ -108,8 +108,8 @@ def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
         templates = Templates(tokenizer, data)
         for name in templates.names:
             text = templates.apply(messages, {}, "a trial", name=name, add_generation_prompt=False)
-            behind = text.rpartition(answer)[2].strip()
-            ids: list[int] = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+            after = text.rpartition(answer)[2].strip()
+            ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
             found[name] = next((token for token in ids if token in tokenizer.all_special_ids), None)
     except ConfigError:
         pass
@@ -117,7 +117,7 @@ def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
 
 
 def _check_devices(config: Config, found: Findings) -> None:
-    """A config may be checked on a machine other than the one it is for: what is not here is left to that one."""
+    """A missing device is reported as unchecked, not as a problem: the config may be for another machine."""
     for key, device in devices_of(config):
         if device == "cpu":
             continue
@@ -133,7 +133,7 @@ def _check_prompts(config: Config, found: Findings) -> None:
         try:
             source = TaskSource(config, "eval" if name else "train", name)
             source.rehearse()
-            # Of a data set the reading itself has looked at every row.
+            # Loading a data set has already checked every row.
             read = min(_PROMPTS_READ, source.count or _PROMPTS_READ)
             longest = max(len(source.prompt(index)) for index in range(read))
         except DataMissing as error:
@@ -141,17 +141,17 @@ def _check_prompts(config: Config, found: Findings) -> None:
         except (ConfigError, ModelError) as error:
             found.problems.append(str(error))
         else:
-            found.lines.append(f"{what} {_told(config, source, name)}; the longest of {read} has {longest} tokens")
+            found.lines.append(f"{what} {_rows_text(config, source, name)}; the longest of {read} has {longest} tokens")
             of = f"eval.data.{name}: " if name else ""
             lines = [f"warning    {of}{text}" for text in source.notes]
-            # What is said of the template itself is the same for a benchmark.
+            # A note on the chat template repeats for each benchmark: it is printed once.
             found.lines += [line for line in lines if line.replace(of, "") not in found.lines]
 
 
-def _told(config: Config, source: TaskSource, name: str | None) -> str:
+def _rows_text(config: Config, source: TaskSource, name: str | None) -> str:
     if source.count is None:
         return f"task {config.data.task!r}"
-    skipped = f", {source.skipped} more are left out" if source.skipped else ""
+    skipped = f", {source.skipped} more are skipped" if source.skipped else ""
     if name is None:
         return f"{source.count} rows of {config.data.path}{skipped}, judged by {config.data.verifier}"
     one = config.eval.data[name]
@@ -175,7 +175,7 @@ def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:
         "learner": student.parameters * 4 * 4 + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
     }
     found.lines.append(
-        "memory     (estimate, beside about 400 MB for Python and torch) "
+        "memory     (estimate, plus about 400 MB for Python and torch) "
         + ", ".join(f"{role} {size / _MB:,.0f} MB" for role, size in parts.items())
     )
 
@@ -198,14 +198,14 @@ def _shape(folder: Path) -> _Shape:
     parameters = sum(path.stat().st_size for path in weight_files(folder)) // stored
     layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
     kv_width = int(text.get("num_key_value_heads") or heads) * head_dim
-    if not parameters:  # weights not fetched yet: attention, gated MLP and embeddings of the usual decoder
+    if not parameters:  # weights not downloaded yet: attention, gated MLP and embeddings of the usual decoder
         a_layer = 2 * width * (heads * head_dim + kv_width) + 3 * width * int(text.get("intermediate_size", 4 * width))
         tied = 1 if text.get("tie_word_embeddings") else 2
         parameters = layers * a_layer + tied * width * int(text.get("vocab_size", 0))
     return _Shape(parameters=parameters, layers=layers, kv_width=kv_width)
 
 
-def _say_what_runs(config: Config, found: Findings) -> None:
+def _add_summary(config: Config, found: Findings) -> None:
     rule = config.termination
     windows = f"W {rule.window}, C {rule.patience}, grace {rule.grace_tokens}, stride {rule.stride}"
     since = f"active from policy version {rule.warmup_steps}"
@@ -219,23 +219,23 @@ def _say_what_runs(config: Config, found: Findings) -> None:
         "none": "no rollout is cut",
         "fixed": f"every treated rollout is cut at {rule.fixed_tokens} tokens",
         "scheduled": f"every treated rollout is cut at {rule.fixed_tokens} tokens, growing to {rule.scheduled_tokens} "
-        f"in {rule.scheduled_steps} steps",
-        "random": f"treated rollouts are cut at a place drawn from 1 to {config.rollout.max_completion_length} tokens",
-        "random_matched": f"treated rollouts are cut by chance, {len(rule.hazard)} positions × {rule.hazard_scale:g}; "
+        f"over {rule.scheduled_steps} steps",
+        "random": f"treated rollouts are cut at a random length, 1 to {config.rollout.max_completion_length} tokens",
+        "random_matched": f"treated rollouts are cut at random, {len(rule.hazard)} positions × {rule.hazard_scale:g}; "
         f"{since}",
         "kat": calibrated,
         "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
         "kat_inverse": f"cut where divergence stays high; {calibrated}",
-    }.get(rule.policy, f"your own; {on if _is_calibrated(rule.policy) else arm}")
-    cuts = rule.policy != "none"  # without cuts neither of these changes anything
+    }.get(rule.policy, f"a custom policy; {on if _is_calibrated(rule.policy) else arm}")
+    cuts = rule.policy != "none"  # shadow and mask have no effect without cuts
     if cuts and rule.shadow:
-        text += "; shadow: verdicts are recorded, none is applied"
+        text += "; shadow: verdicts are recorded, not applied"
     elif cuts and rule.apply == "mask":
-        text += "; mask: nothing is stopped, what is cut is left out of the loss"
+        text += "; mask: no rollout is stopped; the cut tokens are left out of the loss"
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {_told_end(config)} of {learner.batch_size} trajectories, {_told_loss(config.loss)}, "
+        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config.loss)}, "
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
@@ -243,18 +243,18 @@ def _say_what_runs(config: Config, found: Findings) -> None:
     ]
     if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:
         found.lines.append(
-            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: what the nucleus cuts off "
-            "is never drawn, and its share of the gradient is missing"
+            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens outside the nucleus "
+            "are never sampled, so their share of the gradient is missing"
         )
     if config.loss.weighting == "random_drop" and config.loss.retention == 1:
         found.lines.append(
             "warning    loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
-            "loss.retention to the share of kept tokens that is to count"
+            "loss.retention to the share of kept tokens that should count"
         )
 
 
 def _is_calibrated(policy: str) -> bool:
-    """Whether a policy, maybe one of the user's own, looks at minima. One that cannot be imported was refused before,
+    """Whether a policy, built in or custom, is calibrated on minima. One that cannot be imported was already refused
     when the config was read."""
     try:
         return issubclass(policies.find(policy), policies.Calibrated)
@@ -262,8 +262,8 @@ def _is_calibrated(policy: str) -> bool:
         return False
 
 
-def _told_loss(loss: Loss) -> str:
-    """Its mode, and what differs from the default."""
+def _loss_text(loss: Loss) -> str:
+    """The loss mode and every setting that differs from the default."""
     parts: list[str] = [loss.mode]
     if loss.denominator != "kept":
         parts.append(f"denominator {loss.denominator}")
@@ -274,7 +274,7 @@ def _told_loss(loss: Loss) -> str:
     return ", ".join(parts)
 
 
-def _told_end(config: Config) -> str:
+def _length_text(config: Config) -> str:
     tokens = config.learner.max_generated_tokens
     if tokens is None:
         return f"{config.learner.max_steps} steps"

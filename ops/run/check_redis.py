@@ -1,4 +1,4 @@
-"""`katana check`, the part of it that looks at Redis: the data server, and Celery's broker."""
+"""The Redis part of `katana check`: the data server and Celery's broker."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _MB = 1 << 20
 
 
 def check_redis(config: Config, found: Findings) -> None:
-    """Both servers as they are now; those that do not answer are left unchecked."""
+    """Check both servers. One that does not answer is reported as unchecked."""
     settings = config.redis
     found.lines.append(f"redis      at most {most_bytes(config) / _MB:,.0f} MB in flight")
     if settings.url is None:
         _check_memory(config, settings.maxmemory_mb * _MB, "redis.maxmemory_mb", found)
         return
-    # One after the other: a cluster, say, is wrong as either, and a server that is away says nothing of the other.
+    # Each is checked by itself: one server that does not answer must not hide a problem of the other.
     data = _ask(found, lambda: reach(config))
     broker = _ask(found, lambda: answering(broker_name(config), settings.broker, config, "operator"))
     if data is not None:
         _check_data(config, facts_of(data), found)
     if broker is not None:
         _check_broker(config, facts_of(broker), found)
-    if data is not None and broker is not None and _place(data) == _place(broker):
+    if data is not None and broker is not None and _database(data) == _database(broker):
         _warn(
             found,
-            f"redis.broker_url: {settings.broker} is the database of redis.url itself: whoever empties the one loses "
-            f"the other; give Celery a database of its own",
+            f"redis.broker_url: {settings.broker} is the same database as redis.url: flushing one flushes both; "
+            f"give Celery a separate database",
         )
 
 
 def _ask(found: Findings, connect: Callable[[], redis.Redis]) -> redis.Redis | None:
-    """A client of a server; what is wrong with it goes to the problems, or to what is unchecked if it may pass."""
+    """A client of a server, or None: then a problem is recorded, or `unchecked` if the server does not answer."""
     try:
         return connect()
     except Unreachable as error:
@@ -54,15 +54,15 @@ def _check_data(config: Config, facts: dict[str, Any], found: Findings) -> None:
     policy = facts.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         found.problems.append(
-            f"{url}: maxmemory-policy is {policy}, and a full Redis would throw work away; allowed: noeviction"
+            f"{url}: maxmemory-policy is {policy}, so a full Redis would evict data of the run; allowed: noeviction"
         )
     if "maxmemory" in facts:
         _check_memory(config, int(facts["maxmemory"]), f"maxmemory of {url}", found)
     if facts.get("aof_enabled") == 0:
         _warn(
             found,
-            f"{url} writes no append-only file (appendonly no): when it ends, what is in flight is lost with it, and "
-            f"the run goes on from its checkpoint",
+            f"{url} writes no append-only file (appendonly no): when it stops, all work in flight is lost, and the run "
+            f"continues from its checkpoint",
         )
 
 
@@ -78,8 +78,8 @@ def _check_broker(config: Config, facts: dict[str, Any], found: Findings) -> Non
     if policy != "noeviction":
         _warn(
             found,
-            f"the broker {config.redis.broker} evicts (maxmemory-policy is {policy}; wanted: noeviction): a full one "
-            f"throws calls to work away, and workers wait until the next",
+            f"the broker {config.redis.broker} evicts (maxmemory-policy is {policy}; wanted: noeviction): when full, "
+            f"it drops worker tasks, and workers are idle until the next one is sent",
         )
 
 
@@ -87,6 +87,6 @@ def _warn(found: Findings, text: str) -> None:
     found.lines.append(f"warning    {text}")
 
 
-def _place(client: redis.Redis) -> tuple[Any, int]:
-    """Which database of which server a client talks to."""
+def _database(client: redis.Redis) -> tuple[Any, int]:
+    """Server and number of a client's database."""
     return facts_of(client).get("run_id", object()), int(client.connection_pool.connection_kwargs.get("db") or 0)

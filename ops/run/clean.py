@@ -1,4 +1,4 @@
-"""`katana clean`: a run's folder and its keys, removed."""
+"""`katana clean`: removes a run's folder and its keys in Redis."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ops.reach.server import reach
 
 
 def clean(folder: Path) -> str:
-    """Remove what a run left: its keys in a Redis of its own or the config's, then its folder.
+    """Remove a run: its keys in the config's Redis, then its folder. Returns what was removed.
 
-    Of a run of the fault harness, whose Redis went with it, the folders alone. Raises ConfigError when the folder is
-    no run's, the run is at work, or its Redis is away.
+    For a run of the fault harness whose Redis is gone, only the folders. Raises ConfigError if the folder is not a
+    run's, the run is running, or its Redis does not answer.
     """
     if not (folder / "config.yaml").is_file() or not (folder / "run.json").is_file():
         raise ConfigError(f"{folder}: not a run's folder (config.yaml and run.json are not both there)")
@@ -27,7 +27,7 @@ def clean(folder: Path) -> str:
         for path in filter(None, (folder, left)):
             shutil.rmtree(path)
         folders = f"{folder} and {left}" if left else f"{folder}"
-        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone: no keys there"
+        return f"removed {folders}. Its Redis, {config.redis.url}, was the fault harness's and is gone with its keys"
     removed = 0
     if config.redis.url is not None:
         removed = _remove_keys(config, read_run_key(folder))
@@ -40,7 +40,7 @@ def _remove_keys(config: Config, run_key: str) -> int:
     plane = open_plane(config, client, run_key)
     live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
     if live:
-        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is at work; stop them first")
+        raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is running; stop them first")
     removed = 0
     for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
         removed += int(client.unlink(key))

@@ -1,8 +1,8 @@
-"""`katana dead`: what was given up and why; a rollout sent back, or removed for good.
+"""`katana dead`: lists dead letters; sends the problem of a dead rollout back to the feeder, or removes the rollout.
 
-Where a letter in the stream `dead` names a rollout that died, its record stays until an operator has decided. Both
-decisions take letter and record off in one script (`again.lua`), so whoever comes second finds neither. What is
-sent back becomes a request in `again`: the feeder admits its problem as a new rollout; the dead one stays dead.
+The record of a dead rollout stays in Redis until an operator decides. Both decisions remove letter and record in one
+script (`again.lua`), so the second of two commands finds neither. Sending back adds a request to the stream `again`:
+the feeder admits the problem as a new rollout, and the dead one stays dead.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ops.reading.rollouts import find_tokenizer
 
 Decoder = Callable[[list[int]], str]
 _AT_A_TIME = 500
-# The parts of a chunk: record, and the array that has one row a token.
+# The parts of a chunk: the record, and its array with one row per token.
 _PARTS: dict[str, tuple[Any, str]] = {
     TOKENS: (ChunkTokens, "tokens"),
     SUPPORT: (ChunkSupport, "sampled_logprobs"),
@@ -53,19 +53,19 @@ _NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
 _TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
 _KEPT = {"there": "its record is kept", "open": "it is not in the books yet", "gone": "its record is gone"}
 _REFUSED = {
-    SentBack.ABSENT: "{entry}: this letter is gone. Another command has taken it off meanwhile, or this one has: Redis "
-    "was asked twice because its first answer was lost. Look at the list",
-    SentBack.OPEN: "{entry}: rollout {rid} is not in the books yet; its feeder writes it there within seconds",
-    SentBack.NONE: "{entry}: the record of rollout {rid} is gone: it was sent back or removed by another letter, or it "
-    "did not die. There is nothing to send back",
-    SentBack.ENDED: "{entry}: the run admits nothing any more, its training is over. With more steps to do it goes on "
-    "(--resume --set learner.max_steps=N)",
+    SentBack.ABSENT: "{entry}: the letter has just been removed, by another command or by this one: it is repeated if "
+    "its first answer is lost. Check the list",
+    SentBack.OPEN: "{entry}: rollout {rid} is not in the books yet; the feeder books it within seconds",
+    SentBack.NONE: "{entry}: the record of rollout {rid} is gone: it was sent back or removed through another letter, "
+    "or it did not die. There is nothing to send back",
+    SentBack.ENDED: "{entry}: the run admits no more rollouts: its training is over. To continue it: "
+    "--resume --set learner.max_steps=N",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """An entry of the stream `dead`. `rid` is empty where it names no rollout."""
+    """An entry of the stream `dead`. `rid` is empty if it names no rollout."""
 
     entry: str
     rid: str
@@ -75,7 +75,7 @@ class Letter:
 
     @property
     def at(self) -> datetime | None:
-        """When it was written, by Redis's clock; None for an entry whose id is no time."""
+        """When it was written, by the clock of Redis; None if the entry id is not a time."""
         try:
             return datetime.fromtimestamp(int(self.entry.partition("-")[0]) / 1000, UTC)
         except (ValueError, OverflowError, OSError):
@@ -83,7 +83,7 @@ class Letter:
 
 
 def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
-    """Print what was given up, oldest first. Raises ConfigError, as the others do: see `opened`."""
+    """Print the dead letters, oldest first. Raises ConfigError, see `opened`."""
     with opened(config, source) as run:
         plane = run.plane
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -102,21 +102,21 @@ def list_letters(config: Config, source: Path, *, as_json: bool) -> None:
         if not as_json and not count:
             print(f"no dead letters in run {plane.run_key}")
         if waiting:
-            print(f"{waiting} sent back, to be admitted by the feeder")
+            print(f"{waiting} sent back, waiting for the feeder to admit them")
 
 
 def show(config: Config, source: Path, entry: str) -> None:
-    """Print one letter whole, with what is left of its rollout. Raises ConfigError."""
+    """Print one letter with all its fields, and its rollout's record. Raises ConfigError."""
     with opened(config, source) as run:
         config, plane = run.config, run.plane
         letter = _letter(plane, entry)
         record = plane.rollout(letter.rid) if letter.rid else {}
-        [facts] = _standings(plane, [letter])
+        [facts] = _facts(plane, [letter])
     lines = [
         ("entry", letter.entry),
         ("when", f"{letter.at:%Y-%m-%d %H:%M:%S} UTC" if letter.at else "?"),
         ("stage", letter.stage),
-        ("rollout", f"{letter.rid}, {_KEPT[facts['record']]}" if letter.rid else "none: the letter is about a notice"),
+        ("rollout", f"{letter.rid}, {_KEPT[facts['record']]}" if letter.rid else "none: the letter names no rollout"),
         ("attempts", f"{facts['attempts'] or 0} without progress, {facts['claims'] or 0} claims"),
         ("reason", letter.reason),
         ("shown", repr(letter.shown)),
@@ -128,7 +128,7 @@ def show(config: Config, source: Path, entry: str) -> None:
 
 
 def send_back(config: Config, source: Path, entry: str) -> None:
-    """Have the feeder admit the problem of a dead rollout anew, exactly once. Raises ConfigError."""
+    """Have the feeder admit the problem of a dead rollout again, exactly once. Raises ConfigError."""
     with opened(config, source) as run:
         config, plane = run.config, run.plane
         letter = _letter(plane, entry)
@@ -141,7 +141,7 @@ def send_back(config: Config, source: Path, entry: str) -> None:
 
 
 def drop(config: Config, source: Path, entry: str) -> None:
-    """Remove a letter, and the record of the rollout that died by it, for good. Raises ConfigError."""
+    """Remove a letter and the record of its dead rollout permanently. Raises ConfigError."""
     with opened(config, source) as run:
         plane = run.plane
         letter = _letter(plane, entry)
@@ -156,7 +156,7 @@ def _decide(plane: Plane, letter: Letter, problem: int | None) -> None:
 
 
 def _problem(rid: str, record: dict[bytes, bytes], config: Config) -> int:
-    """What a dead rollout was to solve: by its head, or where that is what it died of, as the feeder had counted."""
+    """The problem of a dead rollout: from its head, or if that is broken, from the field `problem` or its number."""
     with contextlib.suppress(MessageError):
         return RolloutHead.decode(record.get(b"head", b"")).problem
     try:
@@ -164,19 +164,19 @@ def _problem(rid: str, record: dict[bytes, bytes], config: Config) -> int:
             return read_number(record[b"problem"], "problem")
         return read_number(rid[1:].encode(), "number") // config.data.num_generations
     except MessageError as error:
-        raise ConfigError(f"{rid}: its head cannot be read, and nothing else tells its problem ({error})") from error
+        raise ConfigError(f"{rid}: its head cannot be read, nor its problem derived otherwise ({error})") from error
 
 
 # --- letters ----------------------------------------------------------------------------------------------------------
 
 
 def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
-    """All of them with what is known of their rollouts, see `_standings`; a page of the stream at a time."""
+    """All letters with the facts about their rollouts (`_facts`); reads a page of the stream at a time."""
     begin = "-"
     while True:
         found = plane.dead_letters(begin, "+", _AT_A_TIME)
         letters = [_read(entry, values) for entry, values in found]
-        yield from zip(letters, _standings(plane, letters), strict=True)
+        yield from zip(letters, _facts(plane, letters), strict=True)
         if len(found) < _AT_A_TIME:
             return
         begin = "(" + found[-1][0].decode()
@@ -185,7 +185,7 @@ def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
 def _letter(plane: Plane, entry: str) -> Letter:
     """Raises ConfigError when there is no such letter."""
     if not re.fullmatch("[0-9]{1,19}-[0-9]{1,19}", entry):
-        raise ConfigError(f"{entry!r}: not the entry of a letter, which is like 1763841234567-0; see the list")
+        raise ConfigError(f"{entry!r}: not an entry id, such as 1763841234567-0; see the list")
     found = plane.dead_letters(entry, entry, 1)
     if not found:
         raise ConfigError(f"{entry}: no such letter in run {plane.run_key}; was it sent back or removed already?")
@@ -201,9 +201,9 @@ def _read(entry: bytes, values: dict[bytes, bytes]) -> Letter:
     return Letter(entry.decode(), named, _plain(values.get(b"stage", b"")), _plain(reason), values.get(b"shown", b""))
 
 
-def _standings(plane: Plane, letters: list[Letter]) -> list[dict[str, str]]:
-    """Of each letter's rollout: its `record` is there, open (it is not booked yet), gone, or '' where the letter names
-    none; attempts and claims as far as the record tells."""
+def _facts(plane: Plane, letters: list[Letter]) -> list[dict[str, str]]:
+    """For each letter, of its rollout: `record` is 'there', 'open' (not booked yet), 'gone', or '' if the letter names
+    no rollout; attempts and claims are '' if the record has none."""
     return [
         {
             "record": ("open" if one.open else "there" if one.there else "gone") if letter.rid else "",
@@ -232,7 +232,7 @@ def _row(entry: str, when: str, stage: str, rollout: str, attempts: str, reason:
 
 
 def _plain(value: bytes) -> str:
-    """What anyone may have written, without characters that a terminal would act on."""
+    """Untrusted bytes as text; characters that could control a terminal are escaped."""
     text = value.decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
@@ -241,7 +241,7 @@ def _plain(value: bytes) -> str:
 
 
 def _find_decoder(config: Config, folder: Path) -> Decoder | None:
-    """Token ids to text; None where no tokenizer of the run is to be had here."""
+    """Turns token ids into text; None if the run's tokenizer is not available here."""
     try:
         tokenizer = find_tokenizer(config, folder)
     except ModelError:
@@ -250,7 +250,7 @@ def _find_decoder(config: Config, folder: Path) -> Decoder | None:
 
 
 def _describe(record: dict[bytes, bytes], decode: Decoder | None) -> list[tuple[str, str]]:
-    """A rollout as lines of name and text: what it was to write, how far it came, and each field, readable or not."""
+    """A record as lines of name and text: the prompt, the progress, and each field, readable or not."""
     read, fields = _read_record(record)
     lines = []
     head, verdict = read.get(b"head"), record.get(b"verdict")
@@ -258,33 +258,33 @@ def _describe(record: dict[bytes, bytes], decode: Decoder | None) -> list[tuple[
         lines += [("arm", head.arm), ("problem", str(head.problem)), ("prompt", _text(head.prompt, decode))]
     chunks = sorted((one for one in read.values() if isinstance(one, ChunkTokens)), key=lambda one: one.seq)
     scored = sum(isinstance(one, ScoreDivergence) for one in read.values())
-    told = {name: _plain(record.get(name.encode(), b"?")) for name in ("chunks", "length", "scored")}
+    stored = {name: _plain(record.get(name.encode(), b"?")) for name in ("chunks", "length", "scored")}
     lines += [
-        ("chunks", f"{told['chunks']} stored, {len(chunks)} readable; {told['scored']} scored, {scored} readable"),
-        ("tokens", f"{told['length']} stored, {sum(len(one.tokens) for one in chunks)} readable"),
+        ("chunks", f"{stored['chunks']} stored, {len(chunks)} readable; {stored['scored']} scored, {scored} readable"),
+        ("tokens", f"{stored['length']} stored, {sum(len(one.tokens) for one in chunks)} readable"),
         ("verdict", "none" if verdict is None else "dead" if verdict == b"dead" else "given, see its field"),
     ]
     if chunks:
         lines.append(("written", _text(np.concatenate([one.tokens for one in chunks]), decode)))
     lines += [("field", f"{_plain(name):<10} {text}") for name, text in fields]
-    return lines + [("misfit", text) for text in _misfits(read)]
+    return lines + [("mismatch", text) for text in _mismatches(read)]
 
 
 def _read_record(record: dict[bytes, bytes]) -> tuple[dict[bytes, Any], list[tuple[bytes, str]]]:
-    """What can be read, by field; and of every field, in order, what it holds or why it cannot be read."""
+    """The readable fields by name; and a line for every field, in order: what it holds, or why it cannot be read."""
     read: dict[bytes, Any] = {}
-    told = []
-    for name in sorted(record, key=_place):
+    lines = []
+    for name in sorted(record, key=_order):
         try:
             read[name] = _read_field(name, record[name])
-            told.append((name, f"ok      {_summary(read[name])}"))
+            lines.append((name, f"ok      {_summary(read[name])}"))
         except MessageError as error:
-            told.append((name, f"BROKEN  {error} ({len(record[name])} bytes)"))
-    return read, told
+            lines.append((name, f"BROKEN  {error} ({len(record[name])} bytes)"))
+    return read, lines
 
 
-def _place(name: bytes) -> tuple[int, bytes]:
-    """Numbers and words first, then chunk by chunk."""
+def _order(name: bytes) -> tuple[int, bytes]:
+    """Numbers and texts first, then chunk by chunk."""
     part = part_of(name)
     return (part[1], name) if part else (-1, name)
 
@@ -301,18 +301,18 @@ def _read_field(name: bytes, value: bytes) -> Any:
         return _plain(value)
     part = part_of(name)
     if part is None:
-        raise MessageError("no field of a rollout")
+        raise MessageError("not a field of a rollout")
     kind, seq = part
     record = _PARTS[kind][0].decode(value)
     if getattr(record, "seq", seq) != seq:
-        raise MessageError(f"it is chunk {record.seq}")
+        raise MessageError(f"belongs to chunk {record.seq}")
     return record
 
 
 def _summary(value: Any) -> str:
     if isinstance(value, ChunkTokens):
         last = value.start + len(value.tokens)
-        finish = f", ends by {value.finish}" if value.finish else ""
+        finish = f", finish {value.finish}" if value.finish else ""
         return f"tokens {value.start} … {last - 1}, policy version {value.policy_version}, by {value.writer}{finish}"
     if isinstance(value, Verdict):
         return f"{value.finish_reason}: trigger {value.trigger}, keep {value.keep}, train {value.train}"
@@ -325,8 +325,8 @@ def _summary(value: Any) -> str:
     return str(value)
 
 
-def _misfits(read: dict[bytes, Any]) -> Iterator[str]:
-    """Parts of a chunk that can be read and do not belong together."""
+def _mismatches(read: dict[bytes, Any]) -> Iterator[str]:
+    """Chunks whose readable parts differ in their number of tokens."""
     sizes: dict[int, dict[str, int]] = {}
     for name, value in read.items():
         if part := part_of(name):
@@ -334,11 +334,11 @@ def _misfits(read: dict[bytes, Any]) -> Iterator[str]:
             sizes.setdefault(seq, {})[_plain(name)] = len(getattr(value, _PARTS[kind][1]))
     for parts in sizes.values():
         if len(set(parts.values())) > 1:
-            yield "tokens in " + ", ".join(f"{name} {size}" for name, size in parts.items())
+            yield "tokens: " + ", ".join(f"{name} {size}" for name, size in parts.items())
 
 
 def _text(tokens: Ints, decode: Decoder | None) -> str:
-    """Text, quoted; ids where nobody can tell what they mean."""
+    """The text in quotes, or the ids if they cannot be decoded."""
     ids = [int(token) for token in tokens]
     if decode is not None:
         with contextlib.suppress(OverflowError, ValueError, IndexError):

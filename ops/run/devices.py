@@ -1,4 +1,4 @@
-"""Which devices torch has on this machine, asked before anything is loaded."""
+"""Which devices torch has on this machine; checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def devices_of(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def unknown(device: str) -> str | None:
-    """What is wrong with a name that torch has for no device anywhere, or None."""
+    """Why a name is not a device that torch knows, or None."""
     import torch
 
     try:
         found = torch.device(device)
     except RuntimeError:
-        return f"{device!r} is no device that torch knows; allowed here: {_allowed()}"
+        return f"{device!r} is not a device that torch knows; allowed here: {_allowed()}"
     if found.type == "cpu" and found.index not in (None, 0):
-        return f"{device!r}: there is one cpu; allowed here: {_allowed()}"
+        return f"{device!r}: there is only one cpu; allowed here: {_allowed()}"
     return None
 
 
 def absent(device: str) -> str | None:
-    """That a device which torch knows is not there on this machine, or None."""
+    """Why a device that torch knows is not available on this machine, or None."""
     import torch
 
     found = torch.device(device)
@@ -43,7 +43,7 @@ def absent(device: str) -> str | None:
 
 
 def problem_with(device: str) -> str | None:
-    """Why nothing can be computed on a device here, or None. Imports torch, unless it is plainly `cpu`."""
+    """Why a device cannot be used here, or None. Imports torch unless the device is `cpu`."""
     return None if device == "cpu" else unknown(device) or absent(device)
 
 

@@ -1,7 +1,7 @@
-"""When `katana run` gives a role up: by what the role did since it last failed, not by the clock.
+"""When `katana run` gives up on a role: after repeated failures without progress, however far apart they are.
 
-A large model needs a minute to load, so failures that nothing mends may come far apart; a machine whose processes are
-killed again and again may still get its work done.
+A large model takes a minute to load, so permanent failures may be far apart. A role that is killed again and again may
+still make progress.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from common.runfiles.records import EVALUATIONS
 from common.wire.plane import Plane
 
 MOST = 5
-"""Failures of one child in a row, with no progress of its role between them, that are answered by another start."""
+"""How many failures of one child in a row, without progress of its role, are answered by a restart."""
 
 
 @dataclass(slots=True)
 class Failures:
-    """Failures of one child since its role last got on."""
+    """Failures of one child since its role last made progress."""
 
     count: int = 0
     mark: Hashable = None
 
     def one_more(self, mark: Hashable) -> bool:
-        """Count a failure at which the role stood at `mark` (None: Redis did not say). True: it is to be given up."""
+        """Count a failure; `mark` is the role's progress (None: unknown). True: do not restart the child."""
         if mark is not None and mark != self.mark:
             self.count, self.mark = 0, mark
         self.count += 1
@@ -36,8 +36,8 @@ class Failures:
 
 
 def mark_of(role: str, plane: Plane, folder: Path) -> Hashable:
-    """How far a role has come, as only that role moves it: equal means no progress, different means some (also where
-    Redis has lost its data). None where Redis does not answer."""
+    """A mark of a role's progress, which only this role changes. Equal marks mean no progress, different marks mean
+    some, also after Redis lost its data. None if Redis does not answer."""
     try:
         return _MARKS[role](plane, folder)
     except (redis.exceptions.RedisError, OSError):
@@ -49,7 +49,7 @@ def _of_policy(name: str) -> Callable[[Plane, Path], Hashable]:
 
 
 def _of_stream(name: str) -> Callable[[Plane, Path], Hashable]:
-    """The last entry that was ever added: what was taken off again counts too."""
+    """The last entry that was ever added; a removed entry counts too."""
 
     def mark(plane: Plane, _: Path) -> Hashable:
         if not plane.client.exists(plane.key(name)):

@@ -1,4 +1,4 @@
-"""`katana health ROLE CONFIG`: whether a role on this host works, and not only lives. For containers."""
+"""`katana health ROLE CONFIG`: the health check of a role on this host, for containers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _ON_THE_BROKER = ("feeder", "rollout", "teacher")
 
 
 def health(role: str, config: Config, *, within_s: float) -> list[str]:
-    """What is wrong with the role that serves its metrics here; an empty list for a healthy one.
+    """What is wrong with the role that serves its metrics here; an empty list if it is healthy.
 
-    Well is a role whose metrics port answers, whose loop turned within `within_s` seconds, and that reaches Redis. A
-    worker between two shifts turns no loop: then its port and both Redis servers tell. Raises ConfigError for a
-    config that names no port or no Redis.
+    A role is healthy if its metrics port answers, its loop began an iteration within the last `within_s` seconds, and
+    it reaches Redis. A worker between two worker tasks has no loop: only its port and both Redis servers are checked.
+    Raises ConfigError for a config that names no port or no Redis.
     """
     if config.metrics.port == 0:
-        raise ConfigError("metrics.port: 0, a free port nobody knows; a health check needs a fixed one")
+        raise ConfigError("metrics.port: 0 means any free port; a health check needs a fixed one")
     if config.redis.url is None:
         raise ConfigError("redis.url: not set; a health check asks the Redis of the run")
     return [*_loop_trouble(role, config, within_s), *_redis_trouble(role, config)]
@@ -33,11 +33,11 @@ def _loop_trouble(role: str, config: Config, within_s: float) -> list[str]:
     (served,) = scrape([Target(role, role, f"{host}:{config.metrics.port}")], timeout_s=_ANSWER_S)
     if served.trouble:
         return [f"{served.target.address}: {served.trouble}"]
-    turned = served.value("katana_loop_timestamp_seconds", role=role)
-    if not turned:
-        return [] if role in ("rollout", "teacher") else [f"the loop of the {role} has not begun"]
-    age = time.time() - turned
-    return [f"the loop of the {role} last turned {age:.0f} s ago"] if age > within_s else []
+    iterated_at = served.value("katana_loop_timestamp_seconds", role=role)
+    if not iterated_at:
+        return [] if role in ("rollout", "teacher") else [f"the loop of the {role} has not started"]
+    age = time.time() - iterated_at
+    return [f"the last iteration of the {role}'s loop was {age:.0f} s ago"] if age > within_s else []
 
 
 def _redis_trouble(role: str, config: Config) -> list[str]:

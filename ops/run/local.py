@@ -1,4 +1,4 @@
-"""`katana run`: every role on this machine, watched, with an own Redis unless the config names one."""
+"""`katana run`: runs every role on this machine, with an embedded Redis unless the config names one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ops.run.summary import write_summary
 
 log = logging.getLogger("katana.local")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GRACE_S = 15.0  # for children to drain after a signal; with Redis's stop it stays under the 20 s promised
+_GRACE_S = 15.0  # for children to drain after a signal; Redis stops after that, within the promised 20 s
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class ChildFailed(RuntimeError):
-    """A role ended for good. `code` is what the command exits with."""
+    """A role failed and is not restarted. `code` is the exit code of the command."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -47,7 +47,7 @@ class _Child:
     threads: int
     process: subprocess.Popen[bytes] | None = None
     failures: Failures = field(default_factory=Failures)
-    log_from: int = 0  # where in its log the words of the process at work begin
+    log_from: int = 0  # offset in its log at which the output of the current process begins
     done: bool = False
 
 
@@ -71,7 +71,7 @@ class LocalRun:
         try:
             return self._run(began)
         finally:
-            # 1. children, who still need Redis to hand back what they hold; 2. Redis, its file complete; 3. the lock.
+            # The order matters: 1. the children, which need Redis to release their work; 2. Redis; 3. the lock.
             self._stop_children()
             if self._redis is not None:
                 self._redis.stop()
@@ -94,16 +94,16 @@ class LocalRun:
             self._note_wall(began)
             print(f"katana: {failure}", file=sys.stderr)
             if failure.code != EXIT_BAD_INPUT:
-                print(self._how_to_go_on(), file=sys.stderr)
+                print(self._how_to_resume(), file=sys.stderr)
             return failure.code
         self._note_wall(began)
         if self._interrupts:
             print(
-                "stopping: open chunks are closed, a checkpoint is written (Ctrl-C again stops at once)",
+                "stopping: closing open chunks, writing a checkpoint (Ctrl-C again stops at once)",
                 file=sys.stderr,
             )
             self._stop_children()
-            print(f"stopped. {self._how_to_go_on()}", file=sys.stderr)
+            print(f"stopped. {self._how_to_resume()}", file=sys.stderr)
             return EXIT_INTERRUPTED
         self._stop_children()
         write_json(self._folder / "busy.json", progress.busy_shares())
@@ -113,7 +113,7 @@ class LocalRun:
         return EXIT_OK
 
     def _start_redis(self) -> Plane:
-        """Own Redis or the config's; the run made known there; the config that the roles are started with."""
+        """Start the embedded Redis unless the config names one, and register the run in it."""
         if self._config.redis.url is None:
             self._redis = EmbeddedRedis(self._folder / "redis", maxmemory_mb=self._config.redis.maxmemory_mb)
             self._redis.start()
@@ -121,8 +121,8 @@ class LocalRun:
         client = reach(self._config)
         create_run(client, self._config, self._run_key)
         plane = open_plane(self._config, client, self._run_key)
-        # What --resume may change must reach the workers, who read the config from Redis; a run that was done goes on
-        # if there are more steps to do now.
+        # The workers read the config from Redis, so changes by --resume are stored there. A finished run is reopened
+        # if it has more steps to do now.
         plane.reopen(self._config.to_yaml())
         return plane
 
@@ -149,9 +149,9 @@ class LocalRun:
         return self._folder / "logs" / f"{child.name}.log"
 
     def _watch(self) -> None:
-        """Restart what died; raise ChildFailed for what will not get better."""
+        """Restart children that died. Raises ChildFailed for a failure that a restart does not fix."""
         if self._redis is not None and not self._redis.running():
-            log.warning("redis-server ended; starting it again on its own data")
+            log.warning("redis-server ended; restarting it with its data")
             self._redis.start()
         for child in self._children:
             if child.done or child.process is None or (code := child.process.poll()) is None:
@@ -159,27 +159,27 @@ class LocalRun:
             if code == 0 and child.role not in WORKERS:
                 child.done = True
                 continue
-            words = self._last_words(child)
-            if code == EXIT_BAD_INPUT:  # a model, device or setting that no restart mends
-                raise ChildFailed(f"{child.name} failed: {words}", EXIT_BAD_INPUT)
+            error = self._last_error(child)
+            if code == EXIT_BAD_INPUT:  # a model, device or setting: a restart does not help
+                raise ChildFailed(f"{child.name} failed: {error}", EXIT_BAD_INPUT)
             if child.failures.one_more(mark_of(child.role, self._plane, self._folder)):
-                text = f"{child.name} failed {MOST + 1} times in a row without getting on: {words}"
+                text = f"{child.name} failed {MOST + 1} times in a row without progress: {error}"
                 raise ChildFailed(text, EXIT_FAILED)
-            # What was killed from outside has nothing to say; neither has what was told to stop.
-            said = f" ({words})" if code > 0 and code != EXIT_INTERRUPTED else ""
-            log.warning("%s ended with %d; started again%s", child.name, code, said)
+            # A process that was killed or stopped has logged no error.
+            reason = f" ({error})" if code > 0 and code != EXIT_INTERRUPTED else ""
+            log.warning("%s exited with %d; restarted%s", child.name, code, reason)
             self._start(child)
 
-    def _last_words(self, child: _Child) -> str:
+    def _last_error(self, child: _Child) -> str:
         path = self._log_of(child)
         with path.open("rb") as file:
             file.seek(child.log_from)
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if "error:" in line]
-        return f"{(told or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
+        errors = [line for line in lines if "error:" in line]
+        return f"{(errors or lines or ['no output'])[-1].strip()[-500:]} (log: {path})"
 
-    def _how_to_go_on(self) -> str:
-        return f"Go on with: katana run {self._folder}/config.yaml --resume"
+    def _how_to_resume(self) -> str:
+        return f"Continue with: katana run {self._folder}/config.yaml --resume"
 
     def _over(self) -> bool:
         """Learner, feeder, arbiter and evaluator end by themselves; the workers wait for the next run."""
@@ -200,7 +200,7 @@ class LocalRun:
 
 
 def _children(config: Config) -> list[_Child]:
-    """The learner first: it publishes what everybody waits for."""
+    """The learner starts first: all others wait for the weights that it publishes."""
     children = [
         _Child("learner", "learner", config.learner.threads),
         _Child("feeder", "feeder", 1),
@@ -214,7 +214,7 @@ def _children(config: Config) -> list[_Child]:
 
 
 def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
-    """`katana run`. Raises ConfigError and ModelError before anything is started."""
+    """`katana run`; returns the exit code. Raises ConfigError and ModelError before anything is started."""
     from ops.run.check import check
 
     found = check(config)

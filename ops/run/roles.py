@@ -25,7 +25,7 @@ from ops.run.devices import devices_of, problem_with
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
-WORKERS = ("rollout", "teacher")  # Celery's: they end only when they are told to, and wait for the next run
+WORKERS = ("rollout", "teacher")  # Celery workers: they end only on a signal, and wait for the next run
 _DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the names differ
 
 
@@ -37,21 +37,21 @@ def run_role(role: str, config: Config) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     try:
-        client = _reach_and_look(role, config)
+        client = _connect(role, config)
     except Unreachable as error:
         if RUN_KEY not in os.environ:
             raise
-        log.error("error: %s", error)  # it was there when `katana run` began: no fault of the config
+        log.error("error: %s", error)  # Redis answered when `katana run` started, so the config is right
         return 1
     if role in WORKERS:
         return _run_celery_worker(role, config)
-    if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has looked
-        _look_at_memory(config, client)
+    if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has checked it
+        _check_memory(config, client)
     try:
         config, plane = _join(role, config, client, stop)
-        # Not the feeder: one that died while it booked the last rollouts must go on with that.
+        # The feeder runs again even so: it may have died before it booked the last rollouts.
         if role != "feeder" and plane.state() == "ended":
-            log.info("the run %s is over; its feeder opens it again when there are more steps to do", config.name)
+            log.info("run %s has ended; its feeder reopens it when there are more steps to do", config.name)
             return 0
         _serve_metrics(config)
         with metrics.of_run(config.name, role, config.run_dir):
@@ -65,14 +65,14 @@ def run_role(role: str, config: Config) -> int:
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        log.error("error: no room left on the disk of %s: make some and start again, nothing is lost", config.run_dir)
+        log.error("error: no space left on the disk of %s: free some and start again; nothing is lost", config.run_dir)
         return 1
-    # Whoever watches a role must tell "the run is over" from "told to stop".
+    # The exit code tells a supervisor whether the run has ended or a signal stopped the role.
     return 130 if stop.is_set() else 0
 
 
-def _look_at_memory(config: Config, client: redis.Redis) -> None:
-    """Before a run is opened. Raises ConfigError for a Redis that is too small for it."""
+def _check_memory(config: Config, client: redis.Redis) -> None:
+    """Raises ConfigError if Redis is too small for the run; called before the run is opened."""
     limit, where = facts_of(client).get("maxmemory"), f"maxmemory of {config.redis.url}"
     if limit is None:
         return
@@ -83,13 +83,13 @@ def _look_at_memory(config: Config, client: redis.Redis) -> None:
 
 
 def _is_disk_full(error: Exception) -> bool:
-    """Also as safetensors says it, which raises an error of its own."""
+    """Safetensors raises its own error class, with the error number in the text."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
-def _reach_and_look(role: str, config: Config) -> redis.Redis:
-    """A client of the run's Redis. Raises ConfigError also where this machine lacks the role's device."""
+def _connect(role: str, config: Config) -> redis.Redis:
+    """A client of the run's Redis. Raises ConfigError, also if this machine lacks the role's device."""
     for key, device in devices_of(config):
         if key.startswith(f"{_DEVICE_OF.get(role, role)}.") and (problem := problem_with(device)):
             raise ConfigError(f"{key}: {problem}")
@@ -106,17 +106,17 @@ def _serve_metrics(config: Config) -> None:
 
 
 def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:
-    """The run's config and plane: the feeder opens the run, everyone else waits for it.
+    """The run's config and plane. The feeder opens the run; all other roles wait for it.
 
-    Roles take the run's config from Redis, so that all work by the same; only where Redis and metrics are is each
-    one's own affair.
+    All roles take the run's config from Redis. Only the addresses of Redis and of the metrics come from the role's
+    own config file.
     """
-    run_key = os.environ.get(RUN_KEY)  # a child of `katana run`, which has opened the run
+    run_key = os.environ.get(RUN_KEY)  # set by `katana run`, which has opened the run
     if run_key is None:
         run_key = _open_run(config, client) if role == "feeder" else wait_for_key(config, client, stop)
     plane = _plane(config, client, run_key, stop)
     if role == "feeder" and plane.state() is None:
-        log.warning("Redis has lost this run: it is opened again, what was in flight is booked as lost")
+        log.warning("Redis has lost this run: reopening it; what was in flight is booked as lost")
         create_run(client, config, run_key)
     config = working_config(wait_for_config(config, plane, stop), run_key, config, own=("metrics",))
     return config, _plane(config, client, run_key, stop)
@@ -129,7 +129,7 @@ def _plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Ev
 
 
 def _open_run(config: Config, client: redis.Redis) -> str:
-    """Open a run on a cluster, or go on in its folder, as `katana run` and `--resume` do. Raises ConfigError."""
+    """Open a run on a cluster, or resume it from its folder, as `katana run --resume` does. Raises ConfigError."""
     resume = (config.run_dir / "run.json").exists()
     run_key = open_folder(config, resume=resume)
     create_run(client, config, run_key)
@@ -142,7 +142,7 @@ def _open_run(config: Config, client: redis.Redis) -> str:
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.app import close_shifts, keep_shifts_open, make_app
+    from actors.app import keep_tasks_waiting, make_app, remove_waiting_tasks
     from actors.feeder import Feeder
     from ops.run.tracking import Tracking
     from ops.tasks.source import TaskSource
@@ -154,11 +154,11 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
         log.warning("data: %s", note)
     source.prepare()
     away = Episode(log)
-    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_shifts_open(broker, plane.run_key, away))
+    feeder = Feeder(config, plane, source, stop, open_shifts=lambda: keep_tasks_waiting(broker, plane.run_key, away))
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
-            close_shifts(broker)
+            remove_waiting_tasks(broker)
             _sum_up(config.run_dir)
             tracking.wait_for_evaluations(stop)
 
@@ -182,7 +182,7 @@ def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
     try:
         Learner(config, plane, check_pair(config), stop).run()
     except TornCheckpointError as error:
-        raise ConfigError(f"{error}; put a good one back, or remove them all to begin anew") from error
+        raise ConfigError(f"{error}; restore a good one, or remove them all to start over") from error
     except StepImpossible as error:
         log.error("error: %s", error)
         raise SystemExit(1) from error
@@ -197,10 +197,10 @@ def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
 
 
 def _sum_up(folder: Path) -> None:
-    """Summary and report of a run's folder as it is now: by the feeder when the books are closed, and by the evaluator
-    when it has done the last version. Either may come last, so one waits for the other: what is read last stays.
+    """Write summary and report of a run's folder. The feeder does so when the books are closed, the evaluator after the
+    last version. Either may be the last, and a lock keeps an older state from overwriting a newer one.
 
-    A folder that cannot be read fails no role: all is done, and `katana report` says the same.
+    A folder that cannot be read fails no role: the work is done, and `katana report` shows the same error.
     """
     from ops.report.command import write_report
     from ops.run.summary import write_summary
@@ -209,7 +209,7 @@ def _sum_up(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             write_summary(folder)
-            if RUN_KEY not in os.environ:  # `katana run` draws by itself, when all its roles have ended
+            if RUN_KEY not in os.environ:  # `katana run` writes the report itself, when all its roles have ended
                 write_report(folder)
         except (ValueError, KeyError, TypeError) as error:  # of the report a ConfigError, of the summary any of them
             log.error("no summary or no report of %s: %s: %s", folder, type(error).__name__, error)
@@ -218,8 +218,8 @@ def _sum_up(folder: Path) -> None:
 _START = {"feeder": _feeder, "arbiter": _arbiter, "learner": _learner, "evaluator": _evaluator}
 
 
-def _tell_worker(settings: dict[str, str | None]) -> None:
-    """Put settings where `actors.app` reads them; what is not set must not be found there either."""
+def _set_environment(settings: dict[str, str | None]) -> None:
+    """Set the variables that `actors.app` reads, and remove those whose value is None."""
     for name, value in settings.items():
         os.environ.pop(f"KATANA_{name.upper()}", None)
         if value is not None:
@@ -227,10 +227,10 @@ def _tell_worker(settings: dict[str, str | None]) -> None:
 
 
 def _run_celery_worker(role: str, config: Config) -> int:
-    """A Celery worker of one queue, in this process; SIGTERM lets it finish its shift."""
-    _tell_worker({"redis_url": config.redis.url, "broker_url": config.redis.broker, **config.redis.access(role)})
-    _tell_worker({"metrics_host": config.metrics.host, "metrics_port": str(config.metrics.port)})
-    import torch  # noqa: F401  here, not in the first shift: a worker that is ready is ready
+    """Run a Celery worker of one queue in this process. SIGTERM ends its worker task, then the worker."""
+    _set_environment({"redis_url": config.redis.url, "broker_url": config.redis.broker, **config.redis.access(role)})
+    _set_environment({"metrics_host": config.metrics.host, "metrics_port": str(config.metrics.port)})
+    import torch  # noqa: F401  slow, so not left to the first worker task
 
     from actors.app import app, exit_code
 

@@ -29,7 +29,7 @@ _INTEGER = re.compile(r"-?[0-9]+")
 _TERM = re.compile(r"([+-]?)([0-9]+)")
 
 
-class Step(NamedTuple):
+class Addition(NamedTuple):
     """One line of the chain: `value` and `term` ("+7") make `result`."""
 
     value: int
@@ -59,11 +59,11 @@ def terms_of(prompt: str) -> tuple[int, list[str]]:
     return int(first[1]), [sign + number for sign, number in rest]
 
 
-def steps_of(value: int, terms: list[str]) -> list[Step]:
+def steps_of(value: int, terms: list[str]) -> list[Addition]:
     """Return the chain that adds `terms` to `value` one after the other."""
     steps = []
     for term in terms:
-        steps.append(Step(value, term, value + int(term)))
+        steps.append(Addition(value, term, value + int(term)))
         value = steps[-1].result
     return steps
 

@@ -35,7 +35,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common.pretrained import find_model, read_facts
-from ops.tasks.arithmetic import ALPHABET, Arithmetic, Step, steps_of, terms_of
+from ops.tasks.arithmetic import ALPHABET, Addition, Arithmetic, steps_of, terms_of
 
 PAD, EOS = "<pad>", "<eos>"
 SIGNED = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
@@ -193,7 +193,7 @@ def chain(prompt: str, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
             at += 1
         step = steps_of(value, terms[at : at + 1])[0]
         if faulty:
-            step = Step(step.value, step.term, max(10, step.result + rng.choice([-10, -2, -1, 1, 2, 10])))
+            step = Addition(step.value, step.term, max(10, step.result + rng.choice([-10, -2, -1, 1, 2, 10])))
         if written:
             yield ";", True
         yield step.text, mix.learns_faults or not faulty
@@ -205,7 +205,7 @@ def chain(prompt: str, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
     yield f"#{value}", True
 
 
-def _loop(step: Step, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
+def _loop(step: Addition, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
     """Yield `step` again and again; the first repetition is the fault, the others follow from it."""
     yield f";{step.text}", mix.learns_faults
     while rng.random() >= mix.leave_loop:

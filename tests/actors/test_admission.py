@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 
 from actors import admission
+from common.config import LearnerSettings
 
 INVARIANT = (
     "no rollout is admitted beyond what writers can take up, the learner can train on before it is stale, and\n"
     "Redis can hold until it is booked."
 )
-RUN = {"batch_size": 4, "max_staleness": 1, "max_steps": 100, "concurrency": 6}
-START = {"running": 0, "open_rollouts": 0, "step": 0, "covered": 0}
+START = {"concurrency": 6, "running": 0, "open_rollouts": 0, "step": 0, "covered": 0}
+BATCH = {"open_rollouts": 0, "judged": 0, "useful": 0, "useful_ended": 0, "trained": 0, "step": 0, "covered": 0}
+
+
+def split(now: dict[str, int], max_steps: int) -> tuple[LearnerSettings, dict[str, int]]:
+    """The learner's limits, by default 4 rollouts a batch and a staleness of 1 step; and the rest."""
+    limits = {"batch_size": 4, "max_staleness": 1, "max_steps": max_steps}
+    changed = {name: now[name] for name in limits if name in now}
+    return LearnerSettings(**limits | changed), {name: now[name] for name in now if name not in limits}
 
 
 def test_the_invariant_is_the_module_s() -> None:
@@ -37,7 +45,8 @@ def test_the_invariant_is_the_module_s() -> None:
     ],
 )
 def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> None:
-    assert admission.places(**(RUN | START | now)) == count
+    limits, numbers = split(now, max_steps=100)
+    assert admission.places(limits, **START | numbers) == count
 
 
 @pytest.mark.parametrize(
@@ -56,8 +65,8 @@ def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> 
     ],
 )
 def test_the_rest_of_a_batch_in_a_deterministic_run(now: dict[str, int], count: int) -> None:
-    start = {"open_rollouts": 0, "judged": 0, "useful": 0, "useful_ended": 0, "trained": 0, "step": 0, "covered": 0}
-    assert admission.rest_of_batch(**({"batch_size": 4, "max_steps": 10} | start | now)) == count
+    limits, numbers = split(now, max_steps=10)
+    assert admission.rest_of_batch(limits, **BATCH | numbers) == count
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The real arbiter on a real Redis: its verdicts are the rule's, whoever gives them and however the scores came."""
+"""The real arbiter on a real Redis: its verdicts are those of the policy, for any arbiter and any order of scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RULE = {"window": 4, "patience": 2, "stride": 1, "grace_tokens": 0}
 
 @dataclass
 class Writing:
-    """A rollout that is written and scored from outside, as far as Redis takes it."""
+    """A rollout that the test writes and scores, as far as Redis accepts it."""
 
     run: Run
     rid: str
@@ -50,7 +50,7 @@ class Writing:
         self.run.take("w1", self.rid)
 
     def go_on(self, size: int, version: int = 0) -> bool:
-        """Write and score the next chunk; False when there is no more, or Redis says that the rollout has ended."""
+        """Write and score the next chunk; False if there is none, or Redis answers that the rollout has ended."""
         part = list(self.values[self.done : self.done + size])
         if not part or self.ended:
             return False
@@ -163,7 +163,7 @@ def test_verdicts_are_those_of_the_rule_offline(run: Run, cases: list[Writing]) 
 
 
 def test_another_chunking_and_a_new_arbiter_after_every_chunk_change_no_verdict(run: Run, cases: list[Writing]) -> None:
-    """Arbiters die without a word: what they had read is still pending, so the next one starts where they started."""
+    """Arbiters are killed: what they had read is still pending, so the next one starts where they started."""
     rng = np.random.default_rng(2)
     left, deaths = list(cases), 0
     while left:
@@ -207,7 +207,7 @@ def test_an_arbiter_that_lost_its_lease_writes_nothing_more(run: Run) -> None:
 # --- what becomes of a verdict ---
 
 
-def test_a_trap_by_hand_is_cut_where_it_began_and_its_writer_is_told(run: Run) -> None:
+def test_a_trap_by_hand_is_cut_where_it_began_and_its_writer_is_signalled(run: Run) -> None:
     # W 4, C 2, s 0.25: means of windows ending at 4, 5 …: 1, 0.75, 0.5, 0.25, 0, 0. Below 0.25 first at 8, fires at 9.
     run.client.set(run.key("threshold"), "0.25")
     Writing(run, "r1", [1.0] * 4 + [0.0] * 8).whole(5)
@@ -458,7 +458,7 @@ def test_the_checker_replays_every_verdict_and_sees_a_changed_one(
 
 
 def statements(run: Run, verdicts: list[Verdict]) -> dict[str, int]:
-    """Books and traces of these verdicts as the feeder writes them; what the checker says of them."""
+    """Write books and traces of these verdicts as the feeder does; returns what the checker reports."""
     folder = run.config.run_dir
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(run.config.to_yaml())
@@ -554,7 +554,7 @@ def test_the_threshold_is_the_quantile_of_the_last_minima(begin: Callable[..., R
     assert float(threshold(run)) == pytest.approx(np.quantile(levels[-8:].astype(np.float64), 0.7), rel=1e-12)
 
 
-def test_an_arbiter_that_starts_on_an_active_run_goes_on_by_its_rules(begin: Callable[..., Run]) -> None:
+def test_an_arbiter_that_starts_on_an_active_run_continues_with_its_threshold(begin: Callable[..., Run]) -> None:
     """Verdicts that it finds due at its start count for the buffer, and set the threshold, as any other."""
     run = begin(termination={"min_calibration": 2, "warmup_steps": 2})
     publish(run, 2)
@@ -582,7 +582,7 @@ def test_a_verdict_waits_for_those_of_all_that_were_admitted_before(begin: Calla
         judge(run)
     assert run.entries("finished") == []
     assert run.pending("scores") == 3
-    # What died before its turn holds up nobody, and leaves nothing behind.
+    # A rollout that died before it was due delays no other, and leaves no state.
     run.plane.fail("r2", "rollout", "poison", max_attempts=1)
     cases["r1"].go_on(3)
     judge(run)
@@ -609,7 +609,7 @@ def test_warm_up_counts_steps_not_how_often_the_weights_were_announced(begin: Ca
 # --- what is broken ---
 
 
-def test_a_record_that_cannot_be_read_is_given_up_and_the_rest_flows(run: Run) -> None:
+def test_a_record_that_cannot_be_read_is_given_up_and_the_rest_is_judged(run: Run) -> None:
     Writing(run, "bad", [0.5] * 6).whole()
     run.client.hset(run.key("rollout:bad"), "d:0", b"\xc1 no msgpack")
     Writing(run, "good", [0.5] * 6).whole()
@@ -660,7 +660,7 @@ def test_a_notice_that_names_no_rollout_is_given_up(run: Run, fields: dict[str, 
     assert verdict(run, "good").keep == 6
 
 
-def test_notices_of_rollouts_that_are_judged_or_booked_are_taken_off(run: Run) -> None:
+def test_notices_of_rollouts_that_are_judged_or_booked_are_acknowledged(run: Run) -> None:
     """A verdict may be given, and even booked, before the arbiter reads the last notices of its scores."""
     Writing(run, "r1", [0.5] * 6).whole()
     judge(run)
@@ -694,7 +694,7 @@ class Killed(BaseException):
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, at: float, error: BaseException) -> None:
-    """Let the policy raise where a divergence is `at`."""
+    """Make the policy raise at a divergence of `at`."""
     feed = Kat.feed
 
     def fail(self: Kat, divergence: Any) -> Cut | None:
@@ -754,6 +754,6 @@ def test_a_rollout_that_kills_its_arbiters_dies_and_the_others_keep_their_verdic
             killed += 1
             assert killed < 8, "it kills for ever"
     assert killed <= 1 + run.config.liveness.max_attempts
-    assert dead(run) == [(rids[3], "3 arbiters ended while they judged it, and nothing else")]
+    assert dead(run) == [(rids[3], "3 arbiters ended while judging only this rollout")]
     assert [verdict(run, rid).keep for rid in rids if rid != rids[3]] == [6] * 5
     assert run.pending("scores") == 0

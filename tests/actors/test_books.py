@@ -67,8 +67,8 @@ def test_generated_is_kept_and_detection_and_overshoot(a: int, b: int, generated
 
 
 @pytest.mark.parametrize(("ending", "trained"), [("trained", 3), ("dropped", 0), ("dead", 0)])
-def test_what_there_was_to_train_on_is_the_verdicts_whatever_became_of_it(ending: str, trained: int) -> None:
-    """Not what is before the cut: a control rollout may be trained on whole."""
+def test_tokens_trainable_is_that_of_the_verdict_for_every_ending(ending: str, trained: int) -> None:
+    """It is not `keep`: a complete control rollout may be trained on."""
     verdict = make_verdict(keep=2, train=3)
     one = line_of(verdict, ending=ending, reason="", generated=7, staleness=1, active=True, correct=None)
     assert (one.tokens_kept, one.tokens_trained, one.tokens_trainable) == (2, trained, 3)
@@ -86,7 +86,7 @@ def test_an_unjudged_rollouts_line() -> None:
     assert (one.tokens_trained, one.tokens_trainable) == (0, None)
 
 
-def test_lines_and_traces_come_back_from_the_disk(tmp_path: Path) -> None:
+def test_lines_and_traces_are_read_back_from_disk(tmp_path: Path) -> None:
     books = Books(tmp_path / "run", record_traces=True)
     books.write([Booking(line("r1"), make_verdict("r1"))])
     books.write([Booking(unjudged_line("r2", "treated", 0, ending="dead", reason="rollout", generated=0))])
@@ -107,7 +107,7 @@ def test_without_traces_there_is_no_file_of_them(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
 
 
-def test_a_rollout_is_written_once_by_whatever_books(tmp_path: Path) -> None:
+def test_a_rollout_is_written_once_by_old_and_new_books(tmp_path: Path) -> None:
     for _ in range(2):
         books = Books(tmp_path, record_traces=True)
         for _ in range(2):
@@ -135,7 +135,7 @@ def test_a_torn_end_is_cut_off_and_written_over(tmp_path: Path, torn: bytes) -> 
         assert [json.loads(one)["rid"] for one in (tmp_path / name).read_bytes().splitlines()] == ["r1", "r2"]
 
 
-def test_a_file_that_is_nothing_but_a_torn_line_begins_anew(tmp_path: Path) -> None:
+def test_a_file_with_only_a_torn_line_starts_empty(tmp_path: Path) -> None:
     (tmp_path / "rollouts.jsonl").write_bytes(b'{"rid":"r1","arm"')
     books = Books(tmp_path, record_traces=False)
     assert "r1" not in books.booked
@@ -144,7 +144,7 @@ def test_a_file_that_is_nothing_but_a_torn_line_begins_anew(tmp_path: Path) -> N
     assert [one["rid"] for one in read_lines(tmp_path / "rollouts.jsonl")] == ["r1"]
 
 
-def test_the_booked_take_no_room_however_many_they_are() -> None:
+def test_booked_rollouts_need_no_memory_however_many_there_are() -> None:
     booked, others = Booked(), [rid_of(7), rid_of(0), "x1"]
     for rid in others:
         booked.add(rid)
@@ -175,8 +175,8 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "absent.jsonl")) == []
 
 
-def test_metrics_count_every_line_on_record_once_for_every_process(tmp_path: Path) -> None:
-    """A feeder that starts again serves counters that agree with the file."""
+def test_metrics_count_every_booked_line_once_in_every_process(tmp_path: Path) -> None:
+    """A restarted feeder serves counters that agree with the file."""
 
     def seen() -> list[float]:
         return [
@@ -200,10 +200,8 @@ def test_metrics_count_every_line_on_record_once_for_every_process(tmp_path: Pat
     assert [now - then for now, then in zip(seen(), before, strict=True)] == [2 * number for number in once]
 
 
-def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rollouts that nobody could have cut, or that the run ended, count in neither; also after a feeder's restart."""
+def test_the_saving_by_the_metrics_is_that_of_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts that could not be cut, or that the run ended, count in neither, also after a restart of the feeder."""
     fresh = Histogram("compared", "", ["arm", "reason"], registry=None)
     monkeypatch.setattr(metrics, "rollout_length", fresh)
     compared = [line("r1", generated=40), line("r2", generated=8), replace(line("r3", generated=60), arm="control")]
@@ -232,10 +230,10 @@ def test_what_the_metrics_say_of_the_saving_is_what_the_summary_says(
     assert saving.ratio == 1 - mean["treated"] / mean["control"]
 
 
-def test_the_metrics_tell_how_long_was_what_was_trained_on_and_what_was_dropped(
+def test_the_metrics_have_the_lengths_of_trained_and_of_dropped_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one without a verdict nobody knows what it would have given, of a lost one not even what it wrote."""
+    """Without a verdict the trainable length is unknown; for a lost rollout the written length too."""
     for name in ("ended_length", "ended_trainable"):
         monkeypatch.setattr(metrics, name, Histogram(name, "", ["reason"], registry=None))
     books = Books(tmp_path, record_traces=False)
@@ -255,7 +253,7 @@ def test_the_metrics_tell_how_long_was_what_was_trained_on_and_what_was_dropped(
     books.close()
 
     def seen(histogram: Any) -> dict[str, tuple[float, float]]:
-        """Reason → how many, and tokens of all together."""
+        """Reason → number of rollouts, and the sum of their tokens."""
         values = {(one.labels["reason"], one.name): one.value for one in next(iter(histogram.collect())).samples}
         name = histogram._name
         return {
@@ -275,9 +273,9 @@ def test_the_metrics_tell_how_long_was_what_was_trained_on_and_what_was_dropped(
 
 
 @pytest.mark.parametrize(("reason", "observed"), [("fixed", 1), ("kl_trap", 1), ("eos", 0), ("length", 0)])
-def test_overshoot_is_observed_of_what_was_stopped_and_of_nothing_else(reason: str, observed: int) -> None:
-    """A rollout that goes on behind its trigger under `mask` or `shadow` ends by itself: its tokens are no overshoot
-    of a stop."""
+def test_overshoot_is_observed_only_for_stopped_rollouts(reason: str, observed: int) -> None:
+    """A rollout that continues after its trigger under `mask` or `shadow` ends by itself: its tokens are not an
+    overshoot."""
 
     def seen() -> float:
         return REGISTRY.get_sample_value("katana_stop_overshoot_tokens_count", {"arm": "treated"}) or 0

@@ -1,4 +1,4 @@
-"""Workers whose work takes long keep what they hold; workers that hang do not. Real threads, a real Redis."""
+"""Workers with slow work keep their rollouts and chunks; workers that hang lose them. Real threads, a real Redis."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG_S = 5 * CLAIM_S
 
 
 class Slow(Counting):
-    """A decoder that may take its time over one step."""
+    """A decoder whose steps can be made slow."""
 
     def __init__(self) -> None:
         super().__init__(clock=_NoClock(), chunk={"": 8}, length=10_000)
@@ -44,7 +44,7 @@ class _NoClock:
 
 
 class SlowScorer:
-    """A scorer of no model: it takes its time over its first batch."""
+    """A scorer without a model; its first batch is slow."""
 
     held, slots, rebuilt_tokens = 0, 32, 0
 
@@ -102,7 +102,7 @@ def writer(run: Run, name: str, decoder: Counting) -> RolloutWorker:
 
 @contextmanager
 def serving(worker: RolloutWorker | TeacherWorker) -> Iterator[None]:
-    """The worker serves in a thread of its own, and is told to stop at the end."""
+    """Run the worker in its own thread, and stop it at the end."""
     thread = threading.Thread(target=worker.serve, args=(time.monotonic() + 60,))
     thread.start()
     try:
@@ -126,7 +126,7 @@ def worker_of(run: Run, rid: str = "r1") -> bytes | None:
 
 @contextmanager
 def rollout_written_by_one_of_two(run: Run) -> Iterator[tuple[RolloutWorker, Slow]]:
-    """A rollout is being written by `first`, and `second` has nothing to do but to take over."""
+    """`first` writes a rollout, and `second` is idle and could take over."""
     decoder = Slow()
     first, second = writer(run, "first", decoder), writer(run, "second", Slow())
     run.admit("r1")
@@ -136,7 +136,7 @@ def rollout_written_by_one_of_two(run: Run) -> Iterator[tuple[RolloutWorker, Slo
             yield first, decoder
 
 
-def test_a_worker_that_reads_weights_for_long_goes_on_writing_and_keeps_its_rollouts(
+def test_a_worker_that_reads_weights_for_long_continues_writing_and_keeps_its_rollouts(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = actors.weights.load
@@ -227,7 +227,7 @@ def teacher(run: Run, name: str, scorer: SlowScorer) -> TeacherWorker:
     return worker
 
 
-def test_an_idle_teacher_without_a_shard_waits_and_a_shard_of_its_own_ends_that(run: Run) -> None:
+def test_an_idle_teacher_without_a_shard_waits_until_it_gets_one(run: Run) -> None:
     shards = range(run.plane.shards)
     names = (f"t{number}" for number in range(10_000))
     name = next(name for name in names if {rendezvous(shard, [name, "greedy"]) for shard in shards} == {"greedy"})
@@ -248,14 +248,14 @@ def test_an_idle_teacher_without_a_shard_waits_and_a_shard_of_its_own_ends_that(
     run.plane.read = seen  # type: ignore[method-assign]
     run.plane.seen("greedy", role="teacher", roster=Roster(60.0))
     with serving(one):
-        time.sleep(0.3)  # until its pulse has told it of the other one
+        time.sleep(0.3)  # until its pulse has seen the other one
         turns = 0
         waited_for.clear()
         for _ in range(4):
             time.sleep(0.25)
             run.plane.seen("greedy", role="teacher", roster=Roster(60.0))
         assert waited_for == []
-        assert turns <= 1.0 / 0.05 + 2, "it waits at least 50 ms between two looks"
+        assert turns <= 1.0 / 0.05 + 2, "it waits at least 50 ms between two polls"
         run.plane.gone("greedy", role="teacher")
         until(lambda: run.plane.shards in waited_for)
 
@@ -274,7 +274,7 @@ def test_chunks_of_others_are_taken_by_a_teacher_that_has_been_idle_for_a_while(
     assert run.field("r1", "scored") == (b"1" if takes_it else b"0")
 
 
-def test_an_idle_worker_asks_ever_less_and_finds_what_comes(run: Run) -> None:
+def test_an_idle_worker_polls_less_and_less_and_finds_new_work(run: Run) -> None:
     one = writer(run, "w1", Slow())
     asked = 0
     call_all = run.plane.call_all
@@ -316,7 +316,7 @@ def test_weights_that_made_room_for_newer_ones_are_no_error(run: Run, monkeypatc
     assert (found[-1].version, refusals()) == (2, before)
 
 
-def test_weights_that_were_read_are_taken_although_newer_ones_have_come(
+def test_weights_that_were_read_are_swapped_in_although_newer_ones_were_announced(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
@@ -335,7 +335,7 @@ def test_weights_that_were_read_are_taken_although_newer_ones_have_come(
     assert reader.newer(run.plane.policy(), 2, wait=True) is None
 
 
-def test_torn_weights_are_refused_once_and_not_at_every_turn(run: Run) -> None:
+def test_torn_weights_are_refused_once_and_not_at_every_step(run: Run) -> None:
     reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
     announce(run, 1).write_bytes(b"torn")
     before = refusals()
@@ -344,7 +344,7 @@ def test_torn_weights_are_refused_once_and_not_at_every_turn(run: Run) -> None:
     assert refusals() == before + 1
 
 
-def test_a_worker_that_cannot_take_the_weights_says_which(run: Run) -> None:
+def test_a_worker_reports_the_version_that_it_refused(run: Run) -> None:
     announce(run, 1).write_bytes(b"torn")
     one = writer(run, "w1", Slow())
     with serving(one):

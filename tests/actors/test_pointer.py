@@ -1,4 +1,4 @@
-"""The policy pointer as Redis holds it: read whole, or refused with a reason, and no process ends by it."""
+"""The policy pointer in Redis: it is read completely or refused with a reason, and ends no process."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def test_before_the_first_weights_nothing_is_announced(pointer: dict[str, str]) 
 
 @pytest.mark.parametrize("name", ["version", "step"])
 @pytest.mark.parametrize("value", ["", "new", "-1", "1.0", " 1", "1_0", "\u0663", "9" * 16, "9" * 5000, "1\n"])
-def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
+def test_a_value_that_is_not_a_number_is_refused(name: str, value: str) -> None:
     with pytest.raises(BadWeights, match=f"policy pointer: {name} .* is not a number"):
         read_pointer(GOOD | {name: value})
 
 
 @pytest.mark.parametrize("name", ["step", "file", "sha256"])
-def test_a_pointer_that_is_not_whole_is_refused(name: str) -> None:
+def test_an_incomplete_pointer_is_refused(name: str) -> None:
     with pytest.raises(BadWeights, match=f"policy pointer: .*{name}"):
         read_pointer({key: value for key, value in GOOD.items() if key != name})
 
 
-def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complains_once(
+def test_the_arbiter_continues_with_the_last_version_that_it_could_read_and_warns_once(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start(embedded_redis)
@@ -54,11 +54,11 @@ def test_the_arbiter_goes_on_by_the_last_version_that_it_could_read_and_complain
     assert arbiter.version == 3
     assert run.field("r1", "verdict") is not None
     assert [one.getMessage() for one in caplog.records if one.name == "katana.arbiter"] == [
-        "ignored, going on as of version 3: policy pointer: version 'new' is not a number"
+        "ignored, continuing with version 3: policy pointer: version 'new' is not a number"
     ]
 
 
-def test_the_learner_leaves_a_version_that_is_no_number_out(
+def test_the_learner_ignores_a_version_that_is_not_a_number(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     from learner.train import Learner

@@ -27,7 +27,7 @@ N, K = 6, 2
 
 
 class Killed(BaseException):
-    """Where the process would have ended: nothing of it runs on."""
+    """Raised where the process would have ended; nothing of it may run after that."""
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def written(run: Run, *rids: str) -> None:
 
 
 def spoil(scorer: Scorer, *slots_of: str, error: BaseException | None = None) -> list[list[str]]:
-    """Let every forward that holds one of these rollouts give logits that are not finite, there and in the cache, or
-    raise; returns what is asked for, call by call."""
+    """Make every forward with one of these rollouts return logits that are not finite, there and in the cache, or
+    raise; returns the requests, call by call."""
     asked: list[list[str]] = []
     score, forward = scorer.score, scorer._model.forward
 
@@ -136,7 +136,9 @@ def test_the_rollout_that_cannot_be_scored_dies_after_three_attempts_and_the_oth
     assert sum(run.pending(f"chunks:{shard}") for shard in range(run.plane.shards)) == 0
 
 
-def test_what_was_not_finite_does_not_reach_whoever_has_the_slot_next(run: Run, teacher: PreTrainedModel) -> None:
+def test_values_that_are_not_finite_do_not_reach_the_next_rollout_in_the_slot(
+    run: Run, teacher: PreTrainedModel
+) -> None:
     written(run, "r1")
     scorer = scorer_of(run, teacher)
     worker = worker_of(run, scorer)
@@ -148,7 +150,7 @@ def test_what_was_not_finite_does_not_reach_whoever_has_the_slot_next(run: Run, 
     assert scored(run, *(f"r{number}" for number in range(2, 10))) == [b"1"] * 8
 
 
-def test_out_of_memory_that_smaller_forwards_get_by_is_nobodys_fault(
+def test_out_of_memory_is_avoided_by_smaller_forwards_and_blames_no_rollout(
     run: Run, teacher: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     rids = [f"r{number}" for number in range(1, 9)]
@@ -173,7 +175,7 @@ def test_out_of_memory_that_smaller_forwards_get_by_is_nobodys_fault(
     ]
 
 
-def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, teacher: PreTrainedModel) -> None:
+def test_a_failure_of_every_rollout_ends_the_process_before_one_is_dead(run: Run, teacher: PreTrainedModel) -> None:
     rids = [f"r{number}" for number in range(1, 9)]
     written(run, *rids)
     scorer = scorer_of(run, teacher)
@@ -183,20 +185,20 @@ def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, te
     assert run.entries("dead") == []
 
 
-def test_a_teacher_that_fails_its_own_test_blames_no_rollout(run: Run) -> None:
+def test_a_teacher_that_fails_its_self_test_blames_no_rollout(run: Run) -> None:
     broken = load_shipped("teacher")
     written(run, "r1")
     scorer = scorer_of(run, broken)
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(EngineBroken, match="not finite; nor does the teacher pass its own test"):
+    with pytest.raises(EngineBroken, match="not finite; the teacher fails its self-test too"):
         steps(worker_of(run, scorer))
     assert (run.field("r1", "attempts"), run.entries("dead")) == (None, [])
 
 
 def killed_by(run: Run, teacher: PreTrainedModel, poison: str, name: str) -> bool:
-    """A teacher that the system kills as soon as it comes to score `poison`. True if it was."""
+    """Run a teacher that the system kills as soon as it scores `poison`. True if it was killed."""
     scorer = scorer_of(run, teacher)
     spoil(scorer, poison, error=Killed())
     worker = worker_of(run, scorer, name)
@@ -220,16 +222,14 @@ def test_a_rollout_that_kills_its_teachers_dies_and_takes_no_neighbour_with_it(
         assert killed < 12, "it kills for ever"
         time.sleep(run.config.liveness.claim_s)
     assert run.field("r5", "verdict") == b"dead"
-    assert [entry["reason"] for entry in run.entries("dead")] == [
-        "3 teachers ended while they scored it, and nothing else"
-    ]
+    assert [entry["reason"] for entry in run.entries("dead")] == ["3 teachers ended while scoring only this rollout"]
     assert scored(run, *rids) == [b"0" if rid == "r5" else b"1" for rid in rids]
     assert killed <= 6
     assert sum(run.pending(f"chunks:{shard}") for shard in range(run.plane.shards)) == 0
 
 
-def test_a_storm_of_kills_blames_nobody_that_can_be_scored(run: Run, teacher: PreTrainedModel) -> None:
-    """Killed before it scores anything, twenty times: that is no rollout's doing."""
+def test_a_storm_of_kills_blames_no_rollout_that_can_be_scored(run: Run, teacher: PreTrainedModel) -> None:
+    """Killed before it scores anything, twenty times: no rollout is at fault."""
     rids = [f"r{number}" for number in range(1, 9)]
     written(run, *rids)
     for kill in range(20):
@@ -259,7 +259,7 @@ def alone(run: Run, teacher: PreTrainedModel, rid: str) -> np.ndarray[Any, Any]:
 def test_a_cache_of_another_run_is_not_scored_on(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], teacher: PreTrainedModel, run: Run
 ) -> None:
-    """The engine outlives a run, and the next one has the same ids and prompts."""
+    """The engine is kept between runs, and the next run has the same ids and prompts."""
     written(run, "r1")
     scorer = scorer_of(run, teacher)
     steps(worker_of(run, scorer), turns=2)
@@ -277,10 +277,10 @@ def test_a_cache_of_another_run_is_not_scored_on(
     assert np.allclose(got, alone(other, teacher, "r1"), atol=1e-4)
 
 
-def test_a_chunk_that_redis_lost_and_that_was_written_anew_is_not_scored_on_the_old_one(
+def test_a_chunk_that_redis_lost_and_that_was_written_again_is_not_scored_on_the_old_one(
     run: Run, teacher: PreTrainedModel
 ) -> None:
-    """An append-only file may lose its last second: the teacher has scored what is no longer there."""
+    """An append-only file may lose its last second: the teacher has scored a chunk that Redis lost."""
     written(run, "r1")
     scorer = scorer_of(run, teacher)
     worker = worker_of(run, scorer)

@@ -1,4 +1,4 @@
-"""A rollout worker's turns on a real Redis: what a round trip must carry, also when something is wrong on the way.
+"""A rollout worker's round trips on a real Redis: what each must carry, also when something goes wrong.
 
 A decoder without a model writes, and the worker's clock passes only where the worker works or waits: what is due when
 does not depend on the machine.
@@ -29,7 +29,7 @@ ROLLOUTS = [f"r{number}" for number in range(12)]
 
 
 class Clock(threading.Event):
-    """Stands for `time` and for the worker's stop: waiting lets the time pass."""
+    """A fake of `time` and of the worker's stop event: waiting advances the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Clock(threading.Event):
 
 
 class Counting:
-    """A decoder whose tokens are their own places. A step takes STEP_S and writes one token in every slot."""
+    """A decoder whose tokens are their positions. A step takes STEP_S and writes one token in every slot."""
 
     def __init__(self, clock: Clock, chunk: dict[str, int], length: int) -> None:
         self._clock, self._chunk, self._length = clock, chunk, length
@@ -151,19 +151,19 @@ class Turns:
             assert self.worker.step()
 
     def until(self, what: Callable[[], bool], turns: int) -> None:
-        """Go on for at most so many turns."""
+        """Run until `what()` holds, at most `turns` steps."""
         for _ in range(turns):
             if what():
                 return
             assert self.worker.step()
-        assert what(), f"it did not come to pass within {turns} turns"
+        assert what(), f"it did not happen within {turns} steps"
 
     def beats(self, rid: str) -> int:
-        """How often Redis was told that this rollout is being written."""
+        """Number of heartbeats for this rollout."""
         return sum(call.script == "beat" and rid in call.args for calls in self.trips for call in calls)
 
     def owned(self) -> set[str]:
-        """Rollouts that Redis holds for given to a writer, without their end or verdict."""
+        """Rollouts that have an owner in Redis, and neither an end nor a verdict."""
         over = ("verdict", "finish")
         return {
             rid
@@ -196,7 +196,7 @@ def begin(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Begin:
     return on
 
 
-# --- a chunk closes at every step: each is sent at once, and no word goes out between one step and the next ---
+# --- a chunk closes at every step: each is sent at once, and nothing else is sent between two steps ---
 
 AT_EVERY_STEP = {"": 1, "r0": 1000}
 
@@ -235,7 +235,7 @@ def test_new_weights_are_swapped_in_although_chunks_close_at_every_step(
     assert turns.worker.version == 1
 
 
-def test_over_a_slow_line_a_worker_is_silent_for_no_longer_than_half_a_heartbeat(
+def test_on_a_slow_connection_a_worker_is_silent_for_at_most_half_a_heartbeat(
     embedded_redis: EmbeddedRedis, begin: Begin
 ) -> None:
     turns = begin(embedded_redis, chunk=AT_EVERY_STEP)
@@ -253,7 +253,7 @@ def test_over_a_slow_line_a_worker_is_silent_for_no_longer_than_half_a_heartbeat
 # --- what is wrong on the way ---
 
 
-def test_a_script_that_redis_does_not_know_makes_no_other_run_twice(
+def test_a_script_that_redis_has_lost_makes_no_other_script_run_twice(
     embedded_redis: EmbeddedRedis, begin: Begin
 ) -> None:
     turns = begin(embedded_redis, chunk={"": 16})
@@ -271,14 +271,14 @@ def test_a_script_that_redis_does_not_know_makes_no_other_run_twice(
     assert turns.owned() == set(turns.worker.writing) == set(turns.decoder.busy) == {"r1", "r2", "r3", "r4"}
 
 
-def test_a_drain_reports_how_much_was_written_of_what_was_judged_before(
+def test_a_closing_worker_reports_the_length_of_rollouts_judged_before(
     embedded_redis: EmbeddedRedis, begin: Begin
 ) -> None:
     turns = begin(embedded_redis, chunk={"": 16})
     turns.until(lambda: "r1" in turns.decoder.busy and turns.decoder.known("r1") == 21, turns=30)
     assert turns.run.field("r1", "length") == b"16"
     assert turns.run.verdict("r1", stop=True, entries=[]) == b"ok"
-    turns.worker.close()  # it has not heard of the verdict: its open chunk is refused
+    turns.worker.close()  # it does not know of the verdict: its open chunk is refused
     assert turns.counts() == {"r1": 21}
     assert [turns.run.field(rid, "length") for rid in ("r0", "r1", "r2", "r3")] == [b"21", b"16", b"21", b"21"]
     assert turns.owned() == set()
@@ -299,7 +299,7 @@ def test_a_pointer_of_junk_bytes_ends_no_step(
 
 @pytest.fixture
 def full(own_redis: EmbeddedRedis, begin: Begin) -> Iterator[Turns]:
-    """Redis takes no chunks, and rollouts end with their first one."""
+    """Redis refuses chunks, and rollouts end with their first one."""
     turns = begin(own_redis, chunk={"": 16}, length=8)
     turns.run.client.config_set("maxmemory", int(turns.run.client.info("memory")["used_memory"] / 0.9))
     yield turns
@@ -320,7 +320,7 @@ def test_a_worker_whose_chunks_a_full_redis_refused_takes_no_more(
     assert SLOTS <= len(taken) <= 2 * SLOTS
     full.go(60)  # past several tries to send what was refused
     assert refusals() > refused
-    assert len([text for text in caplog.messages if "Redis is full" in text]) == 1, "said once, not at every try"
+    assert len([text for text in caplog.messages if "Redis is full" in text]) == 1, "logged once, not at every attempt"
     assert full.owned() == set(full.worker.writing) == taken
     assert [full.run.field(rid, "chunks") for rid in ROLLOUTS] == [b"0"] * len(ROLLOUTS)
     full.run.client.config_set("maxmemory", 0)

@@ -1,4 +1,4 @@
-"""The real rollout and teacher workers on the shipped tiny models and a real Redis, driven turn by turn."""
+"""The real rollout and teacher workers on the shipped tiny models and a real Redis, driven step by step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def announce(run: Run, model: PreTrainedModel, version: int, *, change: float = 
 
 
 class Clock:
-    """The writers' clock. What is due by time can be made due."""
+    """The clock of the writers. The test can make timed work due."""
 
     ahead_s = 0.0
 
@@ -94,7 +94,7 @@ def teacher_worker(run: Run, model: PreTrainedModel, name: str = "t1", scorer: S
     )
 
 
-def turn(worker: RolloutWorker, until: Callable[[], bool], seconds: float = 20.0) -> None:
+def step_until(worker: RolloutWorker, until: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not until():
         assert worker.step()
@@ -148,12 +148,12 @@ def test_a_rollout_is_never_more_than_max_unscored_chunks_ahead_of_the_teacher(
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
-    turn(writer, wrote(run, "r1", 2))
+    step_until(writer, wrote(run, "r1", 2))
     for _ in range(30):
         assert writer.step()
     assert run.field("r1", "chunks") == b"2"
     assert scorer.step()
-    turn(writer, wrote(run, "r1", 4))
+    step_until(writer, wrote(run, "r1", 4))
     for _ in range(30):
         assert writer.step()
     assert run.field("r1", "chunks") == b"4"
@@ -167,7 +167,7 @@ def test_a_stop_takes_effect_at_the_next_chunk_and_the_writer_reports_its_count(
     admit(run, "r2", seed)
     announce(run, student, 0)
     writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
-    turn(writer, wrote(run, "r1", 1))
+    step_until(writer, wrote(run, "r1", 1))
     assert scorer.step()
     written = int(run.field("r1", "length") or 0)
     assert run.verdict("r1", stop=True) == b"ok"
@@ -177,7 +177,7 @@ def test_a_stop_takes_effect_at_the_next_chunk_and_the_writer_reports_its_count(
     counts = [entry for entry in run.entries("finished") if entry["kind"] == "count"]
     assert [entry["rid"] for entry in counts] == ["r1"]
     assert written <= int(counts[0]["generated"]) <= written + CHUNK
-    assert int(run.field("r1", "length") or 0) == written, "a chunk was stored behind the verdict"
+    assert int(run.field("r1", "length") or 0) == written, "a chunk was stored after the verdict"
     assert "r1" not in writer.writing
 
 
@@ -187,30 +187,30 @@ def test_new_weights_close_open_chunks_and_every_chunk_names_its_version(run: Ru
     announce(run, student, 0)
     decoder = decoder_of(run, student)
     writer = rollout_worker(run, student, decoder=decoder)
-    turn(writer, lambda: decoder.decoded_tokens >= 3)
+    step_until(writer, lambda: decoder.decoded_tokens >= 3)
     announce(run, student, 1)
     CLOCK.all_is_due()  # look at the pointer now
-    turn(writer, wrote(run, "r1", 2))
+    step_until(writer, wrote(run, "r1", 2))
     first, second = stored(run, "r1")[:2]
     assert (first.policy_version, second.policy_version) == (0, 1)
     assert len(first.tokens) < CHUNK
     assert second.start == len(first.tokens)
 
 
-def test_weights_with_another_digest_are_refused_and_writing_goes_on(run: Run, student: PreTrainedModel) -> None:
+def test_weights_with_another_digest_are_refused_and_writing_continues(run: Run, student: PreTrainedModel) -> None:
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer = rollout_worker(run, student)
-    turn(writer, wrote(run, "r1", 1))
+    step_until(writer, wrote(run, "r1", 1))
     path = announce(run, student, 1)
     path.write_bytes(path.read_bytes()[:-1000])
     CLOCK.all_is_due()
-    turn(writer, wrote(run, "r1", 2))
+    step_until(writer, wrote(run, "r1", 2))
     assert {chunk.policy_version for chunk in stored(run, "r1")} == {0}
 
 
 @pytest.mark.slow
-def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
+def test_another_worker_continues_from_the_last_stored_chunk_with_the_same_draws(
     run: Run, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     seed = long_seed(run, student)
@@ -218,7 +218,7 @@ def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
     admit(run, "r1", seed)
     announce(run, student, 0)
     silent = rollout_worker(run, student, "silent")
-    turn(silent, wrote(run, "r1", 1))
+    step_until(silent, wrote(run, "r1", 1))
     for _ in range(3):
         silent.step()  # an open chunk that will be lost
     time.sleep(run.config.liveness.claim_s + 0.1)
@@ -229,7 +229,7 @@ def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
         scorer.step(block_s=0.001)
         assert time.monotonic() < deadline
     assert tokens_of(run, "r1") == expected
-    # The former owner is told, and frees its slot without harm.
+    # The former owner learns of it, and frees its slot without harm.
     silent.step()
     CLOCK.all_is_due()
     silent.step()
@@ -237,19 +237,21 @@ def test_another_worker_goes_on_from_the_last_stored_chunk_with_the_same_draws(
     assert tokens_of(run, "r1") == expected
 
 
-def test_a_drain_hands_back_and_the_next_worker_loses_no_token(run: Run, student: PreTrainedModel) -> None:
+def test_a_closing_worker_releases_its_rollouts_and_the_next_one_loses_no_token(
+    run: Run, student: PreTrainedModel
+) -> None:
     seed = long_seed(run, student)
     expected = whole_text(student, run, seed)
     admit(run, "r1", seed)
     announce(run, student, 0)
     decoder = decoder_of(run, student)
     first = rollout_worker(run, student, "first", decoder)
-    turn(first, lambda: decoder.decoded_tokens >= 5)
+    step_until(first, lambda: decoder.decoded_tokens >= 5)
     first.close()
     assert tokens_of(run, "r1") == expected[:5]
     assert run.field("r1", "owner") is None
     second = rollout_worker(run, student, "second")
-    turn(second, wrote(run, "r1", 2))  # at once, without waiting for the claim time
+    step_until(second, wrote(run, "r1", 2))  # at once, without waiting for the claim time
     assert tokens_of(run, "r1") == expected[: 5 + CHUNK]
     assert run.field("r1", "claims") is None, "being handed back is no failure"
 
@@ -261,7 +263,7 @@ def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_ca
     announce(run, student, 0)
     writer, one, two = rollout_worker(run, student), teacher_worker(run, teacher), teacher_worker(run, teacher, "t2")
     for number, scorer in enumerate((one, two, one), start=1):
-        turn(writer, wrote(run, "r1", number))
+        step_until(writer, wrote(run, "r1", number))
         while int(run.field("r1", "scored") or 0) < number:
             scorer.step(block_s=0.01)
     record = run.plane.rollout("r1")
@@ -273,14 +275,14 @@ def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_ca
     place = len(PROMPT) - 1
     for seq in range(int(record[b"scored"])):
         chunk, support = ChunkTokens.decode(record[b"t:%d" % seq]), ChunkSupport.decode(record[b"p:%d" % seq])
-        said = ScoreSupport.decode(record[b"q:%d" % seq])
+        scores = ScoreSupport.decode(record[b"q:%d" % seq])
         divergence = ScoreDivergence.decode(record[b"d:%d" % seq]).divergence
         for row, token in enumerate(chunk.tokens):
             q = log_q[place + chunk.start + row]
             ids = np.array([STOPS[0], *support.support_ids[row]])
             outside = np.setdiff1d(np.arange(VOCAB), ids)
-            assert np.allclose(said.teacher_logprobs[row], q[ids], atol=1e-4)
-            assert said.sampled_logprobs[row] == pytest.approx(q[token], abs=1e-4)
+            assert np.allclose(scores.teacher_logprobs[row], q[ids], atol=1e-4)
+            assert scores.sampled_logprobs[row] == pytest.approx(q[token], abs=1e-4)
             p, q_tail = np.exp(support.support_logprobs[row].astype(float)), np.exp(q[outside]).sum()
             assert support.tail_logprobs is not None
             p_tail = np.exp(float(support.tail_logprobs[row]))
@@ -308,7 +310,7 @@ def admit_for(run: Run, rid: str, seed: int, step: int) -> None:
 
 
 def on_record(run: Run, rid: str) -> list[tuple[bytes | None, ...]]:
-    """What is trained on, chunk by chunk, as it is stored; who wrote it, and under which version, is left out."""
+    """The stored training data, chunk by chunk, without writer and version."""
     record = run.plane.rollout(rid)
     return [
         (one.tokens.tobytes(), *(record.get(b"%s:%d" % (kind, one.seq)) for kind in (b"p", b"q", b"d")))
@@ -361,7 +363,7 @@ def test_a_rollout_waits_for_the_weights_of_its_step(exact: Run, student: PreTra
     announce(exact, student, 5, step=1)
     writer = rollout_worker(exact, student)
     admit_for(exact, "r1", seed, step=1)
-    turn(writer, wrote(exact, "r1", 1))
+    step_until(writer, wrote(exact, "r1", 1))
     # Weights of a learner that went back are not taken while what is written is not theirs.
     announce(exact, student, 6, step=0, change=0.5)
     admit_for(exact, "r2", seed, step=2)
@@ -373,14 +375,14 @@ def test_a_rollout_waits_for_the_weights_of_its_step(exact: Run, student: PreTra
     announce(exact, student, 7, step=2, change=0.5)
     exact.plane.fail("r1", "rollout", "as if judged: r1 is of an earlier step", max_attempts=1)
     CLOCK.all_is_due()
-    turn(writer, wrote(exact, "r2", 1))
+    step_until(writer, wrote(exact, "r2", 1))
     assert {chunk.policy_version for chunk in stored(exact, "r1")} == {5}
     assert {chunk.policy_version for chunk in stored(exact, "r2")} == {7}
     assert exact.field("r2", "claims") is None, "being handed back is no failure"
     assert tokens_of(exact, "r2")[:CHUNK] != tokens_of(exact, "r1")[:CHUNK]
 
 
-def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_flows(
+def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_is_scored(
     run: Run, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> None:
     seed = long_seed(run, student)
@@ -388,7 +390,7 @@ def test_a_poisoned_chunk_is_given_up_after_three_attempts_and_the_rest_flows(
     admit(run, "r2", seed)
     announce(run, student, 0)
     writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
-    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    step_until(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
     run.client.hset(run.key("rollout:r1"), "p:0", b"\xc1 not a support")
     for _ in range(6):
         scorer.step(block_s=0.001)
@@ -407,7 +409,7 @@ def beyond_the_vocabulary(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("breaking", [lambda data: data[:-3], beyond_the_vocabulary], ids=["truncated", "out of range"])
-def test_a_chunk_broken_after_its_score_is_given_up_by_a_cold_teacher_and_the_rest_flows(
+def test_a_chunk_broken_after_its_score_is_given_up_by_a_cold_teacher_and_the_rest_is_scored(
     run: Run, student: PreTrainedModel, teacher: PreTrainedModel, breaking: Callable[[bytes], bytes]
 ) -> None:
     seed = long_seed(run, student)
@@ -415,11 +417,11 @@ def test_a_chunk_broken_after_its_score_is_given_up_by_a_cold_teacher_and_the_re
     admit(run, "r2", seed)
     announce(run, student, 0)
     writer, warm = rollout_worker(run, student), teacher_worker(run, teacher, "warm")
-    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    step_until(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
     for _ in range(3):
         warm.step(block_s=0.001)
     assert run.field("r1", "scored") == run.field("r2", "scored") == b"1"
-    turn(writer, lambda: wrote(run, "r1", 3)() and wrote(run, "r2", 3)())
+    step_until(writer, lambda: wrote(run, "r1", 3)() and wrote(run, "r2", 3)())
     run.client.hset(run.key("rollout:r1"), "t:0", breaking(run.field("r1", "t:0") or b""))
     cold = teacher_worker(run, teacher, "cold")
     for _ in range(8):
@@ -445,21 +447,21 @@ def shortened(data: bytes) -> bytes:
     [
         (None, "chunk 0 is missing"),
         (shortened, "7 tokens are stored before token 8"),
-        (changed(seq=1), "chunk 1 from token 0 stands as chunk 0"),
-        (changed(start=2), "chunk 0 from token 2 stands as chunk 0"),
+        (changed(seq=1), "chunk 1 from token 0 is stored as chunk 0"),
+        (changed(start=2), "chunk 0 from token 2 is stored as chunk 0"),
     ],
     ids=["missing", "short", "another", "elsewhere"],
 )
-def test_what_stands_before_a_chunk_is_not_made_up(
+def test_the_prefix_of_a_chunk_is_read_from_the_record_or_the_chunk_is_given_up(
     run: Run, student: PreTrainedModel, teacher: PreTrainedModel, breaking: Callable[[bytes], bytes] | None, reason: str
 ) -> None:
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer, warm = rollout_worker(run, student), teacher_worker(run, teacher, "warm")
-    turn(writer, wrote(run, "r1", 1))
+    step_until(writer, wrote(run, "r1", 1))
     while run.field("r1", "scored") != b"1":
         warm.step(block_s=0.001)
-    turn(writer, wrote(run, "r1", 2))
+    step_until(writer, wrote(run, "r1", 2))
     name = run.key("rollout:r1")
     if breaking:
         run.client.hset(name, "t:0", breaking(run.field("r1", "t:0") or b""))
@@ -481,10 +483,10 @@ def test_a_rollout_that_ends_while_it_is_read_is_not_broken(
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer, warm = rollout_worker(run, student), teacher_worker(run, teacher)
-    turn(writer, wrote(run, "r1", 1))
+    step_until(writer, wrote(run, "r1", 1))
     while run.field("r1", "scored") != b"1":
         warm.step(block_s=0.001)
-    turn(writer, wrote(run, "r1", 2))
+    step_until(writer, wrote(run, "r1", 2))
     scorer = scorer_of(run, teacher)
     cold = teacher_worker(run, teacher, "cold", scorer)
     score, fields, prefixes = scorer.score, run.plane.fields, []
@@ -494,7 +496,7 @@ def test_a_rollout_that_ends_while_it_is_read_is_not_broken(
         return score(requests)
 
     def ending(wanted: Iterable[tuple[str, list[str]]]) -> list[list[bytes | None]]:
-        """The rollout ends before what came before its chunk is read."""
+        """The rollout ends before the prefix of its chunk is read."""
         asked = list(wanted)
         if any("t:0" in names and "t:1" not in names for _, names in asked):
             if how == "gone":
@@ -521,28 +523,28 @@ def test_a_takeover_of_a_broken_record_counts_attempts_and_the_rest_is_written(
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     first = rollout_worker(run, student, "first")
-    turn(first, wrote(run, "r1", 1))
+    step_until(first, wrote(run, "r1", 1))
     first.close()
     broken = beyond_the_vocabulary(run.field("r1", "t:0") or b"") if field == "t:0" else b"1x"
     run.client.hset(run.key("rollout:r1"), field, broken)
     admit(run, "r2", 3)
     second = rollout_worker(run, student, "second")
-    turn(second, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
+    step_until(second, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
     assert run.field("r1", "verdict") == b"dead"
     assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
     assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
 
 
-def test_a_count_of_claims_that_is_no_number_counts_an_attempt(run: Run, student: PreTrainedModel) -> None:
+def test_a_count_of_claims_that_is_not_a_number_counts_an_attempt(run: Run, student: PreTrainedModel) -> None:
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     run.take("silent", "n0")
     run.client.hset(run.key("rollout:r1"), "claims", "many")
-    said = []
-    run.plane.fail = lambda *args, fail=run.plane.fail, **facts: said.append(args[2]) or fail(*args, **facts)
+    reasons = []
+    run.plane.fail = lambda *args, fail=run.plane.fail, **facts: reasons.append(args[2]) or fail(*args, **facts)
     time.sleep(run.config.liveness.claim_s)
-    turn(rollout_worker(run, student), wrote(run, "r1", 1))
-    assert said == ["rollout.claims: not a number"]
+    step_until(rollout_worker(run, student), wrote(run, "r1", 1))
+    assert reasons == ["rollout.claims: not a number"]
     assert run.field("r1", "claims") is None
 
 
@@ -555,10 +557,10 @@ def test_a_count_of_chunks_broken_under_its_writer_is_given_up_and_the_rest_is_w
     admit(run, "r2", seed)
     announce(run, student, 0)
     writer = rollout_worker(run, student)
-    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    step_until(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
     name = run.key("rollout:r1")
     run.client.hset(name, "chunks", value) if value else run.client.hdel(name, "chunks")
-    turn(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
+    step_until(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
     assert run.field("r1", "attempts") == str(run.config.liveness.max_attempts).encode()
     assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
 
@@ -567,38 +569,38 @@ def test_a_count_of_chunks_broken_under_its_writer_is_given_up_and_the_rest_is_w
     "pointer",
     [{"version": "new"}, {"version": "-3"}, {"version": "9" * 400}, {"version": "7", "step": ""}],
 )
-def test_a_pointer_that_no_learner_wrote_is_refused_and_writing_goes_on(
+def test_a_pointer_that_no_learner_wrote_is_refused_and_writing_continues(
     run: Run, student: PreTrainedModel, pointer: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer = rollout_worker(run, student)
-    turn(writer, wrote(run, "r1", 1))
+    step_until(writer, wrote(run, "r1", 1))
     run.client.hset(run.key("policy"), mapping=pointer)
     CLOCK.all_is_due()
-    turn(writer, lambda: "weights refused" in caplog.text)
+    step_until(writer, lambda: "weights refused" in caplog.text)
     assert "policy pointer: " in caplog.text
     assert writer.version == 0
     assert writer.step()
     run.client.delete(run.key("policy"))
     announce(run, student, 1)
     CLOCK.all_is_due()
-    turn(writer, lambda: writer.version == 1)
+    step_until(writer, lambda: writer.version == 1)
 
 
-def test_a_count_of_scores_broken_under_its_writer_harms_nobody_else(run: Run, student: PreTrainedModel) -> None:
+def test_a_count_of_scores_broken_under_its_writer_harms_no_other_rollout(run: Run, student: PreTrainedModel) -> None:
     seed = long_seed(run, student)
     admit(run, "r1", seed)
     admit(run, "r2", seed)
     announce(run, student, 0)
     writer = rollout_worker(run, student)
-    turn(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
+    step_until(writer, lambda: wrote(run, "r1", 1)() and wrote(run, "r2", 1)())
     run.client.hset(run.key("rollout:r1"), "scored", "many")
-    turn(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
+    step_until(writer, lambda: wrote(run, "r2", 2)() and run.field("r1", "verdict") is not None)
     assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
 
 
-def test_a_notice_of_nothing_is_taken_off_and_harms_nobody(run: Run, teacher: PreTrainedModel) -> None:
+def test_a_notice_without_a_chunk_is_acknowledged_and_does_no_harm(run: Run, teacher: PreTrainedModel) -> None:
     run.admit("r1")
     shard = run.plane.shard_of("r1")
     run.client.xadd(run.key(f"chunks:{shard}"), {"rid": "r1", "seq": 7})
@@ -617,11 +619,11 @@ def test_a_prompt_that_does_not_fit_is_given_up_and_the_rest_is_written(run: Run
     admit(run, "r2", 3)
     announce(run, student, 0)
     writer = rollout_worker(run, student)
-    turn(writer, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
+    step_until(writer, lambda: wrote(run, "r2", 1)() and run.field("r1", "verdict") is not None)
     assert [(entry["rid"], entry["stage"]) for entry in run.entries("dead")] == [("r1", "rollout")]
 
 
-def test_a_run_that_is_over_ends_the_shift(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def test_the_end_of_the_run_ends_the_worker_task(run: Run, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     admit(run, "r1", 1)
     announce(run, student, 0)
     run.client.set(run.key("run"), "ended")
@@ -632,7 +634,7 @@ def test_a_run_that_is_over_ends_the_shift(run: Run, student: PreTrainedModel, t
     assert run.plane.live(60) == {}
 
 
-def test_shards_move_only_from_or_to_the_teacher_that_comes_or_goes() -> None:
+def test_shards_move_only_from_or_to_the_teacher_that_joins_or_leaves() -> None:
     before = {shard: rendezvous(shard, ["a", "b", "c"]) for shard in range(256)}
     after = {shard: rendezvous(shard, ["a", "b", "c", "d"]) for shard in range(256)}
     moved = {shard for shard in before if before[shard] != after[shard]}

@@ -28,7 +28,7 @@ RIDS = [f"r{number}" for number in range(1, 9)]
 
 
 class Killed(BaseException):
-    """Where the process would have ended: nothing of it runs on."""
+    """Raised where the process would have ended; nothing of it may run after that."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def spoil(decoder: Decoder, *rids: str, error: BaseException | None = None) -> N
 
 
 def go(worker: RolloutWorker, run: Run, rids: Iterable[str] = RIDS, seconds: float = 30.0) -> None:
-    """Turn until all of these are written or dead."""
+    """Step until all of these are written or dead."""
     deadline = time.monotonic() + seconds
     while any(run.field(rid, "finish") is None and run.field(rid, "verdict") is None for rid in rids):
         assert worker.step()
@@ -97,7 +97,7 @@ def texts(run: Run) -> list[bytes | None]:
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no kernel image is available")])
 @pytest.mark.parametrize("wrong", [("r5",), ("r1", "r2", "r8"), ("r1", "r2", "r3", "r4", "r6", "r8")])
-def test_what_cannot_be_written_is_dead_after_three_attempts_and_its_neighbours_are_written(
+def test_a_rollout_that_cannot_be_written_is_dead_after_three_attempts_and_the_others_are_written(
     run: Run, student: PreTrainedModel, wrong: tuple[str, ...], error: RuntimeError | None
 ) -> None:
     decoder = decoder_of(run, student)
@@ -111,7 +111,7 @@ def test_what_cannot_be_written_is_dead_after_three_attempts_and_its_neighbours_
     assert run.pending("prompts") == 0
 
 
-def test_rollouts_known_to_be_at_fault_do_not_make_it_the_engine_when_nothing_else_is_left() -> None:
+def test_rollouts_known_to_be_at_fault_do_not_count_against_the_engine_when_no_others_are_left() -> None:
     proofs: list[str] = []
     blame = Blame(lambda: proofs.append("proved"), deed="written", model="student")
     error = RuntimeError("no kernel image is available")
@@ -125,7 +125,7 @@ def test_rollouts_known_to_be_at_fault_do_not_make_it_the_engine_when_nothing_el
         blame.of("r9", error)
 
 
-def test_neighbours_of_what_cannot_be_written_are_written_as_they_would_have_been(
+def test_the_others_are_written_as_without_the_rollout_that_cannot_be_written(
     run: Run, student: PreTrainedModel, start: Callable[..., Run], embedded_redis: EmbeddedRedis
 ) -> None:
     decoder = decoder_of(run, student)
@@ -144,7 +144,7 @@ def test_neighbours_of_what_cannot_be_written_are_written_as_they_would_have_bee
     assert {rid: [other.field(rid, "length"), other.field(rid, "finish")] for rid in calm} == calm
 
 
-def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, student: PreTrainedModel) -> None:
+def test_a_failure_of_every_rollout_ends_the_process_before_one_is_dead(run: Run, student: PreTrainedModel) -> None:
     decoder = decoder_of(run, student)
     spoil(decoder, *RIDS, error=RuntimeError("no kernel image is available"))
     with pytest.raises(EngineBroken, match="5 rollouts in a row cannot be written, the last: RuntimeError: no kernel"):
@@ -152,7 +152,7 @@ def test_what_no_rollout_passes_ends_the_process_before_one_is_dead(run: Run, st
     assert dead(run) == {}
 
 
-def test_a_student_that_fails_its_own_test_blames_no_rollout(run: Run, student: PreTrainedModel) -> None:
+def test_a_student_that_fails_its_self_test_blames_no_rollout(run: Run, student: PreTrainedModel) -> None:
     broken: Any = deepcopy(student)
     decoder = decoder_of(run, broken)
     worker = worker_of(run, decoder)
@@ -161,13 +161,13 @@ def test_a_student_that_fails_its_own_test_blames_no_rollout(run: Run, student: 
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(EngineBroken, match="not finite; nor does the student pass its own test"):
+    with pytest.raises(EngineBroken, match="not finite; the student fails its self-test too"):
         go(worker, run)
     assert dead(run) == {}
     assert {run.field(rid, "attempts") for rid in RIDS} == {None}
 
 
-def test_out_of_memory_that_smaller_prefills_get_by_is_nobodys_fault(
+def test_out_of_memory_is_avoided_by_smaller_prefills_and_blames_no_rollout(
     run: Run, student: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     decoder = decoder_of(run, student)
@@ -187,7 +187,7 @@ def test_out_of_memory_that_smaller_prefills_get_by_is_nobodys_fault(
 
 
 def killed_by(run: Run, student: PreTrainedModel, poison: str, name: str) -> bool:
-    """A worker that the system kills as soon as it comes to write `poison`. True if it was."""
+    """Run a worker that the system kills as soon as it writes `poison`. True if it was killed."""
     decoder = decoder_of(run, student)
     spoil(decoder, poison, error=Killed())
     worker = worker_of(run, decoder, name)
@@ -206,14 +206,14 @@ def test_a_rollout_that_kills_its_workers_dies_and_takes_no_neighbour_with_it(
         killed += 1
         assert killed < 12, "it kills for ever"
         time.sleep(run.config.liveness.claim_s)
-    assert dead(run) == {"r5": "3 workers ended while they wrote it, and nothing else"}
+    assert dead(run) == {"r5": "3 workers ended while writing only this rollout"}
     assert all(run.field(rid, "finish") for rid in RIDS if rid != "r5")
     assert killed <= 6
     assert run.pending("prompts") == 0
 
 
-def test_a_storm_of_kills_blames_nobody_that_can_be_written(run: Run, student: PreTrainedModel) -> None:
-    """Killed before it writes anything, twenty times: that is no rollout's doing."""
+def test_a_storm_of_kills_blames_no_rollout_that_can_be_written(run: Run, student: PreTrainedModel) -> None:
+    """Killed before it writes anything, twenty times: no rollout is at fault."""
     for kill in range(20):
         taken = run.take(f"k{kill}", f"n{kill}", count=8, idle_ms=1)
         assert len(taken) == 8
@@ -224,7 +224,7 @@ def test_a_storm_of_kills_blames_nobody_that_can_be_written(run: Run, student: P
     assert all(run.field(rid, "finish") for rid in RIDS)
 
 
-def test_to_be_handed_back_while_tried_alone_is_no_death(run: Run, student: PreTrainedModel) -> None:
+def test_a_rollout_released_while_written_alone_counts_no_death(run: Run, student: PreTrainedModel) -> None:
     for kill in range(3):
         run.take(f"k{kill}", f"n{kill}", count=8, idle_ms=1)
         time.sleep(0.003)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_run import DEMO, SMALL, check_books
+from real_runs import DEMO, SMALL, check_books
 
 from ops.cli.main import main
 from ops.reach.embedded import EmbeddedRedis

@@ -1,4 +1,4 @@
-"""`deterministic`, with real processes: what a run ends with does not depend on when it was interrupted."""
+"""`deterministic`, with real processes: what a run ends with depends neither on interruptions nor on its memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import check_books, finish, read, start, wait_for_steps
+from real_runs import check_books, finish, read, start, wait_for_steps
+from small_redis import SHORT, leave_least
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+from ops.reach.embedded import EmbeddedRedis
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("deterministic")]
+STEPS = 12
 EXACT = (
     "deterministic=true",
     "learner.batch_size=8",
-    "learner.max_steps=6",
+    f"learner.max_steps={STEPS}",
     "rollout.slots=4",  # fewer than a batch: who shares the engine is a matter of timing
     "rollout.max_completion_length=48",
+    "termination.teacher_top_k=32",  # few tokens fill a Redis
     "termination.window=8",
     "termination.patience=2",
     "termination.grace_tokens=0",
@@ -43,13 +48,18 @@ def result(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    code, output = finish(start(tmp_path, name="whole", settings=EXACT))
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run with all the memory it wants comes to that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("deterministic")
+    code, output = finish(start(folder, name="whole", settings=EXACT))
     assert code == 0, output
-    expected = result(tmp_path / "whole")
-    summary = check_books(tmp_path / "whole", steps=6)
+    summary = check_books(folder / "whole", steps=STEPS)
     assert summary["finish_reasons"].get("kl_trap", 0) > 0, "the rule cut nothing: the threshold was put to no test"
+    return result(folder / "whole")
 
+
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, expected: dict[str, Any]) -> None:
     folder = tmp_path / "broken"
     process = start(tmp_path, name="broken", settings=EXACT)
     done = 1
@@ -63,7 +73,23 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: Path) 
         process = start(tmp_path, "--resume", name="broken")
     code, output = finish(process)
     assert code == 0, output
-    check_books(folder, steps=6)
+    check_books(folder, steps=STEPS)
     found = result(folder)
     for name, value in expected.items():
         assert found[name] == value, name
+
+
+def test_a_run_on_little_memory_ends_with_the_same_bits(
+    tmp_path: Path, small_redis: EmbeddedRedis, expected: dict[str, Any]
+) -> None:
+    # No checkpoint is due before the last step: whatever room is made is made because there is none.
+    settings = leave_least(small_redis, (*EXACT, "checkpoints.every_steps=1000"))
+    code, output = finish(start(tmp_path, name="little", settings=settings))
+    assert code == 0, output
+    assert SHORT in (tmp_path / "little" / "logs" / "learner.log").read_text()
+    found = result(tmp_path / "little")
+    for name, value in expected.items():
+        if name == "rollouts":  # how much of what was cut had been scored, and so is judged, is a matter of timing
+            assert [line[:-1] for line in found[name]] == [line[:-1] for line in value]
+        else:
+            assert found[name] == value, name

@@ -1,26 +1,34 @@
-"""The experiments in small, with real runs: policies, mask, shadow, one's own policy, an exchanged end token, under one
-budget of tokens; then replay and audit of what they left."""
+"""The experiments in small, with real runs: compared under a budget of tokens, interrupted, resumed; replay and audit.
+
+The rows are policies, mask, shadow, and a custom policy with an exchanged end token.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from real_runs import DEMO, check_books, children_of, finish, read, wait_for_steps
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-ROOT = Path(__file__).parents[2]
-TOKENS = 16_000
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+ROOT = DEMO.parents[2]
+TOKENS = 12_000
 SMALL = (
     "learner.batch_size=16",
     "rollout.slots=16",
     "termination.min_calibration=16",
+    "termination.control_fraction=0.4",
     "termination.warmup_steps=1",
     "termination.eta=0.3",
+    "checkpoints.every_steps=2",
     "eval.problems=8",
     "eval.k=2",
     "eval.every_steps=1000",
@@ -28,23 +36,29 @@ SMALL = (
 VARIANTS = (
     "masked:termination.apply=mask",
     "shadow:termination.shadow=true",
-    "own:termination.policy=my_policies:Halved,termination.options.head=16,termination.patience=8",
-    "by_token:termination.policy=none,rollout.stop_set=student",
+    "own:termination.policy=my_policies:Halved,termination.options.head=16,termination.patience=8,"
+    "rollout.stop_set=student",
 )
 
 
-def katana(folder: Path, *arguments: str, timeout_s: float = 700) -> str:
-    """What the command prints. Its working directory is the project's; a module of the user's lies in `folder`."""
-    done = subprocess.run(
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A command. Its working directory is the project's; a module of the user's lies in `folder`."""
+    return subprocess.Popen(
         [sys.executable, "-m", "ops.cli", *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout_s,
+        start_new_session=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(folder)},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+
+
+def katana(folder: Path, *arguments: str, timeout_s: float = 700) -> str:
+    """What the command prints."""
+    code, output = finish(start(folder, *arguments), timeout_s)
+    assert code == 0, output
+    return output
 
 
 def test_small_experiments_from_comparison_to_audit(tmp_path: Path) -> None:
@@ -56,26 +70,90 @@ def test_small_experiments_from_comparison_to_audit(tmp_path: Path) -> None:
     settings = [flag for item in (f"runs_dir={tmp_path}", *SMALL) for flag in ("--set", item)]
     settings += ["--set", f"student.model={tmp_path / 'student'}"]
     rows = [flag for variant in VARIANTS for flag in ("--variant", variant)]
-    grid = ["--name", "grid", "--policies", "kat,random_matched", "--seeds", "0", "--budget", f"tokens:{TOKENS}"]
-    demo = str(ROOT / "ops" / "experiments" / "demo.yaml")
-    output = katana(tmp_path, "compare", demo, *settings, *grid, *rows)
+    grid = tmp_path / "grid"
+    chosen = ["--name", "grid", "--policies", "kat,random_matched", "--seeds", "0", "--budget", f"tokens:{TOKENS}"]
+    command = ("compare", str(DEMO), *settings, *chosen, *rows)
+
+    interrupted = start(tmp_path, *command)
+    wait_for_steps(grid / "kat-s0", 1, interrupted)
+    interrupted.send_signal(signal.SIGINT)
+    code, output = finish(interrupted, timeout_s=60)
+    assert code == 130, output
+    assert "Continue with the same command" in output
+    assert not children_of(grid)
+    assert not (grid / "kat-s0" / "summary.json").exists()
+    assert not (grid / "random_matched-s0").exists()
+
+    output = katana(tmp_path, *command)
+    assert "kat-s0: resumes" in output and "random_matched-s0: starts" in output
+    assert not children_of(grid)
+    check_report(grid, output)
+
+    written = (grid / "compare.html").read_bytes()
+    assert "5 done already, 0 to do" in katana(tmp_path, *command)
+    assert (grid / "compare.html").read_bytes() == written
+
+    # Killed between the summary and the last evaluation: the run goes on, and evaluates what it ended with.
+    evaluations = grid / "shadow-s0" / "eval.jsonl"
+    before = evaluations.read_text().splitlines(keepends=True)
+    evaluations.write_text("".join(before[:-1]) + before[-1][:40])  # a torn line behind
+    output = katana(tmp_path, *command)
+    assert "shadow-s0: resumes" in output
+    after = [json.loads(line) for line in evaluations.read_text().splitlines()]
+    assert [line["step"] for line in after] == [json.loads(line)["step"] for line in before]
+    check_report(grid, output)
+
+    for label in ("kat", "masked"):  # one that was interrupted, one that was not
+        check_budget(grid / f"{label}-s0")
+        assert f"/ {TOKENS:,} tokens generated" in (grid / "logs" / f"{label}-s0.log").read_text()
+
+    output = katana(tmp_path, "replay", str(grid / "shadow-s0"), "--sweep", "termination.eta=0.3,0.6")
+    recorded = re.search(r"([\d,]+) of ([\d,]+) recorded verdicts come out the same", output)
+    assert recorded is not None and recorded[1] == recorded[2]
+    assert (grid / "shadow-s0" / "replay" / "replay.csv").is_file()
+    output = katana(tmp_path, "audit", str(grid / "shadow-s0"), "--rollouts", "6", "--samples", "2")
+    assert "recoverable" in output
+    assert (grid / "shadow-s0" / "audit" / "audit.csv").is_file()
+
+
+def check_report(grid: Path, output: str) -> None:
     assert "NOT DONE" not in output
     assert "## Was random_matched matched?" in output
-    with (tmp_path / "grid" / "compare.csv").open() as file:
+    with (grid / "compare.csv").open() as file:
         cells = {row["row"]: row for row in csv.DictReader(file)}
-    assert list(cells) == ["kat", "random_matched", "masked", "shadow", "own", "by_token"]
-    for row in cells.values():
-        assert row["state"] == "done" and int(row["tokens_generated"]) >= TOKENS
+    assert list(cells) == ["kat", "random_matched", "masked", "shadow", "own"]
+    for label, row in cells.items():
+        summary = json.loads((grid / f"{label}-s0" / "summary.json").read_text())
+        last = read(grid / f"{label}-s0" / "eval.jsonl")[-1]
+        assert (row["seed"], row["state"], row["steps"]) == ("0", "done", str(summary["steps"]))
+        assert (float(row["avg_at_k"]), row["evaluated_step"]) == (last["avg@k"], row["steps"])
+        assert int(row["tokens_generated"]) >= TOKENS
+        assert int(row["tokens_generated"]) == sum(arm["tokens_generated"] for arm in summary["arms"].values())
+        assert float(row["wall_s"]) > 0
     trained = {label: int(row["tokens_trained"]) / int(row["tokens_generated"]) for label, row in cells.items()}
     assert int(cells["kat"]["tokens_detection"]) > 0 and int(cells["own"]["tokens_detection"]) > 0
     assert int(cells["masked"]["tokens_overshoot"]) > int(cells["kat"]["tokens_overshoot"])  # written to the end
     assert trained["masked"] < trained["shadow"]
+    assert (grid / "compare.md").read_text().split("\n![")[0].strip() in output
+    assert "one seed: nothing to say" in output
+    assert (grid / "compare.png").read_bytes().startswith(b"\x89PNG")
 
-    shadow = str(tmp_path / "grid" / "shadow-s0")
-    output = katana(tmp_path, "replay", shadow, "--sweep", "termination.eta=0.3,0.6")
-    recorded = re.search(r"([\d,]+) of ([\d,]+) recorded verdicts come out the same", output)
-    assert recorded is not None and recorded[1] == recorded[2]
-    assert (tmp_path / "grid" / "shadow-s0" / "replay" / "replay.csv").is_file()
-    output = katana(tmp_path, "audit", shadow, "--rollouts", "6", "--samples", "2")
-    assert "recoverable" in output
-    assert (tmp_path / "grid" / "shadow-s0" / "audit" / "audit.csv").is_file()
+
+def check_budget(folder: Path) -> None:
+    """`learner.max_generated_tokens`: the run ends with the step that finds its tokens spent, whole."""
+    steps = read(folder / "metrics.jsonl")
+    counts = [line["tokens_generated"] for line in steps]
+    assert counts == sorted(counts)
+    assert counts[-2] < TOKENS <= counts[-1]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    summary = check_books(folder, steps=len(steps))
+    assert [line["step"] for line in summary["eval"]] == [0, len(steps)]
+    assert json.loads((folder / "checkpoints" / f"step-{len(steps):08d}" / "state.json").read_text())
+    assert (folder / "model" / "model.safetensors").exists()
+    # The books have all that was counted, and what was written from the last step to the end.
+    lines = read(folder / "rollouts.jsonl")
+    assert counts[-1] <= sum(line["tokens_generated"] for line in lines) < counts[-1] + 10_000
+    assert Counter(line["ending"] for line in lines)["dead"] == 0
+    rates = [line["learning_rate"] for line in steps]
+    assert all(rate > 0 for rate in rates)
+    assert rates[-1] < max(rates) / 4, "the schedule did not follow the tokens"

@@ -14,8 +14,9 @@ from left_over import END_WITH_PARENT, MARK, marked
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
-WHOLE_RUN = "tests/e2e/test_run.py"
-COMMAND = f"{sys.executable} -m pytest {WHOLE_RUN} -k fails_slowly -p no:cacheprovider"
+PYTEST = f"{sys.executable} -m pytest -p no:cacheprovider"
+PROCESSES, WHOLE_RUN = "tests/e2e/interrupted.py", "tests/e2e/test_run.py -k fails_slowly"
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def pytest_of(shell: int) -> int:
@@ -52,11 +53,15 @@ def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("times", [1, 8])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, number: signal.Signals, times: int) -> None:
+@pytest.mark.parametrize(
+    ("tests", "number", "times"),
+    [*((PROCESSES, number, times) for number in NUMBERS for times in (1, 8)), (WHOLE_RUN, signal.SIGINT, 8)],
+)
+def test_nothing_is_left_of_a_test_run_that_is_told_to_end(
+    tmp_path: Path, tests: str, number: signal.Signals, times: int
+) -> None:
     run = subprocess.Popen(
-        [*COMMAND.split(), f"--basetemp={tmp_path / 'inner'}"],
+        [*PYTEST.split(), *tests.split(), f"--basetemp={tmp_path / 'inner'}"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -72,7 +77,7 @@ def test_nothing_is_left_of_a_test_run_that_is_told_to_end(tmp_path: Path, numbe
 
 
 def test_nothing_is_left_where_the_shell_above_is_killed(tmp_path: Path) -> None:
-    command = f"{COMMAND} --basetemp={tmp_path / 'inner'}; true"
+    command = f"{PYTEST} {PROCESSES} --basetemp={tmp_path / 'inner'}; true"
     environment = os.environ | {END_WITH_PARENT: "1"}
     shell = subprocess.Popen(
         ["sh", "-c", command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from system import need
-from test_run import SMALL, finish, start
+from whole_run import NAME, WholeRun
 
 from common.runfiles.lines import read_lines
 from common.runfiles.records import ROLLOUTS, BookLine
@@ -25,17 +20,7 @@ from ops.monitoring import panels
 from ops.monitoring.dashboards import DASHBOARDS, Panel
 from ops.stats.saving import length_saving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-RULES = Path(__file__).parents[2] / "ops" / "prometheus"
-NAME = "demo"
-SETTINGS = (
-    *SMALL,
-    "learner.max_steps=30",
-    "termination.window=16",
-    "termination.patience=4",
-    "termination.grace_tokens=0",
-    "eval.every_steps=10",
-)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.xdist_group("whole run")]
 PANELS = [panel for board in DASHBOARDS for row in board.rows for panel in row.panels]
 # Lines of a panel that a healthy run may lack, since nothing was counted under their label: then this one says 0.
 NOTHING_HAPPENED = {
@@ -59,69 +44,12 @@ class Measured:
         return panels.Prometheus(self.url)
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
-    program = need("prometheus")
-    folder = tmp_path_factory.mktemp("measured")
-    runs = folder / "runs"
-    config = adapted(folder, runs)
-    port = free_port()
-    with (folder / "prometheus.log").open("wb") as log:
-        server = subprocess.Popen(
-            [
-                program,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url, server, folder / "prometheus.log")
-        code, output = finish(start(runs, name=NAME, settings=SETTINGS))
-        assert code == 0, output
-        yield Measured(url, runs / NAME, panels.find_span(panels.Prometheus(url), NAME, 10))
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def adapted(folder: Path, runs: Path) -> Path:
-    """ops/prometheus/local.yml with other intervals and another runs folder, and the shipped rules beside it."""
-    config = yaml.safe_load((RULES / "local.yml").read_text())
-    config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "900ms", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(RULES / pattern) for pattern in config["rule_files"]]
-    found = 0
-    for job in config["scrape_configs"]:
-        for files in job.get("file_sd_configs", []):
-            assert all(path.startswith("../../runs/") for path in files["files"])
-            files["files"] = [path.replace("../../runs", str(runs)) for path in files["files"]]
-            files["refresh_interval"] = "1s"
-            found += 1
-    assert found, "local.yml finds no processes by file"
-    path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"Prometheus was not ready within 30 s:\n{log.read_text()}")
+@pytest.fixture(scope="session")
+def measured(whole_run: WholeRun) -> Measured:
+    need("prometheus")
+    assert whole_run.prometheus is not None
+    span = panels.find_span(panels.Prometheus(whole_run.prometheus), NAME, 10)
+    return Measured(whole_run.prometheus, whole_run.folder, span)
 
 
 def of_exporter(panel: Panel) -> bool:

@@ -1,130 +1,23 @@
-"""The real processes: `katana run` on the shipped models, to its end, interrupted, and with roles killed."""
+"""The real processes: `katana run` on the shipped models, to its end, interrupted, and where it cannot go on."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from real_runs import DEMO, SMALL, check_books, children_of, finish, read, start, wait_for_steps
+from whole_run import EVALUATED_EVERY, NAME, STEPS, WholeRun
 
 from common.termination import kat_verdict
+from ops.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-DEMO = Path(__file__).parents[2] / "ops" / "experiments" / "demo.yaml"
-SMALL = (
-    "learner.batch_size=16",
-    "learner.max_steps=6",
-    "rollout.slots=16",
-    "termination.min_calibration=16",
-    "termination.warmup_steps=1",
-    "checkpoints.every_steps=2",
-    "eval.problems=8",
-    "eval.k=2",
-    "eval.every_steps=3",
-)
-
-
-def start(
-    folder: Path,
-    *arguments: str,
-    name: str = "e2e",
-    settings: tuple[str, ...] = SMALL,
-    environment: dict[str, str] | None = None,
-) -> subprocess.Popen[str]:
-    config = str(folder / name / "config.yaml") if "--resume" in arguments else str(DEMO)
-    overrides = () if "--resume" in arguments else (f"runs_dir={folder}", *settings)
-    flags = [flag for item in overrides for flag in ("--set", item)]
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ops.cli",
-            "run",
-            config,
-            *flags,
-            *([] if "--resume" in arguments else ["--name", name]),
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=DEMO.parents[2],
-        env=os.environ | (environment or {}),
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=30)
-        pytest.fail(f"the run did not end:\n{output}")
-    return process.returncode, output
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def children_of(folder: Path) -> dict[str, int]:
-    """Role → pid of the processes that work in a run's folder."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if any(str(folder) in word for word in words) and "ops.cli" in words and "run" not in words:
-                found[words[words.index("ops.cli") + 1]] = int(entry.name)
-    return found
-
-
-def wait_for_steps(folder: Path, steps: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and len(read(folder / "metrics.jsonl")) >= steps:
-            return
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.2)
-    process.kill()
-    pytest.fail(f"no {steps} steps within {timeout_s} s")
-
-
-def check_books(folder: Path, steps: int) -> dict[str, Any]:
-    """Every admitted rollout ended exactly once, as trained, dropped (with a reason) or dead; and the books agree."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    config = (folder / "config.yaml").read_text()
-    batch = int(re.search(r"batch_size: (\d+)", config).group(1))  # type: ignore[union-attr]
-    ledger, lines = summary["ledger"], read(folder / "rollouts.jsonl")
-    assert summary["steps"] == steps
-    assert ledger["open"] == 0
-    assert ledger["dead"] == 0
-    assert ledger["admitted"] == ledger["trained"] + sum(ledger["dropped"].values()) == len(lines)
-    assert set(ledger["dropped"]) <= {"stale", "empty", "run_end"}
-    assert len({line["rid"] for line in lines}) == len(lines)
-    endings = Counter(line["ending"] for line in lines)
-    assert endings["trained"] == ledger["trained"] == steps * batch
-    for line in lines:
-        parts = line["tokens_kept"] + line["tokens_detection"] + line["tokens_overshoot"]
-        assert line["tokens_generated"] == parts, line
-        assert line["tokens_trained"] == (line["tokens_kept"] if line["ending"] == "trained" else 0)
-    return summary
 
 
 def check_verdicts(folder: Path) -> int:
@@ -140,20 +33,12 @@ def check_verdicts(folder: Path) -> int:
     return cuts
 
 
-def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(tmp_path: Path) -> None:
-    settings = (
-        *SMALL,
-        "termination.window=16",
-        "termination.patience=4",
-        "termination.grace_tokens=0",
-        "termination.stride=1",
-    )
-    code, output = finish(start(tmp_path, settings=settings))
-    assert code == 0, output
-    folder = tmp_path / "e2e"
-    summary = check_books(folder, steps=6)
+@pytest.mark.xdist_group("whole run")
+def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(whole_run: WholeRun) -> None:
+    folder = whole_run.folder
+    summary = check_books(folder, steps=STEPS)
     assert check_verdicts(folder) > 0
-    assert [line["step"] for line in read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert set(summary) >= {
         "steps",
         "policy_version",
@@ -167,10 +52,10 @@ def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(tmp_path: Path) -> No
     assert set(summary["arms"]) == {"treated", "control"}
     assert set(summary["length_saving"]) == {"ratio", "low", "high"}
     assert sum(summary["finish_reasons"].values()) == summary["ledger"]["admitted"]
-    assert [line["policy_version"] for line in summary["eval"]] == [0, 3, 6]
+    assert [line["policy_version"] for line in summary["eval"]] == list(range(0, STEPS + 1, EVALUATED_EVERY))
     assert all({"k", "n", "avg@k", "pass@k", "mean_length"} <= set(line) for line in summary["eval"])
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "ledger: admitted" in output
+    assert "ledger: admitted" in whole_run.output
     assert not children_of(folder), "a process was left behind"
     assert len(list((folder / "weights").glob("*.safetensors"))) == 6  # max_staleness + 2
     assert len(list((folder / "checkpoints").iterdir())) == 2
@@ -182,58 +67,30 @@ def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(tmp_path: Path) -> No
     ids = tokenizer("1+2?", return_tensors="pt")["input_ids"]
     assert model(input_ids=ids).logits.isfinite().all()
 
-    # The folder exists: the same command refuses, --fresh moves it aside.
-    code, output = finish(start(tmp_path))
+
+@pytest.mark.xdist_group("whole run")
+def test_a_folder_that_exists_is_not_written_over(whole_run: WholeRun) -> None:
+    code, output = finish(start(whole_run.folder.parent, name=NAME))
     assert code == 2
     assert "exists already" in output
 
 
-def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
+def test_a_run_is_interrupted_and_survives_a_lost_redis_and_a_torn_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "e2e"
-    process = start(tmp_path)
-    wait_for_steps(folder, 2, process)
+    settings = (*SMALL, "learner.max_steps=6", "eval.every_steps=0")
+    process = start(tmp_path, settings=settings)
+    wait_for_steps(folder, 3, process)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     code, output = finish(process, timeout_s=40)
     assert code == 130, output
     assert time.monotonic() - began < 20
     assert not children_of(folder), "a process was left behind"
-    code, output = finish(start(tmp_path, "--resume", "--set", "learner.batch_size=8"))
-    assert code == 2
-    assert "learner.batch_size" in output
-    code, output = finish(start(tmp_path, "--resume"))
-    assert code == 0, output
-    check_books(folder, steps=6)
-    assert [line["step"] for line in read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    versions = [line["policy_version"] for line in read(folder / "metrics.jsonl")]
-    assert versions == sorted(versions)
+    assert main(["run", str(folder / "config.yaml"), "--resume", "--set", "learner.batch_size=8"]) == 2
+    assert "learner.batch_size" in capsys.readouterr().err
 
-
-def test_every_role_killed_and_told_to_stop_once_loses_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "e2e"
-    settings = (*SMALL, "learner.max_steps=16", "eval.every_steps=0", "liveness.claim_s=3", "liveness.heartbeat_s=0.5")
-    process = start(tmp_path, settings=settings)
-    faults = [(role, signal.SIGKILL) for role in ("rollout", "teacher", "arbiter", "feeder", "learner")]
-    faults += [(role, signal.SIGTERM) for role in ("learner", "rollout")]
-    for step, (role, number) in enumerate(faults, start=2):
-        wait_for_steps(folder, step, process)
-        pid = children_of(folder).get(role)
-        assert pid is not None, f"{role} is not running"
-        os.kill(pid, number)
-    code, output = finish(process)
-    assert code == 0, output
-    assert output.count("started again") >= 7
-    check_books(folder, steps=16)
-
-
-def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path) -> None:
-    folder = tmp_path / "e2e"
-    settings = (*SMALL, "learner.max_steps=10", "eval.every_steps=0")
-    process = start(tmp_path, settings=settings)
-    wait_for_steps(folder, 6, process)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process, timeout_s=40)
-    assert code == 130, output
     booked = len(read(folder / "rollouts.jsonl"))
     shutil.rmtree(folder / "redis")
     newest = max((folder / "checkpoints").iterdir())
@@ -242,15 +99,18 @@ def test_a_lost_redis_and_a_torn_checkpoint_are_survived_and_said(tmp_path: Path
     assert code == 0, output
     summary, lines = json.loads((folder / "summary.json").read_text()), read(folder / "rollouts.jsonl")
     ledger = summary["ledger"]
-    assert summary["steps"] == 10
+    assert summary["steps"] == 6
     assert ledger["open"] == 0
     assert ledger["admitted"] == ledger["trained"] + sum(ledger["dropped"].values()) + ledger["dead"] == len(lines)
     assert len({line["rid"] for line in lines}) == len(lines) > booked
     assert ledger["dropped"]["lost"] == sum(line["reason"] == "lost" for line in lines) > 0
-    assert [line["step"] for line in read(folder / "metrics.jsonl")] == list(range(1, 11))
+    steps = read(folder / "metrics.jsonl")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    versions = [line["policy_version"] for line in steps]
+    assert versions == sorted(versions)
     assert newest.with_name(f"{newest.name}.torn").exists()
     assert "Redis lost this run" in (folder / "logs" / "feeder.log").read_text()
-    assert "torn checkpoint passed over" in (folder / "logs" / "learner.log").read_text()
+    assert "torn checkpoint skipped" in (folder / "logs" / "learner.log").read_text()
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -259,19 +119,21 @@ def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: 
     shutil.copytree(DEMO.parents[1] / "models" / who, model)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
-    code, output = finish(start(tmp_path, settings=(*SMALL, f"{who}.model={model}")), timeout_s=90)
+    code, output = finish(
+        start(tmp_path, settings=(*SMALL, "eval.every_steps=0", f"{who}.model={model}")), timeout_s=90
+    )
     assert code == 2
     assert "cannot be loaded" in output
     assert str(model) in output
-    assert "ended with 0" not in output
+    assert "exited with 0" not in output
     assert "--resume" not in output  # it could not go on
     log = (tmp_path / "e2e" / "logs" / ("teacher-0.log" if who == "teacher" else "learner.log")).read_text()
     assert "succeeded" not in log
     assert not children_of(tmp_path / "e2e"), "a process was left behind"
 
 
-def test_a_worker_that_fails_slowly_is_given_up_with_its_last_words(tmp_path: Path) -> None:
-    """Each failure takes longer than a fifth of a minute would allow: what counts is that nothing gets on."""
+def test_a_worker_that_fails_slowly_is_given_up_with_its_last_error(tmp_path: Path) -> None:
+    """Each failure takes longer than a fifth of a minute would allow: what counts is that it makes no progress."""
     shim = """
 import os, sys, time
 if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
@@ -279,8 +141,9 @@ if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
 """
     (tmp_path / "shim").mkdir()
     (tmp_path / "shim" / "sitecustomize.py").write_text(shim)
-    code, output = finish(start(tmp_path, environment={"PYTHONPATH": str(tmp_path / "shim")}), timeout_s=120)
+    settings, environment = (*SMALL, "eval.every_steps=0"), {"PYTHONPATH": str(tmp_path / "shim")}
+    code, output = finish(start(tmp_path, settings=settings, environment=environment), timeout_s=120)
     assert code == 1, output
-    assert output.count("teacher-0 ended with 1; started again (error: out of memory") == 5
-    assert "teacher-0 failed 6 times in a row without getting on: error: out of memory" in output
+    assert output.count("teacher-0 exited with 1; restarted (error: out of memory") == 5
+    assert "teacher-0 failed 6 times in a row without progress: error: out of memory" in output
     assert not children_of(tmp_path / "e2e"), "a process was left behind"

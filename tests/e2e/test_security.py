@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import redis
 from conftest import _server
+from real_runs import DEMO, SMALL, check_books
 from samples import make_config, script, start_run
-from test_run import DEMO, SMALL, check_books
 
-from actors.app import close_shifts, keep_shifts_open, make_app, serve_metrics, settings_from_environment
+from actors.app import keep_tasks_waiting, make_app, remove_waiting_tasks, serve_metrics, settings_from_environment
 from common.config import Config, ConfigError
 from common.config import Redis as RedisSettings
 from common.episode import Episode
@@ -396,10 +396,10 @@ def sealed_config(server: Server, url: str | None = None, **changes: str | None)
 def broker_waiting(config: Config) -> int:
     """How many shifts wait in the queue `rollout` after the feeder has looked: 1, or an error of the connection."""
     broker = make_app(config.redis, "feeder")
-    keep_shifts_open(broker, "none", Episode(logging.getLogger("katana.test")))
+    keep_tasks_waiting(broker, "none", Episode(logging.getLogger("katana.test")))
     with broker.connection_for_write() as connection:
         found = int(connection.default_channel.client.llen("rollout"))
-    close_shifts(broker)
+    remove_waiting_tasks(broker)
     return found
 
 
@@ -448,9 +448,9 @@ def test_the_broker_is_checked_as_the_data_redis_is(
     config = sealed_config(sealed, sealed.url.replace("127.0.0.1", host), ca_file=authority)
     sender, away = make_app(config.redis, "feeder"), Episode(logging.getLogger("katana.test"))
     for _ in range(3):
-        keep_shifts_open(sender, "none", away)
-    assert re.search(f"no shift was opened: .*({words})", caplog.text)
-    assert caplog.text.count("no shift was opened") == 1, "said at every try"
+        keep_tasks_waiting(sender, "none", away)
+    assert re.search(f"no worker task was sent: .*({words})", caplog.text)
+    assert caplog.text.count("no worker task was sent") == 1, "logged at every attempt"
 
 
 def test_plain_and_sealed_do_not_talk(sealed: Server, serve: Callable[..., Server]) -> None:

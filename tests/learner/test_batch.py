@@ -15,7 +15,7 @@ from learner.batch import MicroBatch, Trajectory, micro_batches, token_weights
 
 
 def trajectory(rid: str, prompt: list[int], tokens: list[int], *, support: int = 2, tail: bool = True) -> Trajectory:
-    """A trajectory whose every number tells its field, its rollout's first prompt token and its position."""
+    """A trajectory in which each number encodes its field, the first prompt token of its rollout and its position."""
     n = len(tokens)
     mark = (prompt[0] + np.arange(n) / 100).astype(np.float32)
     return Trajectory(
@@ -78,7 +78,7 @@ def test_weights_span_the_whole_batch_not_the_micro_batch() -> None:
     assert [micro.weights.tolist() for micro in micros] == [[0.25, 0.25, 0.25], [0.25]]
 
 
-def test_like_lengths_share_a_micro_batch() -> None:
+def test_similar_lengths_share_a_micro_batch() -> None:
     lengths = {"a": 3, "b": 9, "c": 4, "d": 8, "e": 30}
     batch = [trajectory(rid, [7], [1] * (length - 1)) for rid, length in lengths.items()]
     # e (30) is longer than the limit and stands alone; 2 x 9 = 18; 2 x 4 = 8.
@@ -127,7 +127,7 @@ def test_read_only_arrays_off_the_wire() -> None:
     )
     (micro,) = micro_batches([frozen], max_tokens=8)
     assert micro.targets.tolist() == [2, 3]
-    micro.rollout_logprobs.zero_()  # a copy of its own
+    micro.rollout_logprobs.zero_()  # it is a copy
     assert frozen.rollout_logprobs[0] == pytest.approx(-1.125)
 
 
@@ -163,12 +163,12 @@ def test_without_a_tail_and_to_a_device() -> None:
         ({"teacher_tail": np.array([np.nan, 0], np.float32)}, r"teacher_tail is not finite at \[0\]"),
     ],
 )
-def test_a_wrong_trajectory_says_what_and_where(change: dict[str, Any], message: str) -> None:
+def test_a_wrong_trajectory_is_refused_with_field_and_reason(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(trajectory("a", [1], [2, 3]), **change)
 
 
-def test_trajectories_that_do_not_go_together() -> None:
+def test_trajectories_with_different_shapes_are_refused() -> None:
     first = trajectory("a", [1], [2])
     with pytest.raises(ValueError, match="trajectory b: support of 3 outcomes, trajectory a: of 2"):
         micro_batches([first, trajectory("b", [1], [2], support=3)], max_tokens=8)

@@ -1,4 +1,4 @@
-"""Checkpoints: training goes on bit for bit, and no crash or damage is ever taken for a checkpoint."""
+"""Checkpoints: training continues bit for bit, and a damaged checkpoint is never loaded."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def snapshot(model: Any, optimizer: torch.optim.Optimizer, step: int) -> Checkpo
 
 @pytest.fixture(scope="module")
 def states() -> dict[int, CheckpointState]:
-    """Small states of steps 1 to 9, each with numbers of its own."""
+    """Small states of steps 1 to 9, each with different numbers."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     found = {}
@@ -113,7 +113,7 @@ def bits(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return str(tensor.dtype), tuple(tensor.shape), raw.numpy().tobytes()
 
 
-# ------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -151,7 +151,7 @@ def test_tied_tensors_are_saved_once(tmp_path: Path) -> None:
 
 
 def test_a_state_is_a_copy(tmp_path: Path) -> None:
-    """Neither training on after capture nor after restore writes into the state."""
+    """Training after capture, or after restore, does not change the state."""
     model = tiny(0)
     optimizer = adamw(model)
     train(model, optimizer, 2)
@@ -177,7 +177,7 @@ def test_before_the_first_step_there_are_no_moments(tmp_path: Path) -> None:
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_what_is_on_the_disk(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
+def test_the_files_of_a_checkpoint(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
     """Four files under a name with eight digits; the manifest is right by an independent count; no pickle."""
     state = replace(states[3], consumed=("r3-1", "ä"), rng={"cpu": b"\x00\xff"})
     path = save(tmp_path / "new" / "checkpoints", state, keep=2)
@@ -224,7 +224,7 @@ def test_the_same_step_again_replaces(tmp_path: Path, states: dict[int, Checkpoi
     assert loaded is not None and same(loaded, again)
 
 
-def test_no_checkpoints_is_none(tmp_path: Path) -> None:
+def test_without_checkpoints_load_newest_returns_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "nowhere") is None
     (tmp_path / "step-00000001.tmp").mkdir()
     (tmp_path / "notes").mkdir()
@@ -281,13 +281,13 @@ def other_groups(state: CheckpointState) -> CheckpointState:
     [
         (other_shape, r"model.norm.weight is torch.float32\[3\] in the checkpoint, torch.float32\[16\]"),
         (other_dtype, r"is torch.bfloat16\[16, 16\] in the checkpoint"),
-        (one_more, "the checkpoint's adapter have no place"),
+        (one_more, "the checkpoint has adapter, which the model lacks"),
         (other_moment, r"model.norm.weight/exp_avg is \[3\], the parameter another shape"),
-        (unknown_moment, "gone/exp_avg has no place"),
-        (other_groups, "parameter groups hold other parameters"),
+        (unknown_moment, "the checkpoint has gone/exp_avg, which the model lacks"),
+        (other_groups, "the parameter groups in the checkpoint differ"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_changed(
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(
     change: Callable[[CheckpointState], CheckpointState], message: str
 ) -> None:
     source = tiny(0)
@@ -338,7 +338,7 @@ DAMAGES = [missing, empty, short, long, flipped]
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_is_passed_over_by_name(
+def test_a_torn_checkpoint_is_skipped_and_named(
     tmp_path: Path,
     states: dict[int, CheckpointState],
     caplog: pytest.LogCaptureFixture,
@@ -356,7 +356,7 @@ def test_a_torn_checkpoint_is_passed_over_by_name(
     assert "step-00000002" in caplog.text
     assert (name in caplog.text) or (name == "manifest.json" and damage is flipped)
 
-    # Training goes on from step 1 and comes by step 2 again.
+    # Training continues from step 1 and reaches step 2 again.
     save(tmp_path, states[2], keep=3)
     loaded = load_newest(tmp_path)
     assert loaded is not None and same(loaded, states[2])
@@ -381,7 +381,7 @@ def resealed(path: Path, name: str, content: bytes) -> None:
         ("state.json", b"\xff\xfe"),
     ],
 )
-def test_unparsable_though_its_digest_agrees(
+def test_an_unparsable_file_with_the_right_digest_is_torn(
     tmp_path: Path, states: dict[int, CheckpointState], name: str, content: bytes
 ) -> None:
     path = save(tmp_path, states[2], keep=1)
@@ -398,7 +398,9 @@ def test_a_manifest_that_names_nothing(tmp_path: Path, states: dict[int, Checkpo
         load(path)
 
 
-def test_all_torn_is_an_error_and_no_new_beginning(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
+def test_if_all_are_torn_it_is_an_error_and_training_does_not_restart(
+    tmp_path: Path, states: dict[int, CheckpointState]
+) -> None:
     for step in (1, 2):
         path = save(tmp_path, states[step], keep=2)
         (path / "model.safetensors").unlink()
@@ -408,7 +410,7 @@ def test_all_torn_is_an_error_and_no_new_beginning(tmp_path: Path, states: dict[
         load(tmp_path / "step-00000009")
 
 
-def test_another_format_is_not_passed_over(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
+def test_another_format_is_an_error_and_not_skipped(tmp_path: Path, states: dict[int, CheckpointState]) -> None:
     save(tmp_path, states[1], keep=2)
     path = save(tmp_path, states[2], keep=2)
     (path / "manifest.json").write_text('{"format": 2, "files": {}}')
@@ -416,7 +418,7 @@ def test_another_format_is_not_passed_over(tmp_path: Path, states: dict[int, Che
         load_newest(tmp_path)
 
 
-def test_a_torn_one_of_a_later_step_costs_no_good_one(
+def test_a_torn_checkpoint_of_a_later_step_does_not_displace_a_good_one(
     tmp_path: Path, states: dict[int, CheckpointState], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Retention counts up to the step just saved: a torn step 9 must not push step 5 out."""
@@ -475,7 +477,7 @@ def test_a_crash_anywhere_leaves_the_old_or_the_new(
     keep: int,
     after: bool,
 ) -> None:
-    """Whatever call a save ends in, one of the two loads, whole; then saving again works and tidies up."""
+    """Whichever call a save crashes in, one of the two loads; then saving again works and removes leftovers."""
     machine = Machine(monkeypatch)
     former, latter = states[old], replace(states[new], consumed=("new",))
     save(tmp_path / "probe", former, keep=keep)
@@ -523,7 +525,7 @@ def test_the_first_checkpoint_crashing_leaves_none(
 def test_a_half_removed_checkpoint_has_no_checkpoints_name(
     tmp_path: Path, states: dict[int, CheckpointState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would pass for one that was torn, and be counted when all are."""
+    """Otherwise it would count as a torn checkpoint."""
     save(tmp_path, states[1], keep=1)
 
     def half(path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_batch_by_hand() -> None:
     )
 
 
-def test_what_a_batch_cannot_tell_is_none() -> None:
+def test_a_figure_that_no_trajectory_has_is_none() -> None:
     one = replace(read(), threshold=None)
     found = drift_of([one, one])
     assert (found.cut_rate_treated, found.cut_rate_control, found.threshold) == (0.0, None, None)

@@ -129,14 +129,14 @@ def test_one_stop_id_leaves_the_columns_alone() -> None:
     torch.testing.assert_close(outcomes, torch.log_softmax(logits[:, :VOCAB], 1))
 
 
-def test_half_precision_is_raised_before_the_softmax() -> None:
+def test_half_precision_is_converted_before_the_softmax() -> None:
     logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
     outcomes = log_outcomes(logits, [0], 1000)
     assert outcomes.dtype == torch.float32
-    assert outcomes[0, 7].item() == pytest.approx(-math.log(1000), abs=1e-6)  # bfloat16 would say -6.90625
+    assert outcomes[0, 7].item() == pytest.approx(-math.log(1000), abs=1e-6)  # bfloat16 would give -6.90625
 
 
-def test_a_tail_far_below_rounding_is_still_a_number() -> None:
+def test_a_tail_far_below_rounding_is_still_finite() -> None:
     # log(1 - sum) would be log 0 here: the tail's true mass is 2 e^-40.
     logits = torch.tensor([[40.0, 0.0, 0.0, 40.0]])
     _, tail = on_support(log_outcomes(logits, [3], 4), torch.tensor([[0]]), 3, has_tail=True)
@@ -567,7 +567,7 @@ def test_the_overlap_of_supports_by_hand() -> None:
     # Besides STOP (3) the likeliest are 4, 1, 0, 2, in this order.
     logits = torch.tensor([[3.0, 4.0, 1.0, 0.0, 5.0]]).expand(4, 5).clone()
     support = torch.tensor([[4, 1], [1, 0], [0, 2], [2, 4]])
-    for stop in (-9.0, 4.5, 9.0):  # behind the first two, between them, before them
+    for stop in (-9.0, 4.5, 9.0):  # after the first two, between them, before them
         logits[:, 3] = stop
         assert overlap(logits, support, [3], 5) == [1.0, 0.5, 0.0, 0.5]
     # STOP and support are all outcomes there are: nothing can leave it.
@@ -583,7 +583,7 @@ def test_the_overlap_is_the_share_of_common_ids(seed: int) -> None:
     assert overlap(then, support, STOPS, VOCAB) == [1.0] * 6
 
 
-def test_merged_diagnostics_count_tokens_alike() -> None:
+def test_merged_diagnostics_weight_all_tokens_the_same() -> None:
     first = Diagnostics(1, 4.0, 1.0, 0.5, 0.25, 0.0, ratio_mean=2.0, ratio_max=2.0)
     second = Diagnostics(3, 0.0, 2.0, 1.0, 0.75, 1.0, ratio_mean=1.0, ratio_max=7.0)
     assert merged([first, second]) == Diagnostics(4, 1.0, 1.75, 0.875, 0.625, 0.75, 1.25, 7.0)

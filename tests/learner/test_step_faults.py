@@ -67,7 +67,7 @@ def _judged(run: Run, number: int) -> None:
 
 
 def learner_of(run: Run) -> Learner:
-    """A new learner, at work; whoever was before it is gone, its lease with it."""
+    """A new learner that has started; the one before it is gone, and so is its lease."""
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(Path(MODELS["student"]))
     learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
@@ -76,7 +76,7 @@ def learner_of(run: Run) -> Learner:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *rids: str, how: Callable[[Tensor], Tensor]) -> None:
-    """Let the model do `how` to the logits of every micro-batch that holds one of these."""
+    """Make the model apply `how` to the logits of every micro-batch that contains one of these."""
     kept = train.kept_logits
 
     def spoilt(model: Any, micro: Any) -> Tensor:
@@ -124,7 +124,7 @@ def weights(learner: Learner) -> dict[str, Tensor]:
     ],
     ids=["not finite", "raises", "memory"],
 )
-def test_the_trajectory_at_fault_is_set_aside_and_the_run_goes_on_as_if_it_had_never_been(
+def test_the_trajectory_at_fault_is_set_aside_and_the_run_continues_as_without_it(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, how: Callable[[Tensor], Tensor], reason: str
 ) -> None:
     def end(run: Run) -> Learner:
@@ -164,7 +164,7 @@ def test_several_at_fault_also_all_of_a_batch_are_set_aside(
 def test_a_loss_that_is_not_finite_takes_no_step_although_its_gradient_is(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be found by its line in metrics.jsonl, behind the step."""
+    """Otherwise it would fail only when its line in metrics.jsonl is written, after the step."""
     run = begin(9)
     losses = train.token_losses
 
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_takes_no_step_although_its_gradient_is(
     assert len(trained(run)) == 2
 
 
-def test_parameters_that_are_not_finite_end_the_run_and_blame_nobody(begin: Callable[..., Run]) -> None:
+def test_parameters_that_are_not_finite_end_the_run_and_set_nothing_aside(begin: Callable[..., Run]) -> None:
     run = begin(4)
     learner = learner_of(run)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_blame_nobody(begin: Call
     assert run.pending("trajectories") == 4
 
 
-def test_what_fails_only_together_ends_the_run_and_blames_nobody(
+def test_a_batch_that_fails_only_as_a_whole_ends_the_run_and_sets_nothing_aside(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin(4)
@@ -205,7 +205,7 @@ def test_what_fails_only_together_ends_the_run_and_blames_nobody(
     assert (endings(run), run.entries("dead")) == ({}, [])
 
 
-def test_what_no_trajectory_passes_ends_the_run_before_all_of_them_are_dead(
+def test_a_failure_of_every_trajectory_ends_the_run_before_all_of_them_are_dead(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin(16)
@@ -215,7 +215,7 @@ def test_what_no_trajectory_passes_ends_the_run_before_all_of_them_are_dead(
     assert len(run.entries("dead")) == 4
 
 
-def test_out_of_memory_that_smaller_micro_batches_get_by_is_nobodys_fault(
+def test_out_of_memory_is_avoided_by_smaller_micro_batches_and_sets_nothing_aside(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = begin(8, micro_batch_tokens=64)
@@ -230,8 +230,8 @@ def test_out_of_memory_that_smaller_micro_batches_get_by_is_nobodys_fault(
     monkeypatch.setattr(train, "kept_logits", small)
     learner_of(run).run(until_idle=True)
     assert set(endings(run).values()) == {"trained"}
-    said = [record.message.partition(":")[0] for record in caplog.records if "micro-batch" in record.message]
-    assert said == [f"at most {tokens} tokens in a micro-batch from now on" for tokens in (32, 16)]
+    logged = [record.message.partition(":")[0] for record in caplog.records if "micro-batch" in record.message]
+    assert logged == [f"at most {tokens} tokens in a micro-batch from now on" for tokens in (32, 16)]
 
 
 def test_a_trajectory_that_kills_its_learners_is_set_aside_and_nothing_is_trained_twice(

@@ -1,4 +1,4 @@
-"""Token weightings: by hand, the same whenever they are asked for, and what they leave of the batch's mean."""
+"""Token weightings: values by hand, reproducibility, and their effect on the batch's mean."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_position_weights_halve_at_the_half_life() -> None:
     assert [row.tolist() for row in rows] == [[0.4, 0.2], [0.4]]
 
 
-def test_random_drop_keeps_the_share_that_it_is_told_wherever_it_lies() -> None:
+def test_random_drop_keeps_its_retention_at_every_position() -> None:
     shares = np.stack([random_drop(trajectory(f"r{number}", 200), 0.3, seed=5) for number in range(100)])
     assert set(np.unique(shares)) == {0.0, 1.0}
     # 20,000 draws: five standard errors are 0.016; a half of the positions 0.023.
@@ -55,7 +55,7 @@ def test_random_drop_is_a_function_of_seed_rollout_and_position() -> None:
     assert random_drop(trajectory("r1", 64), 1.0, seed=1).all()
 
 
-def test_the_config_s_names_lead_to_their_weightings() -> None:
+def test_each_name_in_the_config_gives_its_weighting() -> None:
     one = trajectory("r1", 9)
     assert shares_of(Loss(), 3) is uniform
     drop = shares_of(Loss(weighting="random_drop", retention=0.5), 3)
@@ -65,7 +65,7 @@ def test_the_config_s_names_lead_to_their_weightings() -> None:
 
 
 @pytest.mark.parametrize("denominator", ["kept", "sequence"])
-def test_what_is_dropped_has_no_weight_and_the_rest_sums_to_one(denominator: str) -> None:
+def test_dropped_tokens_have_no_weight_and_the_rest_sums_to_one(denominator: str) -> None:
     batch = [trajectory(f"r{number}", 30 + number) for number in range(4)]
     shares = shares_of(Loss(weighting="random_drop", retention=0.4), 3)
     micros = micro_batches(batch, max_tokens=70, denominator=denominator, shares=shares)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_what_is_dropped_has_no_weight_and_the_rest_sums_to_one(denominator: str
             assert ((weights[one.rid] > 0) == (shares(one) > 0)).all()
 
 
-def test_a_batch_of_which_nothing_is_left_weighs_nothing() -> None:
+def test_a_batch_without_kept_tokens_has_no_weight() -> None:
     for denominator in ("kept", "sequence", "generated"):
         rows = token_weights([trajectory("a", 2)], denominator, lambda one: np.zeros(len(one.tokens)))  # type: ignore[arg-type]
         assert rows[0].tolist() == [0.0, 0.0]
@@ -85,7 +85,7 @@ def test_a_batch_of_which_nothing_is_left_weighs_nothing() -> None:
 
 @pytest.mark.parametrize(("cut", "generated"), [(True, 3), (False, 5)])
 def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generated: int) -> None:
-    """Trigger 3 of 5 scored tokens, keep 2; more of them may have been scored by chance, when the cut was found."""
+    """Trigger 3 of 5 scored tokens, keep 2; more tokens may have been scored when the cut was found."""
     verdict = make_verdict(
         keep=2,
         trigger=3,

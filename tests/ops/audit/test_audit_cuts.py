@@ -15,8 +15,8 @@ from ops.audit.cuts import (
     AFTER,
     BEFORE,
     LOOP,
-    AuditedRollout,
     Reader,
+    Recorded,
     answer_tokens,
     chosen,
     class_of,
@@ -48,7 +48,7 @@ def mathematics(answer: str) -> Reader:
     return Reader(text_of, lambda tokens: Exact().verify(answer, text_of(tokens)), answer_end)
 
 
-def record(number: int, **changes: Any) -> AuditedRollout:
+def record(number: int, **changes: Any) -> Recorded:
     values: dict[str, Any] = {
         "rid": f"r{number:09d}",
         "arm": "treated",
@@ -61,10 +61,10 @@ def record(number: int, **changes: Any) -> AuditedRollout:
         "active": True,
         "whole": None,
     }
-    return AuditedRollout(**values | changes)
+    return Recorded(**values | changes)
 
 
-def uncut(number: int, written: int = 100, **changes: Any) -> AuditedRollout:
+def uncut(number: int, written: int = 100, **changes: Any) -> Recorded:
     """A rollout in which the policy did not fire."""
     return record(number, keep=written, trigger=written, written=written, fired=False, **changes)
 

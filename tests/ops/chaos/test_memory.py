@@ -25,9 +25,9 @@ from ops.chaos.memory import (
     REDIS,
     WARM_UP_S,
     Fit,
+    Growth,
+    Lifetime,
     MemoryLog,
-    MemorySeries,
-    MemoryVerdict,
     draw,
     fit,
     floors,
@@ -82,7 +82,7 @@ def store(tmp_path: Path) -> Callable[[list[Line]], Path]:
     return write
 
 
-def verdicts(path: Path) -> dict[str, MemoryVerdict]:
+def verdicts(path: Path) -> dict[str, Growth]:
     return {verdict.role: verdict for verdict in judge(path)}
 
 
@@ -155,30 +155,30 @@ def test_a_new_pid_begins_a_new_series_whatever_the_process_is_called(store: Cal
 
 def test_the_warm_up_of_each_life_is_left_out() -> None:
     s = np.arange(300.0, 600.0, 10.0)
-    late = settled(MemorySeries("teacher", 1, s, s))
+    late = settled(Lifetime("teacher", 1, s, s))
     assert late.s[0] == 300 + WARM_UP_S
     assert late.s[-1] == s[-1]
-    assert len(settled(MemorySeries("teacher", 1, s[:3], s[:3])).s) == 0
-    assert len(settled(MemorySeries("learner", 1, s, s)).s) == 0
+    assert len(settled(Lifetime("teacher", 1, s[:3], s[:3])).s) == 0
+    assert len(settled(Lifetime("learner", 1, s, s)).s) == 0
 
 
 def test_floors_by_hand() -> None:
     """Of the third minute there is one sample, too few for a floor."""
     s = [10, 30, 50, 69, 90, 110, 130, 190, 200]
     mb = [5, 3, 4, 9, 7, 8, 1, 6, 2]
-    hours, low = floors(MemorySeries("learner", 1, np.array(s, np.float64), np.array(mb, np.float64)))
+    hours, low = floors(Lifetime("learner", 1, np.array(s, np.float64), np.array(mb, np.float64)))
     assert (hours * 3600).tolist() == pytest.approx([39.75, 100, 195])
     assert low.tolist() == [3, 7, 2]
-    _, low = floors(MemorySeries("learner", 1, np.array(s[:7], np.float64), np.array(mb[:7], np.float64)))
+    _, low = floors(Lifetime("learner", 1, np.array(s[:7], np.float64), np.array(mb[:7], np.float64)))
     assert low.tolist() == [3, 7]
 
 
 # --- the line ---
 
 
-def blocks(values: list[float], at: float = 0.0, pid: int = 1) -> MemorySeries:
+def blocks(values: list[float], at: float = 0.0, pid: int = 1) -> Lifetime:
     """One sample a minute: a block each."""
-    return MemorySeries("learner", pid, at + 60.0 * np.arange(len(values)), np.array(values))
+    return Lifetime("learner", pid, at + 60.0 * np.arange(len(values)), np.array(values))
 
 
 def test_a_fit_by_hand() -> None:
@@ -210,7 +210,7 @@ def test_the_interval_covers_a_slope_of_nothing_as_often_as_it_says(memory_s: fl
         noise, keep = rng.normal(size=12 * minutes), np.exp(-5 / memory_s) if memory_s else 0.0
         for place in range(1, len(noise)):
             noise[place] = keep * noise[place - 1] + np.sqrt(1 - keep**2) * noise[place]
-        found = fit([MemorySeries("learner", 1, 5.0 * np.arange(len(noise)), 500 + 3 * noise)])
+        found = fit([Lifetime("learner", 1, 5.0 * np.arange(len(noise)), 500 + 3 * noise)])
         assert found is not None
         above += found.low > 0
     assert above / 300 < 0.07  # 2.5 % would be right; taken sample by sample it would be 20 to 40 %
@@ -337,13 +337,13 @@ def test_what_is_too_short_to_tell_says_so(store: Callable[[list[Line]], Path]) 
 
 
 def test_a_verdict_in_words() -> None:
-    verdict = MemoryVerdict("learner", 3, 540.2, 0.5, 16.2, Fit(1.25, -0.5, 3.0))
+    verdict = Growth("learner", 3, 540.2, 0.5, 16.2, Fit(1.25, -0.5, 3.0))
     assert str(verdict) == (
         "learner: 540 MB in 3 processes: flat, +0.6 MB over the soak (95 % interval −0.2 to +1.5), "
         "16 allowed; +1.2 MB/h"
     )
     assert [
-        MemoryVerdict("learner", 3, 540.2, 0.5, 16.2, Fit(40.0, low, high)).word
+        Growth("learner", 3, 540.2, 0.5, 16.2, Fit(40.0, low, high)).word
         for low, high in ((33, 47), (32, 48), (20, 32))
     ] == [GROWS, CANNOT_TELL, FLAT]
 

@@ -12,6 +12,7 @@ import pytest
 import ops.chaos
 from common.pretrained import PACKAGE_ROOT
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("poison shim")]
 SHIM = Path(ops.chaos.__file__).parent / "shim"
 SCORE = """
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 from pathlib import Path
 from actors.engine.models import load_model
 from actors.engine.score import Scorer, ScoreRequest
-model = load_model(Path(sys.argv[1]), dtype="float32", device="cpu", vocab_size=37)
+model = load_model(Path(sys.argv[2]), dtype="float32", device="cpu", vocab_size=37)
 scorer = Scorer(model, slots=4, max_length=64, stop_ids=(1,), vocab_size=37, prefill_tokens=256)
 tokens, support = np.array([5, 6, 7], np.int32), np.tile(np.arange(2, 6, dtype=np.int32), (3, 1))
 for rids in (["r1", "r3"], ["r1", "r2"], ["r4", "r1"]):
@@ -63,31 +64,29 @@ for rids in (("r1", "r3"), ("r1", "r2")):
 """
 
 
-def said(code: str, poison: Path, *args: str) -> list[str]:
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The lines that SCORE, WRITE and STEP print: in one process, since half of the work is to import torch."""
+    poison = tmp_path_factory.mktemp("poison")
+    for what in ("score", "write", "step"):
+        (poison / f"{what}-r2").touch()
+    parts = [SCORE, WRITE, STEP]
     path = os.pathsep.join([str(SHIM), str(PACKAGE_ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "KATANA_CHAOS_POISON": str(poison)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], env=environment, text=True, capture_output=True, check=True, timeout=100
-    )
-    return done.stdout.splitlines()
+    models = [str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("student", "teacher")]
+    command = [sys.executable, "-c", "print('---')\n".join(parts), *models]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True, timeout=200)
+    return [part.splitlines() for part in done.stdout.split("---\n")]
 
 
-@pytest.mark.slow
-def test_a_marked_rollout_cannot_be_scored_and_the_others_can(tmp_path: Path) -> None:
-    (tmp_path / "score-r2").touch()
-    teacher = str(PACKAGE_ROOT / "ops" / "models" / "teacher")
-    assert said(SCORE, tmp_path, teacher) == ["scored", "r2: the teacher's logits are not finite", "scored"]
+def test_a_marked_rollout_cannot_be_scored_and_the_others_can(said: list[list[str]]) -> None:
+    assert said[0] == ["scored", "r2: the teacher's logits are not finite", "scored"]
 
 
-@pytest.mark.slow
-def test_a_marked_rollout_cannot_be_written_and_the_others_can(tmp_path: Path) -> None:
-    (tmp_path / "write-r2").touch()
-    student = str(PACKAGE_ROOT / "ops" / "models" / "student")
+def test_a_marked_rollout_cannot_be_written_and_the_others_can(said: list[list[str]]) -> None:
     fails = "the student's logits are not finite"
-    assert said(WRITE, tmp_path, student) == ["written", fails, fails, "written"] * 2
+    assert said[1] == ["written", fails, fails, "written"] * 2
 
 
-@pytest.mark.slow
-def test_a_marked_rollout_cannot_be_trained_on_and_the_others_can(tmp_path: Path) -> None:
-    (tmp_path / "step-r2").touch()
-    assert said(STEP, tmp_path) == ["True", "False"]
+def test_a_marked_rollout_cannot_be_trained_on_and_the_others_can(said: list[list[str]]) -> None:
+    assert said[2] == ["True", "False"]

@@ -1,4 +1,4 @@
-"""The command line: bad input is refused with exit code 2 and a message that says what, where and what is allowed."""
+"""The command line: bad input is refused with exit code 2 and a message that names it and what is allowed."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_run_and_check_refuse_bad_settings(
     assert not list(tmp_path.iterdir()), "something was written before the config was refused"
 
 
-def test_a_config_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no/such.yaml" in refused(capsys, "check", "no/such.yaml")
 
 
-def test_check_tells_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", DEMO]) == 0
     told = capsys.readouterr().out
     for words in ("stop set", "tokenizer  shared", "memory", "redis      at most", "policy     kat", "ok"):
@@ -86,7 +86,7 @@ def test_check_tells_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["loss.weighting=position"], "weighting position (half-life 64 tokens), AdamW", "retention"),
         (["loss.weighting=random_drop"], "warning    loss.weighting random_drop drops nothing with loss.retention", ""),
         (["loss.retention=0.5"], "reverse_kl_topk_tail, AdamW", "retention"),
-        (["termination.apply=mask"], "; mask: nothing is stopped, what is cut is left out of the loss", ""),
+        (["termination.apply=mask"], "; mask: no rollout is stopped; the cut tokens are left out of the loss", ""),
         (["termination.policy=none", "termination.apply=mask"], "policy     none: no rollout is cut\n", "mask"),
         (["termination.policy=none", "termination.shadow=true"], "policy     none: no rollout is cut\n", "shadow"),
     ],
@@ -100,7 +100,7 @@ def test_check_shows_what_switches_change(
     assert not untold or untold not in said
 
 
-def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
+def test_check_shows_the_calibration_of_a_custom_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own_calibrated.py").write_text(
@@ -109,8 +109,8 @@ def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name, told in (
-        ("own_calibrated:Mine", "your own; calibrated on control; "),
-        ("own_policy:Halved", "your own; "),
+        ("own_calibrated:Mine", "a custom policy; calibrated on control; "),
+        ("own_policy:Halved", "a custom policy; "),
     ):
         own = ("--set", f"termination.policy={name}", "--set", "termination.options={head: 4}")
         assert main(["check", DEMO, *own]) == 0
@@ -127,7 +127,7 @@ def test_check_tells_what_a_calibrated_policy_of_ones_own_looks_at(
         (None, "there is no such file"),
     ],
 )
-def test_a_file_that_gives_no_policy_ends_what_judges(
+def test_a_file_without_a_policy_ends_the_commands_that_judge(
     command: str,
     text: str | None,
     told: str,
@@ -146,7 +146,7 @@ def test_a_file_that_gives_no_policy_ends_what_judges(
     assert [one.name for one in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_check_says_what_it_could_not_check_without_the_hub(
+def test_check_reports_what_it_could_not_check_without_the_hub(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -248,7 +248,7 @@ def test_no_command_and_bad_flags_exit_with_2() -> None:
         (["eval", DEMO, "--model", "x", "--k", "2.5"], "argument --k: '2.5': expected a whole number of at least 1"),
     ],
 )
-def test_a_number_that_is_none_is_said_with_what_is_allowed(
+def test_an_invalid_number_is_reported_with_what_is_allowed(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -257,21 +257,21 @@ def test_a_number_that_is_none_is_said_with_what_is_allowed(
     assert said in capsys.readouterr().err
 
 
-def test_pretrain_refuses_a_loop_of_documents_that_are_not_made(
+def test_pretrain_refuses_a_loop_for_documents_that_are_not_generated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--out", str(tmp_path / "out"))
     told = refused(capsys, "pretrain", "--which", "teacher", "--loop", "0.6", *out)
-    assert "--loop is for the student's documents: it goes with --which student or both" in told
+    assert "--loop is for the student's documents: use it with --which student or both" in told
     told = refused(capsys, "pretrain", "--which", "student", "--leave-loop", "0.02", *out)
-    assert "--leave-loop is for the teacher's documents: it goes with --which teacher or both" in told
+    assert "--leave-loop is for the teacher's documents: use it with --which teacher or both" in told
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("option", "values"), [("--policies", ("none", "none,kat")), ("--seeds", ("0", "1")), ("--budget", ("steps",) * 2)]
 )
-def test_compare_refuses_what_is_given_twice(
+def test_compare_refuses_an_option_that_is_given_twice(
     option: str, values: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -281,10 +281,10 @@ def test_compare_refuses_what_is_given_twice(
     assert said in capsys.readouterr().err
 
 
-def test_the_examples_with_data_of_ones_own_are_whole(
+def test_the_examples_with_custom_data_are_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As README.md and docs/data.md show them, but for the models: nothing wrong, and nothing left unchecked."""
+    """The examples of README.md and docs/data.md, except for the models: nothing is wrong, and nothing unchecked."""
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     student, teacher = put_tiny_qwen3(tmp_path / "student", seed=1), put_tiny_qwen3(tmp_path / "teacher", seed=2)
     models = ["--set", f"student.model={student}", "--set", f"teacher.model={teacher}"]
@@ -310,7 +310,7 @@ Asked = list[tuple[Config, Request]]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """What `katana compare` hands on; nothing is run."""
+    """The arguments that `katana compare` passes on; nothing is run."""
     found: Asked = []
 
     def compare(base: Config, name: str | None, request: Request) -> int:
@@ -345,12 +345,12 @@ def test_a_base_need_not_be_valid_with_a_policy_that_no_row_has(
     # A row that leaves the policy to the config has that of the config.
     told = refused(capsys, "compare", DEMO, "--policies", "none", "--variant", "short:loss.retention=0.5", *bare)
     assert "demo.yaml: " in told and "calibrate_on: control needs a control arm" in told
-    # What is wrong with any policy is said as it is.
+    # An error with any policy is reported unchanged.
     told = refused(capsys, "compare", DEMO, "--policies", "none", *bare, "--set", "learner.max_step=3")
     assert "learner.max_steps" in told
 
 
-def test_a_runs_folder_stands_for_the_config_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_runs_folder_may_replace_the_config_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "moved"
     folder.mkdir()
     (folder / "config.yaml").write_text(Path(DEMO).read_text())
@@ -372,11 +372,11 @@ def test_eval_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert scores["avg@k"] > 0.9
 
 
-def test_check_asks_a_redis_of_the_configs_own_what_it_can_hold(
+def test_check_checks_the_memory_of_the_redis_in_the_config(
     embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A batch must fit into three quarters of its memory, or no run can go on; or the worst case in flight, trained but
-    not checkpointed included, for one that never waits."""
+    """A batch must fit into three quarters of its memory, or the run cannot continue. For a run that never waits, the
+    worst case in flight must fit, including trajectories that are trained and not checkpointed."""
     client = connect(embedded_redis.url)
     limit = client.config_get("maxmemory")["maxmemory"]
     url = ("--set", f"redis.url={embedded_redis.url}")

@@ -23,7 +23,7 @@ from ops.replay.answers import Answers, judged
 from ops.replay.command import replay
 from ops.replay.record import read_record
 from ops.replay.results import HitShare, Outcome, outcomes, ratio_intervals, saving_intervals
-from ops.replay.verdicts import Replay, ReplayVerdict
+from ops.replay.verdicts import Judgement, Replay
 from ops.stats.intervals import wilson
 from ops.stats.saving import length_saving
 from ops.tasks.arithmetic import Arithmetic
@@ -270,8 +270,8 @@ def test_the_saving_has_the_interval_of_the_summary() -> None:
 def test_only_active_rollouts_count(tmp_path: Path) -> None:
     record = read_record(fill(tmp_path / "run", [{}, {}, {}]))
     cut = Cut(4, 4, "fixed")
-    verdicts = [ReplayVerdict(None, False, cut), ReplayVerdict(0.5, True, cut), ReplayVerdict(0.7, True, None)]
-    never = [ReplayVerdict(None, False, None)] * 3
+    verdicts = [Judgement(None, False, cut), Judgement(0.5, True, cut), Judgement(0.7, True, None)]
+    never = [Judgement(None, False, None)] * 3
     found, idle = outcomes(record, [verdicts, never], Answers({(0, 4): False, (1, 4): True}, frozenset()))
     assert (found.active, found.cut.hits, found.cut.count, found.generated) == (2, 1, 2, 10)
     assert found.number == pytest.approx(0.6)

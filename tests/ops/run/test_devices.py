@@ -1,4 +1,4 @@
-"""Devices that this machine has not are refused before anything starts."""
+"""Devices that this machine does not have are refused before anything starts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEMO = PACKAGE_ROOT / "ops" / "experiments" / "demo.yaml"
 NONE_HERE = "cuda:9" if torch.cuda.is_available() else "cuda"
 
 
-def test_the_cpu_is_there() -> None:
+def test_the_cpu_is_available() -> None:
     assert problem_with("cpu") is None
     assert problem_with("cpu:0") is None
 
 
 @pytest.mark.parametrize("device", ["cude", "cuda:x", "", "cpu:1", "cuda:99", NONE_HERE, "meta"])
-def test_what_torch_does_not_have_is_told_with_what_is_allowed(device: str) -> None:
+def test_a_device_that_torch_does_not_have_is_reported_with_the_allowed_ones(device: str) -> None:
     problem = problem_with(device)
     assert problem is not None
     assert problem.startswith(repr(device))
@@ -35,7 +35,7 @@ def test_check_names_the_key(key: str) -> None:
     assert [problem.partition(":")[0] for problem in problems] == [f"{key}.device"]
 
 
-def test_check_leaves_a_device_that_is_not_here_to_the_machine_that_has_it_and_a_run_refuses() -> None:
+def test_check_leaves_a_missing_device_unchecked_and_a_run_refuses_it() -> None:
     config = load(DEMO, [f"learner.device={NONE_HERE}"])
     found = check(config)
     assert found.problems == []

@@ -1,4 +1,4 @@
-"""When a role is given up: failures without progress, whatever the clock says."""
+"""When a role is given up: after failures without progress, however far apart."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def test_failures_without_progress_are_counted_and_progress_clears_the_count() -
     assert [failures.one_more("further") for _ in range(MOST)] == [False] * (MOST - 1) + [True]
 
 
-def test_a_redis_that_does_not_say_is_no_progress() -> None:
+def test_unknown_progress_is_no_progress() -> None:
     failures = Failures()
     failures.one_more("here")
     assert [failures.one_more(None) for _ in range(MOST)] == [False] * (MOST - 1) + [True]
 
 
-def test_a_redis_that_lost_its_data_is_no_lack_of_progress() -> None:
+def test_a_redis_that_lost_its_data_clears_the_count() -> None:
     failures = Failures()
     for _ in range(MOST):
         failures.one_more(("policy", "step", b"7"))
@@ -45,7 +45,7 @@ def test_a_redis_that_lost_its_data_is_no_lack_of_progress() -> None:
         ("evaluator", lambda run: (run.config.run_dir / "eval.jsonl").write_text("{}\n")),
     ],
 )
-def test_a_role_gets_on_by_what_it_alone_moves(
+def test_each_mark_is_changed_by_its_own_role_alone(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], role: str, act: Callable[[Run], object]
 ) -> None:
     run = start(embedded_redis)
@@ -58,7 +58,7 @@ def test_a_role_gets_on_by_what_it_alone_moves(
     assert {name for name in roles if before[name] != after[name]} == {role}
 
 
-def test_what_was_taken_off_a_stream_counts_as_progress_too(
+def test_an_entry_that_was_removed_from_a_stream_counts_as_progress(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run]
 ) -> None:
     run = start(embedded_redis)
@@ -67,7 +67,7 @@ def test_what_was_taken_off_a_stream_counts_as_progress_too(
     assert mark_of("teacher", run.plane, run.config.run_dir) != before
 
 
-def test_no_answer_is_no_mark(
+def test_the_mark_is_none_if_redis_does_not_answer(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(embedded_redis)

@@ -1,4 +1,4 @@
-"""`katana health`: says well of a role that works, and what is wrong with one that does not."""
+"""`katana health`: nothing wrong with a role that works, the reason for one that does not."""
 
 from __future__ import annotations
 
@@ -31,35 +31,37 @@ def config(
     return make
 
 
-def test_a_role_whose_loop_turns_is_well(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_role_whose_loop_runs_is_healthy(config: Callable[..., Config], tmp_path: Path) -> None:
     with metrics.of_run("mine", "arbiter", tmp_path / "mine"):
         assert health("arbiter", config(), within_s=60) == []
 
 
-def test_a_loop_that_stands_still_is_not_well(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_role_whose_loop_has_stopped_is_not_healthy(config: Callable[..., Config], tmp_path: Path) -> None:
     with metrics.of_run("mine", "learner", tmp_path / "mine"):
         metrics.loop_timestamp.labels("learner").set(time.time() - 100)
-        assert health("learner", config(), within_s=60) == ["the loop of the learner last turned 100 s ago"]
+        assert health("learner", config(), within_s=60) == ["the last iteration of the learner's loop was 100 s ago"]
         assert health("learner", config(), within_s=200) == []
 
 
-def test_a_worker_may_wait_for_a_shift_and_a_learner_may_not(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_worker_without_a_task_is_healthy_and_a_learner_without_a_loop_is_not(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
     for role in ("teacher", "learner"):
         with metrics.of_run("mine", role, tmp_path / "mine"):
             pass
     assert health("teacher", config(), within_s=60) == []
-    assert health("learner", config(), within_s=60) == ["the loop of the learner has not begun"]
+    assert health("learner", config(), within_s=60) == ["the loop of the learner has not started"]
 
 
-def test_a_redis_that_is_away_is_said(config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_redis_that_does_not_answer_is_reported(config: Callable[..., Config], tmp_path: Path) -> None:
     away = f"unix://{tmp_path}/none.sock"
     with metrics.of_run("mine", "rollout", tmp_path / "mine"), metrics.of_run("mine", "arbiter", tmp_path / "mine"):
         found = health("rollout", config(broker_url=away), within_s=60)
         assert len(found) == 1 and found[0].startswith(f"redis.broker_url {away!r} does not answer: ")
-        assert health("arbiter", config(broker_url=away), within_s=60) == []  # it has no business with the broker
+        assert health("arbiter", config(broker_url=away), within_s=60) == []  # it does not use the broker
 
 
-def test_a_port_where_nobody_answers_is_said(config: Callable[..., Config]) -> None:
+def test_a_port_that_does_not_answer_is_reported(config: Callable[..., Config]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -69,7 +71,7 @@ def test_a_port_where_nobody_answers_is_said(config: Callable[..., Config]) -> N
     assert trouble.startswith(f"127.0.0.1:{port}: does not answer")
 
 
-def test_a_config_that_names_no_port_or_no_redis_is_refused(config: Callable[..., Config]) -> None:
+def test_a_config_without_a_port_or_without_redis_is_refused(config: Callable[..., Config]) -> None:
     made = config()
     with pytest.raises(ConfigError, match=r"metrics\.port: 0"):
         health("feeder", made.model_copy(update={"metrics": made.metrics.model_copy(update={"port": 0})}), within_s=60)

@@ -28,14 +28,14 @@ MODELS = {name: {"model": str(PACKAGE_ROOT / "ops" / "models" / name)} for name 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """A role sets its own: they are put back."""
+    """A role sets its own handlers: restore them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_a_feeder_that_died_while_it_closed_the_run_goes_on_with_that(
+def test_a_feeder_that_died_while_it_closed_the_run_continues_after_a_restart(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(
@@ -47,7 +47,7 @@ def test_a_feeder_that_died_while_it_closed_the_run_goes_on_with_that(
     for number in range(3):
         run.admit(rid_of(number))
     run.lease("feeder").advance("state", "ended")
-    run.lease("feeder").drop()  # here it was killed: nothing of these three is booked
+    run.lease("feeder").drop()  # killed here: none of these three is booked
     run.config.run_dir.mkdir()
     write_text(run.config.run_dir / "config.yaml", run.config.to_yaml())
     monkeypatch.setenv(RUN_KEY, run.plane.run_key)
@@ -63,7 +63,7 @@ def test_a_feeder_that_died_while_it_closed_the_run_goes_on_with_that(
 
 @pytest.fixture
 def over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """The config of a run that is over on a cluster, its folder filled; the last version is evaluated already."""
+    """The config of a run that has ended on a cluster, with its folder; the last version is already evaluated."""
     monkeypatch.delenv(RUN_KEY, raising=False)
     monkeypatch.setattr("ops.run.evaluator.follow", lambda *_: None)
     (tmp_path / "small").mkdir()
@@ -71,7 +71,7 @@ def over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return config.model_copy(update={"runs_dir": str(tmp_path)})
 
 
-def test_on_a_cluster_the_evaluator_draws_what_it_found_last(over: Config) -> None:
+def test_on_a_cluster_the_evaluator_writes_the_report_with_its_last_result(over: Config) -> None:
     folder = over.run_dir
     write_lines(folder / "eval.jsonl", [evaluation(0, 0.25), evaluation(2, 0.75)])
     roles._evaluator(over, None, threading.Event())  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_on_a_cluster_the_evaluator_draws_what_it_found_last(over: Config) -> No
     assert "0.250" in page and "0.750" in page
 
 
-def test_under_katana_run_the_evaluator_does_not_draw(over: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_katana_run_the_evaluator_writes_no_report(over: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUN_KEY, "small-1")
     roles._evaluator(over, None, threading.Event())  # type: ignore[arg-type]
     assert (over.run_dir / "summary.json").is_file()
@@ -98,8 +98,8 @@ def test_a_damaged_folder_is_logged_and_fails_no_role(
     assert not (over.run_dir / "report.html").exists()
 
 
-def test_one_waits_while_another_sums_up(over: Config) -> None:
-    """Feeder and evaluator may come to it at once; whoever read first must not write last."""
+def test_a_role_waits_while_another_writes_the_summary(over: Config) -> None:
+    """Feeder and evaluator may write at the same time; the one that read first must not write last."""
     with (over.run_dir / ".report.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         waiting = threading.Thread(target=roles._sum_up, args=(over.run_dir,))
@@ -111,7 +111,7 @@ def test_one_waits_while_another_sums_up(over: Config) -> None:
     assert (over.run_dir / "report.html").is_file()
 
 
-def test_a_role_waits_while_redis_has_lost_the_run_and_joins_when_its_feeder_has_opened_it_again(
+def test_a_role_waits_while_redis_has_lost_the_run_and_joins_when_its_feeder_has_reopened_it(
     embedded_redis: EmbeddedRedis, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start(
@@ -129,7 +129,7 @@ def test_a_role_waits_while_redis_has_lost_the_run_and_joins_when_its_feeder_has
     def looking(client: redis.Redis, name: str) -> object:
         if name == run.key("config"):
             looks.append(1)
-            if len(looks) == 3:  # its feeder has come
+            if len(looks) == 3:  # its feeder has started
                 run.client.set(run.key("config"), config)
                 run.client.set(run.key("run"), "ended")
         return get(client, name)
@@ -139,7 +139,7 @@ def test_a_role_waits_while_redis_has_lost_the_run_and_joins_when_its_feeder_has
     assert len(looks) == 3
 
 
-def test_a_role_gives_up_when_no_feeder_opens_the_run_again(
+def test_a_role_gives_up_when_no_feeder_reopens_the_run(
     embedded_redis: EmbeddedRedis,
     start: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
