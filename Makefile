@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# exec, and an end with make: whoever ends one of the three ends all, and what the tests started (tests/left_over.py).
+# exec, and it ends with make: ending one of the three ends all, and what the tests started (tests/left_over.py).
 PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m pytest
 # Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py.
 WORKERS := -n 3
@@ -86,7 +86,7 @@ fuzz: setup
 pretrain: setup
 	$(RUN_ENV) $(BIN)/katana pretrain --out ops/models
 
-# Every run behind EVIDENCE.md: two and a half hours on two cores. May be interrupted and begun again.
+# All runs of EVIDENCE.md: two and a half hours on two cores. May be interrupted and started again.
 evidence: setup
 	ops/experiments/evidence.sh
 

@@ -1,11 +1,11 @@
 """Divergence of student and teacher on one token: exact KL between two coarse distributions. Pure numpy.
 
-S is STOP and the student's top K outcomes besides; what is left of either distribution is folded into one tail:
+S is STOP and the student's top K other outcomes; the rest of each distribution is folded into one tail:
 
     d_t = Σ_{v∈S} p(v) log(p(v)/q(v)) + p_tail log(p_tail/q_tail)
 
-(arXiv 2606.09471, top-K estimate of reverse KL; the tail bucket makes it a KL of its own.) Never negative, never
-above the full-vocabulary KL, equal to it where nothing is left in the tail.
+(arXiv 2606.09471, top-K estimate of reverse KL; with the tail bucket it is itself a KL.) It is never negative, never
+above the full-vocabulary KL, and equal to it if the tail is empty.
 """
 
 from __future__ import annotations

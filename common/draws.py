@@ -1,4 +1,4 @@
-"""Draws that depend on nothing but their arguments: whoever replays a rollout draws the same. No state, no clock."""
+"""Random draws that depend only on their arguments, so that a replay draws the same. No state, no clock."""
 
 from __future__ import annotations
 

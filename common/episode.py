@@ -1,11 +1,11 @@
-"""What lasts for a while is said when it begins and when it is over, not each time that it is met."""
+"""Logs a lasting condition when it begins and when it ends, not each time that it is seen."""
 
 from __future__ import annotations
 
 import logging
 import time
 
-_QUIET_S = 10.0  # without it before it counts as over: what comes and goes is one episode
+_QUIET_S = 10.0  # without the condition before it counts as over: a condition that comes and goes is one episode
 
 
 class Episode:
@@ -17,7 +17,7 @@ class Episode:
         self._times = 0
 
     def seen(self, text: str) -> None:
-        """It holds: said once an episode, with `text`."""
+        """The condition holds: log `text`, once an episode."""
         now = time.monotonic()
         if not self._times:
             self._log.warning("%s", text)
@@ -26,7 +26,7 @@ class Episode:
         self._times += 1
 
     def not_seen(self, text: str) -> None:
-        """It does not: after a while `text` is said, with how long it had lasted and how often it was met."""
+        """The condition does not hold: after `_QUIET_S` log `text`, with its duration and the number of times."""
         if self._times and time.monotonic() - self._last >= _QUIET_S:
             self._log.warning("%s: it lasted %.0f s (%d times)", text, self._last - self._began, self._times)
             self._times = 0

@@ -1,4 +1,4 @@
-"""What an exception says, for those who must go on after it. No torch."""
+"""Exceptions as one line of text, and whether they mean that memory ran out. No torch."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def brief(error: Exception) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says so, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
+    """Whether the error means out of memory, on any device: PyTorch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _WORDS_OF_MEMORY)

@@ -15,7 +15,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def locked(path: Path, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock on a file, which is made if it is not there; `meanwhile` is called while another holds it."""
+    """Hold the lock on a file, which is created if missing; `meanwhile` is called while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         while True:
@@ -34,10 +34,10 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name."""
+    """Let `write` fill a temporary file beside `path`, sync it to disk, then rename it to `path`."""
     draft = path.with_name(path.name + ".tmp")
     write(draft)
-    # safetensors makes files that only their owner can read; a run's folder is read by every host and user of the run.
+    # safetensors creates files that only their owner can read; all hosts and users of a run read its folder.
     draft.chmod(0o666 & ~_umask())
     with draft.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""What rollouts take up in the data Redis: one formula for who admits them, who trains on them and who checks a config.
+"""Memory of rollouts in the data Redis: one formula for the feeder, the learner and the check of a config.
 
-Measured on 6.2 and 7.0 (tests/common/test_footprint.py holds it): the larger a chunk, the more the allocator rounds up,
-a quarter at most; the smaller, the more fields, notices and headers weigh.
+Measured on 6.2 and 7.0 (tests/common/test_footprint.py checks it): with larger chunks the allocator rounds up more,
+by a quarter at most; with smaller ones fields, notices and headers dominate.
 """
 
 from __future__ import annotations
@@ -11,58 +11,58 @@ from typing import Any
 
 from common.config import Config
 
-ALLOWED_SHARE = 0.75  # of maxmemory: from there on nothing is admitted (lua/admit.lua), a tenth later no chunk is taken
-RECORDS_AT_A_TIME = 16  # whole rollouts that are read in one round trip: Redis holds them a second time for that long
+ALLOWED_SHARE = 0.75  # of maxmemory: above it nothing is admitted (lua/admit.lua); above 0.85 chunks are refused
+RECORDS_AT_A_TIME = 16  # whole rollouts that are read in one round trip: Redis holds them twice meanwhile
 _SERVER_BYTES = 2 << 20  # a server with nothing in it, its clients' buffers, the run's groups and scripts
-_CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, what else its four records say
+_CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, other fields of its four records
 _RECORD_BYTES = 1536  # a rollout beyond its chunks: prompt and verdict beyond their numbers, notices, owners
 _ROUNDED_UP = 1.25
 _MB = 1 << 20
 
 
 def rollout_bytes(config: Config) -> int:
-    """Most bytes that a rollout comes to: one of full length that waits to be booked."""
+    """Most bytes that a rollout can use: one of full length that waits to be booked."""
     return growth_bytes(config, 0)
 
 
 def growth_bytes(config: Config, length: int) -> int:
-    """Most bytes by which a rollout may yet grow that has `length` tokens stored, until it waits to be booked.
+    """Most bytes by which a rollout with `length` stored tokens may still grow, until it waits to be booked.
 
-    A token has, of K outcomes and STOP: ids 4 K, student's and teacher's log-probabilities 2 · 4 (K + 1), seven numbers
-    of 4 bytes beside them, and two in each of the verdict's copies, in its record and on the way to the books. What the
-    teacher has not scored yet counts as not written.
+    A token has, for K outcomes and STOP: ids 4 K, student's and teacher's log-probabilities 2 · 4 (K + 1), seven more
+    numbers of 4 bytes, and two in each copy of the verdict, in its record and on the way to the books. Tokens that the
+    teacher has not scored yet count as not written.
     """
     rollout = config.rollout
     scored = max(0, length - rollout.max_unscored_chunks * rollout.chunk_tokens)
     left = max(0, rollout.max_completion_length - scored)
-    # New weights close every chunk that is open: as often as a trajectory may grow stale.
+    # New weights close every open chunk: at most as often as a trajectory's allowed staleness.
     chunks = -(-left // rollout.chunk_tokens) + config.learner.max_staleness + 1
     written = (12 * config.termination.teacher_top_k + 36) * left + 16 * rollout.max_completion_length
     return int(_ROUNDED_UP * written) + chunks * _CHUNK_BYTES + 4 * config.data.max_prompt_length + _RECORD_BYTES
 
 
 def most_bytes(config: Config) -> int:
-    """Most bytes in use when nothing waits for memory: rollouts of full length, those trained since the last checkpoint
-    included."""
+    """Most bytes in use if nothing waits for memory: rollouts of full length, including those trained since the last
+    checkpoint."""
     learner = config.learner
     steps = min(learner.max_staleness + 1 + config.checkpoints.every_steps, learner.max_steps)
     return _SERVER_BYTES + (steps * learner.batch_size + RECORDS_AT_A_TIME) * rollout_bytes(config)
 
 
 def least_bytes(config: Config) -> int:
-    """Bytes without which a run may come to a stop: one batch of rollouts of full length, while some of them are read.
+    """Bytes without which a run may stand still: one batch of rollouts of full length, while some of them are read.
 
-    With so few the steps are done one after the other, each followed by a checkpoint, which makes room for the next.
+    With this minimum, steps run one after the other, each followed by a checkpoint, which makes room for the next.
     """
     return _SERVER_BYTES + (config.learner.batch_size + RECORDS_AT_A_TIME) * rollout_bytes(config)
 
 
 def maxmemory_mb(needed: int) -> int:
-    """The `maxmemory` of which so many bytes are the share that work may take."""
+    """The `maxmemory` whose ALLOWED_SHARE is this many bytes."""
     return int(needed / ALLOWED_SHARE / _MB) + 1
 
 
 def free_bytes(memory: Mapping[str, Any]) -> float:
-    """What work may still take, by `INFO memory`; below 0 where it takes too much, infinite where there is no limit."""
+    """Bytes that work may still use, by `INFO memory`; below 0 if it uses too much, infinite without a limit."""
     limit = int(memory["maxmemory"])
     return ALLOWED_SHARE * limit - int(memory["used_memory"]) if limit else float("inf")

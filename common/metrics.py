@@ -1,7 +1,7 @@
 """Every Prometheus metric, in one registry, declared once. Each process serves its own port.
 
-Loops never ask whether metrics are on: counting is always safe and cheap, serving is what a process may leave out.
-Every series is served with the label `run`; the role is Prometheus's label `job`. Units stand in the names.
+Loops never ask whether metrics are on: counting is always safe and cheap; only serving is optional.
+Every series is served with the label `run`; the role is Prometheus's label `job`. Names contain the unit.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -
     return Histogram(name, text, labels, namespace="katana", registry=REGISTRY, buckets=buckets)
 
 
-# Feeder, from the books: these agree with summary.json over restarts.
-rollouts_finished = _counter("rollouts_finished_total", "Rollouts booked, by how they ended", "arm", "reason")
+# Feeder, from the books: these agree with summary.json across restarts.
+rollouts_finished = _counter("rollouts_finished_total", "Rollouts booked, by ending", "arm", "reason")
 tokens_generated = _counter("rollout_tokens_generated_total", "Tokens written in booked rollouts", "arm")
 tokens_trained = _counter("rollout_tokens_trained_total", "Tokens trained on", "arm")
 tokens_detection = _counter("rollout_tokens_detection_total", "Tokens between the cut and its detection", "arm")
@@ -59,24 +59,22 @@ tokens_overshoot = _counter("rollout_tokens_overshoot_total", "Tokens written af
 rollout_length = _histogram("rollout_length_tokens", "Tokens written, compared rollouts", _LENGTHS, "arm", "reason")
 rollout_kept = _histogram("rollout_kept_tokens", "Tokens kept, compared rollouts", _LENGTHS, "arm", "reason")
 trajectories_dropped = _counter("trajectories_dropped_total", "Rollouts dropped, by reason", "reason")
-# By what became of a rollout: trained, dead, or why it was dropped. What takes long is dropped as stale more often than
-# what does not; these say how much longer it was than what was trained on.
-ended_length = _histogram("ended_length_tokens", "Tokens written, by what became of a rollout", _LENGTHS, "reason")
-ended_trainable = _histogram(
-    "ended_trainable_tokens", "Tokens to train on, by what became of a rollout", _LENGTHS, "reason"
-)
-stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet taken off", "stream")
+# By ending: trained, dead, or the reason of a drop. Long rollouts are dropped as stale more often than short ones;
+# these show how much longer they were than the trained ones.
+ended_length = _histogram("ended_length_tokens", "Tokens written, by ending", _LENGTHS, "reason")
+ended_trainable = _histogram("ended_trainable_tokens", "Tokens to train on, by ending", _LENGTHS, "reason")
+stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet removed", "stream")
 stream_oldest_pending = _gauge("stream_oldest_pending_seconds", "Age of the oldest pending entry", "stream")
 rollouts_open = _gauge("rollouts_open", "Rollouts admitted and not booked")
-workers_live = _gauge("workers_live", "Workers that a run has seen lately", "role")
-redis_memory = _gauge("redis_memory_ratio", "Memory of the data Redis by its maxmemory; 0 without one")
-config_value = _gauge("config_value", "What the run was configured with, for alerts that compare with it", "kind")
+workers_live = _gauge("workers_live", "Workers with recent heartbeats", "role")
+redis_memory = _gauge("redis_memory_ratio", "Memory of the data Redis divided by its maxmemory; 0 without one")
+config_value = _gauge("config_value", "Values of the run's config, for alerts that compare with them", "kind")
 
 # Rollout and teacher workers.
 chunks_sent = _counter("chunks_sent_total", "Chunks stored by rollout workers")
 chunks_scored = _counter("chunks_scored_total", "Chunks scored by teacher workers")
 chunks_fenced = _counter("chunks_fenced_total", "Chunks refused: no longer the owner, or the rollout has ended")
-chunks_refused = _counter("chunks_refused_total", "Times that a full Redis refused a chunk, which then waits")
+chunks_refused = _counter("chunks_refused_total", "Times that a full Redis refused a chunk; the chunk waits")
 chunks_duplicate = _counter("chunks_duplicate_total", "Chunks scored a second time, without effect")
 chunk_score_seconds = _histogram("chunk_score_seconds", "Time to score one batch of chunks", _SECONDS)
 slots_busy = _gauge("slots_busy", "Slots of the engine in use", "role")
@@ -88,15 +86,15 @@ rebuilt_tokens = _counter(
 engine_step_seconds = _histogram("engine_step_seconds", "Time of one engine step", _SECONDS, "role")
 policy_version = _gauge("policy_version", "Policy version in use", "role")
 claims = _counter("claims_total", "Entries taken over from a silent consumer", "stream")
-busy_ratio = _gauge("busy_ratio", "Share of time a role spends at work", "role")
+busy_ratio = _gauge("busy_ratio", "Share of time a role is busy", "role")
 
 # Arbiter.
 fired_position = _histogram(
     "fired_position_tokens", "Tokens seen when the policy fired, applied or not, in judged rollouts", _LENGTHS, "arm"
 )
 stop_signals = _counter("stop_signals_total", "Stop signals sent", "reason")
-stop_latency = _histogram("stop_latency_seconds", "From a score's notice to the verdict it led to", _SECONDS)
-# From the books, and so with a label: what has none is served as 0 before they are read, and would seem to jump.
+stop_latency = _histogram("stop_latency_seconds", "From a score's notice to the resulting verdict", _SECONDS)
+# From the books, and so with a label: a series without one is served as 0 before they are read, and would seem to jump.
 stop_overshoot = _histogram("stop_overshoot_tokens", "Tokens written after the detection", _LENGTHS, "arm")
 token_divergence = _histogram("token_divergence_nats", "Reverse KL per token of judged rollouts", _NATS)
 kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive")
@@ -113,7 +111,7 @@ learner_steps = _counter("learner_steps_total", "Optimizer steps")
 learner_tokens = _counter("learner_tokens_total", "Tokens trained on by this process")
 learner_loss = _gauge("learner_loss_nats", "Loss of the last step")
 learner_entropy = _gauge("learner_entropy_nats", "Mean entropy of the student over the tokens of the last step")
-learner_drift = _gauge("learner_drift_ratio", "Drift guards of the last step that could tell: shares, by kind", "kind")
+learner_drift = _gauge("learner_drift_ratio", "Drift guards of the last step that had them: shares, by kind", "kind")
 learner_threshold = _gauge("learner_threshold_nats", "Mean threshold of the rollouts of the last step; NaN without one")
 learner_threshold.set(float("nan"))
 learner_idle = _gauge("learner_idle_ratio", "Share of time the learner waits for trajectories")
@@ -124,7 +122,9 @@ eval_pass_at_k = _gauge("eval_pass_at_k", "Share of held-out problems that one o
 eval_mean_length = _gauge("eval_mean_length_tokens", "Mean length of a held-out completion")
 
 # Everyone.
-loop_timestamp = _gauge("loop_timestamp_seconds", "Unix time of the loop's last turn; 0 between two shifts", "role")
+loop_timestamp = _gauge(
+    "loop_timestamp_seconds", "Unix time of the loop's last iteration; 0 between two worker tasks", "role"
+)
 dead_letters = _counter("dead_letters_total", "Records given up", "reason")
 redis_errors = _counter("redis_errors_total", "Failed calls to Redis", "kind")
 
@@ -135,7 +135,7 @@ _collected_at = float("-inf")  # monotonic
 
 
 class _OfRun:
-    """The registry with the label `run` on every sample: so a target needs no label of its own, however it is found."""
+    """The registry with the label `run` on every sample, so that scrape targets need no label."""
 
     def collect(self) -> Iterator[Metric]:
         global _collected_at
@@ -164,9 +164,9 @@ def serve(host: str, port: int) -> int:
 
 
 def last_look(stop: threading.Event, at_most_s: float = 15.0) -> None:
-    """Before a process ends: wait until its final values are fetched, if anybody has been fetching lately.
+    """Before a process ends: wait until its final values are scraped, if it has been scraped recently.
 
-    So that what Prometheus says of a run that is over is what `summary.json` says.
+    So Prometheus and `summary.json` agree on a finished run.
     """
     began = time.monotonic()
     while began - 60 < _collected_at < began and time.monotonic() < began + at_most_s:
@@ -175,17 +175,17 @@ def last_look(stop: threading.Event, at_most_s: float = 15.0) -> None:
 
 
 def turned(role: str) -> None:
-    """Note that a role's loop has turned: `katana health` and the alerts ask when it last did."""
+    """Record an iteration of a role's loop; `katana health` and the alerts use the time of the last one."""
     loop_timestamp.labels(role).set(time.time())
 
 
 @contextlib.contextmanager
 def of_run(name: str, role: str, folder: Path) -> Iterator[None]:
-    """Serve as this role of this run, and say where: in `.targets/` beside the runs' folders, for Prometheus's file_sd.
+    """Serve as this role of this run, and write the address to `.targets/` beside the runs' folders, for file_sd.
 
-    All runs share that folder: Prometheus takes a wildcard in the last part of a path alone.
+    All runs share that folder: Prometheus allows a wildcard only in the last part of a path.
 
-    A folder that cannot be written to is said and left at that: work goes on unseen rather than not at all.
+    If the folder cannot be written to, that is logged and the work continues.
     """
     global _run
     _run = name
@@ -214,7 +214,7 @@ def _put(path: Path, value: Any) -> None:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Files of processes of this host that are no more: one that was killed could not remove its own."""
+    """Remove files of this host's dead processes: one that was killed could not remove its own."""
     mine = re.compile(rf".+--[a-z]+-{re.escape(socket.gethostname())}-([0-9]{{1,9}})\.json")
     for path in folder.iterdir():
         named = mine.fullmatch(path.name)

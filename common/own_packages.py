@@ -1,8 +1,8 @@
 """Katana's packages are found before others of the same name.
 
-`common` or `ops` is what many people call a folder of their own, and Python looks into the working directory (with
-`-m`) and along PYTHONPATH first. Only a process of Katana's asks for this: whoever tests a policy with `common` alone
-still finds modules as before.
+Many users have a folder called `common` or `ops`, and Python searches the working directory (with
+`-m`) and PYTHONPATH first. Only Katana's own processes call this: a test of a policy that imports `common` alone
+finds modules as before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Finder(MetaPathFinder):
 
 
 def find_first() -> None:
-    """From now on this process finds the packages of NAMES where this file lies."""
+    """From now on this process imports the packages of NAMES from the source tree of this file."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -38,9 +38,9 @@ def is_ours(module: str | None) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """For a process that is started from here by `python -m`: it finds what this one finds.
+    """Environment for a child started by `python -m`: it imports the same modules as this process.
 
-    By itself it would look into the working directory first, where the command `katana` does not look at all.
+    Otherwise it would search the working directory first, which the command `katana` does not search at all.
     """
     places = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     here = os.getcwd()

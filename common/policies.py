@@ -1,10 +1,10 @@
-"""The policies that may end a rollout early, by the name that `termination.policy` gives. No Redis, no clock, no torch.
+"""The policies that may end a rollout early, by their name in `termination.policy`. No Redis, no clock, no torch.
 
-A policy is one class. An object of it judges one rollout: it is made from the settings and a `Situation`, and fed the
+A policy is one class. Each instance judges one rollout: it is made from the settings and a `Situation`, and fed the
 rollout's tokens in order. A custom one is named by its file or its module; docs/policies.md shows how.
 
-Invariant: a verdict is a function of the settings, the situation and the scored tokens, however these were cut into
-chunks. All of them are on record, so whoever has the record comes to the same verdict.
+Invariant: a verdict is a function of the settings, the situation and the scored tokens, in any chunking. All of these
+are recorded, so a replay of the record gives the same verdict.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, FirstRepeat, FixedLength, Kat, MinimaBuffer, NeverCut
 from common.wire.messages import Floats, Ints
 
-# Whatever somebody's code raises, of a class of its own too, is its mistake to be shown. `sys.exit()` would end Katana
-# without a word.
+# A user's code may raise anything; it is reported as an error of that code. `sys.exit()` would otherwise end Katana
+# without a message.
 _MISTAKES = (Exception, SystemExit)
 
 
@@ -41,8 +41,8 @@ _MISTAKES = (Exception, SystemExit)
 class Situation:
     """What a policy knows of a rollout before its first divergence.
 
-    number: what the policy's `number` said when the rollout's first score was stored (deterministic runs: when it was
-        admitted); None where it said nothing yet. On record as the rollout's threshold.
+    number: the policy's `number` when the rollout's first score was stored (deterministic runs: when it was
+        admitted); None if there was none yet. Recorded as the rollout's threshold.
     seed: the rollout's own, 0 … 2^63 - 1; the same in every run of the same `seed`.
     max_tokens: the most tokens the rollout can have.
     """
@@ -54,7 +54,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the run is: the newest policy version, optimizer steps done, and the window extremes kept."""
+    """Progress of the run: the newest policy version, optimizer steps done, and the window extremes kept."""
 
     version: int
     step: int
@@ -84,10 +84,9 @@ class Policy(ABC):
     def __init__(self, settings: Termination, situation: Situation) -> None: ...
 
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
-        """Take the next divergences (float, [n], nats); a Cut once, where it fires; what follows is ignored.
+        """Take the next divergences (float, [n], nats); return a Cut once, where it fires; the rest is ignored.
 
-        A Cut's trigger is the number of tokens after which it fired: at most those fed, and the same in whatever parts
-        they come.
+        A Cut's trigger is the number of tokens after which it fired: at most those fed, and the same in any chunking.
         """
         raise NotImplementedError("a policy has `feed` or `feed_tokens`")
 
@@ -100,22 +99,22 @@ class Policy(ABC):
 
     @classmethod
     def number(cls, settings: Termination, progress: Progress) -> float | None:
-        """The one number, finite, that rollouts which begin now are judged by; None for none."""
+        """The finite number by which rollouts that begin now are judged; None for none."""
         return None
 
     @classmethod
     def active(cls, number: float | None) -> bool:
-        """Whether a rollout judged by this number could be cut: only those count where arms are compared."""
+        """Whether a rollout judged by this number could be cut: only those count in the comparison of the arms."""
         return True
 
     @classmethod
     def possible(cls, settings: Termination, number: float | None) -> bool:
-        """Whether `number` can ever have given this: the checker asks."""
+        """Whether `number` can have returned this; for the checker."""
         return True
 
 
 class Calibrated(Policy):
-    """Base of policies judged by s, the quantile of window minima; None, and not active, until there are enough."""
+    """Base of policies that judge by s, the quantile of window minima; None, and not active, until there are enough."""
 
     unit = "nats"
 
@@ -149,12 +148,13 @@ class FixedPolicy(FixedLength, Policy):
 
 
 class ScheduledPolicy(FixedLength, Policy):
-    """`scheduled`: the first N tokens are kept; N goes from `fixed_tokens` to `scheduled_tokens` in so many steps."""
+    """`scheduled`: the first N tokens are kept; N grows from `fixed_tokens` to `scheduled_tokens` in
+    `scheduled_steps`."""
 
     unit = "tokens"
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
-        # Before the first verdict of a run there is no number: no step is done.
+        # There is no number before the first verdict of a run, when no step is done.
         tokens = settings.fixed_tokens if situation.number is None else int(situation.number)
         super().__init__(tokens, "scheduled")
 
@@ -176,11 +176,11 @@ class RandomPolicy(FixedLength, Policy):
 
 
 class RandomMatchedPolicy(CutAt, Policy):
-    """`random_matched`: cut by chance with KAT's realised hazard at each position, scaled; never by what is read.
+    """`random_matched`: random cuts with KAT's realised hazard at each position, scaled; it ignores divergences.
 
     With probability min(1, hazard_scale · hazard[t]) it fires at token t, if it has not before; the last
-    `detection_tokens` tokens up to there are cut. The draw is made before the first token: a rollout that ends before
-    the position that was drawn is not cut.
+    `detection_tokens` tokens up to there are cut. The position is drawn before the first token: a rollout that ends
+    before it is not cut.
     """
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
@@ -203,7 +203,7 @@ class RandomMatchedPolicy(CutAt, Policy):
 
 
 def drawn_position(hazard: dict[int, float], scale: float, share: float) -> int | None:
-    """The first position at which the chance to have been cut by then exceeds `share` (0 … 1); None where none does."""
+    """The first position by which the probability of a cut exceeds `share` (0 … 1); None if there is none."""
     survival = 1.0
     for position in sorted(hazard):
         survival *= 1 - min(1.0, scale * hazard[position])
@@ -223,7 +223,7 @@ class RepetitionPolicy(FirstRepeat, Policy):
 
 
 class KatPolicy(Kat, Calibrated):
-    """`kat`: cut where window means stay below s, the quantile of other rollouts' least ones."""
+    """`kat`: cut where window means stay below s, the quantile of other rollouts' least window means."""
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
         super().__init__(**_windows(settings), threshold=situation.number)
@@ -251,7 +251,7 @@ class KatAbsolutePolicy(Kat, Policy):
 
 
 class KatInversePolicy(Kat, Calibrated):
-    """`kat_inverse`: cut where window means stay above s, the quantile of other rollouts' greatest ones."""
+    """`kat_inverse`: cut where window means stay above s, the quantile of other rollouts' greatest window means."""
 
     looks_high = True
 
@@ -289,7 +289,7 @@ def _windows(settings: Termination) -> _Windows:
 
 
 def extremes(settings: Termination) -> Kat:
-    """What finds the least (or greatest: `looks_high`) window mean of a whole rollout, and cuts nothing."""
+    """A detector for the least (or greatest: `looks_high`) window mean of a whole rollout; it cuts nothing."""
     return Kat(**_windows(settings), threshold=None, inverse=find(settings.policy).looks_high)
 
 
@@ -319,7 +319,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ImportError as error:
         raise PolicyError(
-            f"{name!r}: the module cannot be imported ({error}); it must lie on the Python path of every host that "
+            f"{name!r}: the module cannot be imported ({error}); it must be on the Python path of every host that "
             f"runs a feeder or an arbiter (PYTHONPATH, or an installed package), or be named by its file, "
             f"path/to/file.py:{policy_names.split(name)[1]}{_hint(error)}"
         ) from error
@@ -328,8 +328,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
 
 
 def _from_file(name: str, path: str) -> ModuleType:
-    """A module under a name that nothing else has. What lies beside the file can be imported by it, behind all that is
-    on the Python path."""
+    """A module under a unique name. It can import modules beside its file; those on the Python path come first."""
     module_name = _module_name(path)
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -361,20 +360,20 @@ def _module_name(path: str) -> str:
 def _refused(name: str, kind: str, error: BaseException) -> PolicyError:
     if isinstance(error, SyntaxError):
         where = f"line {error.lineno} of the {kind}" if error.lineno else f"the {kind}"
-        return PolicyError(f"{name!r}: {where} is no Python ({error.msg})")
-    return PolicyError(f"{name!r}: the {kind} fails when it is imported ({_told(error, name)}){_hint(error)}")
+        return PolicyError(f"{name!r}: {where} is not valid Python ({error.msg})")
+    return PolicyError(f"{name!r}: the {kind} fails when it is imported ({_described(error, name)}){_hint(error)}")
 
 
 def _hint(error: BaseException) -> str:
-    """Where a module was looked for in one of our packages, as one of a package of the same name."""
+    """A hint if the import looked in a package of Katana, because the user's package has the same name."""
     if not isinstance(error, ImportError) or not own_packages.is_ours(error.name):
         return ""
     taken = str(error.name).partition(".")[0]
     return f"; {taken!r} is a package of Katana: give yours another name"
 
 
-def _told(error: BaseException, name: str) -> str:
-    """What went wrong, and in which line of the policy's file; of another one where that is not on the way."""
+def _described(error: BaseException, name: str) -> str:
+    """The error, and the line of the policy's file; of another file if that one is not in the traceback."""
     places = traceback.extract_tb(error.__traceback__)
     where, _ = policy_names.split(name)
     own = where.removesuffix(".py") if policy_names.in_file(name) else where.replace(".", "/")
@@ -384,7 +383,7 @@ def _told(error: BaseException, name: str) -> str:
 
 
 def check_policy(config: Config, *, source: str) -> None:
-    """Import the policy, a custom one too, and make one object of it: for commands that judge, or start what does.
+    """Import the policy, a custom one too, and make an instance: for commands that judge or start roles that do.
 
     Raises ConfigError, with `source` before it.
     """
@@ -395,7 +394,7 @@ def check_policy(config: Config, *, source: str) -> None:
 
 
 def check(settings: Termination, max_tokens: int) -> None:
-    """Make one object of the policy, as for a rollout. Raises PolicyError where that fails, or nothing could be cut."""
+    """Make an instance of the policy. Raises PolicyError if that fails, or if the policy could cut nothing."""
     policy = find(settings.policy)
     if issubclass(policy, Calibrated) and settings.calibrate_on == "control" and settings.control_fraction == 0:
         raise PolicyError(f"{settings.policy!r} is calibrated on the control arm, but control_fraction is 0")
@@ -408,12 +407,14 @@ def check(settings: Termination, max_tokens: int) -> None:
     try:
         policy(settings, Situation(number=None, seed=0, max_tokens=max_tokens))
     except _MISTAKES as error:
-        raise PolicyError(f"{settings.policy!r} refuses these settings ({_told(error, settings.policy)})") from error
+        raise PolicyError(
+            f"{settings.policy!r} refuses these settings ({_described(error, settings.policy)})"
+        ) from error
 
 
 def unit_of(name: str) -> str:
-    """The unit of a policy's number. Imports nothing: of one of your own it is known where a role, or whoever loaded
-    the config, has done so, and "" elsewhere, as for whoever looks at the folder of another's run."""
+    """The unit of a policy's number. Imports nothing: for a custom policy it is "" unless this process has imported the
+    policy already."""
     if name in POLICIES:
         return POLICIES[name].unit
     where, class_name = policy_names.split(name)
@@ -423,7 +424,7 @@ def unit_of(name: str) -> str:
 
 
 def written(number: float, name: str, digits: str = ".3g") -> str:
-    """A number in its unit, for people."""
+    """A number with its unit, as text."""
     unit = unit_of(name)
     value = f"{number:.0f}" if unit == "tokens" and math.isfinite(number) else format(number, digits)
     return f"{value} {unit}".rstrip()

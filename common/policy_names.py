@@ -1,6 +1,6 @@
-"""The names that `termination.policy` may give, by their form alone: nothing is imported here.
+"""The names that `termination.policy` accepts, by their form alone: nothing is imported here.
 
-A built-in policy has a word. A custom one is named by its file, `my/policy.py:ClassName`, or by a module on the Python
+A built-in policy is named by a word, a custom one by its file, `my/policy.py:ClassName`, or by a module on the Python
 path, `package.module:ClassName`.
 """
 
@@ -56,16 +56,16 @@ def in_file(name: str) -> bool:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two names mean one policy. A file may have moved: its own name and the class count."""
+    """Whether two names mean the same policy. A file may have moved: file name and class are compared."""
     if in_file(one) and in_file(other):
         return os.path.basename(one) == os.path.basename(other)
     return one == other
 
 
 def located(name: str, folder: Path) -> str:
-    """The name with the absolute path of its file, which lies in `folder` or else in the working directory.
+    """The name with the absolute path of its file, which is in `folder` or else in the working directory.
 
-    Other names stay as they are. A file that is in neither is named in `folder`: whoever imports it says so.
+    Other names stay as they are. A file that is in neither gets a path in `folder`; the error comes with the import.
     """
     if not in_file(name):
         return name

@@ -1,4 +1,4 @@
-"""What a model's folder says of itself, read without torch: its files, tokenizer, stop ids, lengths and layers."""
+"""Reads a model's folder without torch: its files, tokenizer, stop ids, lengths and layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModelError(ValueError):
 
 
 class HubUnavailable(ModelError):
-    """A hub id whose files are neither in the local cache nor to be had."""
+    """A hub id whose files are neither in the local cache nor available from the hub."""
 
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """`vocab_size` is the width of the output head, `stop_ids` what ends a generation."""
+    """`vocab_size` is the width of the output head; `stop_ids` end a generation."""
 
     folder: Path
     model_type: str
@@ -40,7 +40,7 @@ def find_model(model: str, *, weights: bool = True) -> Path:
     """The folder of a model: a local one, one that ships with Katana (`ops/models/…`), or a hub id.
 
     Raises:
-        ModelError: neither a folder with a config.json nor a hub id that can be had.
+        ModelError: neither a folder with a config.json nor an available hub id.
     """
     for folder in (Path(model).expanduser(), PACKAGE_ROOT / model):
         if (folder / "config.json").is_file():
@@ -51,17 +51,17 @@ def find_model(model: str, *, weights: bool = True) -> Path:
             )
     if not is_hub_id(model):
         raise ModelError(f"{model}: there is no such folder, and a hub id has the form owner/name")
-    from huggingface_hub import snapshot_download  # slow to import, and needed by hub ids alone
+    from huggingface_hub import snapshot_download  # slow to import, and needed only for hub ids
 
     try:
         return Path(snapshot_download(model, allow_patterns=[*_SMALL, "*.safetensors"] if weights else _SMALL))
-    except Exception as error:  # the hub's client raises errors of its own and of its transport
+    except Exception as error:  # the hub's client raises its own errors and those of its transport
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HubUnavailable(f"{model}: no such folder, and not to be had from the hub ({reason:.200})") from error
+        raise HubUnavailable(f"{model}: no such folder, and not available from the hub ({reason:.200})") from error
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name that is no folder here has the form of a hub id, owner/name."""
+    """Whether a name that is not a local folder has the form of a hub id, owner/name."""
     folders = (Path(model).expanduser(), PACKAGE_ROOT / model)
     return not any(folder.is_dir() for folder in folders) and model[:1] not in "./~" and model.count("/") == 1
 
@@ -76,8 +76,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# What families call what the others call by the name on the left; a test holds this against transformers' own configs.
-# (Not those maps themselves: to import them takes seconds, and torch with it.)
+# Other names that model families use for the name on the left; a test compares this with transformers' own configs.
+# (Importing transformers' maps takes seconds, and brings torch.)
 OTHER_NAMES = {
     "max_position_embeddings": ("n_positions", "max_seq_len"),
     "hidden_size": ("n_embd", "d_model", "embedding_size"),
@@ -87,7 +87,7 @@ OTHER_NAMES = {
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of the text model, under the names of OTHER_NAMES too. Raises ModelError."""
+    """The text model's part of config.json; names of OTHER_NAMES are resolved. Raises ModelError."""
     config = _read_json(folder / "config.json")
     text = config.get("text_config", config)
     if not isinstance(text, dict):
@@ -102,20 +102,20 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers loads weights from: model.safetensors, or those that its index names. What lies
-    beside them (consolidated.safetensors, say) is the same once more. Raises ModelError."""
+    """The files that transformers loads weights from: model.safetensors, or those that its index names. Other files
+    (such as consolidated.safetensors) are copies of the same weights. Raises ModelError."""
     whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
     named = _read_json(folder / "model.safetensors.index.json").get("weight_map")
-    if not isinstance(named, dict):  # no index: nothing but their names tells
+    if not isinstance(named, dict):  # no index: go by their names
         return sorted(path for path in folder.glob("*.safetensors") if path.stem != "consolidated")
     names = sorted({str(name) for name in named.values()})
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _ids(value: Any, where: str) -> list[int]:
-    """The ids that an eos_token_id names: one, several, or none. Raises ModelError for what is no id."""
+    """The ids that an eos_token_id names: one, several, or none. Raises ModelError for an invalid id."""
     if value is None:
         return []
     found: list[Any] = [one for one in value if one is not None] if isinstance(value, list) else [value]
@@ -128,7 +128,7 @@ def _ids(value: Any, where: str) -> list[int]:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """Raises ModelError when config.json lacks what is needed or the model names no stop token at all."""
+    """Raises ModelError if config.json lacks a required key or the model names no stop token."""
     config = _read_json(folder / "config.json")
     text = read_model_config(folder)
     if type(text.get("vocab_size")) is not int:
@@ -150,7 +150,7 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of token ids, as it is judged and as it is shown: every character that was written, no space tidied."""
+    """The text of token ids, as it is judged and as it is shown: every character, without clean-up of spaces."""
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
@@ -162,7 +162,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except (KeyError, TypeError, AttributeError) as error:  # transformers reads it without looking
+    except (KeyError, TypeError, AttributeError) as error:  # transformers does not validate it
         raise ModelError(
             f"{folder}: the tokenizer cannot be loaded: {type(error).__name__} {error}; look at tokenizer_config.json "
             f"(a list of chat templates has a name and a template each)"
@@ -173,9 +173,9 @@ def load_tokenizer(folder: Path) -> Any:
 class Pair:
     """Student and teacher, checked against each other.
 
-    `stop_ids` is U, the union of both models' stop ids, the student's own first: generation ends on any of U, and all
-    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is how many
-    outcomes' logits are used; wider heads are padding.
+    `stop_ids` is U, the union of both models' stop ids, the student's first: generation ends on any of U, and all
+    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is the number of
+    logits that are used; the rest of a wider head is padding.
     """
 
     student: ModelFacts
@@ -188,7 +188,7 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
     """Find both models and check tokenizers, widths of the heads, and lengths.
 
     Raises:
-        ModelError: saying which, where and what is allowed.
+        ModelError: names the model, the place and what is allowed.
     """
     student = read_facts(find_model(config.student.model, weights=weights))
     teacher = read_facts(find_model(config.teacher.model, weights=weights))
@@ -218,7 +218,7 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
 
 
 def _check_layers(who: str, folder: Path) -> None:
-    """Refuse what config.json itself says the slot engine cannot run; the engine's own check comes with the weights."""
+    """Refuse models that the slot engine cannot run, as far as config.json shows it; the engine tests the weights."""
     config = _read_json(folder / "config.json")
     text = config.get("text_config", config)
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
@@ -231,17 +231,17 @@ def _check_layers(who: str, folder: Path) -> None:
 
 
 def unfit(text: Mapping[str, Any], length: int) -> str | None:
-    """What of a model's positions slots get wrong in texts of up to `length` tokens, and what is allowed; or None.
+    """Why slots compute a model's positions wrongly in texts of up to `length` tokens, and what is allowed; or None.
 
-    Above all what changes with the length of the text that is read: keys in a cache were computed when the text was
-    shorter, and rows of other lengths share a forward. Such a model writes one thing and is trained on another without
-    a word, since the engine's self-test is short. `text`: a text model's configuration, as config.json has it or as
+    Mostly these are positions that change with the length of the text: keys in a cache were computed when the text was
+    shorter, and rows of other lengths share a forward. The training would then differ from the generation without an
+    error, since the engine's self-test is short. `text`: a text model's configuration, as config.json has it or as
     transformers completes it.
     """
     lengths = "data.max_prompt_length + rollout.max_completion_length"
     for where, rope in _ropes(text):
         kind = str(rope.get("rope_type") or rope.get("type"))
-        # HunYuan's dynamic with an alpha is another thing under the same name, and does not change.
+        # HunYuan's dynamic with an alpha is another method with the same name, and does not change with the length.
         fixed = rope.get("alpha") and str(text.get("model_type")).startswith("hunyuan")
         if "dynamic" in kind and not fixed:
             return (
@@ -281,7 +281,7 @@ def _ropes(text: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def compare_tokenizers(student: dict[str, int], teacher: dict[str, int]) -> None:
-    """Every id that both know must be the same token. Raises ModelError with the first that differs."""
+    """Every id that both have must be the same token. Raises ModelError with the first that differs."""
     by_id = {index: token for token, index in student.items()}
     for token, index in sorted(teacher.items(), key=lambda item: item[1]):
         if index in by_id and by_id[index] != token:

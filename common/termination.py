@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Window sums are kept as integers in units of 2^-60 nats, so that adding and taking off a token is exact: no drift,
-# O(1) a token, and the same sum whatever came before the window.
+# Window sums are integers in units of 2^-60 nats, so that adding and removing a token is exact: no drift, O(1) per
+# token, and the same sum for any tokens before the window.
 _UNIT_BITS = 60
 
 # A rolling hash of token ids: a polynomial in _BASE modulo a prime. What it says is compared token by token.
@@ -41,8 +41,8 @@ _OTHER_ENDS = ("eos", "length", "open", "unfinished")  # what the books call rol
 class Cut:
     """Where a rollout is cut: tokens seen when the rule fired, and tokens kept (0 ≤ keep ≤ trigger).
 
-    Whole numbers of any kind (numpy's too) become ints, as the wire wants them. Raises TypeError for others, ValueError
-    for a reason that the books could not tell from other endings.
+    Integers of any type (numpy's too) become ints, as the wire needs them. Raises TypeError for others, ValueError
+    for a reason that the books could not distinguish from other endings.
     """
 
     trigger: int
@@ -67,7 +67,7 @@ class NeverCut:
 
 
 class FixedLength:
-    """The first `tokens` tokens are kept, whatever the teacher says."""
+    """The first `tokens` tokens are kept, whatever the divergences are."""
 
     def __init__(self, tokens: int, reason: str = "fixed") -> None:
         self._left = self._tokens = tokens
@@ -80,7 +80,7 @@ class FixedLength:
 
 
 class CutAt:
-    """Fires when `trigger` tokens (None: never) have been seen, as KAT may at a rollout's last one; `keep` are kept."""
+    """Fires when `trigger` tokens (None: never) have been seen, also at a rollout's last one; `keep` are kept."""
 
     def __init__(self, trigger: int | None, keep: int, reason: str) -> None:
         self._cut = None if trigger is None else Cut(trigger, keep, reason)
@@ -136,9 +136,9 @@ class FirstRepeat:
 
 
 class Kat:
-    """The KAT rule, streaming. `threshold` None: inactive, window minima are recorded and nothing fires.
+    """The KAT rule, streaming. `threshold` None: inactive; window minima are recorded, and it never fires.
 
-    `inverse` mirrors it: it fires where means stay *above* the threshold, and `min_window` is the greatest of them.
+    `inverse` mirrors it: it fires where means stay *above* the threshold, and `min_window` is the greatest mean.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Kat:
                 f"grace_tokens {grace_tokens} at least 0"
             )
         self._window, self._patience, self._stride = window, patience, stride
-        # Mirrored, everything is negative inside: there is one rule.
+        # The mirrored rule is the same rule on negated values.
         self._sign = -1 if inverse else 1
         self._threshold = None if threshold is None else self._sign * threshold
         self._least: float | None = None
@@ -219,8 +219,8 @@ def kat_verdict(
         threshold: s in nats, or None for a rule that is not active yet.
 
     Returns:
-        Tokens seen when the rule fired and tokens kept (both None where it did not), and the least window mean over
-        the windows evaluated up to there (None where no window was).
+        Tokens seen when the rule fired and tokens kept (both None if it did not fire), and the least window mean over
+        the windows evaluated up to there (None if there was none).
 
     Raises:
         ValueError: parameters out of range, or a divergence that is not finite.
@@ -234,7 +234,7 @@ def kat_verdict(
 
 
 class MinimaBuffer:
-    """The last `size` window minima and their quantile, kept sorted beside the order of arrival."""
+    """The last `size` window minima and their quantile; kept in order of arrival and sorted."""
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._order: deque[float] = deque()

@@ -1,4 +1,4 @@
-"""How plots look, in every command that draws one, and how they are written."""
+"""Style of plots in all commands, and writing them to files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def font_gaps_allowed() -> Iterator[None]:
 
 
 def save_png(figure: Figure, path: Path, dots_per_inch: int) -> None:
-    """Write a figure so that the file is never half there. Raises ConfigError."""
+    """Write a figure atomically. Raises ConfigError."""
     with font_gaps_allowed(), named(path):
         write_atomically(path, lambda target: figure.savefig(target, format="png", dpi=dots_per_inch))
 
@@ -74,7 +74,7 @@ def plain(axes: Any, *, grid: bool = True) -> None:
 
 
 def say_missing(axes: Any, title: str, why: str) -> None:
-    """An empty panel that says why it is empty."""
+    """An empty panel with the reason."""
     say_title(axes, title)
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=14)
     axes.set_xticks([])

@@ -20,7 +20,7 @@ def short(count: float) -> str:
 
 
 def fired_word(config: Config) -> str:
-    """What it means for a treated rollout that the policy fired."""
+    """The label for a treated rollout in which the policy fired."""
     return "Cut" if config.termination.stops("treated") else "Fired, not stopped"
 
 

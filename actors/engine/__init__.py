@@ -1,8 +1,8 @@
 """The slot engine: what the rollout worker decodes with and the teacher worker scores with.
 
-One cache with a fixed number of slots, each at a position of its own (slots.py); on it, a token a row a step
-(decode.py) and a chunk a row a step (score.py); what may come next, as numbers (outcomes.py). Users of the
-engine import from here.
+One cache with a fixed number of slots, each at its own position (slots.py); on it, decoding of one token per row and
+step (decode.py) and scoring of one chunk per row and step (score.py); distributions over outcomes (outcomes.py).
+Users of the engine import from here.
 """
 
 from actors.engine.decode import ClosedChunk, Decoder, Finish

@@ -1,10 +1,10 @@
 """Continuous batching: rollouts are written token by token, one slot each, and leave in chunks.
 
 A slot freed by a stop or an end is refilled at the next step; this is where saved tokens become saved time.
-What a rollout draws depends on its seed and its position only: neither on its slot nor on who shares the
-batch, and a rollout resumed elsewhere goes on as it would have.
+What a rollout draws depends on its seed and its position only: neither on its slot nor on the rest of
+the batch, and a rollout resumed elsewhere continues with the same draws.
 
-The last token of a text is never in the cache: it is forwarded by the step that needs the logits behind it.
+The last token of a text is never in the cache: it is forwarded by the step that needs the logits after it.
 So prefill needs no logits, and a new, a resumed and a running rollout are the same thing to a decode step.
 """
 
@@ -128,7 +128,7 @@ class Decoder(TextSlots):
         """Give a rollout a slot.
 
         `prompt` int32 [m], m >= 1; `generated` int32 [n], the completion so far where the rollout is resumed:
-        it goes on at position n with the draws it would have had. `max_new_tokens` counts the whole
+        it continues at position n with the same draws. `max_new_tokens` counts the whole
         completion. `seed` is taken modulo 2**64. Raises ValueError where the lengths do not fit, a token is
         outside the vocabulary or the key is here already, RuntimeError where no slot is free.
         """
@@ -215,7 +215,7 @@ class Decoder(TextSlots):
         left = self._known - 1 - self._cached
         waiting = [slot for slot in self._slot.values() if at_work[slot] and left[slot] > 0]
         if self._alone:
-            # The prompt as for everyone; behind it one token a forward, which is how it was written.
+            # The prompt as usual; after it one token per forward, as it was written.
             waiting = waiting[:1]
             of_prompt = self._prompt - 1 - self._cached
             left = np.where(of_prompt > 0, of_prompt, left.clip(max=1))

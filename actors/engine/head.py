@@ -38,12 +38,12 @@ def widen_head(model: PreTrainedModel) -> None:
     """Let a model's head multiply in float32, in place: its parameters, their names and ties stay.
 
     Nothing changes where the head's weights are float32 or float64. A head that is not a plain `nn.Linear` (a
-    quantized one, say, or none that the model names) computes in a way of its own: it is left alone, with a warning.
+    quantized one, say, or none that the model names) is left unchanged, with a warning.
     """
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is nn.Linear:
         if head.weight.dtype in (torch.bfloat16, torch.float16):
-            # Its class and not the module: whoever holds it, and what hooks into it, keeps it.
+            # Change its class, not the module: references and hooks stay valid.
             head.__class__ = Float32Head
     elif not isinstance(head, Float32Head) and model.dtype in (torch.bfloat16, torch.float16):
         log.warning(
@@ -70,7 +70,7 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a product with a wider result there: on CUDA it has, on CPU it has not."""
+    """Whether torch has a product with a wider result on this device: yes on CUDA, no on CPU."""
     tiny = torch.zeros(8, 8, device=device, dtype=dtype)
     try:
         torch.mm(tiny, tiny, out_dtype=torch.float32)

@@ -84,7 +84,7 @@ def sampler(
 
 
 def engines_for(config: Config) -> Engines:
-    """The engines of a config; a shift of another run with the same config and models finds them loaded."""
+    """The engines of a config; a task of another run with the same config and models finds them loaded."""
     return _loaded(config.to_yaml(), _stamp(config.student.model), _stamp(config.teacher.model))
 
 
@@ -94,8 +94,8 @@ def _loaded(config_yaml: str, *_stamps: Stamp) -> Engines:
 
 
 def _stamp(model: str) -> Stamp:
-    """What tells that a model was written over: its files' names, inodes, sizes and times. None of one from the hub,
-    whose folder is named by its revision."""
+    """Names, inodes, sizes and times of a model's files, which change when it is overwritten. None for one from the
+    hub, whose folder is named by its revision."""
     if is_hub_id(model):
         return ()
     facts = ((path.name, path.stat()) for path in sorted(find_model(model).iterdir()))

@@ -1,4 +1,4 @@
-"""What may come next, as a distribution over outcomes.
+"""Distributions over outcomes.
 
 An outcome is a token, except that all stop ids U are one outcome, STOP: a base student may end with one token
 and an instruct teacher with another, and that is agreement (docs: KAT, divergence). STOP lives in the column

@@ -1,7 +1,7 @@
 """The teacher's side: chunks are scored in the order they were written, a slot per rollout.
 
 A rollout's slot holds the text up to its last scored token, and all of it but that token is in the cache: the
-logits behind that token are what the next chunk's first token is scored with, so it is forwarded with the
+logits after that token are what the next chunk's first token is scored with, so it is forwarded with the
 next chunk. Where the cache does not hold a rollout at the chunk's start, it is rebuilt from the prompt and
 the tokens before the chunk; what the slot already has in common with them is kept.
 """
@@ -42,7 +42,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What the teacher says of a chunk.
+    """The teacher's scores of a chunk.
 
     teacher_logprobs: float32 [n, K+1] on the student's support, column 0 STOP's. tail_logprobs: float32 [n],
     or None where the support is everything. sampled: float32 [n], of the token that was drawn (of STOP where
@@ -134,13 +134,13 @@ class Scorer(TextSlots):
         return -1 if slot is None else int(self._known[slot] - self._prompt[slot])
 
     def drop(self, key: str) -> None:
-        """Forget a rollout; one that is not held is no error."""
+        """Forget a rollout; does nothing if it is not held."""
         slot = self._slot.pop(key, None)
         if slot is not None:
             self._unused.append(slot)
 
     def forget(self) -> None:
-        """Drop all rollouts, and what slots still hold of their texts: the next score is computed from nothing."""
+        """Drop all rollouts, and what slots still hold of their texts: the next score is computed without a cache."""
         self._slot.clear()
         self._unused = list(range(len(self._known)))
         self._cached[:] = 0
@@ -247,7 +247,7 @@ class Scorer(TextSlots):
     def _seat(self, run: _Run) -> None:
         """Give a run its slot, with all of its text.
 
-        What the slot has forwarded of the same text stays, even another rollout's: of the same prompt, say.
+        What the slot has forwarded of the same text stays, even another rollout's, for example of the same prompt.
         """
         slot = self._slot.get(run.key)
         if slot is None:

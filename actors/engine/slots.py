@@ -1,11 +1,11 @@
-"""A causal language model whose cache has slots, each at a position of its own.
+"""A causal language model whose cache has slots, each at its own position.
 
 `SlotModel.forward` runs any subset of the slots, each from its own position on; rows of different lengths are
 padded on the right. What makes that safe is one rule: **padding and idle rows write to a scrap position that
 no query can see**, so a cache row only ever holds what was written for it, and only as far as its owner
 counts.
 
-Works on whatever device and in whatever dtype the model has. Nothing here knows of rollouts.
+Works on whatever device and in whatever dtype the model has. Rollouts are unknown here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class UnsupportedModelError(ModelError):
 
 
 def check_full_attention(config: Any) -> None:
-    """Refuse a model that has a layer without full causal attention of its own.
+    """Refuse a model that has a layer without its own full causal attention.
 
     `config` is a transformers configuration. Raises UnsupportedModelError that names the first such layer and
     its type.
@@ -150,7 +150,7 @@ def _resized(stored: Any, slots: int) -> Tensor:
 
 
 class SlotCache(Cache):
-    """A transformers cache of slots; `aim` says which rows the next forward is for and where it writes."""
+    """A transformers cache of slots; `aim` sets the rows of the next forward and where it writes."""
 
     def __init__(self, layers: int, slots: int, capacity: int) -> None:
         self._slot_layers = [SlotLayer(slots, capacity) for _ in range(layers)]
@@ -241,7 +241,7 @@ class SlotModel:
 
     @torch.inference_mode()
     def clear(self, rows: IntArray) -> None:
-        """Forget what slots hold, to the last number: what is not finite there would reach whoever comes next."""
+        """Zero the slots: values that are not finite would reach the next rollout through masked positions."""
         self._cache.clear(self._send(rows))
 
     @torch.inference_mode()
@@ -280,7 +280,7 @@ class SlotModel:
         """Copy weights into the model in place; what the cache holds stays.
 
         Every name of the model must be there, except one that shares its tensor with a name that is. Raises
-        ValueError that says what is missing, unknown, of another shape or at odds with what it is tied to;
+        ValueError naming what is missing, unknown, of another shape or different from the tensor that it is tied to;
         nothing has changed then.
         """
         own: dict[str, Tensor] = self.model.state_dict()
@@ -302,7 +302,7 @@ class SlotModel:
 
 
 def _use_sdpa(model: PreTrainedModel) -> None:
-    """A boolean mask means what it says to sdpa; eager attention would add it."""
+    """sdpa reads a boolean mask as a mask; eager attention would add it."""
     if model.config._attn_implementation != "sdpa":
         with suppress(ValueError):  # raised by some models that have none; others stay as they are
             model.set_attn_implementation("sdpa")
@@ -329,7 +329,7 @@ def rectangles(goals: Iterable[int], budget: int) -> list[int]:
 
 
 def padded(pieces: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-    """Rows of different lengths side by side: [len(pieces), longest, ...], zeros behind each."""
+    """Rows of different lengths side by side: [len(pieces), longest, ...], zeros after each."""
     out = np.zeros((len(pieces), max(map(len, pieces)), *pieces[0].shape[1:]), dtype=dtype)
     for row, piece in zip(out, pieces, strict=True):
         row[: len(piece)] = piece
@@ -358,7 +358,7 @@ def self_test(model: PreTrainedModel, *, vocab_size: int, seed: int = 0) -> floa
         ids = torch.from_numpy(texts[row : row + 1, :length]).to(model.device)
         plain: Tensor = slots.model(input_ids=ids, use_cache=False).logits[0, -1].float()
         differs = float((got[row] - plain).abs().max() / plain.abs().max().clamp(min=1.0))
-        worst = worst if differs <= worst else differs  # what is no number is the worst; max() would lose it
+        worst = worst if differs <= worst else differs  # NaN is the worst; max() would lose it
     limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     if not worst <= limit:
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""How a config is read: once, from YAML, `--set a.b=c` on top, validated whole. What may change on `--resume`."""
+"""Reads a config: once, from YAML, with `--set a.b=c` on top, fully validated. Checks what `--resume` may change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from common import policy_names
 from common.config.sections import Benchmark, Config, Redis, Section
 
 MAX_CONFIG_BYTES = 1 << 20
-# PyYAML lets what its own constructors raise through: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
+# PyYAML passes on what its constructors raise: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
 # 2001-99-99 a ValueError, a character beyond Unicode an OverflowError.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 _MAX_NUMBER_LENGTH = 400
@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and put `a.b=c` overrides on top. Imports no policy: whoever judges does (`common.policies`).
+    """Read a YAML config and apply `a.b=c` overrides. Imports no policy; commands that judge do (`common.policies`).
 
     A policy that is named by its file gets the file's absolute path: it is looked for beside the config, then in the
     working directory.
@@ -54,7 +54,7 @@ def _with_policy_located(config: Config, folder: Path) -> Config:
 
 
 def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
-    """`load` for text at hand (a run's `config.yaml`, the config key of a run in Redis)."""
+    """`load` for a text (a run's `config.yaml`, the config key of a run in Redis)."""
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{source}: {len(raw)} bytes; a config has at most {MAX_CONFIG_BYTES}")
     try:
@@ -69,8 +69,8 @@ def parse(raw: bytes | str, overrides: Sequence[str] = (), *, source: str = "con
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what makes a few bytes cost minutes or gigabytes: merge keys multiply what they name, and numbers
-    of base 60 (1:1:1…) grow with the square of their length."""
+    """YAML without the features by which a few bytes cost minutes or gigabytes: merge keys multiply what they name, and
+    the time for numbers of base 60 (1:1:1…) grows with the square of their length."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice", node.start_mark)
         return mapping
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
@@ -119,7 +119,7 @@ def _validated(model: type[S], tree: dict[str, Any], source: str) -> S:
 
 
 def _widen(value: Any, model: Any) -> Any:
-    """YAML reads `1e-6` as text and `1` as an integer: both stand for a float where a float is wanted."""
+    """YAML reads `1e-6` as text and `1` as an integer: both are converted where a float is expected."""
     if not isinstance(value, dict):
         return value
     result: dict[Any, Any] = {}
@@ -192,7 +192,7 @@ def _names() -> list[str]:
 
 
 def _nearest(where: str) -> str:
-    if where.startswith("eval.data."):  # a benchmark: its name is anyone's
+    if where.startswith("eval.data."):  # a benchmark: the user chooses its name
         return f"; a benchmark has the keys {', '.join(Benchmark.model_fields)}"
     known = _names()
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
@@ -228,7 +228,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
 
 
 def resumable(*, deterministic: bool) -> frozenset[str]:
-    """Keys that `--resume` may change, as they are marked in `sections.py`."""
+    """Keys that `--resume` may change, as marked in `sections.py`."""
     allowed = {"always"} if deterministic else {"always", "unless deterministic"}
     return frozenset(name for name, field in _fields(Config, "") if _mark(field) in allowed)
 

@@ -1,5 +1,4 @@
-"""The sections of the config tree: every key with its default, its limits and its meaning. How a file becomes one of
-these stands in `loading.py`.
+"""The sections of the config tree: every key with its default, limits and meaning. `loading.py` reads a file into it.
 
 A key's meaning is its `Field` description; the table of docs/configuration.md is made from these, and a test compares
 the two. What `--resume` may change is marked on the key.
@@ -20,9 +19,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 TemplateColumn = Literal["tools", "documents", "chat_template_kwargs"]
 
-# A key that `--resume` may change: where and how long things run. All others decide what is already on record.
+# A key that `--resume` may change: where and how long things run. The record of a run depends on all others.
 _RESUMABLE: dict[str, JsonValue] = {"resumable": "always"}
-# The same, but it decides in which order floats are summed.
+# The same, but it changes the order in which floats are summed.
 _UNLESS_DETERMINISTIC: dict[str, JsonValue] = {"resumable": "unless deterministic"}
 
 
@@ -31,11 +30,11 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check_text(self) -> Self:
-        """YAML does not bring back all line separators as they were, and no path has a zero byte in it."""
+        """YAML does not preserve all line separators, and a path cannot contain a zero byte."""
         for name, value in self:
             for text in [*value, *value.values()] if isinstance(value, dict) else [value]:
                 if isinstance(text, str) and not text.isprintable():
-                    raise ValueError(f"{name}: a character in it cannot be printed, such as a line break")
+                    raise ValueError(f"{name}: contains a character that cannot be printed, such as a line break")
         return self
 
 
@@ -68,45 +67,45 @@ class Teacher(Section):
 
 class Data(Section):
     task: str = Field("arithmetic", description="`arithmetic` (built in), or `dataset`: rows of `data.path`.")
-    options: dict[str, int] = Field(default_factory=dict, description="Sizes handed to the task `arithmetic`.")
+    options: dict[str, int] = Field(default_factory=dict, description="Sizes for the task `arithmetic`.")
     path: str | None = Field(
         None,
         description="Task `dataset`: a JSONL or Parquet file, a folder of them, or what `Dataset.save_to_disk` wrote.",
     )
     prompt_key: str = Field(
-        "prompt", min_length=1, description="Column of the prompt, text or chat messages; dots lead into nested ones."
+        "prompt", min_length=1, description="Column of the prompt, text or chat messages; dots select nested columns."
     )
     answer_key: str = Field(
-        "answer", min_length=1, description="Column of the answer; of a worked solution, its \\boxed{} or #### counts."
+        "answer", min_length=1, description="Column of the answer; in a worked solution its \\boxed{} or #### is used."
     )
     verifier: Literal["math-verify", "exact", "none"] = Field(
-        "math-verify", description="Who judges completions: `math-verify`, `exact` (equal text) or `none` (nobody)."
+        "math-verify", description="What judges completions: `math-verify`, `exact` (equal text) or `none`."
     )
     chat: bool = Field(
-        False, description="Prompts go through the tokenizer's chat template; text is one message of the user."
+        False, description="Prompts go through the tokenizer's chat template; a text becomes one user message."
     )
     template: str | None = Field(
         None,
-        description="Chat: which of the tokenizer's named templates; null: `default`, and `tool_use`, where there is "
-        "one, for a row with tools.",
+        description="Chat: which of the tokenizer's named templates; null: `default`, and for a row with tools "
+        "`tool_use`, if there is one.",
     )
     template_options: dict[str, bool | str] = Field(
-        default_factory=dict, description="Switches handed to the chat template, such as enable_thinking, date_string."
+        default_factory=dict, description="Switches for the chat template, such as enable_thinking, date_string."
     )
     template_columns: list[TemplateColumn] = Field(
         default_factory=lambda: [*get_args(TemplateColumn)],
-        description="Chat: columns beside the prompt that go to the template in rows that have them.",
+        description="Chat: columns besides the prompt that go to the template, in rows that have them.",
     )
-    system_prompt: str | None = Field(None, description="Chat: system message of prompts that have none of their own.")
-    prompt_suffix: str = Field("", description="Text put behind every prompt, or behind its last message of a user.")
+    system_prompt: str | None = Field(None, description="Chat: system message of prompts that have none.")
+    prompt_suffix: str = Field("", description="Text appended to every prompt; in a chat, to the last user message.")
     too_long: Literal["error", "skip"] = Field(
-        "error", description="A row whose prompt is above max_prompt_length is an error, or is left out."
+        "error", description="A row whose prompt is longer than max_prompt_length is an error, or is left out."
     )
     special_tokens: Literal["refuse", "skip"] = Field(
         "refuse", description="Chat: a row that spells a special token is an error, or is left out."
     )
     num_generations: int = Field(1, ge=1, description="Rollouts for each prompt.")
-    max_prompt_length: int = Field(64, ge=1, description="Longest prompt in tokens; `data.too_long` says what then.")
+    max_prompt_length: int = Field(64, ge=1, description="Longest prompt, in tokens; see `data.too_long`.")
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -116,14 +115,14 @@ class Data(Section):
             if getattr(self, name) and not self.chat:
                 raise ValueError(f"{name} is for chat templates: it needs chat: true")
         if self.special_tokens == "skip" and not self.chat:
-            raise ValueError("special_tokens: skip needs chat: true; in a text special tokens are left to you")
+            raise ValueError("special_tokens: skip needs chat: true; plain texts are not checked for special tokens")
         if len(set(self.template_columns)) != len(self.template_columns):
             raise ValueError("template_columns: a column is named twice")
         return self
 
 
 class Rollout(Section):
-    dtype: Dtype = Field("float32", description="Student's dtype while it writes; weights are published in it.")
+    dtype: Dtype = Field("float32", description="Student's dtype in generation; weights are published in it.")
     device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of a rollout worker.")
     threads: int = Field(
         1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of a rollout worker (CPU)."
@@ -132,7 +131,7 @@ class Rollout(Section):
         1, ge=1, json_schema_extra=_RESUMABLE, description="Rollout workers that `katana run` starts on this machine."
     )
     slots: int = Field(32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts a worker writes at a time.")
-    prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one filling forward pass.")
+    prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one prefill pass.")
     chunk_tokens: int = Field(16, ge=1, description="Tokens of a full chunk.")
     max_unscored_chunks: int = Field(2, ge=1, description="Chunks a rollout may be ahead of the teacher.")
     max_completion_length: int = Field(192, ge=1, description="Most tokens of a rollout.")
@@ -140,8 +139,8 @@ class Rollout(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
     stop_set: Literal["union", "student"] = Field(
         "union",
-        description="What ends a rollout, as one outcome: stop ids of both models, or (to show what that costs) only "
-        "the student's own.",
+        description="What ends a rollout, as one outcome: the stop ids of both models, or only the student's (to "
+        "measure the cost of that).",
     )
 
 
@@ -153,11 +152,13 @@ class Termination(Section):
         "`package.module:ClassName` (docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
-        "stop", description="A cut stops the writing, or only leaves the tokens behind it out of the loss."
+        "stop", description="A cut stops the writing, or only leaves the tokens after it out of the loss."
     )
-    shadow: bool = Field(False, description="Verdicts are recorded and none is applied: all is written and trained.")
+    shadow: bool = Field(
+        False, description="Verdicts are recorded and not applied: everything is written and trained on."
+    )
     window: int = Field(64, ge=1, description="W: tokens in a window.")
-    patience: int = Field(4, ge=1, description="C: consecutive windows below the threshold that trigger.")
+    patience: int = Field(4, ge=1, description="C: consecutive windows below the threshold that trigger a cut.")
     stride: int = Field(1, ge=1, description="Tokens between evaluated windows.")
     grace_tokens: int = Field(0, ge=0, description="Tokens at the start that no window covers.")
     eta: float = Field(0.3, gt=0, lt=1, description="η: the threshold is the (1 − η) quantile of window minima.")
@@ -167,10 +168,10 @@ class Termination(Section):
     warmup_steps: int = Field(50, ge=0, description="Policy version from which the rule may be active.")
     control_fraction: float = Field(0.05, ge=0, le=1, description="Share of rollouts that are never stopped.")
     calibrate_on: Literal["control", "completed", "all"] = Field(
-        "control", description="Whose minima fill the buffer once the rule is active."
+        "control", description="Rollouts whose minima fill the buffer once the rule is active."
     )
     control_trains: Literal["kept", "whole"] = Field(
-        "kept", description="What is trained of a control rollout: what the policy would have kept, or all."
+        "kept", description="Trained tokens of a control rollout: those the policy would have kept, or all."
     )
     fixed_tokens: int = Field(64, ge=1, description="Policy `fixed`: tokens kept; `scheduled`: kept at step 0.")
     scheduled_tokens: int = Field(192, ge=1, description="Policy `scheduled`: tokens kept from `scheduled_steps` on.")
@@ -214,8 +215,8 @@ class Termination(Section):
             raise ValueError("policy random_matched needs hazard: `katana match RUN` makes it from a run of kat")
         if self.policy == "scheduled" and self.scheduled_tokens < self.fixed_tokens:
             raise ValueError(
-                f"scheduled_tokens {self.scheduled_tokens} is below fixed_tokens {self.fixed_tokens}, "
-                f"and a schedule grows"
+                f"scheduled_tokens {self.scheduled_tokens} is below fixed_tokens {self.fixed_tokens}; "
+                f"a schedule must grow"
             )
         if calibrated and self.calibrate_on == "control" and self.control_fraction == 0:
             raise ValueError(
@@ -237,15 +238,16 @@ class Loss(Section):
     denominator: Literal["kept", "sequence", "generated"] = Field(
         "kept",
         description="Mean over the batch's kept tokens; mean over sequences of their means; or the sum over kept "
-        "tokens divided by the tokens generated (of what was stopped: up to the trigger).",
+        "tokens divided by the tokens generated (up to the trigger, for stopped rollouts).",
     )
     weighting: Literal["uniform", "random_drop", "position"] = Field(
         "uniform",
-        description="How kept tokens count: alike; a random share of them (`retention`); or less and less by position.",
+        description="Weight of kept tokens: all equal; a random share of them (`retention`); or decreasing with "
+        "position.",
     )
     retention: float = Field(1.0, gt=0, le=1, description="`random_drop`: share of kept tokens that count.")
     position_half_life: float = Field(
-        64.0, gt=0, description="`position`: tokens after which a token counts half as much."
+        64.0, gt=0, description="`position`: tokens after which the weight of a token has halved."
     )
     ratio_clip: float | None = Field(
         None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_sampled; null: not clipped."
@@ -266,8 +268,8 @@ class LearnerSettings(Section):
         None,
         ge=1,
         json_schema_extra=_RESUMABLE,
-        description="The run ends with the step at which the rollout workers have written so many tokens, kept or not, "
-        "in both arms; learning rate and warm-up follow this count, not the steps. null: max_steps alone.",
+        description="The run ends with the step at which the rollout workers have written this many tokens, kept or "
+        "not, in both arms; learning rate and warm-up follow this count, not the steps. null: max_steps alone.",
     )
     batch_size: int = Field(32, ge=1, description="Trajectories of a step.")
     micro_batch_tokens: int = Field(
@@ -316,13 +318,13 @@ class Checkpoints(Section):
         10,
         ge=1,
         json_schema_extra=_RESUMABLE,
-        description="Steps between checkpoints; only they acknowledge what was trained.",
+        description="Steps between checkpoints; trained trajectories are acknowledged only by a checkpoint.",
     )
     keep: int = Field(2, ge=1, json_schema_extra=_RESUMABLE, description="Checkpoints kept.")
 
 
 class Benchmark(Section):
-    """One of `eval.data`. What is null is as in `data` and `eval`."""
+    """One of `eval.data`. null: as in `data` and `eval`."""
 
     path: str = Field(description="As data.path.")
     prompt_key: str | None = Field(None, min_length=1, description="null: data.prompt_key.")
@@ -353,7 +355,7 @@ class Eval(Section):
     def _check_names(cls, data: dict[str, Benchmark]) -> dict[str, Benchmark]:
         for name in data:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
-                raise ValueError(f"{name!r} is no name for a benchmark; allowed: letters, digits, '-' and '_'")
+                raise ValueError(f"{name!r} is not a name for a benchmark; allowed: letters, digits, '-' and '_'")
         return data
 
 
@@ -365,7 +367,7 @@ class FeederSettings(Section):
         description="Rollouts being written at a time; null: 1.25 × the slots of the live workers.",
     )
     record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
-    record_audit: bool = Field(False, description="Write who wrote which chunk to audit.jsonl, for the checker.")
+    record_audit: bool = Field(False, description="Write the writer of each chunk to audit.jsonl, for the checker.")
 
 
 _REDIS_URL = re.compile(
@@ -376,7 +378,7 @@ _TLS_FILES = ("ca_file", "cert_file", "key_file")
 
 class Redis(Section):
     url: str | None = Field(
-        None, json_schema_extra=_RESUMABLE, description="Data Redis; null: an own embedded one (`katana run` only)."
+        None, json_schema_extra=_RESUMABLE, description="Data Redis; null: an embedded one (`katana run` only)."
     )
     broker_url: str | None = Field(
         None, json_schema_extra=_RESUMABLE, description="Celery's broker; null: database 1 of `url`."
@@ -397,7 +399,7 @@ class Redis(Section):
         description="`rediss://`: PEM file of the authority that signed the servers' certificates.",
     )
     cert_file: str | None = Field(
-        None, json_schema_extra=_RESUMABLE, description="`rediss://`: PEM file of a certificate to show to the servers."
+        None, json_schema_extra=_RESUMABLE, description="`rediss://`: PEM file of the client certificate."
     )
     key_file: str | None = Field(
         None, json_schema_extra=_RESUMABLE, description="`rediss://`: PEM file of the key to `cert_file`."
@@ -410,13 +412,13 @@ class Redis(Section):
     @field_validator("url", "broker_url")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
-        # What is refused is not shown: there may be a password in it.
+        # The refused URL is not shown: it may contain a password.
         if url is None or _REDIS_URL.fullmatch(url):
             return url
         if "@" in url or "password" in url:
             raise ValueError(
-                "user and password do not belong into a URL, which is logged and stored with the run: "
-                "name them by redis.username and redis.password_file"
+                "user and password do not belong in a URL, which is logged and stored with the run: "
+                "set redis.username and redis.password_file"
             )
         raise ValueError("allowed: redis://HOST:PORT/DB, rediss://HOST:PORT/DB (TLS), unix:///PATH?db=DB")
 
@@ -424,13 +426,13 @@ class Redis(Section):
     def _check_access(self) -> Redis:
         given = [name for name in ("username", "password_file", *_TLS_FILES) if getattr(self, name) is not None]
         if given and self.url is None:
-            raise ValueError(f"{given[0]} needs redis.url; the embedded Redis lets nobody in but its own user")
+            raise ValueError(f"{given[0]} needs redis.url; the embedded Redis accepts only the user that started it")
         if self.username is not None and self.password_file is None:
-            raise ValueError("username needs password_file: a user without a password is not let in")
+            raise ValueError("username needs password_file: a user without a password is refused")
         for name in ("username", "password_file"):
             left = (getattr(self, name) or "").replace("{role}", "")
             if "{" in left or "}" in left:
-                raise ValueError(f"{name}: {{role}} is all that is filled in; other braces are not allowed")
+                raise ValueError(f"{name}: only {{role}} is filled in; other braces are not allowed")
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("cert_file and key_file need each other")
         tls = any((url or "").startswith("rediss://") for url in (self.url, self.broker_url))
@@ -450,7 +452,7 @@ class Redis(Section):
         return f"{scheme}://{rest.partition('/')[0]}/1"
 
     def access(self, role: str) -> dict[str, str | None]:
-        """Who a role is to both servers, and how they are checked: keyword arguments of `streams.connect`."""
+        """A role's credentials for both servers, and how their certificates are checked: keywords of `connect`."""
         filled = {name: getattr(self, name) for name in ("username", "password_file", *_TLS_FILES)}
         return {name: value and value.replace("{role}", role) for name, value in filled.items()}
 
@@ -460,20 +462,25 @@ class Liveness(Section):
         2.0, gt=0, json_schema_extra=_RESUMABLE, description="Seconds between a worker's heartbeats."
     )
     claim_s: float = Field(
-        8.0, gt=0, json_schema_extra=_RESUMABLE, description="Silent seconds after which another worker takes over."
+        8.0, gt=0, json_schema_extra=_RESUMABLE, description="Seconds of silence after which another worker takes over."
     )
     busy_s: float = Field(
         600.0,
         gt=0,
         json_schema_extra=_RESUMABLE,
-        description="How long a worker or the learner may be at one piece of work (a forward, reading weights, a "
-        "checkpoint) and still say that it lives.",
+        description="How long a worker or the learner may spend in one operation (a forward, reading weights, a "
+        "checkpoint) and still send heartbeats.",
     )
     lease_s: float = Field(3.0, gt=0, json_schema_extra=_RESUMABLE, description="Lease of feeder and arbiter.")
     learner_lease_s: float = Field(
         10.0, gt=0, json_schema_extra=_RESUMABLE, description="Lease of the learner; renewed between micro-batches."
     )
-    shift_s: float = Field(3600.0, gt=0, json_schema_extra=_RESUMABLE, description="Longest Celery shift.")
+    shift_s: float = Field(
+        3600.0,
+        gt=0,
+        json_schema_extra=_RESUMABLE,
+        description="Longest duration of a worker task (Celery), in seconds.",
+    )
     max_attempts: int = Field(
         3, ge=1, json_schema_extra=_RESUMABLE, description="Failures without progress before a rollout is dead."
     )
@@ -491,7 +498,7 @@ class Liveness(Section):
         if self.busy_s < self.claim_s:
             raise ValueError(
                 f"busy_s {self.busy_s:g} is under claim_s {self.claim_s:g}: declared work would be given less time "
-                f"than a turn of the loop"
+                f"than an iteration of the loop"
             )
         return self
 
@@ -513,13 +520,13 @@ class Config(Section):
         description="Name of the run.",
     )
     runs_dir: str = Field(
-        "runs", json_schema_extra=_RESUMABLE, description="Where runs' folders lie; shared by all hosts."
+        "runs", json_schema_extra=_RESUMABLE, description="Folder of the runs' folders; shared by all hosts."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of data, arms, sampling and torch.")
     deterministic: bool = Field(
         False,
-        description="For reproducing, many times slower: every run on this machine, also one that was interrupted and "
-        "resumed, ends with the same weights, bit for bit. Batch after batch, every row by itself.",
+        description="A run, resumed or not, ends with the same weights, bit for bit, on the same machine. Generation "
+        "is about 11 times slower: there is one batch at a time, and rows are not computed together.",
     )
     student: Student
     teacher: Teacher
@@ -537,7 +544,7 @@ class Config(Section):
     tracking: list[Tracker] = Field(
         default_factory=list,
         json_schema_extra=_RESUMABLE,
-        description="Experiment trackers to show the run in: `tensorboard`, `wandb`.",
+        description="Experiment trackers: `tensorboard`, `wandb`.",
     )
 
     @field_validator("tracking")
@@ -571,9 +578,9 @@ class Config(Section):
 
     def _check_data(self) -> None:
         if self.eval.data and self.data.task != "dataset":
-            raise ValueError(f"eval.data needs data.task: dataset; the task {self.data.task!r} has problems of its own")
+            raise ValueError(f"eval.data needs data.task: dataset; the task {self.data.task!r} has its own problems")
         if self.data.task == "dataset" and self.eval.every_steps and not self.eval.data:
-            raise ValueError("task dataset holds no rows out: name benchmarks in eval.data, or eval.every_steps: 0")
+            raise ValueError("task dataset holds no rows out: name benchmarks in eval.data, or set eval.every_steps: 0")
         if self.eval.data and self.data.verifier == "none":
             raise ValueError("eval.data needs a verifier; data.verifier is none")
 
@@ -581,19 +588,19 @@ class Config(Section):
         if self.learner.max_generated_tokens is not None:
             raise ValueError(
                 f"learner.max_generated_tokens is {self.learner.max_generated_tokens}; with deterministic only null is "
-                f"allowed: how much the workers have written at a step is a matter of timing"
+                f"allowed: how much the workers have written at a step depends on timing"
             )
         if self.learner.weight_sync_steps != 1:
             raise ValueError(
                 f"learner.weight_sync_steps is {self.learner.weight_sync_steps}; with deterministic only 1 is allowed: "
-                f"each batch is written by the weights that the one before has trained"
+                f"each batch is written with the weights of the step before"
             )
         for name in ("rollout", "teacher", "learner"):
             device = getattr(self, name).device
             if device != "cpu":
                 raise ValueError(
-                    f"{name}.device is {device!r}; with deterministic only 'cpu' is allowed: on other devices sums are "
-                    f"taken in no fixed order"
+                    f"{name}.device is {device!r}; with deterministic only 'cpu' is allowed: other devices sum in no "
+                    f"fixed order"
                 )
 
     @property

@@ -212,7 +212,7 @@ class Audit(Record):
     """A rollout's hash at the time of booking."""
 
     rid: str
-    owners: list[tuple[str, int]]  # nonce and first chunk of every take, in order
+    owners: list[tuple[str, int]]  # nonce and first chunk of every owner, in order
     chunks: list[Chunk]
     threshold: str | None
     verdict: bool

@@ -1,4 +1,4 @@
-"""A client of Redis: password, TLS, and how long an answer is waited for."""
+"""A client of Redis: password, TLS, timeout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redis.retry import Retry
 
 from common.config import ConfigError
 
-_ANSWER_S = 5.0  # how long a connection waits for an answer
+_ANSWER_S = 5.0  # how long a connection waits for a reply
 
 
 def connect(
@@ -23,7 +23,7 @@ def connect(
     cert_file: str | None = None,
     key_file: str | None = None,
 ) -> redis.Redis:
-    """A client that never repeats a command by itself: whoever calls decides what is safe to repeat.
+    """A client that never repeats a command by itself: the caller decides what is safe to repeat.
 
     Raises ConfigError for a password or certificate file that cannot be read.
     """
@@ -50,8 +50,8 @@ def read_password(path: str | None) -> str | None:
 
 
 def tls_options(url: str, *, ca_file: str | None, cert_file: str | None, key_file: str | None) -> dict[str, Any]:
-    """What redis-py's connections, Celery's among them, are told of TLS. The server's certificate is always checked,
-    and that it is for the host in the URL. Raises ConfigError."""
+    """TLS options of redis-py's connections, Celery's included. The server's certificate and host name are always
+    checked. Raises ConfigError."""
     if not url.startswith("rediss://"):
         return {}
     named = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}

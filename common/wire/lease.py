@@ -29,7 +29,7 @@ class LeaseLost(RuntimeError):
 class Lease:
     """The right of one process to act in a role.
 
-    Its token goes into every script of that role, and is the name under which the holder reads its stream.
+    Its token goes into every script of that role, and is the holder's consumer name in its stream.
     """
 
     def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
@@ -38,7 +38,7 @@ class Lease:
         self._renew_at = self._adopt_at = 0.0
 
     def acquire(self, stop: threading.Event, wait_s: float = 30.0) -> None:
-        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when told to stop."""
+        """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when asked to stop."""
         began = time.monotonic()
         while self._plane.call(self._call("take")) is not Leased.OK:
             if time.monotonic() - began > wait_s + self._ms / 1000:
@@ -48,7 +48,7 @@ class Lease:
         self._renew_at = time.monotonic() + self._ms / 3000
 
     def keep(self) -> None:
-        """Called at every turn: renew when a third of the lease is over. Raises LeaseLost."""
+        """Called at every iteration: renew when a third of the lease is over. Raises LeaseLost."""
         metrics.turned(self._role)
         if time.monotonic() >= self._renew_at:
             self._renew()
@@ -59,17 +59,17 @@ class Lease:
         self._renew_at = time.monotonic() + self._ms / 3000
 
     def beat(self) -> None:
-        """Renew once, beside the loop of a holder that may be at one long piece of work. Safe from any thread; a lease
-        that somebody else has is left to him, and the loop finds out."""
+        """Renew once, from a thread, while the holder's loop may be busy with one long operation. If another process
+        has the lease, this does nothing, and the loop notices."""
         metrics.turned(self._role)
         self._plane.once(self._call("renew"))
 
     @contextlib.contextmanager
     def exclusively(self, path: Path) -> Iterator[None]:
-        """Hold the lock on a file, the lease checked inside: for what a holder writes to the run's folder.
+        """Hold the lock on a file, with the lease checked inside: for a holder's writes to the run's folder.
 
-        Redis fences its own writes, a disk does not. A former holder that was paused either is inside, and whoever
-        comes next waits for it, or finds here that it has lost the lease. Raises LeaseLost.
+        Redis fences its own writes, a disk does not. A former holder that was paused either has the lock, and its
+        successor waits for it, or it finds here that it has lost the lease. Raises LeaseLost.
         """
         with locked(path, self.keep):
             self._renew()
@@ -86,7 +86,7 @@ class Lease:
             fenced = [call.by(self._role, self.token) for call in calls[len(replies) :]]
             for reply in self._plane.call_all(fenced):
                 if reply is None:
-                    break  # those behind a refusal may have come through, and are fenced: in order, they are run again
+                    break  # those after a refusal may have been run, and are fenced: all are run again, in order
                 replies.append(reply)
             if len(replies) == len(calls):
                 return replies
@@ -97,9 +97,9 @@ class Lease:
         self.call(scripts.advance(what, value))
 
     def adopt(self, stream: str, group: str) -> list[Entry]:
-        """Take over what former holders of this lease were given and have not acknowledged, in the stream's order.
+        """Take over the pending entries of former holders of this lease, in the stream's order.
 
-        At the start, and again about once a second (`adoption_due`): one that was paused may still read.
+        Called at the start, and about once a second (`adoption_due`): a former holder that was paused may still read.
         """
         self._adopt_at = time.monotonic() + 1.0
         failed = self._plane.failed_calls
@@ -109,7 +109,7 @@ class Lease:
             found += entries
             if len(entries) < _ADOPT_AT_A_TIME:
                 if self._plane.failed_calls != failed:
-                    # A call whose answer was lost may have made entries ours, which the next one does not name.
+                    # A call whose reply was lost may have made entries ours, which the next one does not name.
                     self._plane.read_again(stream, self.token)
                 return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
 

@@ -1,8 +1,8 @@
 """Every record on the wire, with its producer and consumer. msgpack; arrays as raw little-endian bytes.
 
 A decoder accepts exactly what its encoder writes: known fields, sizes that fit each other, finite floats, token ids
-from 0 to 2^31 - 1. Anything else is `MessageError`, and nothing else is ever raised. Reading stops at the first
-list that no field calls for: what a record costs, whatever it holds, is its own size and little more.
+from 0 to 2^31 - 1. Anything else raises `MessageError`; no other exception is ever raised. Reading stops at the first
+list that no field needs, so decoding costs little more memory than the size of the record.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Record:
     KIND: ClassVar[str]
 
     def encode(self) -> bytes:
-        """Raises MessageError if the record is not valid: what is broken is not sent."""
+        """Raises MessageError if the record is not valid: a broken record is not sent."""
         packed = [_pack(getattr(self, field.name), field) for field in self._fields()]
         self._check()
         data: bytes = msgpack.packb([self.KIND, *packed], use_bin_type=True)
@@ -80,7 +80,7 @@ class _Record:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Raises MessageError, and nothing else, on anything that `encode` would not have written."""
+        """Raises MessageError, and nothing else, for anything that `encode` would not have written."""
         wanted = cls._fields()
         values = _unpack(data, cls.KIND, wanted)
         record = cls(*(_coerce(value, field) for value, field in zip(values, wanted, strict=True)))
@@ -131,8 +131,8 @@ def _unpack(data: bytes, kind: str, wanted: tuple[_Field, ...]) -> list[Any]:
 
 
 def _at_most(lists: int, kind: str) -> Callable[[list[Any]], list[Any]]:
-    """For msgpack's list_hook. An empty list is one byte in a record and 64 in memory: a record that is full of them
-    would be an eightieth of what it unpacks to, if nobody counted."""
+    """For msgpack's list_hook. An empty list is one byte in a record and 64 in memory: without a limit a record full of
+    them would unpack to eighty times its size."""
     left = lists
 
     def count(values: list[Any]) -> list[Any]:
@@ -189,13 +189,13 @@ def _floats(array: Floats, shape: tuple[int, ...], name: str) -> None:
 
 def _logprobs(array: Floats, shape: tuple[int, ...], name: str) -> None:
     _floats(array, shape, name)
-    # Log-probabilities of float32 logits come out a rounding above zero at most.
+    # Rounding can put log-probabilities of float32 logits slightly above zero.
     _need(bool((array <= 1e-3).all()), f"{name}: a log-probability above 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutHead(_Record):
-    """feeder → rollout worker, teacher worker, arbiter, learner. What is to be written."""
+    """feeder → rollout worker, teacher worker, arbiter, learner. The task of a rollout."""
 
     KIND: ClassVar[str] = "head"
     rid: str
@@ -203,7 +203,7 @@ class RolloutHead(_Record):
     problem: int  # index into the task's training split
     seed: int  # of this rollout's draws, 0 … 2^63 - 1
     max_new_tokens: int
-    step: int | None  # whose weights must write it; None: any
+    step: int | None  # the step whose weights must write it; None: any
     prompt: Ints  # [m]
 
     def _check(self) -> None:
@@ -216,7 +216,7 @@ class RolloutHead(_Record):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkTokens(_Record):
-    """rollout worker → teacher worker, arbiter, learner. The part of a chunk that everyone reads."""
+    """rollout worker → teacher worker, arbiter, learner. The part of a chunk that all of them read."""
 
     KIND: ClassVar[str] = "tokens"
     seq: int
@@ -224,7 +224,7 @@ class ChunkTokens(_Record):
     policy_version: int
     finish: str | None  # eos | length on the last chunk
     writer: str  # the nonce of its owner at the time
-    digest: bytes  # of the chunk's ChunkSupport, so that a repeated chunk is known by this small record alone
+    digest: bytes  # of the chunk's ChunkSupport, so that this small record identifies a repeated chunk
     tokens: Ints  # [n]
 
     def _check(self) -> None:
@@ -303,9 +303,9 @@ class Verdict(_Record):
     keep: int  # tokens before the cut
     train: int  # tokens handed to the learner
     cut: bool  # whether the writing was stopped: `stopped`
-    generated: int | None  # all tokens written, where the last chunk was stored by then; None: its writer will tell
+    generated: int | None  # all tokens written, if the last chunk was stored by then; None: its writer will report it
     threshold: float | None  # the policy's number that it was judged by
-    min_window: float | None  # up to the trigger of what was stopped, else over the whole; kat_inverse: the greatest
+    min_window: float | None  # up to the trigger if stopped, else over the whole rollout; kat_inverse: the greatest
     first_version: int
     last_version: int
     tokens: Ints  # [n], all scored tokens
@@ -334,8 +334,8 @@ class Verdict(_Record):
 def fired(*, stopped: bool, kept: int, written: int) -> bool:
     """Whether the policy fired in a rollout, applied or not: in the control arm, mask and shadow it stops nothing.
 
-    What was not stopped is scored whole, and less of it is kept only where the policy fired. A policy that fires at the
-    last token and keeps that too changes nothing unless it is applied, and does not count.
+    A rollout that was not stopped is scored whole, and less of it is kept only if the policy fired. A policy that fires
+    at the last token and keeps that too changes nothing unless it is applied, and does not count.
     """
     return stopped or kept < written
 
@@ -346,12 +346,12 @@ def support_digest(encoded_support: bytes) -> bytes:
 
 
 def row_digest(row: Ints | Floats) -> str:
-    """8 bytes, in hex, that name a row of numbers: what was trained on is compared with what was written by these."""
+    """8 bytes, in hex, that identify a row of numbers: used to compare trained tokens with written ones."""
     return hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).hexdigest()
 
 
 def read_number(value: Any, name: str, *, low: int = 0, high: int = (1 << 53) - 1) -> int:
-    """A whole number from a stream entry's field. Raises MessageError."""
+    """An integer from a stream entry's field. Raises MessageError."""
     if not isinstance(value, bytes) or not 1 <= len(value) <= 20 or not value.isdigit():
         raise MessageError(f"{name}: not a number")
     number = int(value)

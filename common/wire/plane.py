@@ -1,4 +1,4 @@
-"""Redis: the data plane. Every key stands here, and every change of state is one script in `lua/`.
+"""Redis: the data plane. All keys are listed here, and every change of state is one script in `lua/`.
 
 Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one run lives in one slot)
 
@@ -9,8 +9,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        worker · chunks · length · scored · finish · settled (the learner is done with it)
                        t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
                        threshold · verdict · counted (its writer's count) · attempts · report (the last one counted) ·
-                       claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (work that nobody
-                       came back from) · problem (of one that was sent back)
+                       claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (attempts without
+                       an end) · problem (of one that was sent back)
     prompts          stream   feeder → rollout workers     group rollout   rid
     chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
     scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
@@ -18,20 +18,20 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     trajectories     stream   arbiter → learner            group learner   rid
     finished         stream   workers, arbiter, learner → feeder, group books: verdict | count | ending
     dead             stream   anyone → operator            no group        rid stage reason shown
-    again            stream   operator → feeder            no group        rid problem (of what is to be admitted anew)
+    again            stream   operator → feeder            no group        rid problem (to be admitted again)
     open             set      rollouts admitted and not booked
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
-                       learning (1: a learner is at work, or ended without a word) ·
-                       generated (tokens written in the whole run) · refused (version that a worker could not take)
+                       learning (1: a learner is at work, or was killed) ·
+                       generated (tokens written in the whole run) · refused (version that a worker could not load)
     minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
-    workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, what it is
-    roster:{role}    zset     as workers, of those of a role that are not silent;  changes:{role}: string, its revision
+    workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, facts about it
+    roster:{role}    zset     as workers, only live ones of a role;  changes:{role}: string, its revision
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
 
-`katana:runs` (hash) names the current id of every run. What is pending in a group is being worked on; what is
-acknowledged is deleted; nothing is trimmed by length.
+`katana:runs` (hash) has the current id of every run. Pending entries of a group are being worked on; acknowledged ones
+are deleted; streams are never trimmed by length.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ log = logging.getLogger("katana.streams")
 RUNS = "katana:runs"
 _LONGEST_BLOCK_S = 2.0
 GROUPS = {"prompts": "rollout", "scores": "arbiter", "trajectories": "learner", "finished": "books"}
-# A full Redis refuses plain writes until something is taken off; scripts say so themselves (`full`).
+# A full Redis refuses plain writes until something is deleted; scripts report it themselves (`full`).
 _MAY_PASS = (
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
     redis.exceptions.OutOfMemoryError,
     OSError,
 )
-_DISK_FULL = "MISCONF"  # how a server whose append-only file cannot be written refuses writes, until it can
+_DISK_FULL = "MISCONF"  # a server refuses writes with this while it cannot write its append-only file
 T = TypeVar("T")
 R = TypeVar("R")
 A = TypeVar("A")
@@ -80,16 +80,16 @@ class RedisUnavailable(ConnectionError):
 
 
 class RunGone(RuntimeError):
-    """Redis answers, but no longer knows this run."""
+    """Redis answers, but no longer has this run."""
 
 
 class Stopping(Exception):
-    """The process was told to stop while it waited for Redis."""
+    """The process was asked to stop while it waited for Redis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """`memory`: as Redis tells it. `streams`: by name the entries outstanding and the age of the oldest pending one."""
+    """`memory`: from INFO. `streams`: by name, the entries outstanding and the age of the oldest pending one."""
 
     memory: dict[str, Any] | None
     dead: int | None
@@ -98,7 +98,7 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class RecordState:
-    """A rollout: admitted and not booked, its record there; attempts and claims as stored (b"": none)."""
+    """A rollout: whether it is open, whether its record exists; attempts and claims as stored (b"": none)."""
 
     open: bool
     there: bool
@@ -108,7 +108,7 @@ class RecordState:
 
 @dataclass(slots=True)
 class Roster:
-    """Who of a role is not silent, as Redis last told it. `silence_s`: who says nothing for so long is off it."""
+    """The live workers of a role, as last read from Redis. `silence_s`: a worker silent for so long is removed."""
 
     silence_s: float
     names: list[str] = field(default_factory=list)
@@ -121,17 +121,17 @@ def _source(name: str) -> str:
 
 
 def _reader(client: Any) -> Any:
-    """A client of the same server for reads that block: their socket must not give up before Redis comes back."""
+    """A client of the same server for blocking reads: its socket timeout must be longer than the block."""
     pool = client.connection_pool
     settings = pool.connection_kwargs | {"socket_timeout": pool.connection_kwargs["socket_timeout"] + _LONGEST_BLOCK_S}
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **settings))
 
 
 class Plane:
-    """One run's streams on one data Redis. Reads that may block have a connection of their own.
+    """One run's streams on one data Redis. Blocking reads have a connection of their own.
 
-    Scripts are fenced (by owner, sequence, lease or entry), so one whose answer was lost is run again. So are reads by
-    a group (what they made pending is asked for, or claimed when it is idle) and writes that say the same twice.
+    Scripts are fenced (by owner, sequence, lease or entry), so a script whose reply was lost is run again. So are reads
+    by a group (their pending entries are read again, or claimed when idle) and idempotent writes.
     After a failed or slow call `may_claim` is False for a while.
     """
 
@@ -145,7 +145,7 @@ class Plane:
         claim_pause_s: float,
         stop: threading.Event | None = None,
     ) -> None:
-        self.client: Any = client  # redis-py types every answer as any of several, str and bytes alike
+        self.client: Any = client  # redis-py types every reply as one of several types, str and bytes alike
         self._reader = _reader(client)
         self.prefix = f"katana:{{{run_key}}}:"
         self.run_key = run_key
@@ -156,13 +156,13 @@ class Plane:
         self._stalled_until = 0.0
         self.failed_calls = 0
         self._last_read: dict[tuple[str, str], bytes] = {}  # (stream, consumer) -> id
-        self._unsure: set[tuple[str, str]] = set()  # read whose answer never came
+        self._unsure: set[tuple[str, str]] = set()  # reads whose reply was lost
         self._scripts = {name: client.register_script(_source(name)) for name in scripts.NAMES}
 
     def key(self, name: str) -> str:
         return self.prefix + name
 
-    # --- calls that survive a Redis that is away ---------------------------------------------------------------
+    # --- calls that wait for a Redis that does not answer ------------------------------------------------------
 
     def call(self, call: Call[R]) -> R:
         """Run a script until Redis has answered. Raises RunGone, RedisUnavailable, Stopping."""
@@ -171,7 +171,7 @@ class Plane:
     def call_all(self, calls: Sequence[Call[R]]) -> list[R]:
         """Run scripts in one round trip; replies in the same order.
 
-        Each call is atomic by itself. All are sent again if the answer was lost: scripts are fenced.
+        Each call is atomic by itself. All are sent again if the reply was lost: scripts are fenced.
         """
 
         def once() -> list[list[Any]]:
@@ -189,14 +189,14 @@ class Plane:
     def trip(
         self, a: Sequence[Call[A]], b: Sequence[Call[B]], c: Sequence[Call[C]], d: Sequence[Call[D]]
     ) -> tuple[list[A], list[B], list[C], list[D]]:
-        """Calls of several kinds in one round trip, in this order; the replies by kind."""
+        """Calls of several kinds in one round trip, in this order; returns the replies by kind."""
         calls: list[Call[Any]] = [*a, *b, *c, *d]
         replies = iter(self.call_all(calls))
         first, second, third, fourth = (list(islice(replies, len(kind))) for kind in (a, b, c, d))
         return first, second, third, fourth
 
     def _evaluate(self, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Answers, exceptions among them. What found no script is run again, and that alone: the rest has happened."""
+        """Replies, including exceptions. Only calls whose script was missing are run again: the others have run."""
         answers: list[Any] = [None] * len(calls)
         left = list(range(len(calls)))
         for _ in range(2):
@@ -210,11 +210,11 @@ class Plane:
             if not left:
                 break
             for script in {calls[place].script for place in left}:
-                self.client.script_load(self._scripts[script].script)  # a Redis that was started anew knows none
+                self.client.script_load(self._scripts[script].script)  # a restarted Redis has none
         return answers
 
     def patiently(self, action: Callable[[], T], what: str) -> T:
-        """Repeat an action that may be repeated until it comes through; say so while it does not."""
+        """Repeat an action that is safe to repeat until it succeeds; log while it does not."""
         began = time.monotonic()
         pause = 0.05
         while True:
@@ -233,7 +233,7 @@ class Plane:
                         f"Redis has not answered {what!r} for {waited:.0f} s ({error}); "
                         f"liveness.redis_wait_s is {self._wait_s:g}"
                     ) from error
-                log.warning("Redis did not answer %r (%s); asking again in %.2f s", what, error, pause)
+                log.warning("Redis did not answer %r (%s); trying again in %.2f s", what, error, pause)
                 if self._stop.wait(pause):
                     raise Stopping from error
                 pause = min(pause * 2, 1.0)
@@ -245,7 +245,7 @@ class Plane:
 
     @property
     def may_claim(self) -> bool:
-        """False after a failed or slow call: a stall makes everybody's entries look idle."""
+        """False after a failed or slow call: a stall makes all entries look idle."""
         return time.monotonic() >= self._stalled_until
 
     # --- the run -----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Plane:
         return [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
 
     def create_groups(self) -> None:
-        """Groups from 0, so that a group lost and made again sees everything that was not taken off."""
+        """Groups from 0, so that a group that was lost and is made again sees all entries still in the stream."""
         pairs = self.groups
         pipe = self.client.pipeline(transaction=False)
         for stream, group in pairs:
@@ -265,10 +265,10 @@ class Plane:
             if not isinstance(answer, Exception):
                 self._last_read = {place: entry for place, entry in self._last_read.items() if place[0] != stream}
             elif "BUSYGROUP" not in str(answer) and not isinstance(answer, redis.exceptions.NoPermissionError):
-                raise answer  # a role that may make its own groups only leaves the others to theirs
+                raise answer  # a role's ACL allows only its own groups: other roles make the others
 
     def _recreate_groups(self) -> None:
-        """For a run whose groups were lost; a run that is gone altogether is not begun again. Raises RunGone."""
+        """For a run whose groups were lost; a run that is lost altogether is not created again. Raises RunGone."""
         if not self.client.exists(self.key("run")):
             raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
         self.create_groups()
@@ -285,8 +285,8 @@ class Plane:
     ) -> list[tuple[str, Entry]]:
         """New entries as (stream, (id, fields)); `block_s` at most 2.
 
-        A read that Redis carried out and whose answer was lost has made its entries pending. They are behind the last
-        entry that this consumer did see, and come first.
+        A read that Redis executed and whose reply was lost has made its entries pending. They are after the last
+        entry that this consumer has seen, and are returned first.
         """
 
         def once() -> Any:
@@ -307,12 +307,12 @@ class Plane:
         return found
 
     def read_again(self, stream: str, consumer: str) -> None:
-        """Let the next `read` begin with all that this consumer was given, seen or not."""
+        """Let the next `read` begin with all pending entries of this consumer, seen or not."""
         self._unsure.add((stream, consumer))
         self._last_read.pop((stream, consumer), None)
 
     def _or_groups(self, action: Callable[[], Any]) -> Any:
-        """What Redis answers; nothing, and the groups made again, where it lost them."""
+        """Redis's reply; an empty one if the groups were lost, which are then made again."""
         try:
             return action()
         except redis.exceptions.ResponseError as error:
@@ -331,8 +331,8 @@ class Plane:
     def claim_chunks(
         self, consumer: str, *, idle_s: float, count: int, shards: Iterable[int] | None = None
     ) -> list[tuple[str, Entry, int]]:
-        """Notices in `chunks:{shard}` of teachers that have been silent for `idle_s`: stream, entry, and how often its
-        rollout was taken over without progress. Of `shards` (None: of all), `count` at most of each; none while
+        """Notices in `chunks:{shard}` of teachers that have been silent for `idle_s`: stream, entry, and number of
+        takeovers of its rollout without progress. From `shards` (None: all), at most `count` of each; none while
         `may_claim` is False."""
         if not self.may_claim:
             return []
@@ -340,7 +340,9 @@ class Plane:
         idle_ms = int(idle_s * 1000)
         replies = self.call_all([scripts.claim(stream, consumer, idle_ms, count) for stream in streams])
         if any(reply.lost for reply in replies):
-            self.patiently(self._recreate_groups, "claim")  # what was claimed from the others is ours all the same
+            self.patiently(
+                self._recreate_groups, "claim"
+            )  # entries claimed from the other streams are ours nevertheless
         return [
             (stream, entry, takeovers)
             for stream, reply in zip(streams, replies, strict=True)
@@ -348,11 +350,11 @@ class Plane:
         ]
 
     def attempt(self, rid: str, role: str) -> int:
-        """Say that work on a rollout begins that may end this process; how often it has, and nobody came back."""
+        """Record the start of work on a rollout that may kill this process; returns the starts without an end."""
         return self.call(scripts.attempt(rid, role, "begin"))
 
     def attempt_over(self, rid: str, role: str) -> None:
-        """Say that this process has come through work on a rollout, whatever came of it."""
+        """Record the end of work on a rollout, with any result: this process survived it."""
         self.call(scripts.attempt(rid, role, "over"))
 
     def fields(self, rids_and_fields: Iterable[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
@@ -368,11 +370,11 @@ class Plane:
         return self.patiently(once, "fields") if wanted else []
 
     def rollout(self, rid: str) -> dict[bytes, bytes]:
-        """A whole record; an empty one where there is none."""
+        """A whole record; empty if there is none."""
         return next(self.rollouts([rid]))
 
     def rollouts(self, rids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
-        """Whole records, in the order of the ids; a few in each round trip, for they are large."""
+        """Whole records, in the order of the ids; a few per round trip, because they are large."""
         for first in range(0, len(rids), RECORDS_AT_A_TIME):
             yield from self._records(rids[first : first + RECORDS_AT_A_TIME])
 
@@ -395,7 +397,7 @@ class Plane:
         shown: bytes = b"",
         at: tuple[str, str, bytes] | None = None,
     ) -> bool:
-        """Report a rollout or notice that could not be read; True when it was given up, which is counted in the
+        """Report a rollout or notice that could not be read; True if it was given up, which is counted in the
         metrics. `at`: stream, group, entry."""
         stream, group, entry = at or ("", "", b"")
         report = secrets.token_hex(8)
@@ -405,16 +407,16 @@ class Plane:
         return given_up
 
     def reopen(self, config: str) -> None:
-        """Go on with a run, by this resolved config."""
+        """Resume a run with this resolved config."""
         self.call(scripts.reopen(config))
 
     def send_back(self, entry: str, rid: str, problem: int | None) -> SentBack:
-        """Take a dead letter off with its rollout's record; with a problem, have the feeder admit that anew."""
+        """Remove a dead letter with its rollout's record; with a problem, have the feeder admit it again."""
         return self.call(scripts.again(entry, rid, problem))
 
     def memory(self) -> dict[str, Any]:
-        """What Redis says of its memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more. A user who may not
-        ask is told of no limit."""
+        """INFO memory: `used_memory`, `maxmemory` (bytes; 0: no limit) and more. No limit for a user who may not call
+        INFO."""
         try:
             return dict(self.patiently(lambda: self.client.info("memory"), "memory"))
         except redis.exceptions.NoPermissionError:
@@ -427,7 +429,7 @@ class Plane:
         return sorted(rid.decode() for rid in self.patiently(lambda: self.client.smembers(self.key("open")), "open"))
 
     def cursor(self) -> int:
-        """How many rollouts were admitted so far."""
+        """Number of rollouts admitted so far."""
         return int(self.patiently(lambda: self.client.get(self.key("cursor")), "cursor") or 0)
 
     def ledger(self) -> dict[str, int]:
@@ -440,15 +442,15 @@ class Plane:
         return [float(value) for value in stored]
 
     def threshold(self) -> bytes:
-        """The one in force for new rollouts, as it is stored: a number or "inactive"."""
+        """The threshold in force for new rollouts, as stored: a number or "inactive"."""
         return self.patiently(lambda: self.client.get(self.key("threshold")), "threshold") or b"inactive"
 
     def requests(self, count: int) -> list[Entry]:
-        """The oldest of those that operators sent back, as entries of `again`."""
+        """The oldest entries of `again`: rollouts that operators sent back."""
         return list(self.patiently(lambda: self.client.xrange(self.key("again"), count=count), "again"))
 
     def requests_waiting(self) -> int:
-        """How many were sent back and have not been admitted anew."""
+        """Number of rollouts that were sent back and have not been admitted again."""
         return int(self.patiently(lambda: self.client.xlen(self.key("again")), "again"))
 
     def dead_letters(self, first: str, last: str, count: int) -> list[Entry]:
@@ -457,7 +459,7 @@ class Plane:
         return list(self.patiently(lambda: self.client.xrange(key, first, last, count=count), "dead letters"))
 
     def record_states(self, rids: Sequence[str]) -> list[RecordState]:
-        """Where rollouts are, and what counts against them, in one round trip."""
+        """State of rollouts, with their attempts and claims, in one round trip."""
 
         def once() -> list[Any]:
             pipe = self.client.pipeline(transaction=False)
@@ -479,7 +481,8 @@ class Plane:
         return float(seconds + micros / 1e6)
 
     def backlog(self) -> Backlog:
-        """What waits in the streams, with Redis's memory, in one round trip. Left out is what Redis did not tell."""
+        """Waiting work in the streams and Redis's memory, in one round trip. Values that Redis did not give are left
+        out."""
         groups = self.groups
 
         def ask() -> list[Any]:
@@ -496,11 +499,11 @@ class Plane:
         streams: dict[str, tuple[int, float]] = {}
         for (name, _), size, pending in zip(groups, answers[::2], answers[1::2], strict=True):
             if isinstance(size, Exception) or isinstance(pending, Exception):
-                continue  # a group that was lost: whoever reads it makes it again
+                continue  # a group that was lost: its reader makes it again
             oldest_s = max(0.0, seconds - unix_s(pending["min"])) if pending["pending"] else 0.0
             streams[name] = size, oldest_s
-        told, dead_letters = (None if isinstance(one, Exception) else one for one in (memory, dead))
-        return Backlog(told, dead_letters, streams)
+        info, dead_letters = (None if isinstance(one, Exception) else one for one in (memory, dead))
+        return Backlog(info, dead_letters, streams)
 
     # --- policy, workers ---------------------------------------------------------------------------------------
 
@@ -509,44 +512,44 @@ class Plane:
         return {name.decode("ascii", "replace"): value.decode("ascii", "replace") for name, value in answer.items()}
 
     def refuse(self, version: int) -> None:
-        """Say that announced weights cannot be taken."""
+        """Report that announced weights cannot be loaded."""
         self.once(scripts.refused(version))
 
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps done, and those that a checkpoint covers; 0 for what is not there or no number."""
+        """Optimizer steps done, and those that a checkpoint covers; 0 if missing or not a number."""
         policy = self.policy()
         done, covered = (policy.get(name, "") for name in ("step", "covered"))
         return (int(done) if done.isdecimal() else 0), (int(covered) if covered.isdecimal() else 0)
 
     def generated(self) -> int:
-        """Tokens that rollout workers have written so far, kept or not, in both arms; 0 where that is no number."""
+        """Tokens that rollout workers have written so far, kept or not, in both arms; 0 if it is not a number."""
         count = self.patiently(lambda: self.client.hget(self.key("policy"), "generated"), "generated")
         return int(count) if isinstance(count, bytes) and count.isdigit() else 0
 
     def seen(self, worker: str, *, role: str, roster: Roster | None = None, **facts: str | int) -> None:
-        """Say that a worker lives, and what it is; learn who else of its role does, where a roster is given.
+        """Send a worker's heartbeat with facts about it; with a roster, also update that.
 
-        One try, safe from any thread: whoever says it says it again at the next heartbeat.
+        One try, safe from any thread: the next heartbeat repeats it.
         """
         silence_ms = int(roster.silence_s * 1000) if roster else 0
-        told = {"role": role, **facts}.items()
-        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", told))
+        fields = {"role": role, **facts}.items()
+        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", fields))
         if roster and sight and sight.revision != roster.revision:
             # Names first: another thread that sees this revision sees no older names.
             roster.names = sight.names
             roster.revision = sight.revision
 
     def gone(self, worker: str, *, role: str, streams: Sequence[str] = ()) -> None:
-        """Say that a worker no longer lives; `streams`: those that it read as one of its role's group."""
+        """Report that a worker has ended; `streams`: those that it read in its role's group."""
         self.once(scripts.gone(worker, role, streams))
 
     def sweep(self, silent_s: float) -> int:
-        """Take off the names of workers that were killed, once others have taken over what they held; how many."""
+        """Remove the names of killed workers, once others have taken over what they held; returns how many."""
         pairs = [("prompts", "rollout"), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
         return self.call(scripts.sweep(int(silent_s * 1000), pairs))
 
     def once(self, call: Call[R]) -> R | None:
-        """Run a script once; its reply, or None where there was none. Raises nothing that a Redis may do."""
+        """Run a script once; its reply, or None if there was none. Raises no error of Redis."""
         try:
             (answer,) = self._evaluate([call])
         except (redis.exceptions.RedisError, OSError) as error:
@@ -560,7 +563,7 @@ class Plane:
         return None if scripts.run_is_gone(reply) else call.read(reply)
 
     def live(self, within_s: float) -> dict[str, dict[str, str]]:
-        """Workers seen within so many seconds (Redis's clock), with what they said of themselves."""
+        """Workers seen within so many seconds (Redis's clock), with the facts of their last heartbeat."""
 
         def once() -> dict[str, dict[str, str]]:
             now = self.client.time()[0]
@@ -577,12 +580,12 @@ class Plane:
 
 
 def unix_s(entry: bytes) -> float:
-    """When an entry was added to its stream, by Redis's clock. Raises ValueError for what is no entry's id."""
+    """When an entry was added to its stream, by Redis's clock. Raises ValueError for an invalid id."""
     return int(entry.split(b"-")[0]) / 1000
 
 
 def shown(fields: Mapping[bytes, bytes]) -> bytes:
-    """What a dead letter shows of a notice: the beginning. Whoever wrote it may have written megabytes."""
+    """The beginning of a notice, for a dead letter: the notice may have megabytes."""
     return repr({name[:40]: value[:100] for name, value in islice(fields.items(), 4)}).encode()[:256]
 
 
@@ -598,13 +601,13 @@ def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threadin
 
 
 def create_run(client: Any, config: Config, run_key: str) -> None:
-    """Make a run known: config, state and groups. Does nothing to a run that exists."""
+    """Create a run: config, state and groups. Does nothing to a run that exists."""
     plane = open_plane(config, client, run_key)
     if client.get(plane.key("run")) is None:
         plane.create_groups()
         client.set(plane.key("config"), config.to_yaml())
         client.set(plane.key("run"), "open")
-    if client.hget(RUNS, config.name) != run_key.encode():  # a full Redis refuses it, and would in vain
+    if client.hget(RUNS, config.name) != run_key.encode():  # only if needed: a full Redis refuses the write
         client.hset(RUNS, config.name, run_key)
 
 

@@ -1,4 +1,4 @@
-"""Names of the numbered fields of a rollout's record, `rollout:{rid}`: one of each kind a chunk."""
+"""Names of the numbered fields of a rollout's record, `rollout:{rid}`: one of each kind for each chunk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scores_field(seq: int) -> str:
 
 
 def part_of(field: bytes) -> tuple[str, int] | None:
-    """Of which kind a field is, by its name as stored, and of which chunk; None for one of the whole rollout."""
+    """Kind and chunk of a field, by its stored name; None for a field of the whole rollout."""
     found = _FIELD.fullmatch(field)
     return (found[1].decode(), int(found[2])) if found else None
 

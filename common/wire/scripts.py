@@ -1,9 +1,9 @@
-"""The scripts of `lua/`, one function each, of its name: typed arguments in, a call that reads its reply out.
+"""The scripts of `lua/`, one function each, with the same name: typed arguments in, a call that reads its reply out.
 
-Arguments stand in the order of the script's header, but for the lease: scripts of a role's holder alone are `Fenced`,
-and the lease puts itself in. A trip is a list of calls, and what comes back is a list of replies that have been read
-(`Plane.call`, `Plane.call_all`, `Lease.call`, `Lease.call_all`). What Redis stores may be broken: fields of a record
-are handed on as they are, and whoever uses them checks them.
+Arguments have the order of the script's header, except for the lease: scripts that only a role's holder may run are
+`Fenced`, and the lease adds its own arguments. A trip is a list of calls, and returns a list of typed replies
+(`Plane.call`, `Plane.call_all`, `Lease.call`, `Lease.call_all`). Stored data may be broken: fields of a record
+are passed on unchecked, and the code that uses them checks them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 class UnexpectedReply(RuntimeError):
-    """A script answered what its header does not name."""
+    """A script returned a word that its header does not name."""
 
 
 # --- calls -----------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class UnexpectedReply(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[R]):
-    """A script to be run, and how its reply is read."""
+    """A script to run, and how to read its reply."""
 
     script: str
     args: tuple[Argument, ...]
@@ -51,13 +51,13 @@ class Fenced(Generic[R]):
     names_role: bool = False
 
     def by(self, role: str, token: str) -> Call[R | None]:
-        """The call by a holder; its reply is None where the lease is not that one's any more. No `read` gives None."""
+        """The holder's call; its reply is None if the lease has been lost, or if there is no `read`."""
         fence = (role, token) if self.names_role else (token,)
         return Call(self.script, (*fence, *self.args), lambda reply: None if reply[0] == b"lost" else self.read(reply))
 
 
 def answered(answer: Any) -> list[Any]:
-    """A script's reply; refused for want of memory it is ["full"], other errors are raised."""
+    """A script's reply; ["full"] if it was refused for lack of memory; other errors are raised."""
     if isinstance(answer, redis.exceptions.ResponseError) and "OOM" in str(answer):
         return [b"full"]
     if isinstance(answer, Exception):
@@ -66,18 +66,18 @@ def answered(answer: Any) -> list[Any]:
 
 
 def run_is_gone(reply: list[Any]) -> bool:
-    """Any script may say so: Redis no longer knows the run."""
+    """Any script may return this: Redis no longer has the run."""
     return bool(reply[0] == b"gone")
 
 
-# --- words that scripts answer with ----------------------------------------------------------------------------
+# --- status words in replies -----------------------------------------------------------------------------------
 
 
 class Admitted(Enum):
     OK = "ok"
     FULL = "full"
     ENDED = "ended"
-    TAKEN = "taken"  # the request is not there any more
+    TAKEN = "taken"  # the request no longer exists
     BEHIND = "behind"  # Redis lost what was admitted last
 
 
@@ -108,7 +108,7 @@ class Failed(Enum):
 
 class Leased(Enum):
     OK = "ok"
-    HELD = "held"  # by somebody else
+    HELD = "held"  # by another process
 
 
 class Published(Enum):
@@ -125,28 +125,28 @@ class ScoreAnswer(Enum):
 class Judged(Enum):
     OK = "ok"
     DUPLICATE = "duplicate"
-    ABSENT = "absent"  # the rollout was booked and taken off
+    ABSENT = "absent"  # the rollout was booked and removed
 
 
 class Done(Enum):
-    """Of scripts that either do what they are for or are fenced."""
+    """For scripts that either succeed or are fenced off."""
 
     OK = "ok"
 
 
 class Ownership(Enum):
-    """How a rollout stands to the worker that asks about it."""
+    """State of a rollout, for the worker that asks about it."""
 
     OURS = "ours"
     ENDED = "ended"  # it has a verdict
-    LOST = "lost"  # somebody else writes it, or it is gone
+    LOST = "lost"  # another worker writes it, or it is gone
 
 
-# --- what goes in and comes out as one -------------------------------------------------------------------------
+# --- arguments and replies of several values -------------------------------------------------------------------
 
 
 class Written(NamedTuple):
-    """A rollout that a worker writes: its entry in `prompts` and the nonce of its taker."""
+    """A rollout that a worker writes: its entry in `prompts` and the owner's nonce."""
 
     rid: str
     entry: bytes
@@ -165,7 +165,7 @@ class Ending(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """`scored`: of an "ok" the chunks of the rollout that have been scored, as stored."""
+    """`scored`: with "ok", the number of scored chunks of the rollout, as stored."""
 
     word: ChunkAnswer
     scored: bytes | None = None
@@ -173,7 +173,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """`scored`: of a rollout that is ours the chunks of it that have been scored, as stored."""
+    """`scored`: for a rollout of ours, the number of its scored chunks, as stored."""
 
     ownership: Ownership
     scored: bytes | None = None
@@ -181,7 +181,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """`signals`: newer ones, entry and the rollout that each names ('' : none). `standings`: of those asked about."""
+    """`signals`: newer ones, entry and rollout ('' : none) of each. `standings`: of the rollouts asked about."""
 
     signals: list[tuple[bytes, str]]
     policy: dict[str, str]
@@ -190,7 +190,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A rollout that is to be written, as stored; `claims` is None where it is no number."""
+    """A rollout to write, as stored; `claims` is None if it is not a number."""
 
     rid: bytes | None
     entry: bytes
@@ -201,7 +201,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a worker was given, and where its next look at silent workers begins. `ended`: the run is over."""
+    """The rollouts a worker got, and where its next claim from silent workers begins. `ended`: the run is over."""
 
     offers: list[Offer]
     claim_from: bytes = b""
@@ -210,7 +210,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """`lost`: the group is. `notices`: entry, and takeovers of its rollout without progress."""
+    """`lost`: the group is lost. `notices`: entry, and takeovers of its rollout without progress."""
 
     notices: list[tuple[Entry, int]]
     lost: bool = False
@@ -218,7 +218,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`attempts`: so far, of one that may be tried again."""
+    """`attempts`: so far, of a rollout that may be tried again."""
 
     word: Failed
     attempts: int = 0
@@ -226,7 +226,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """`version`: of "old" the one that stands there."""
+    """`version`: with "old", the one that is stored."""
 
     word: Published
     version: int = -1
@@ -234,7 +234,7 @@ class Publication:
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """`names`: of the roster, where its revision is another one than the one that was known."""
+    """`names`: of the roster, if its revision differs from the known one."""
 
     revision: bytes
     names: list[str]
@@ -246,12 +246,12 @@ class Sight:
 def admit(
     rid: str, head: bytes, cursor: int, threshold: str | bytes = b"", request: tuple[bytes, int] | None = None
 ) -> Fenced[Admitted]:
-    """`cursor`: behind this rollout. `request`: its entry in `again` and its problem, of one that is sent back."""
+    """`cursor`: after this rollout. `request`: its entry in `again` and its problem, if it was sent back."""
     return Fenced("admit", (rid, head, cursor, threshold, *(request or ())), lambda reply: _word(Admitted, reply))
 
 
 def book(rid: str, ledger_field: str, entries: Iterable[bytes]) -> Fenced[bool]:
-    """Whether it was booked now, not before. `ledger_field` '' : only acknowledge."""
+    """Returns whether it was booked now, not before. `ledger_field` '' : only acknowledge."""
     return Fenced("book", (rid, ledger_field, *entries), lambda reply: bool(_second(reply) == 1))
 
 
@@ -266,7 +266,7 @@ def close(groups: Iterable[tuple[str, str]]) -> Fenced[Done]:
 
 
 def sweep(silence_ms: int, groups: Iterable[tuple[str, str]]) -> Call[int]:
-    """How many consumers were taken off. `groups`: stream and group of each."""
+    """Returns the number of consumers removed. `groups`: stream and group of each."""
     return Call("sweep", (silence_ms, *_flat(groups)), lambda reply: int(_second(reply)))
 
 
@@ -311,7 +311,7 @@ def take(consumer: str, nonce: str, count: int, idle_ms: int, claim_from: bytes)
 def chunk(
     rid: str, nonce: str, seq: int, tokens: bytes, support: bytes, shard: int, length: int, finish: str | None
 ) -> Call[Stored]:
-    """`length`: tokens in all."""
+    """`length`: total tokens."""
 
     def read(reply: list[Any]) -> Stored:
         word = _word(ChunkAnswer, reply)
@@ -321,7 +321,7 @@ def chunk(
 
 
 def beat(consumer: str, last: bytes, done: Sequence[bytes], asked: Sequence[Written]) -> Call[Beat]:
-    """`last`: the last signal that it has read; `done`: signals that it is done with."""
+    """`last`: the last signal that it has read; `done`: signals that it has processed."""
 
     def read(reply: list[Any]) -> Beat:
         _done(reply)
@@ -340,12 +340,12 @@ def release(consumer: str, written: Iterable[Written]) -> Call[Done]:
 
 
 def count(rid: str, nonce: str, generated: int) -> Call[Counted]:
-    """`generated`: tokens in all."""
+    """`generated`: total tokens."""
     return Call("count", (rid, nonce, generated), lambda reply: _word(Counted, reply))
 
 
 def refused(version: int) -> Call[Done]:
-    """`version`: of the weights that it could not take."""
+    """`version`: of the weights that it could not load."""
     return Call("refused", (version,), _done)
 
 
@@ -371,7 +371,8 @@ def score(shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, suppo
 
 
 def seen(name: str, role: str, silence_ms: int, revision: bytes, facts: Iterable[tuple[str, str | int]]) -> Call[Sight]:
-    """`silence_ms`: after which one is off its role's roster (0: there is none). `revision`: the one that is known."""
+    """`silence_ms`: a silent worker is removed from its role's roster after this (0: no roster). `revision`: the known
+    one."""
 
     def read(reply: list[Any]) -> Sight:
         return Sight(_second(reply), [_text(one) for one in reply[2:]])
@@ -380,12 +381,12 @@ def seen(name: str, role: str, silence_ms: int, revision: bytes, facts: Iterable
 
 
 def gone(name: str, role: str, streams: Iterable[str]) -> Call[Done]:
-    """`streams`: those that it read as one of the role's group."""
+    """`streams`: those that it read in the role's group."""
     return Call("gone", (name, role, *streams), _done)
 
 
 def attempt(rid: str, role: str, what: Literal["begin", "over"]) -> Call[int]:
-    """How many attempts have begun that nobody came back from."""
+    """Returns the number of attempts that started and did not end."""
     return Call("attempt", (rid, role, what), lambda reply: int(_second(reply)))
 
 
@@ -400,7 +401,7 @@ def fail(
     entry: bytes,
     report: str,
 ) -> Call[Failure]:
-    """`rid` '' : unknown. `stream` '' : no entry. `report`: a token, so that one that arrives twice counts once."""
+    """`rid` '' : unknown. `stream` '' : no entry. `report`: a token, so that a repeated report counts once."""
 
     def read(reply: list[Any]) -> Failure:
         word = _word(Failed, reply)
@@ -422,14 +423,14 @@ def verdict(
     threshold: float | None,
     entries: Iterable[bytes],
 ) -> Fenced[Judged]:
-    """`verdict` b'' : none to give. `minimum` None: none for the buffer. `threshold` None: inactive from now on."""
+    """`verdict` b'' : none. `minimum` None: none for the buffer. `threshold` None: inactive from now on."""
     minimum_text, threshold_text = "" if minimum is None else repr(minimum), _threshold(threshold)
     args: tuple[Argument, ...] = (rid, verdict, train, int(stop), minimum_text, buffer_size, threshold_text, *entries)
     return Fenced("verdict", args, lambda reply: _word(Judged, reply))
 
 
 def settle(endings: Iterable[Ending]) -> Fenced[int]:
-    """How many of them had not been settled before."""
+    """Returns how many of them had not been settled before."""
     return Fenced("settle", _flat(endings), lambda reply: int(_second(reply)))
 
 
@@ -442,7 +443,7 @@ def publish(version: int, step: int, file: str, sha256: str) -> Fenced[Publicati
 
 
 def again(entry: str | bytes, rid: str, problem: int | None) -> Call[SentBack]:
-    """`entry`: in `dead`. `rid` '' : it names none. `problem` None: remove both for good."""
+    """`entry`: in `dead`. `rid` '' : it names none. `problem` None: delete both."""
     return Call("again", (entry, rid, "" if problem is None else problem), lambda reply: _word(SentBack, reply))
 
 
@@ -452,13 +453,13 @@ W = TypeVar("W", bound=Enum)
 
 
 def _word(words: type[W], reply: list[Any]) -> W:
-    """The first element of a reply, one of the script's words. Raises UnexpectedReply."""
+    """The first element of a reply, one of the script's status words. Raises UnexpectedReply."""
     text = _text(reply[0])
     try:
         return words(text)
     except ValueError as error:
         known = ", ".join(str(word.value) for word in words)
-        raise UnexpectedReply(f"a script answered {text!r:.40}; {known} are known") from error
+        raise UnexpectedReply(f"a script returned {text!r:.40}; expected one of: {known}") from error
 
 
 def _done(reply: list[Any]) -> Done:
@@ -466,7 +467,7 @@ def _done(reply: list[Any]) -> Done:
 
 
 def _second(reply: list[Any]) -> Any:
-    """What comes with the word of a script that only has "ok"."""
+    """The values after the word of a script that only has "ok"."""
     _done(reply)
     return reply[1]
 
@@ -487,7 +488,7 @@ def _text(part: bytes) -> str:
 
 
 def _pairs(flat: Sequence[bytes] | None) -> dict[bytes, bytes]:
-    """A hash or an entry's fields, as Lua hands them on; nothing where there is nil."""
+    """A hash or an entry's fields, as Lua returns them; empty for nil."""
     flat = flat or ()
     return dict(zip(flat[::2], flat[1::2], strict=True))
 

@@ -1,7 +1,7 @@
 """Published weights: files in the run's folder that appear whole or not at all. No torch.
 
-Learner → rollout workers, evaluator. A reader gets what stands in a file only if it lies in the run's
-folder and its digest is the one that was announced.
+Learner → rollout workers, evaluator. A reader gets a file's content only if the file is in the run's
+folder and has the announced digest.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _COUNT = re.compile(r"[0-9]{1,15}", re.ASCII)
 
 
 class BadWeights(ValueError):
-    """Weights that are missing, torn, or not those that were announced."""
+    """Weights that are missing, torn, or not the announced ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsRef:
-    """What the policy pointer says: version, file name inside `weights/`, sha256 (hex)."""
+    """The policy pointer: version, file name inside `weights/`, sha256 (hex)."""
 
     version: int
     file: str
@@ -34,13 +34,13 @@ class WeightsRef:
 
 
 def read_pointer(fields: Mapping[str, str]) -> tuple[WeightsRef, int] | None:
-    """What the policy pointer (the hash `policy`) announces: weights, and the step that they are of; None before the
-    first. Raises BadWeights for a pointer that no learner wrote."""
+    """The weights that the policy pointer (the hash `policy`) announces, and their step; None before the first. Raises
+    BadWeights for a pointer that no learner wrote."""
     if "version" not in fields:
         return None
     for name in ("version", "step"):
         if not _COUNT.fullmatch(fields.get(name, "")):
-            raise BadWeights(f"policy pointer: {name} {fields.get(name)!r:.40} is no number")
+            raise BadWeights(f"policy pointer: {name} {fields.get(name)!r:.40} is not a number")
     for name in ("file", "sha256"):
         if name not in fields:
             raise BadWeights(f"policy pointer: version {fields['version']} without a {name}")
@@ -53,13 +53,13 @@ def file_of(version: int) -> str:
 
 
 def publish(folder: Path, version: int, write: Callable[[Path], None]) -> WeightsRef:
-    """Write `weights/v{version}.safetensors` and say what to announce."""
+    """Write `weights/v{version}.safetensors`; returns what to announce."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_of(version)
     digests: list[str] = []
 
     def write_and_digest(draft: Path) -> None:
-        # Of the draft: what befalls the file once others can see it must not be announced as right.
+        # Digest of the draft: damage to the file after others can see it must not be announced as correct.
         write(draft)
         digests.append(sha256_of(draft))
 
@@ -68,13 +68,13 @@ def publish(folder: Path, version: int, write: Callable[[Path], None]) -> Weight
 
 
 def verified(folder: Path, ref: WeightsRef) -> bytes:
-    """What stands in the file that a reference names, read once. Raises BadWeights on another name, a missing file or
+    """The content of the file that a reference names, read once. Raises BadWeights for another name, a missing file or
     another digest."""
     if not _NAME.fullmatch(ref.file):
         raise BadWeights(f"policy version {ref.version}: {ref.file!r:.80} is not the name of a weights file")
     path = folder / ref.file
     if path.resolve().parent != folder.resolve():
-        raise BadWeights(f"policy version {ref.version}: {path} is a link that leads out of its folder")
+        raise BadWeights(f"policy version {ref.version}: {path} is a link to a place outside its folder")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -93,7 +93,7 @@ def version_of(file: str) -> int | None:
 
 
 def newest_version(folder: Path) -> int:
-    """The highest version among the files; -1 where there is none."""
+    """The highest version among the files; -1 if there is none."""
     names = folder.iterdir() if folder.is_dir() else ()
     return max((version for path in names if (version := version_of(path.name)) is not None), default=-1)
 

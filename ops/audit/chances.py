@@ -15,12 +15,12 @@ from ops.audit.cuts import CLASSES, Recorded
 from ops.stats.intervals import RESAMPLES, interval, resampled_sums, unseen_share
 
 SOURCES = {
-    "keep": "the student, from what was kept",
-    "keep_teacher": "the teacher, from what was kept",
+    "keep": "the student, from the kept prefix",
+    "keep_teacher": "the teacher, from the kept prefix",
     "trigger": "the student, from the trigger: as if it had not been cut",
-    "whole": "cut rollouts that were written whole, by the student of that time",
-    "uncut_keep": "the student, from uncut rollouts, at the length that was kept",
-    "uncut_trigger": "the student, from uncut rollouts, at the length of the trigger",
+    "whole": "cut rollouts that were written to their end, by the student of that time",
+    "uncut_keep": "the student, from uncut rollouts, at the kept length",
+    "uncut_trigger": "the student, from uncut rollouts, at the trigger length",
 }
 """What P(correct) is measured from: name in files and tables → meaning."""
 ALL = "all cuts"
@@ -92,12 +92,12 @@ def rows_of(cuts: Sequence[Audited], seed: int) -> list[CutClass]:
 
 def _row(kind: str, cuts: Sequence[Audited], seed: int) -> CutClass:
     found = [(one.right["keep"], one) for one in cuts]
-    told = [(float(share > 0), one.record.problem) for share, one in found if share is not None]
+    judged = [(float(share > 0), one.record.problem) for share, one in found if share is not None]
     return CutClass(
         kind=kind,
         cuts=len(cuts),
         chances={source: _chance_of(cuts, source, seed) for source in SOURCES},
-        recoverable=chance([value for value, _ in told], [prompt for _, prompt in told], seed=seed),
+        recoverable=chance([value for value, _ in judged], [prompt for _, prompt in judged], seed=seed),
         kept_against_uncut=_difference(cuts, "keep", "uncut_keep", seed),
         trigger_against_uncut=_difference(cuts, "trigger", "uncut_trigger", seed),
     )

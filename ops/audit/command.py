@@ -1,13 +1,13 @@
-"""`katana audit`: were the cut prefixes beyond recovery? From each of them rollouts are written on, and judged.
+"""`katana audit`: could the cut prefixes have recovered? Each is continued, and the results are judged.
 
-The idea of a trap is that from there on the student cannot come to a right answer. From each cut on record, applied or
+In a trap the student can no longer reach a right answer. From each cut on record, applied or
 not, `samples` continuations are drawn, as the run drew its rollouts, and the task's verifier judges prefix and
 continuation as one completion:
 
     keep            by the student, from the first `keep` tokens
     keep_teacher    by the teacher, from the same: whether the prefix itself is lost, or this student in it
-    trigger         by the student, from all that had been written when the policy fired: what stopping it prevented
-    whole           what was written in fact, where nothing stopped it (control arm, mask, shadow)
+    trigger         by the student, from all tokens written when the policy fired: what stopping prevented
+    whole           the actual continuation, if nothing stopped it (control arm, mask, shadow)
 
 These chances mean nothing by themselves: prompts are more or less hard, and late prefixes hold more errors than early
 ones. So each cut has a reference, the chances from an *uncut* prefix of the same length:
@@ -15,15 +15,15 @@ ones. So each cut has a reference, the chances from an *uncut* prefix of the sam
     uncut_keep, uncut_trigger    by the student, from the first `keep` and the first `trigger` tokens of a rollout that
                                  the policy could have cut, that was still going at `trigger` tokens and not cut by then
 
-Whether this rollout was cut later does not matter, and must not: to take only those that never were would compare cuts
-with rollouts chosen for how they went on. The nearest is taken: of the same prompt where there is one
+This rollout may have been cut later: taking only those that never were would compare cuts with rollouts selected
+by their future. The nearest is taken: of the same prompt where there is one
 (`data.num_generations`), then by policy version; arms are alike until something is stopped, and come last. Each serves
-once, as long as there are any. A policy that cuts everything at one length (`fixed`) leaves none. Where prompts are not
-shared, a difference may also be one of prompts: a policy may fire on the hard ones. In the rows of a class the cuts are
-of that class, and their references whatever they are.
+once, as long as there are any. A policy that cuts everything at one length (`fixed`) leaves none. If prompts are not
+shared, a difference may also come from the prompts: a policy may fire on the hard ones. In the rows of a class the cuts
+are of that class, and their references of any.
 
-What it cannot know: the weights that wrote a rollout are gone. One student, the run's last, goes on from all prefixes,
-cut or not; `whole` is by the student of its time.
+Limitation: the weights that wrote a rollout are gone. One student, the run's last, continues all prefixes, cut or not;
+`whole` is by the student of its time.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _without_cuts(run: ReportRun, records: int) -> str:
 
 
 class _Auditor:
-    """Has prefixes of cut and of uncut rollouts written on."""
+    """Continues prefixes of cut and of uncut rollouts."""
 
     def __init__(self, run: ReportRun, source: TaskSource, pair: Pair, samples: int, seed: int) -> None:
         self._config, self._source, self._pair = run.config, source, pair
@@ -139,7 +139,7 @@ class _Auditor:
                 progress=progress,
             )
             right |= dict(zip(keys, shares, strict=True))
-        progress.tell()
+        progress.report()
         return right
 
 

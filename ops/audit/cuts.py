@@ -29,7 +29,7 @@ class Recorded:
 
     `written`: tokens on record. `fired`: whether there was a cut, applied or not. `active`: whether the policy could
     have cut it. `version`: that wrote its first token. `whole`: whether its text was right in the end; None where it
-    was stopped before its end, or nobody could tell.
+    was stopped before its end, or there is no verdict.
     """
 
     rid: str
@@ -110,7 +110,7 @@ def _distance(one: Recorded, cut: Recorded, luck: Mapping[str, int]) -> tuple[bo
 
 
 def class_of(tokens: Ints, keep: int, trigger: int, answer: int | None) -> str:
-    """After the answer: the kept tokens hold it whole (`answer`, as `answer_tokens` tells it). In a loop: not so, and
+    """After the answer: the kept tokens hold it whole (`answer`, as in `answer_tokens`). In a loop: not so, and
     what was written up to the trigger ends in one. Before the answer: neither."""
     if answer is not None and answer <= keep:
         return AFTER
@@ -119,8 +119,8 @@ def class_of(tokens: Ints, keep: int, trigger: int, answer: int | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How a rollout's tokens are read: `text` decodes them, `right` is the verifier's word on them, `end` tells the
-    offset behind the answer in a text, None without one."""
+    """How a rollout's tokens are read: `text` decodes them, `right` is the verifier's verdict on them, `end` gives the
+    offset after the answer in a text, None without one."""
 
     text: Callable[[Ints], str]
     right: Callable[[Ints], bool | None]
@@ -133,13 +133,13 @@ def answer_tokens(tokens: Ints, keep: int, reader: Reader) -> int | None:
     Where the kept tokens are right by themselves, or else all are, it is a number of tokens that is right while one
     less is not: at most `keep` in the first case, above it in the second. So an answer that is repeated counts from the
     first time, and `katana replay` asks the same of what is kept. A text that is right nowhere has its first complete
-    answer, whatever it is, behind its thought.
+    answer, right or wrong, after its thought.
     """
     for low, high in ((0, keep), (keep, len(tokens))):
         if reader.right(tokens[:high]):
             return _bisected(low, high, lambda count: reader.right(tokens[:count]))
     whole = reader.text(tokens)
-    thought = len(whole) - len(behind_thought(whole))
+    thought = len(whole) - len(after_thought(whole))
     return _first_answer(tokens, lambda count: reader.text(tokens[:count])[thought:], reader.end)
 
 

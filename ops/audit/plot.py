@@ -14,11 +14,11 @@ from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, SKY, VERMILLION, plain, sa
 SIZE_INCHES, DOTS_PER_INCH = (12.0, 7.0), 100
 # Colour, marker and name. A cut and the uncut rollouts that it is compared with share a marker.
 _LOOKS = {
-    "keep": (BLUE, "o", "student, from what was kept"),
+    "keep": (BLUE, "o", "student, from the kept prefix"),
     "uncut_keep": (GREY, "o", "the same, uncut rollouts"),
     "trigger": (VERMILLION, "s", "student, from the trigger"),
     "uncut_trigger": (GREY, "s", "the same, uncut rollouts"),
-    "keep_teacher": (GREEN, "D", "teacher, from what was kept"),
+    "keep_teacher": (GREEN, "D", "teacher, from the kept prefix"),
     "whole": (ORANGE, "^", "what was written in fact"),
 }
 _STEP = 0.12  # of a class's width, between two sources

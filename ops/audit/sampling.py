@@ -1,4 +1,4 @@
-"""Writing prefixes on: many continuations of each, by the student or by the teacher, judged by the task's verifier."""
+"""Continuing prefixes: many continuations of each, by the student or by the teacher, judged by the task's verifier."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from common.wire.messages import Ints
 from common.wire.weights import file_of, newest_version
 from ops.tasks.source import TaskSource
 
-_TOLD_EVERY_S = 30.0
+_REPORT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Continuer:
-    """A model that writes on. `file`: weights to put into the model of `folder`; None: its own. `name`: to be told."""
+    """A model that continues prefixes. `file`: weights for the model of `folder`; None: its own. `name`: shown."""
 
     folder: Path
     file: Path | None
@@ -35,7 +35,7 @@ class Continuer:
 
 
 def find_student(run: Path, pair: Pair, model: str | None) -> Continuer:
-    """The student that continues: `model` if given, else the one that the run left, else its newest weights.
+    """The student that continues: `model` if given, else the run's trained one, else its newest weights.
 
     Those that wrote the rollouts are gone. Raises ModelError, ConfigError.
     """
@@ -70,7 +70,7 @@ def make_decoder(config: Config, pair: Pair, weights: Continuer, *, dtype: str, 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A text to be written on: the prompt of `problem` and `tokens` int32 [n] behind it. `name`: what its draws depend
+    """A text to be continued: the prompt of `problem` and `tokens` int32 [n] after it. `name`: what its draws depend
     on, besides the seed."""
 
     name: str
@@ -83,17 +83,17 @@ class SamplingProgress:
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._tokens = total, 0, 0
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
 
     def count(self, continuations: int, tokens: int) -> None:
         self._done += continuations
         self._tokens += tokens
-        if time.monotonic() - self._told >= _TOLD_EVERY_S:
-            self.tell()
+        if time.monotonic() - self._printed >= _REPORT_EVERY_S:
+            self.report()
 
-    def tell(self) -> None:
-        self._told = time.monotonic()
-        speed = self._tokens / max(self._told - self._began, 1e-9)
+    def report(self) -> None:
+        self._printed = time.monotonic()
+        speed = self._tokens / max(self._printed - self._began, 1e-9)
         print(
             f"{self._done} of {self._total} continuations, {self._tokens:,} tokens written, {speed:,.0f} tokens/s",
             file=sys.stderr,
@@ -113,7 +113,7 @@ def continue_all(
 ) -> list[float | None]:
     """For each prefix the share of its `samples` continuations, each `limit` tokens at most in all, that are right.
 
-    A prefix that has ended, by STOP or at the limit, is judged as it is. None where the verifier cannot tell.
+    A prefix that has ended, by STOP or at the limit, is judged as it is. None without a verdict.
     """
     verdicts: list[list[bool | None]] = [[] for _ in prefixes]
     waiting: list[tuple[int, int]] = []
@@ -145,5 +145,5 @@ def continue_all(
 
 
 def _share(verdicts: Sequence[bool | None]) -> float | None:
-    told = [verdict for verdict in verdicts if verdict is not None]
-    return sum(told) / len(told) if told else None
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    return sum(judged) / len(judged) if judged else None

@@ -12,12 +12,12 @@ from typing import Any
 from ops.audit.chances import SOURCES, Audited, Chance, CutClass
 from ops.stats.intervals import FEW_PROMPTS
 
-"""Below so many prompts an interval by bootstrap is too narrow, and this is said."""
+"""Below so many prompts an interval by bootstrap is too narrow, which is noted."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """An audit: of which run, how it was made, what it found. `fired`: cuts on record, of which `cuts` were looked at.
+    """An audit: the run, the settings, the results. `fired`: recorded cuts, of which `cuts` were audited.
 
     `applied`: stop, mask or shadow. `versions`: first and last policy version that began a cut rollout.
     """
@@ -70,8 +70,8 @@ def text_of(audit: AuditResult) -> str:
     cells = _cells(audit)
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    said = [fill(line, 118, subsequent_indent="  ") for line in (*_legend(audit), *sentences(audit))]
-    return "\n".join(["P(correct) in %, with 95 % intervals", *lines, "", *said])
+    notes = [fill(line, 118, subsequent_indent="  ") for line in (*_legend(audit), *sentences(audit))]
+    return "\n".join(["P(correct) in %, with 95 % intervals", *lines, "", *notes])
 
 
 def markdown_of(audit: AuditResult) -> str:
@@ -110,7 +110,7 @@ def _legend(audit: AuditResult) -> list[str]:
     shared = sum(cut.problem == uncut.problem for cut, uncut in pairs)
     return [
         *meanings,
-        f"uncut rollouts: {shared} of {len(pairs)} are of the cut one's prompt; a difference may be one of prompts",
+        f"uncut rollouts: {shared} of {len(pairs)} have the cut one's prompt; a difference may come from the prompts",
         made,
         f"student: {audit.student}; the cut rollouts were begun by versions {first} to {last}; teacher: "
         f"{audit.teacher}",
@@ -123,19 +123,19 @@ def sentences(audit: AuditResult) -> list[str]:
     looked = f"{row.cuts} of {audit.fired} cuts" if row.cuts < audit.fired else f"all {row.cuts} cuts on record"
     kinds = ", ".join(f"{one.cuts} {one.kind}" for one in audit.rows[1:])
     found = [
-        f"Looked at {looked}: {kinds}.",
-        f"Cuts were recoverable by this student in {_wide(row.recoverable)}: of so many at least one of "
-        f"{audit.samples} continuations of what was kept was right.",
-        f"From what was kept the student came to the right answer in {_wide(row.chances['keep'])} of its "
+        f"Audited {looked}: {kinds}.",
+        f"Cuts were recoverable by this student in {_wide(row.recoverable)}: for these at least one of "
+        f"{audit.samples} continuations of the kept prefix was right.",
+        f"From the kept prefix the student reached the right answer in {_wide(row.chances['keep'])} of its "
         f"continuations, the teacher in {_wide(row.chances['keep_teacher'])}; from the trigger, as if it had not been "
         f"cut, the student in {_wide(row.chances['trigger'])}.",
-        _against("At the length that was kept", row.kept_against_uncut),
-        _against("At the length of the trigger", row.trigger_against_uncut),
+        _against("At the kept length", row.kept_against_uncut),
+        _against("At the trigger length", row.trigger_against_uncut),
     ]
     counted = (row.chances["keep"], row.trigger_against_uncut)
     prompts = min((one.prompts for one in counted if one is not None), default=0)
     if prompts < FEW_PROMPTS:
-        found.append(f"Only {prompts} prompts: intervals of so few are too narrow; conclude nothing from them.")
+        found.append(f"Only {prompts} prompts: their intervals are too narrow; conclude nothing from them.")
     return found
 
 
@@ -147,7 +147,7 @@ def _wide(found: Chance | None) -> str:
 
 def _against(where: str, found: Chance | None) -> str:
     if found is None:
-        return f"{where} no uncut rollout was left to compare with: nothing says what these chances are worth."
+        return f"{where} no uncut rollout was left to compare with: these chances cannot be compared."
     points = f"{100 * found.mean:+.0f} points (95 % interval {100 * found.low:+.0f} to {100 * found.high:+.0f})"
     word = "no clear difference" if found.low <= 0 <= found.high else "better" if found.low > 0 else "worse"
     return f"{where}, cut against uncut rollouts: {points} over {found.rollouts} pairs, {word}."
@@ -162,7 +162,7 @@ _UNCUT = ("uncut_rid", "uncut_problem", "uncut_version")
 
 
 def csv_of(audit: AuditResult) -> str:
-    """A row a cut. `correct_…`: shares of right continuations are from 0 to 1, empty where they are not to be had."""
+    """A row a cut. `correct_…`: shares of right continuations are from 0 to 1, empty if unavailable."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_ABOUT, *(f"correct_{source}" for source in SOURCES), *_UNCUT])

@@ -1,4 +1,4 @@
-"""What workers without work cost: the real loops and heartbeats of many on one Redis, with engines of no model."""
+"""The cost of workers without work: the real loops and heartbeats of many on one Redis, with engines of no model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _A_PROCESS = 200  # workers of one process: more would wait for its interpreter
 
 
 class _NoEngine:
-    """Stands for a decoder and a scorer that nobody gives work."""
+    """Replaces a decoder and a scorer that get no work."""
 
     busy: tuple[str, ...] = ()
     slots = held = decoded_tokens = rebuilt_tokens = 0

@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def engine(config: Config, repeats: int) -> dict[str, Any]:
-    """Decode tokens/s of the slot engine and of a bare `model.forward` loop, in turn, at the same batch.
+    """Decode tokens/s of the slot engine and of a bare `model.forward` loop, alternately, at the same batch.
 
     The bare loop has transformers' own KV cache, one prompt length, takes the argmax, and records nothing. The engine
     samples, and records support, tail and log-probabilities of every token. Both prefill outside the clock.
@@ -141,7 +141,7 @@ def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, to
 
 @torch.inference_mode()
 def head(config: Config, repeats: int) -> dict[str, Any]:
-    """Seconds of a bfloat16 head's product with a bfloat16 and with a float32 result, in turn, by rows."""
+    """Seconds of a bfloat16 head's product with a bfloat16 and with a float32 result, alternately, by rows."""
     torch.set_num_threads(config.rollout.threads)
     options: dict[str, Any] = {"bias": False, "device": config.rollout.device, "dtype": torch.bfloat16}
     plain, wide = nn.Linear(*_HEAD, **options), Float32Head(*_HEAD, **options)

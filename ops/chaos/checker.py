@@ -1,6 +1,6 @@
-"""What a run came to, whatever was done to it: was anything lost, trained twice, or taken past its verdict?
+"""Checks a finished run, with or without faults: was anything lost, trained twice, or trained past its verdict?
 
-From a finished run's folder and its Redis alone. Each violation names its statement:
+It reads only the run's folder and its Redis. Each violation names its statement:
 
     ended_once           every admitted rollout has exactly one line in rollouts.jsonl, and ledger.json counts the same
     trained_once         no rollout is trained twice; steps are 1 … n, and those of metrics.jsonl; versions never fall
@@ -9,11 +9,11 @@ From a finished run's folder and its Redis alone. Each violation names its state
     verdict_replayed     each verdict is the rule, replayed offline on the stored divergences and threshold
     tokens_as_generated  tokens and divergences judged and trained are those of the stored chunks
     owners_only          each chunk was written by the rollout's owner at that time
-    dropped_with_cause   nothing dropped but as stale, empty, run_end, or lost with Redis; dead only what was poisoned
+    dropped_with_cause   drops are stale, empty, run_end, or lost with Redis; only poisoned rollouts are dead
     drained              nothing is left in Redis: entries, pending ones, open rollouts, hashes of rollouts not dead
     redis_ledger         the ledger in Redis counts what the books hold
     dead_letters         the dead stream holds only what was broken on purpose
-    record               a file, or a line of one, cannot be read, or is not there
+    record               a file, or a line of one, is missing or cannot be read
 
 The first eight come from the folder (`check_folder`), the next three from Redis (`check_redis`), `record` from both.
 Without audit.jsonl, `owners_only` and `tokens_as_generated` are not checked.
@@ -54,13 +54,13 @@ class Allowed:
     poisoned: frozenset[str] = frozenset()  # rollouts whose record was corrupted on purpose
     lost: frozenset[str] = frozenset()  # rollouts that were open when Redis lost its data
     rolled_back: frozenset[str] = frozenset()  # rollouts of steps whose checkpoint was torn on purpose
-    calm_cursor: int | None = None  # what was admitted before this number must have come to its end
+    calm_cursor: int | None = None  # rollouts admitted before this number must have ended
     broken_notices: int = 0  # unreadable entries put into streams on purpose
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a run came to, for a table."""
+    """The result of a run, for a table."""
 
     rollouts: int
     trained: int
@@ -180,7 +180,7 @@ def _booked_as_trained(records: Records, allowed: Allowed) -> Iterator[Violation
         yield Violation("booked_as_trained", rid, "booked as trained, and not in the lineage: its work is lost")
     for rid in sorted(trained - booked):
         line = records.books.get(rid)
-        # A checkpoint may have been written at the very moment at which Redis lost the run.
+        # A checkpoint may have been written at the moment when Redis lost the run.
         if not (line is not None and line.reason == "lost" and rid in allowed.lost):
             ending = f"booked as {line.ledger_field}" if line else "not booked"
             yield Violation("booked_as_trained", rid, f"trained, and {ending}")
@@ -254,7 +254,7 @@ def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator
     total = len(trace.tokens)
     stopped = settings.stops(trace.arm) and rule.trigger is not None
     if not policies.find(settings.policy).possible(settings, trace.threshold):
-        yield Violation("verdict_replayed", trace.rid, f"policy {settings.policy} never says {trace.threshold}")
+        yield Violation("verdict_replayed", trace.rid, f"policy {settings.policy} never gives {trace.threshold}")
     trigger, keep = (total, total) if rule.trigger is None or rule.keep is None else (rule.trigger, rule.keep)
     wanted = {"trigger": trigger, "keep": keep, "stopped": stopped}
     for name, number in wanted.items():
@@ -287,7 +287,7 @@ def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What the policy says of a rollout. `doubt`: how far min_window (nats) may be off."""
+    """The policy's verdict on a rollout. `doubt`: the possible error of min_window, in nats."""
 
     trigger: int | None
     keep: int | None
@@ -329,7 +329,7 @@ def _signed(value: float | None, sign: int) -> float | None:
 def _kat(
     divergence: Floats, settings: Termination, threshold: float | None
 ) -> tuple[int | None, int | None, float | None, float]:
-    """`kat_verdict` and how far its min_window may be off. All divergences negative: the rule mirrored.
+    """`kat_verdict` and the possible error of its min_window. All divergences negative: the mirrored rule.
 
     kat_verdict takes a microsecond a token, ten seconds for ten million: windows are averaged by numpy, and the rule
     itself is asked where one of them lies so near the threshold that rounding could decide.
@@ -340,7 +340,7 @@ def _kat(
     if not len(ends):
         return None, None, None, 0.0
     means: npt.NDArray[np.float64] = (sums[ends] - sums[ends - window]) / window
-    # Rounding of the sums, and the 2^-60 nats a token that the rule leaves out.
+    # Rounding of the sums, and the 2^-60 nats per token that the rule cuts off.
     doubt = 4 * len(sums) * 2.0**-53 * abs(float(sums[-1])) / window + 2.0**-58
     if threshold is None:
         return None, None, float(means.min()), doubt
@@ -364,7 +364,7 @@ def _kat(
 
 
 def _threshold(text: str | None) -> float | None:
-    """A rollout's threshold as its hash has it; NaN, which equals nothing, for what is no number."""
+    """A rollout's threshold as its hash has it; NaN, which equals nothing, if it is not a number."""
     if text is None or text == "inactive":
         return None
     try:
@@ -432,7 +432,7 @@ def _owners_only(records: Records, allowed: Allowed) -> Iterator[Violation]:
             yield Violation("owners_only", audit.rid, "a later owner was given an earlier chunk than the one before it")
             continue
         for chunk in audit.chunks:
-            # Chunks only grow in number: whoever took the rollout at chunk f or before it, and last, writes chunk f.
+            # Chunks only grow in number: the last owner that took the rollout at chunk f or before writes chunk f.
             owner = next((nonce for nonce, first in reversed(audit.owners) if first <= chunk.seq), None)
             if chunk.broken is None and chunk.writer != owner:
                 detail = f"chunk {chunk.seq} was written by {chunk.writer!r:.40}, its owner is {owner!r:.40}"
@@ -447,7 +447,7 @@ def _dropped_with_cause(records: Records, allowed: Allowed) -> Iterator[Violatio
 
 
 def _fault(line: BookLine, trace: Trace | None, config: Config | None, allowed: Allowed) -> str:
-    """What is wrong with how a rollout ended; '' where nothing is."""
+    """What is wrong with a rollout's ending; '' if nothing."""
     most = _max_staleness(config)
     stale = line.staleness is not None and line.staleness > most
     if line.ending == "trained":

@@ -1,7 +1,7 @@
 """The run that faults are injected into: `katana run` as its users start it, on a Redis that the harness owns.
 
-The run knows nothing of the harness. It is given a Redis whose socket is the harness's proxy, and processes are found
-by their command lines, as an operator would find them.
+The run does not know about the harness. Its Redis socket is the harness's proxy, and processes are found by their
+command lines, as an operator would find them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from common.wire.plane import Plane, open_plane
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
-from ops.reach.left_over import SOCKETS, beside
+from ops.reach.left_over import SOCKETS, harness_folder
 from ops.reach.run import with_redis
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
@@ -48,12 +48,12 @@ _RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five
 
 
 class RunEnded(RuntimeError):
-    """`katana run` ended while faults were injected. The message holds its last words."""
+    """`katana run` ended while faults were injected. The message has its last log lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where the work of a run has got to; what has grown shows that somebody has done something."""
+    """Progress of a run's work; a value that has grown shows that a process has done something."""
 
     chunks: bytes  # the last notice that a rollout worker gave a teacher
     scores: bytes  # the last notice that a teacher gave the arbiter
@@ -68,9 +68,9 @@ class Cluster:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = config.run_dir
-        self.beside = beside(config.run_dir)
-        self.redis = EmbeddedRedis(self.beside, maxmemory_mb=config.redis.maxmemory_mb)
-        self.clocks, self.poison = self.beside / "clocks", self.beside / "poison"
+        self.harness_folder = harness_folder(config.run_dir)
+        self.redis = EmbeddedRedis(self.harness_folder, maxmemory_mb=config.redis.maxmemory_mb)
+        self.clocks, self.poison = self.harness_folder / "clocks", self.harness_folder / "poison"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
@@ -90,7 +90,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            shutil.rmtree(self.beside, ignore_errors=True)
+            shutil.rmtree(self.harness_folder, ignore_errors=True)
             self.clocks.mkdir(parents=True)
             self.poison.mkdir()
             self.redis.start()
@@ -104,7 +104,7 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.closing.set()
         for pid in [*self._extra, *(pid for role in ROLES for pid in self.pids(role))]:
-            _signal(pid, signal.SIGCONT)  # what a fault has stopped hears nothing else
+            _signal(pid, signal.SIGCONT)  # a stopped process receives nothing else
         end([*self._extra.values(), *([self.process] if self.process else [])], 25)
         for role in ROLES:
             for pid in self.pids(role):
@@ -120,8 +120,8 @@ class Cluster:
     def restart_redis(self) -> None:
         """Start Redis after a fault has killed it. Raises RunEnded once everything is being ended.
 
-        The main thread does it (`serve`): what a passing thread starts does not end with the harness when that is
-        killed, see `end_with_parent`.
+        The main thread does it (`serve`): a child that a short-lived thread starts does not end with the harness when
+        that is killed, see `end_with_parent`.
         """
         self.check_open()
         if threading.current_thread() is threading.main_thread():
@@ -133,7 +133,7 @@ class Cluster:
         while not started.done():
             self.check_open()
             if time.monotonic() > deadline:
-                raise RunEnded(f"nobody started Redis again within {_SERVED_S:.0f} s")
+                raise RunEnded(f"Redis was not started again within {_SERVED_S:.0f} s")
             wait([started], 0.1)
         started.result()
 
@@ -143,7 +143,7 @@ class Cluster:
             while not until():
                 with contextlib.suppress(queue.Empty):
                     self._start_for(self._wanted.get(timeout=0.05))
-        except BaseException:  # Ctrl-C: nobody serves any more, and a fault's thread may be waited for
+        except BaseException:  # Ctrl-C: nothing serves any more, and a fault's thread may still be waiting
             self.closing.set()
             raise
 
@@ -179,7 +179,7 @@ class Cluster:
 
     @property
     def log_path(self) -> Path:
-        return self.beside / "chaos.log"
+        return self.harness_folder / "chaos.log"
 
     def stop(self, timeout_s: float = 40.0) -> int:
         """Ctrl-C. Returns the exit code."""
@@ -188,7 +188,7 @@ class Cluster:
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float) -> int:
-        """Wait for `katana run` to end. Raises RunEnded, with what it said, when it does not."""
+        """Wait for `katana run` to end. Raises RunEnded with its last log lines if it does not."""
         assert self.process is not None
         try:
             return self.process.wait(timeout_s)
@@ -223,7 +223,7 @@ class Cluster:
         return [pid for _, pid in sorted(found)]
 
     def victim(self, role: str, rng: random.Random, timeout_s: float = 60.0) -> int:
-        """A process of the role that is at work (a worker: one that has said so), the oldest half preferred."""
+        """A process of the role that is running (a worker: one that has sent heartbeats), the oldest half preferred."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.check_alive()
@@ -295,7 +295,7 @@ class Cluster:
     @property
     def plane(self) -> Plane:
         if self._plane is None:
-            # Its own reads and writes may be repeated: it asks until Redis is back.
+            # Its own reads and writes may be repeated: it retries until Redis is back.
             client = redis.Redis.from_url(
                 self.redis.url, socket_timeout=30.0, retry=Retry(ConstantBackoff(0.1), 300), retry_on_error=[*_AWAY]
             )
@@ -306,7 +306,7 @@ class Cluster:
         return self.plane.key(name)
 
     def stage(self) -> Stage | None:
-        """Where the work has got to; None while Redis does not answer or does not know the run."""
+        """Progress of the work; None while Redis does not answer or does not know the run."""
         client = self.plane.client
         pipe = client.pipeline(transaction=False)
         shards = self.plane.shards

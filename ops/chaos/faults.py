@@ -1,8 +1,8 @@
-"""The faults: what is done to a run, from outside, as it happens to real clusters.
+"""The faults that are injected into a run, from outside, as they happen to real clusters.
 
 Each is a function of the cluster, a random generator and the scene; it returns when the fault is over (a killed
-process is not waited for). What it does on purpose to a record it notes in the scene first, so that the checker knows
-what to excuse; a fault that found nothing to strike raises Missed.
+process is not waited for). It records deliberate damage in the scene first, so that the checker knows
+what to excuse; a fault that finds no target raises Missed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import newest_version
 from ops.chaos.cluster import WORKERS, Cluster
 from ops.chaos.proxy import Hits
-from ops.chaos.recovery import go_on, held_by
+from ops.chaos.recovery import continue_process, held_by
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
@@ -92,7 +92,7 @@ def _kill(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
 
 def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
     os.kill(pid, signal.SIGTERM)
-    go_on(pid)  # a stopped process would not hear it
+    continue_process(pid)  # a stopped process would not receive it
     return "SIGTERM"
 
 
@@ -102,7 +102,7 @@ def _stopped(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        go_on(pid)
+        continue_process(pid)
 
 
 def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
@@ -119,7 +119,7 @@ def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role
                 break
             time.sleep(0.02)
         if role == "rollout" and not _taken_over(cluster, held.rollouts, name):
-            raise Missed(f"nobody took over its rollouts within {limit:.0f} s")
+            raise Missed(f"its rollouts were not taken over within {limit:.0f} s")
         time.sleep(rng.choice((0.0, rng.uniform(0, 1))))
     return f"stopped {time.monotonic() - began:.1f} s"
 
@@ -163,7 +163,7 @@ def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> st
             scene.lost |= at_stake
         os.kill(cluster.redis.pid, signal.SIGKILL)
         time.sleep(1.0)
-        for path in cluster.beside.iterdir():
+        for path in cluster.harness_folder.iterdir():
             if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         cluster.restart_redis()
@@ -173,7 +173,7 @@ def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> st
 def _at_stake(cluster: Cluster) -> set[str]:
     """Rollouts that a loss of Redis may take: the open ones, and those that are admitted until it is dead.
 
-    Where there is no cursor Redis has just lost the run, and what is at stake was noted then.
+    Without a cursor Redis has just lost the run, and the rollouts at stake were recorded then.
     """
     learner, cursor = cluster.config.learner, cluster.plane.client.get(cluster.key("cursor"))
     soon = 2 * (learner.max_staleness + 1) * learner.batch_size
@@ -286,7 +286,7 @@ def _malformed(cluster: Cluster, rng: random.Random, scene: Scene, _: int, strea
     raise TimeoutError(f"{fields!r:.60} still stands in {name}")
 
 
-# Only where nobody has judged it yet, and noted before it is done.
+# Only if it has no verdict yet; recorded before it is done.
 _CORRUPT = """
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HEXISTS', KEYS[1], 'verdict') == 1 then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
@@ -320,7 +320,7 @@ _DEAD_S = 90.0  # within which a rollout that cannot be written, scored or train
 
 
 def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: str) -> str:
-    """Let nobody write or score a rollout, or train on it, and wait until it is dead of that."""
+    """Make a rollout impossible to write, score or train on, and wait until it is dead."""
     field, ready = ("settled", b"verdict") if what == "step" else ("verdict", b"head")
     record = cluster.plane.rollout(rid := rng.choice(sorted(cluster.open_rollouts() - scene.poisoned) or ["none"]))
     if record.get(ready) in (None, b"dead") or field.encode() in record:
@@ -351,15 +351,15 @@ def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: 
 def _broken(rng: random.Random, record: dict[bytes, bytes]) -> tuple[str, bytes, str]:
     """A field of a rollout's hash, what to write there, and what is wrong with it."""
     last = int(record.get(b"chunks", b"0")) - 1
-    choices: list[tuple[str, bytes, str]] = [("head", b"\xc1 not msgpack", "head is no msgpack")]
+    choices: list[tuple[str, bytes, str]] = [("head", b"\xc1 not msgpack", "head is not msgpack")]
     if last >= 0:
         chunk = record[b"t:%d" % last]
         choices += [
             (f"t:{last}", chunk[: len(chunk) // 2], "tokens cut off in the middle"),
             (f"t:{last}", _out_of_range(chunk), "token ids outside the vocabulary"),
             (f"p:{last}", record[b"p:%d" % last][:-5] + b"\x00\x00\xc0\x7f\x00", "support of wrong sizes"),
-            (f"d:{last}", _not_a_number(last), "a divergence that is no number"),
-            ("threshold", b"nan", "a threshold that is no number"),
+            (f"d:{last}", _not_a_number(last), "a divergence that is not a number"),
+            ("threshold", b"nan", "a threshold that is not a number"),
         ]
     return rng.choice(choices)
 
@@ -391,14 +391,14 @@ def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
 
 
 def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: int) -> str:
-    """Tear the newest checkpoint and kill the learner, which must go on from the one before."""
+    """Tear the newest checkpoint and kill the learner, which must continue from the one before."""
     with _stopped(pid):
         folders = sorted((cluster.folder / CHECKPOINTS).glob("step-????????"))
         if len(folders) < 2:
             raise Missed("there are not two whole checkpoints")
         newest, before = folders[-1], folders[-2]
         with scene.lock:
-            # What came behind the newest was never acknowledged: it is trained again without an excuse.
+            # Later trajectories were never acknowledged: they are trained again and need no excuse.
             scene.rolled_back |= cluster.trained_between(int(before.name[5:]), int(newest.name[5:]))
         path = rng.choice(sorted(newest.iterdir()))
         _tear(path, rng)
@@ -418,11 +418,11 @@ def _torn_weights(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
             time.sleep(0.005)
         path = folder / f"v{newest_version(folder):08d}.safetensors"
         _tear(path, rng)
-        said = Path(f"/proc/{pid}/fd/2").resolve()  # logs/rollout-*.log
-        before = said.stat().st_size
+        log_path = Path(f"/proc/{pid}/fd/2").resolve()  # logs/rollout-*.log
+        before = log_path.stat().st_size
     deadline = time.monotonic() + _REFUSE_S
     while time.monotonic() < deadline:
-        with said.open("rb") as log:
+        with log_path.open("rb") as log:
             log.seek(before)
             if b"weights refused" in log.read():
                 return f"{path.name} refused"
@@ -442,7 +442,7 @@ def _tear(path: Path, rng: random.Random) -> None:
 
 
 def _clock(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
-    """Shift the wall clock of one process, of any role, back or forth by a minute to ten days."""
+    """Shift the wall clock of one process, of any role, backward or forward by a minute to ten days."""
     role = rng.choice(list(_MOVES))
     pid = cluster.victim(role, rng)
     shift = rng.choice((-1, 1)) * rng.choice((60.0, 3600.0, 864_000.0))

@@ -1,8 +1,8 @@
 """`katana chaos`: a run under a schedule of faults that is drawn from a seed, then the checker.
 
-First the faults that are injected alone, each into a whole run, so that the time until it has recovered means
-something; then the others, which overlap. Then calm: whatever was open must come to its end. The run is then
-interrupted, resumed with a few steps to go, and ends; the checker reads its folder and its Redis.
+First come the faults that are injected alone, each into a healthy run, so that its recovery can be timed;
+then the others, which overlap. Then a quiet phase, in which all open rollouts must end. The run is then
+interrupted, resumed for a few more steps, and ends; the checker reads its folder and its Redis.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
 from ops.chaos.faults import KINDS, Kind, Missed, Scene
 from ops.chaos.records import Violation
-from ops.chaos.recovery import Held, go_on, holder_of, stop_holding, wait_recovered, wait_whole
+from ops.chaos.recovery import Held, continue_process, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import ChaosResult, Fault, schedule
 from ops.chaos.table import describe
 from ops.run.check import check
 
 _GAP_S = 2.0  # mean time between two faults that may overlap
 _AT_ONCE = 6  # most faults under way at a time
-_TRIES = 6  # of a fault that finds nothing to strike
+_TRIES = 6  # of a fault that finds no target
 _START_S, _END_S = 180.0, 240.0
 CALM_S = 120.0  # how long what is open when the faults end may take
 _OTHERS_FIRST = (
@@ -130,12 +130,12 @@ def _inject_all(cluster: Cluster, scene: Scene, result: ChaosResult, began: floa
             break
         if fault.alone:
             strike(fault)
-            _say(number, fault, result)
+            _print_progress(number, fault, result)
             continue
         _pause(cluster, threads, min(rng.expovariate(1 / _GAP_S), 4 * _GAP_S))
         threads.append(threading.Thread(target=strike, args=(fault,), daemon=True))
         threads[-1].start()
-        _say(number, fault, result)
+        _print_progress(number, fault, result)
     cluster.serve(lambda: not _alive(threads))
     if ended:
         raise ended[0]
@@ -173,7 +173,7 @@ def _inject(cluster: Cluster, scene: Scene, fault: Fault, result: ChaosResult, b
 
 
 def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: float, rng: random.Random) -> None:
-    # Before the clock starts: waiting for leave to end a process is the harness's affair.
+    # Before the clock starts: this wait for the supervisor's restart limit is not part of the recovery.
     for role, times in kind.restarts.items():
         cluster.spend_restart(role, times)
     pid = cluster.victim(kind.role, rng) if kind.role else 0
@@ -188,8 +188,8 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
     struck, held = stop_holding(cluster, stop, pid) if stop else (time.monotonic(), Held())
     fault.at_s = struck - began
     try:
-        # Whoever takes over does so while the victim is still stopped; what befalls all must be over first, and what is
-        # there then, after a loss of Redis nothing, is where it begins.
+        # The takeover happens while the victim is still stopped. A fault of all processes must be over first; recovery
+        # is measured from the state then, which is empty after a loss of Redis.
         before = cluster.stage() if stop else None
         with ThreadPoolExecutor(1) as pool:
             injecting = pool.submit(kind.inject, cluster, rng, scene, pid)
@@ -202,11 +202,11 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
             fault.note = injecting.result()
     finally:
         if stop:
-            go_on(pid)
+            continue_process(pid)
     fault.recovery_s, fault.injected = recovery_s, True
 
 
-def _say(number: int, fault: Fault, result: ChaosResult) -> None:
+def _print_progress(number: int, fault: Fault, result: ChaosResult) -> None:
     recovery = f"recovered in {fault.recovery_s:.1f} s" if fault.recovery_s is not None else ""
     how = "alone" if fault.alone else "overlapping"
     print(f"[{number:>4} of {len(result.faults)}] {fault.kind:22} {how:12} {recovery}  {fault.note}", flush=True)
@@ -218,8 +218,8 @@ def _say(number: int, fault: Fault, result: ChaosResult) -> None:
 def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
     """Calm, Ctrl-C, `--resume` with a few steps more, to the end; then what the checker finds. Raises RunEnded.
 
-    A run in which something will not come to its end cannot end itself either: that is said, with what its folder
-    shows, and it is not resumed.
+    A run in which a rollout does not end cannot end itself either: that is reported, with the state of its folder,
+    and it is not resumed.
     """
     cursor, waiting = _calm(cluster, calm_s)
     allowed = Allowed(
@@ -245,7 +245,7 @@ def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
 
 
 def _calm(cluster: Cluster, calm_s: float) -> tuple[int, set[str]]:
-    """Wait for what was open when the faults ended: how many were admitted by then, and which are open still."""
+    """Wait for the rollouts open when the faults ended; returns the number admitted by then, and those still open."""
     wait_whole(cluster)
     cursor = int(cluster.plane.client.get(cluster.key("cursor")) or 0)
     waiting, deadline = cluster.open_rollouts(), time.monotonic() + calm_s

@@ -1,7 +1,7 @@
-"""Memory in a soak: what was resident and when, whether any of it grows, and a picture of it.
+"""Memory in a soak: resident memory over time, whether it grows, and a plot of it.
 
 `teacher-0` and `teacher-1` are two processes of one role. A process that was killed and started again, which shows by
-its pid, begins a new series: what it gave up at its end and takes anew is no growth.
+its pid, begins a new series: memory that it freed at its end and allocates again is not growth.
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ def settled(series: Lifetime) -> Lifetime:
     """Without the first minutes of its life, as many as `warm_up_s` says.
 
     In that time a process loads its libraries and its model and sees its first batches, and its allocator keeps what
-    the largest of them took; Redis fills up to what admission allows to be open. This ends, and is no leak. Measured on
-    the demo, on two cores with a load of 17: workers grew for a minute, and by 1 MB in the ten after it; the learner,
-    whose batches have many shapes, by 60 MB in its first 100 steps, which took eight minutes, and by nothing in the
-    next 100. With the cores to itself it makes these steps in three.
+    the largest of them took; Redis fills up to what admission allows to be open. This ends, and is not a leak. Measured
+    on the demo, on two cores with a load of 17: workers grew for a minute, and by 1 MB in the ten after it; the
+    learner, whose batches have many shapes, by 60 MB in its first 100 steps, which took eight minutes, and by nothing
+    in the next 100. With the cores to itself it makes these steps in three.
 
     What the processes of a role have in common at equal ages cannot take its place: a leak is common to them as well.
     So a soak lets them live longer than that.
@@ -163,9 +163,9 @@ def settled(series: Lifetime) -> Lifetime:
 def floors(series: Lifetime) -> tuple[Numbers, Numbers]:
     """Hours and MB: the lowest sample of each block of BLOCK_S, at the mean time of its samples.
 
-    What is taken for a batch and given back (plateaus of 15 MB for up to a minute in the learner) stands above the
-    floor; what leaks raises it. A block with less than half of the samples of the fullest is left out: of few the
-    lowest is not low.
+    Memory that is allocated for a batch and freed (plateaus of 15 MB for up to a minute in the learner) is above the
+    floor; a leak raises the floor. A block with less than half of the samples of the fullest is left out: the lowest of
+    a few samples is not low.
     """
     if not len(series.s):
         return np.empty(0), np.empty(0)
@@ -180,7 +180,7 @@ def floors(series: Lifetime) -> tuple[Numbers, Numbers]:
 def fit(series: Sequence[Lifetime]) -> Fit | None:
     """A line by least squares through the floors of each series: its level is its own, the slope is common.
 
-    So many lives tell together what none could tell alone. One block is like the next, so the interval is that of
+    Together these lifetimes show what none shows alone. One block is like the next, so the interval is that of
     AR(1) residuals: fewer of them count, and each counts for less. None with less than three degrees of freedom.
     """
     parts = [(hours - hours.mean(), mb - mb.mean()) for hours, mb in map(floors, series) if len(hours) > 1]
@@ -230,11 +230,11 @@ def judge(path: Path) -> list[Growth]:
     What is allowed over a soak is 3 % of the median or 8 MB, whichever is larger: an allocator that still settles, the
     feeder, which counts what it has booked. FLAT: the whole 95 % interval of the growth is within that. GROWS: the
     whole interval is beyond, so that chance alone makes it of what is flat far less often than in one of 40 cases.
-    CANNOT_TELL: the interval reaches to both sides, for too little was seen; a longer soak tells. A leak that matters
-    in days comes out above it in a soak of hours.
+    CANNOT_TELL: the interval reaches to both sides, for there is too little data; a longer soak decides. A leak that
+    matters in days comes out above it in a soak of hours.
 
-    The processes of a role are judged together, and each by itself for the time that it lived: together they tell what
-    each lived too shortly to tell, and by itself one tells what the others would hide.
+    The processes of a role are judged together, and each by itself for its lifetime: together they show what short
+    lifetimes cannot, and separately they show what the others would hide.
     """
     found = read_series(path)
     if not found:
@@ -266,7 +266,7 @@ def _hours(series: Lifetime) -> float:
 
 
 def _signed(value: float) -> str:
-    """One digit behind the point, and a sign that is seen."""
+    """One digit after the point, always with a sign."""
     return f"{value:+.1f}".replace("-", "−")
 
 
@@ -329,20 +329,20 @@ def _name_lines(axes: Any, named: Sequence[tuple[Growth, str]], top: float) -> N
     heights = _apart([verdict.median_mb / top for verdict, _ in named], _LABEL_INCHES / height_inches)
     for (verdict, colour), height in zip(named, heights, strict=True):
         line = verdict.fit
-        told = (
+        slope = (
             f"{_signed(line.slope)} ({_signed(line.low)} … {_signed(line.high)}) MB/h"
             if line
             else "judged for too short a time"
         )
-        for text, shift, weight in (
+        for text, side, weight in (
             (f"{verdict.role} {verdict.median_mb:.0f} MB, {verdict.word}", 1, "bold"),
-            (told, -1, "normal"),
+            (slope, -1, "normal"),
         ):
             axes.annotate(
                 text,
                 (1, height),
                 xycoords="axes fraction",
-                xytext=(12, 8 * shift),
+                xytext=(12, 8 * side),
                 textcoords="offset points",
                 color=colour,
                 fontsize=12,

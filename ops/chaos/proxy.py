@@ -1,8 +1,8 @@
-"""A relay between the processes of a run and their Redis, which spoils the traffic of one of them when it is told to.
+"""A relay between the processes of a run and their Redis, which disturbs the traffic of one of them on request.
 
-All processes of a run reach Redis through it all the time. It knows whose connection it holds by the pid of the peer.
-Without a fault it passes on whole requests and whole replies as they come; it looks only for where they end, so that a
-fault can begin and end in the middle of traffic. What it can do to a process, for a time:
+All processes of a run reach Redis through it all the time. It identifies the process of a connection by the pid of the
+peer. Without a fault it passes on whole requests and whole replies as they come; it looks only for where they end, so
+that a fault can begin and end in the middle of traffic. What it can do to a process, for a time:
 
     delay       every request waits
     hold        nothing passes in either direction
@@ -11,8 +11,8 @@ fault can begin and end in the middle of traffic. What it can do to a process, f
     swap        the scripts of one pipeline arrive in reverse order; a script that came alone arrives once more, later
 
 Only Katana's scripts (EVAL, EVALSHA) are duplicated, swapped and sent late: they are what the design promises to fence.
-Reads by XREADGROUP are copied where the caller asks; a copy's entries are given to the consumer and seen by nobody.
-Never copied: what blocks, what stands in MULTI, anything of a database other than 0 (1 is the broker's).
+Reads by XREADGROUP are copied if the caller asks for it; a copy's entries become pending, and no process sees them.
+Never copied: blocking commands, commands in MULTI, any of a database other than 0 (1 is the broker's).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Frames:
                 at = end + length + 4 if length >= 0 else end + 2
                 owed -= 1
             else:
-                owed += _owed_by(text[at:end])
+                owed += _missing_after(text[at:end])
                 at = end + 2
         self._at, self._owed = at - begin, owed
         if text is data:
@@ -105,13 +105,13 @@ class Frames:
         return rest
 
 
-def _owed_by(line: Frame) -> int:
-    """By how much the line of an element that is no bulk string changes the count of missing elements."""
+def _missing_after(line: Frame) -> int:
+    """By how much the line of an element that is not a bulk string changes the count of missing elements."""
     kind = line[0] if line else 0
     if kind in _LINE:
         return -1
     if kind in _AGGREGATE:
-        # An attribute is no element of its own: what it describes follows it.
+        # An attribute does not count as an element: the element that it describes follows.
         return max(int(line[1:]), 0) * _AGGREGATE[kind] - (kind != _ATTRIBUTE)
     raise ValueError(f"not RESP: {bytes(line[:20])!r}")
 
@@ -230,7 +230,7 @@ class RedisProxy(Relay):
         server = socket.socket(socket.AF_UNIX)
         try:
             server.bind(str(self._listen))
-            self._listen.chmod(0o700)  # nobody can connect before it listens
+            self._listen.chmod(0o700)  # no client can connect before it listens
         except OSError:
             server.close()
             raise
@@ -358,7 +358,7 @@ class RedisProxy(Relay):
 
 
 class _Link(Link):
-    """A client's connection whose requests and replies are followed, and spoiled where a fault says so."""
+    """A client's connection whose requests and replies are parsed, and disturbed while a fault is active."""
 
     def __init__(self, proxy: RedisProxy) -> None:
         super().__init__(proxy)
@@ -367,7 +367,7 @@ class _Link(Link):
         self._requests, self._replies = Frames(), Frames()
         self._batch: list[Frame] = []  # whole requests that wait for the rest of their pipeline
         self._places: deque[_Dropped | _Reversed | None] = deque()  # of replies to come; None: for the client
-        self._session: dict[bytes, Frame] = {}  # what another connection must say to be in the same state
+        self._session: dict[bytes, Frame] = {}  # requests that bring another connection into the same state
         self._database, self._in_multi = b"0", False
         self._raw = False  # no longer followed
         self._cut: Hits | None = None

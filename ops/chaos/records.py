@@ -29,7 +29,7 @@ class Violation:
 
 @dataclass(slots=True)
 class Records:
-    """A run's files, as far as they can be read; `broken` says what cannot."""
+    """A run's files, as far as they can be read; `broken` names the rest."""
 
     config: Config | None = None
     ledger: Ledger | None = None

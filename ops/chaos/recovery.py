@@ -1,4 +1,4 @@
-"""When a run has recovered from a fault: what the victim held has gone on, and those who stood still act again."""
+"""Whether a run has recovered from a fault: the victim's work has continued, and waiting processes act again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ops.chaos.cluster import WORKERS, Cluster, RunEnded, Stage, order
 RECOVERY_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _HOLDING_S = 60.0
-_SETTLE_S = 0.02  # what a process sent before it was stopped has arrived by then
+_SETTLE_S = 0.02  # requests that a process sent before it was stopped have arrived by then
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a worker held when it was struck."""
+    """The work that a worker held when the fault struck it."""
 
     rollouts: dict[str, int] = field(default_factory=dict)  # rid → chunks that were stored
     notices: dict[str, set[bytes]] = field(default_factory=dict)  # stream → entries that it was given
@@ -52,7 +52,7 @@ def held_by(cluster: Cluster, role: str, pid: int) -> Held:
     return Held(notices=notices)
 
 
-def gone_on(cluster: Cluster, held: Held) -> bool:
+def work_has_continued(cluster: Cluster, held: Held) -> bool:
     """Every rollout has a new chunk, a verdict, or is booked; every notice was taken off."""
     plane = cluster.plane
     rids = list(held.rollouts)
@@ -66,7 +66,7 @@ def gone_on(cluster: Cluster, held: Held) -> bool:
 
 
 def moved(before: Stage, now: Stage, what: tuple[str, ...]) -> bool:
-    """Each of these fields of the stage has grown. (A step that was rolled back is a change, and no progress.)"""
+    """Each of these fields of the stage has grown. (A step that was rolled back is a change, but not progress.)"""
     return all(_place(getattr(before, name)) < _place(getattr(now, name)) for name in what)
 
 
@@ -89,11 +89,11 @@ def wait_recovered(
     replaced: tuple[str, bytes] | None,
     check: Callable[[], object],
 ) -> float:
-    """Seconds from `began` (monotonic) until `what` has moved and what was held has gone on.
+    """Seconds from `began` (monotonic) until `what` has moved and the held work has continued.
 
-    `before`: where the work stood; None: it is what is there once Redis answers and knows the run. `check` is called
-    all the time, and may raise. `replaced`: a role and its former holder, whose last deeds do not count: what has moved
-    is looked at from the moment when another holds the lease. Raises TimeoutError, RunEnded.
+    `before`: the progress before the fault; None: the progress once Redis answers and has the run. `check` is called
+    repeatedly, and may raise. `replaced`: a role and its former holder, whose last actions do not count: progress is
+    measured from the moment when another holds the lease. Raises TimeoutError, RunEnded.
     """
     while time.monotonic() - began < RECOVERY_TIMEOUT_S:
         cluster.check_alive()
@@ -105,10 +105,10 @@ def wait_recovered(
                 pass
             elif replaced is not None and holder_of(cluster, replaced[0]) not in (None, replaced[1]):
                 before, replaced = now, None
-            elif replaced is None and moved(before, now, what) and gone_on(cluster, held):
+            elif replaced is None and moved(before, now, what) and work_has_continued(cluster, held):
                 return time.monotonic() - began
         except (redis.exceptions.RedisError, OSError):
-            pass  # Redis is away: the fault itself, or another one
+            pass  # Redis does not answer: the fault itself, or another one
         time.sleep(_POLL_S)
     raise TimeoutError(f"no recovery within {RECOVERY_TIMEOUT_S:.0f} s")
 
@@ -116,7 +116,7 @@ def wait_recovered(
 def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
     """Stop a process (a worker: at a moment when it holds something): when (monotonic), and what it holds.
 
-    Stopped before it is looked at: what it holds then it cannot end by itself. Raises TimeoutError.
+    It is stopped before it is inspected, so that it cannot finish its work meanwhile. Raises TimeoutError.
     """
     deadline = time.monotonic() + _HOLDING_S
     while time.monotonic() < deadline:
@@ -132,19 +132,19 @@ def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
                 return began, held
         finally:
             if not stopped:
-                go_on(pid)
+                continue_process(pid)
         time.sleep(0.02)
     raise TimeoutError(f"the {role} worker held nothing for {_HOLDING_S:.0f} s")
 
 
-def go_on(pid: int) -> None:
-    """Let a stopped process run; nothing where it has ended."""
+def continue_process(pid: int) -> None:
+    """Continue a stopped process (SIGCONT); does nothing if it has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
 
 
 def wait_whole(cluster: Cluster, timeout_s: float = 90.0) -> None:
-    """Wait until every process is at work again, so that the next fault strikes a whole run. Raises TimeoutError."""
+    """Wait until every process is at work again, so that the next fault strikes a healthy run. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         cluster.check_alive()
@@ -154,4 +154,4 @@ def wait_whole(cluster: Cluster, timeout_s: float = 90.0) -> None:
         except (redis.exceptions.RedisError, OSError, RunEnded):
             pass
         time.sleep(0.1)
-    raise TimeoutError(f"the run was not whole again within {timeout_s:.0f} s")
+    raise TimeoutError(f"the run was not healthy again within {timeout_s:.0f} s")

@@ -1,8 +1,8 @@
 """A relay: it holds a client's connection and one to the server for it, and passes bytes on between them.
 
 What every relay needs is here: both ends are read no faster than the other takes it, what was read is passed on before
-an end is closed, and nothing is left when the relay ends. What else happens to the traffic is said by subclasses of
-`Link`: `ops/chaos/proxy.py` spoils requests and replies of Redis, `tests/network/line.py` makes the way long.
+an end is closed, and nothing is left when the relay ends. Subclasses of `Link` define what else happens to the
+traffic: `ops/chaos/proxy.py` disturbs requests and replies of Redis, `tests/network/line.py` adds latency.
 """
 
 from __future__ import annotations

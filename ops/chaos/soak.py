@@ -1,7 +1,7 @@
 """`katana soak`: a run for a long time, its processes killed now and then; its memory must stay flat.
 
-The kills are those of `katana chaos`, drawn from a seed. What it holds against the run: a violation of the checker's
-statements, or memory of a process or of Redis that grows.
+The kills are those of `katana chaos`, drawn from a seed. It reports violations of the checker's
+statements, and memory of a process or of Redis that grows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ops.chaos.records import Violation
 
 _KINDS = [f"{what}-{role}" for what in ("kill", "term") for role in ROLES]
 _GAP_S = 75.0  # mean time between two kills
-# A role that was hit is spared for so many of its warm-ups: what lives no longer than one shows no slope. The interval
-# of a slope narrows as the time that is judged to the power of 1.5: few long lives tell more than many short ones.
+# After a kill a role is spared for so many of its warm-ups: a lifetime of one warm-up has no slope. The interval of a
+# slope narrows with the power 1.5 of the judged time: a few long lifetimes show more than many short ones.
 _SPARED_WARM_UPS = 3
 _SAMPLE_S = 5.0
 
@@ -63,10 +63,10 @@ def soak(config: Config, *, minutes: float, seed: int) -> int:
         config.run_dir / SOAK,
         {"kills": kills, "memory": list(map(str, verdicts)), "violations": [asdict(one) for one in violations]},
     )
-    untold = [verdict.role for verdict in verdicts if verdict.word == CANNOT_TELL]
+    unknown = [verdict.role for verdict in verdicts if verdict.word == CANNOT_TELL]
     print(
         f"{minutes:g} minutes, {len(kills)} processes ended: {len(violations)} violations"
-        + (f"; cannot tell whether memory grows: {', '.join(untold)}" if untold else "")
+        + (f"; cannot tell whether memory grows: {', '.join(unknown)}" if unknown else "")
     )
     for violation in violations[:50]:
         print(f"violation: {violation.statement}: {violation.rid} {violation.detail}", file=sys.stderr)
@@ -118,7 +118,7 @@ def _keep_sampling(cluster: Cluster, log: MemoryLog, over: threading.Event, fail
 
 
 def _places(cluster: Cluster, before: dict[str, int]) -> dict[str, int]:
-    """Name → pid; a process keeps its name, one that was started anew takes a name that is free."""
+    """Name → pid; a process keeps its name, a restarted one takes a free name."""
     places: dict[str, int] = {}
     for role in ROLES:
         pids = cluster.pids(role)

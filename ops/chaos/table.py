@@ -1,7 +1,7 @@
 """The result of faults as a table, in Markdown.
 
-A fault that was injected alone counts as survived when the run recovered from it. Of faults that overlap nobody can
-tell which did what: all are survived when the run went on to its end and the checker found nothing, else none is.
+A fault that was injected alone counts as survived if the run recovered from it. The effects of overlapping faults
+cannot be separated: all are survived if the run reached its end and the checker found nothing, else none is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`katana compare`: the same experiment under several policies and seeds, run cell by cell, then tables and plots.
 
-The same command again goes on where it stopped: cells that are done are kept, one that is half done is resumed, and one
-whose config is not the one asked for now is refused. What failed does not stop the others.
+The same command again continues where it stopped: finished cells are kept, unfinished ones are resumed, and one
+with another config than requested now is refused. A failed cell does not stop the others.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def compare(base: Config, name: str | None, request: Request) -> int:
             print(f"{MATCHED} is made from {MATCHED_TO} of the same seed: row {MATCHED_TO} added")
         failed = work.run(todo, total=len(rows) * len(asked.seeds), jobs=request.jobs)
         if failed is None:
-            print(f"stopped in {folder}. Go on with the same command", file=sys.stderr)
+            print(f"stopped in {folder}. Continue with the same command", file=sys.stderr)
             return EXIT_INTERRUPTED
         report(folder)
     finally:
@@ -98,9 +98,9 @@ def _hold(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         return lock(folder)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made or written to ({error.strerror}); look at runs_dir") from error
+        raise ConfigError(f"{folder}: cannot be made or written to ({error.strerror}); check runs_dir") from error
     except ConfigError as error:
-        raise ConfigError(f"{folder}: another `katana compare` is at work in this folder") from error
+        raise ConfigError(f"{folder}: another `katana compare` is running in this folder") from error
 
 
 def report(folder: Path) -> int:
@@ -170,7 +170,7 @@ class Work:
             write_text(path, config.to_yaml())
             arguments = [str(path)]
         self._began[cell] = time.monotonic()
-        _say(f"{cell.name}: {'goes on' if resume else 'begins'}")
+        _print(f"{cell.name}: {'resumes' if resume else 'starts'}")
         return start_run(arguments, self._log(cell))
 
     def _ended(self, cell: Cell, why: str) -> None:
@@ -178,16 +178,16 @@ class Work:
         text = ""
         if not why:
             try:
-                text = self._told(cell)
+                text = self._result_text(cell)
             except ConfigError as error:
                 why = str(error)
         elif cell in self._began:
             why = f"{why}: {last_words(self._log(cell))} (log: {self._log(cell)})"
         if why:
             self._failed[cell] = why
-        _say(f"{cell.name}: {text or f'FAILED: {why}'}; {self._left} of {self._total} left")
+        _print(f"{cell.name}: {text or f'FAILED: {why}'}; {self._left} of {self._total} left")
 
-    def _told(self, cell: Cell) -> str:
+    def _result_text(self, cell: Cell) -> str:
         """Raises ConfigError where the run left no whole folder."""
         lacking = grids.missing(self._folder / cell.name)
         if lacking:
@@ -218,5 +218,5 @@ def _check_can_be_matched(config: Config) -> None:
         )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

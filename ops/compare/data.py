@@ -1,4 +1,4 @@
-"""What the cells of a comparison came to, from their folders alone; and the same as CSV, a row a cell."""
+"""Results of a comparison's cells, from their folders alone; and the same as CSV, one row per cell."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _mean(lines: Iterable[BookLine], name: str) -> float | None:
 
 
 def to_csv(comparison: Comparison) -> str:
-    """A row a cell, done or not, with all digits; empty where there is no number."""
+    """One row per cell, done or not, with all digits; empty if there is no number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "seed", "state", "policy", "k", "problems", "evaluated_step", *FIGURES])

@@ -1,4 +1,4 @@
-"""Drift over the cells of a comparison: what the guards of learner/drift.py said early and late, and step by step."""
+"""Drift over the cells of a comparison: the guards of learner/drift.py early and late, and step by step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from common.policies import POLICIES
 from common.runfiles.records import Step
 
 GUARDS = ("threshold", "cut_rate_treated", "cut_rate_control", "repetition", "truncation_rate", "entropy")
-"""Figures of metrics.jsonl that move when training runs off with itself."""
-_LEAST = 3  # steps: of fewer there is no early and late
+"""Figures of metrics.jsonl that move when training diverges."""
+_LEAST = 3  # steps: fewer cannot be divided into early and late
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def early_and_late(steps: Sequence[Step]) -> dict[str, float | None]:
 
 
 def mean_known(values: Iterable[float | None]) -> float | None:
-    """Of those that are no None; None of nothing."""
+    """Mean of the values that are not None; None without any."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -86,7 +86,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if low > high or high >= 2**31 or high - low >= _MOST_SEEDS:
             raise ConfigError(
-                f"--seeds {text!r:.80}: {part!r:.40} is no range of seeds; expected numbers and ranges of at most "
+                f"--seeds {text!r:.80}: {part!r:.40} is not a range of seeds; expected numbers and ranges of at most "
                 f"{_MOST_SEEDS} with commas between them, for example 0-4 or 0,2,7-9"
             )
         seeds.update(range(low, high + 1))
@@ -169,13 +169,13 @@ def _variant_row(text: str, folder: Path) -> GridRow:
 def _label(text: str, where: str) -> str:
     if not _LABEL.fullmatch(text):
         raise ConfigError(
-            f"{where}: {text!r:.80} is no name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
+            f"{where}: {text!r:.80} is not a name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
         )
     return text
 
 
 def name_policies(rows: Iterable[GridRow]) -> bool:
-    """Whether every row names its policy, so that the one of the config that all rows begin with is nobody's."""
+    """Whether every row names its policy, so that the policy of the common config is not used."""
     return all(any(change.partition("=")[0].strip() == "termination.policy" for change in row.changes) for row in rows)
 
 
@@ -195,7 +195,7 @@ def read_grid(folder: Path) -> Grid:
     """What was asked for in this folder so far. Raises ConfigError."""
     path = folder / FILE
     if not path.is_file():
-        raise ConfigError(f"{folder}: no comparison, there is no {FILE} in it")
+        raise ConfigError(f"{folder}: not a comparison (no {FILE} in it)")
     found = read_json(path)
     try:
         rows = tuple(
@@ -221,7 +221,7 @@ def joined(folder: Path, asked: Grid) -> Grid:
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return asked
     if not (folder / FILE).is_file():
-        raise ConfigError(f"{folder} is there already and is no comparison (no {FILE} in it): choose another --name")
+        raise ConfigError(f"{folder} exists already and is not a comparison (no {FILE} in it): choose another --name")
     before = read_grid(folder)
     if before.budget != asked.budget:
         raise ConfigError(f"{folder}: its budget is {before.budget}, not {asked.budget}: choose another --name")
@@ -234,7 +234,7 @@ def joined(folder: Path, asked: Grid) -> Grid:
 
 
 def state_of(folder: Path) -> State:
-    """Of a cell's folder: `done` when nothing is missing. Raises ConfigError where it is no run, or is damaged."""
+    """Of a cell's folder: `done` when nothing is missing. Raises ConfigError if it is not a run, or is damaged."""
     if not folder.exists() or _only_left_over(folder):
         return "new"
     if not RunFolder(folder).begun:

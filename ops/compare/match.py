@@ -6,11 +6,11 @@ From a finished run of KAT comes the hazard of a cut at each position t:
 
 Under one scale on all hazards and one number of cut tokens, the means of what is generated and of what is kept follow
 exactly from the lengths of rollouts that nothing stops; both numbers are chosen so that the means agree with KAT's.
-Shuffling KAT's cut lengths instead would put many behind the end of the rollout that they are dealt to.
+Shuffling KAT's cut lengths instead would put many after the end of the rollout that they are assigned to.
 
 How long rollouts are that nothing stops is known from the control arm at first, which is small, and whose student
 learned under another policy. The run that was made from it knows more: its cuts were drawn by chance, so each of its
-rollouts tells that it was at least as long as it got (`uncut_lengths`). From these the two numbers are corrected.
+rollouts gives a lower bound of its length (`uncut_lengths`). From these the two numbers are corrected.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Arm:
 
     @property
     def overshoot(self) -> float:
-        """Mean tokens that were written behind a trigger."""
+        """Mean tokens that were written after a trigger."""
         return float((self.generated - self.seen)[self.cut].mean()) if self.cut.any() else 0.0
 
 
@@ -133,7 +133,7 @@ def matched_config(folder: Path) -> tuple[Config, str]:
     if not _within(pair):
         text += (
             f"\nThe control arm is too small to promise {TOLERANCE:.0%}. When the run is done, compare it with "
-            f"--against; where it does not agree, --correct knows more."
+            f"--against; if they do not agree, use --correct."
         )
     return _with_rule(config, found.rule, f"{config.name[:56]}-matched", since), text
 

@@ -1,6 +1,6 @@
-"""What chance with given hazards comes to: means of `random_matched`, and the numbers that bring them to KAT's. Pure.
+"""Means of `random_matched` with given hazards, and the settings that match them to KAT's. Pure functions.
 
-A rollout that would by itself be L tokens long, and that chance would stop behind T, is cut if T ≤ L. The hazard gives
+A rollout that would be L tokens long without a cut, and whose drawn position is T, is cut if T ≤ L. The hazard gives
 the distribution of T, rollouts that nothing stops that of L; nothing is simulated.
 """
 
@@ -32,7 +32,7 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What random_matched is told: the chance of a cut by position, what multiplies it, tokens cut at a trigger."""
+    """Settings of random_matched: the chance of a cut by position, its factor, tokens cut at a trigger."""
 
     hazard: dict[int, float]
     scale: float
@@ -78,7 +78,7 @@ def uncut_lengths(seen: Reals, cut: npt.NDArray[np.bool_]) -> LengthShares:
 
     By E. L. Kaplan and P. Meier, "Nonparametric estimation from incomplete observations", 1958: at each length a share
     of what is left ends: ended there / came so far and were not cut there. A cut falls before the end: what was cut at
-    t is at least t long. What nothing tells of counts at the longest.
+    t is at least t long. Unknown lengths count at the longest.
     """
     tokens, place = np.unique(seen, return_inverse=True)
     came, stopped = np.bincount(place), np.bincount(place, weights=cut)

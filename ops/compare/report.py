@@ -1,6 +1,6 @@
 """The report of a comparison, from its folder alone: compare.csv, compare.md, compare.png, compare.html.
 
-Tables are made once, as text; Markdown, the terminal and the page write the same. Made twice, the bytes are the same.
+Tables are made once, as text, for Markdown, the terminal and the page. The same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MATCHED_FIGURES = {"generated": "length_treated", "kept": "kept_treated"}
 _PLOT_CAPTION = (
     "Left: the last evaluation of every seed (dots), mean and 95 % t interval. Right: avg@k of all evaluations over "
     "tokens generated; thin lines are seeds, thick ones their mean. Below, where a policy cut: the share of trained "
-    "rollouts that it cut (line) or in the control arm would have cut (dots), and its threshold against its first one, "
+    "rollouts that it cut (line) or in the control arm would have cut (dots), and its threshold relative to its first, "
     "means over seeds."
 )
 
@@ -62,7 +62,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     words: frozenset[int] = frozenset({0})
-    """Columns of words, which stand to the left; numbers stand to the right."""
+    """Columns of words, aligned left; numbers are aligned right."""
 
 
 def write_report(folder: Path) -> str:
@@ -87,7 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def all_tables(comparison: Comparison) -> list[Table]:
-    """What is said of a comparison, in order."""
+    """The sections of a comparison, in order."""
     tables = [_results(comparison), _cutting(comparison), _left_out(comparison), _drift(comparison)]
     tables += [_pairs(comparison, one) for one in REFERENCES if comparison.of(one) and len(comparison.labels) > 1]
     if comparison.matches:
@@ -100,23 +100,23 @@ def _results(comparison: Comparison) -> Table:
     notes = [
         "Mean over seeds ± half of the 95 % t interval; without ± there is one seed. Accuracy is that of the last "
         "evaluation. Cells of one seed share their training and evaluation problems; seeds of task `dataset` share "
-        "their benchmarks too, and then the intervals do not tell how other problems would do.",
-        "Wall-clock seconds compare only where cells ran one at a time (--jobs 1) on a machine that did nothing else; "
+        "their benchmarks too, and then the intervals do not cover other problems.",
+        "Wall-clock seconds are comparable only if cells ran one at a time (--jobs 1) on an otherwise idle machine; "
         "they include the wait for the evaluator at the end of a run.",
     ]
     if comparison.undone:
         names = ", ".join(f"{cell.name} ({comparison.states[cell]})" for cell in comparison.undone)
-        notes.insert(0, f"NOT DONE, and left out everywhere: {names}.")
+        notes.insert(0, f"NOT DONE, and left out of all tables: {names}.")
     if any(result.unfair for result in comparison.results.values()):
         names = ", ".join(cell.name for cell in sorted(comparison.results) if comparison.results[cell].unfair)
-        notes.insert(0, f"WARNING: trained on a sample that is not fair: {names}. See what was left out, below.")
+        notes.insert(0, f"WARNING: not trained on a fair sample: {names}. See what was left out, below.")
     title = f"Results: {len(comparison.results)} runs, budget {budget}"
     return _by_row(comparison, title, _RESULT, notes)
 
 
 def _cutting(comparison: Comparison) -> Table:
     notes = [
-        "Tokens of a run: detection from the cut to the trigger, overshoot behind it. Mean tokens a rollout: length of "
+        "Tokens of a run: detection from the cut to the trigger, overshoot after it. Mean tokens a rollout: length of "
         "all finished ones; treated and control of those that could have been cut; kept of these treated ones; "
         "saving = 1 - treated / control."
     ]
@@ -126,18 +126,18 @@ def _cutting(comparison: Comparison) -> Table:
 def _left_out(comparison: Comparison) -> Table:
     meanings = ", ".join(f"{name} ({meaning})" for name, meaning in endings.MEANINGS.items())
     notes = [
-        f"Shares of what was not trained on, of it and the trained: {meanings}. Then mean tokens of trained and "
-        f"stale ones: to train on (what the learner was given, or would have been: the sample), and written (how long "
-        f"it took). What takes long is stale first: a row that loses much of it trains on shorter texts than it wrote, "
+        f"Rollouts not trained on, as shares of these and the trained: {meanings}. Then mean tokens of trained and "
+        f"stale ones: to train on (that the learner got, or would have got: the sample), and written (the cause of the "
+        f"delay). Long rollouts are stale first: a row that loses many trains on shorter texts than it wrote, "
         f"and one whose policy shortens its rollouts loses less: at equal steps they differ by more than the policy."
     ]
     for cell in sorted(comparison.results):
         notes += [f"WARNING, {cell.name}: {endings.words(one)}." for one in comparison.results[cell].unfair]
     if len(notes) > 1:
         notes.append(
-            f"Warned of is more than {endings.NEGLIGIBLE:.0%} stale, dead or lost whose mean lengths a fair sample has "
-            f"less than once in 100 times, or are not on record. A higher `learner.max_staleness`, fewer rollouts at a "
-            f"time (`feeder.concurrency`) or more teachers make them fewer."
+            f"A warning means: more than {endings.NEGLIGIBLE:.0%} stale, dead or lost, with mean lengths that a fair "
+            f"sample has less than once in 100 times, or that are not recorded. A higher `learner.max_staleness`, "
+            f"fewer rollouts at a time (`feeder.concurrency`) or more teachers make them fewer."
         )
     return _by_row(comparison, "What was left out of the training", _LEFT_OUT, notes)
 
@@ -152,8 +152,8 @@ def _drift(comparison: Comparison) -> Table:
         rows.append([label, *cells])
     notes = [
         "First third → last third of the learner's steps, means over seeds, and the change ± half of its 95 % t "
-        "interval; of a policy with a threshold only steps in which it was active (in the first of them not yet for "
-        "all rollouts). Threshold: the number it judged by, in its unit (of `random_matched` the scale). Cut rate: "
+        "interval; for a policy with a threshold only steps in which it was active (in the first of them not yet for "
+        "all rollouts). Threshold: the number it judged by, in its unit (for `random_matched` the scale). Cut rate: "
         "share of the trained rollouts that the policy cut, or in the control arm would have cut. Repetition: share "
         "of a text that deflate saves; truncation: share that ended at the length limit; entropy in nats."
     ]
@@ -210,15 +210,15 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
                 rows.append([_head(comparison, name), label, *_pair(found, FIGURES[name])])
     stated = sum(row[-1] in VERDICTS for row in rows)
     notes = [
-        f"Row minus `{reference}`, seed by seed. The words go by the t interval: `no difference seen` where it holds "
-        f"0, which does not say that there is none; below {FEWEST_SEEDS} seeds nothing is called. The bootstrap "
-        f"resamples seeds alone, as evaluations do not record their problems one by one; with few seeds it is too "
+        f"Row minus `{reference}`, seed by seed. The words follow the t interval: `no difference seen` if it contains "
+        f"0, which does not mean that there is none; below {FEWEST_SEEDS} seeds there is no verdict. The bootstrap "
+        f"resamples only seeds, because evaluations do not record single problems; with few seeds it is too "
         f"narrow (with 5 it covers about 83 % and not 95 %).",
     ]
     if stated:
         notes.append(
-            f"Each line stands for itself: of {stated} comparisons without any difference about {0.05 * stated:.2g} "
-            f"would be called one by chance."
+            f"Lines are not corrected for multiple comparisons: of {stated} without any difference about "
+            f"{0.05 * stated:.2g} would be significant by chance."
         )
     if reference == MATCHED:
         notes += _unmatched(comparison)
@@ -227,13 +227,17 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
 
 
 def _unmatched(comparison: Comparison) -> list[str]:
-    """A note on the seeds whose random_matched is no matched control."""
+    """A note on the seeds whose random_matched is not a matched control."""
     agree = {seed: agreed for seed, _, agreed in comparison.matches}
     apart = [str(seed) for seed in comparison.grid.seeds if agree.get(seed) is False]
     unknown = [str(result.cell.seed) for result in comparison.of(MATCHED) if agree.get(result.cell.seed) is None]
-    said = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
-    said += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
-    return [f"{'; '.join(said)}. There `{MATCHED}` is no matched control, and these seeds count above."] if said else []
+    notes = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
+    notes += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
+    return (
+        [f"{'; '.join(notes)}. There `{MATCHED}` is not a matched control, and these seeds count above."]
+        if notes
+        else []
+    )
 
 
 def _pair(found: Paired, figure: Figure) -> list[str]:
@@ -253,24 +257,24 @@ def _range(low: float | None, high: float | None, figure: Figure) -> str:
 
 
 def _matches(comparison: Comparison) -> Table:
-    said = {True: "within 2 %", False: "NOT within 2 %", None: "no means"}
-    rows = [[str(seed), said[agree], text] for seed, text, agree in comparison.matches]
+    words = {True: "within 2 %", False: "NOT within 2 %", None: "no means"}
+    rows = [[str(seed), words[agree], text] for seed, text, agree in comparison.matches]
     notes = [
         f"Realised means of treated rollouts that could have been cut: `{MATCHED_TO}`, then `{MATCHED}` of the same "
-        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is no matched control of that seed. What is "
-        f"compared above are means over seeds; the last line says how well these agree.",
+        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is not a matched control of that seed. "
+        f"Compared above are means over seeds; the last line shows how well these agree.",
     ]
     apart = {name: _apart(comparison, figure) for name, figure in _MATCHED_FIGURES.items()}
     known = {name: one for name, one in apart.items() if one is not None}
     if len(comparison.matches) > 1 and len(known) == len(apart):
         agree = all(abs(one.mean) <= TOLERANCE for one in known.values())
         texts = [f"mean {name} {one.mean:+.1%} ± {one.half or 0:.1%}" for name, one in known.items()]
-        rows.append(["all", said[agree], ", ".join(texts)])
+        rows.append(["all", words[agree], ", ".join(texts)])
     return Table(f"Was {MATCHED} matched?", ["seed", "agree", "realised means"], rows, notes, frozenset({0, 1, 2}))
 
 
 def _apart(comparison: Comparison, figure: str) -> Interval | None:
-    """By how much `random_matched` differs from what it is matched to, as a share: mean over seeds, 95 % t interval."""
+    """Relative difference of `random_matched` from what it is matched to: mean over seeds, 95 % t interval."""
     wanted, made = (comparison.values(label, figure) for label in (MATCHED_TO, MATCHED))
     return mean_interval(
         [made[seed] / wanted[seed] - 1 for seed in sorted(wanted.keys() & made.keys()) if wanted[seed]]
@@ -281,7 +285,7 @@ def _apart(comparison: Comparison, figure: str) -> Interval | None:
 
 
 def to_markdown(name: str, tables: Sequence[Table]) -> str:
-    """Tables whose columns are even, to be read as they stand and as Markdown."""
+    """Tables with aligned columns, readable as text and as Markdown."""
     parts = [f"# {name}\n"]
     for table in tables:
         parts.append(f"## {table.title}\n")

@@ -1,4 +1,4 @@
-"""Cells at work: each a `katana run` in a process of its own, some at a time; Ctrl-C stops them in order."""
+"""Runs the cells: each is a `katana run` process, some at a time; Ctrl-C stops them in order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Process(Protocol):
 
 
 class Interrupts:
-    """How often this process was told to stop."""
+    """Number of times this process was asked to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,7 +41,7 @@ class Interrupts:
         self._wake.set()
 
     def wait(self, seconds: float) -> None:
-        """Until told to stop for the first time, at most this long."""
+        """Wait until the first request to stop, at most this long."""
         self._wake.wait(seconds)
 
     @contextmanager
@@ -64,8 +64,8 @@ def run_cells(
 ) -> None:
     """Run all cells in their order, at most `jobs` at a time; one waits for the one that it needs.
 
-    `ended` is told how each came out: "" for a cell that is done, else why it is not. A ConfigError of `begin` is such
-    a reason. After an interrupt nothing is begun, what runs is stopped in order, and this returns.
+    `ended` is called with the result of each: "" for a cell that is done, else why it is not. A ConfigError
+    of `begin` is such a reason. After an interrupt nothing is begun, what runs is stopped in order, and this returns.
     """
     waiting, running = list(cells), dict[Cell, Process]()
     try:
@@ -97,12 +97,12 @@ def next_ready(waiting: Sequence[Cell], running: Iterable[Cell]) -> Cell | None:
 
 
 def _stop(running: Sequence[Process], interrupts: Interrupts) -> None:
-    """Each run stops in its own order; told a second time it stops at once."""
-    told = 0
+    """Each run stops in order; at a second signal it stops at once."""
+    signals = 0
     deadline = time.monotonic() + _GRACE_S
     while alive := [process for process in running if process.poll() is None]:
-        if told < max(1, interrupts.count):
-            told = max(1, interrupts.count)
+        if signals < max(1, interrupts.count):
+            signals = max(1, interrupts.count)
             for process in alive:
                 process.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -117,7 +117,7 @@ def start_run(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that tells of an error, or else the last one."""
+    """The last error line of a log, or else the last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "error:" in line or line.startswith("katana:")]
-    return (told or lines or ["no output"])[-1].strip()[-300:]
+    errors = [line for line in lines if "error:" in line or line.startswith("katana:")]
+    return (errors or lines or ["no output"])[-1].strip()[-300:]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments behind EVIDENCE.md, one after the other. What is done already is not done again, so it may be
+# The experiments of EVIDENCE.md, one after the other. Finished ones are not repeated, so it may be
 # interrupted. Tables and plots are copied to docs/evidence/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,4 +1,4 @@
-"""A rollout's text in a terminal: each token on its divergence as a colour, or with it as a number behind."""
+"""A rollout's text in a terminal: each token coloured by its divergence, or followed by it as a number."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _shown(text: str) -> str:
 
 
 def has_colours(console: Console) -> bool:
-    """Whether divergence can be a colour: 256 of them at least, and nobody asked for none (NO_COLOR)."""
+    """Whether divergence can be a colour: at least 256 of them, and NO_COLOR is not set."""
     return not console.no_color and console.color_system in ("256", "truecolor")
 
 
@@ -137,9 +137,9 @@ def _number(nats: float | None) -> str:
     return "-" if nats is None else f"{nats:.1g}"
 
 
-def excerpt(text: str, behind: str, width: int) -> Text:
-    """One line: the end of what is kept, then what stands behind the cut, about `width` characters together."""
-    kept, rest = plain(text), plain(behind)
+def excerpt(text: str, rest: str, width: int) -> Text:
+    """One line: the end of what is kept, then the text after the cut, about `width` characters together."""
+    kept, rest = plain(text), plain(rest)
     room = max(8, width - min(len(rest), width // 3) - (3 if rest else 0))
     if len(kept) > room:
         kept = "…" + kept[-(room - 1) :]

@@ -1,7 +1,7 @@
 """What `katana top` shows: one look at a running cluster, from Redis, metrics ports and the run's folder. Reads only.
 
 A look costs Redis three round trips at most and a number of commands that does not grow with the run. Whatever of the
-three cannot be seen is left out, and said.
+three cannot be seen is left out, and noted.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from ops.reading.rollouts import Words, texts_of
 LEASED = ("feeder", "arbiter", "learner")
 _MOST_WORKERS = 256
 _MOST_VERDICTS = 8
-_TEXT_TOKENS = 96  # of a verdict's text: the end of what is kept, and as many behind the cut
+_TEXT_TOKENS = 96  # of a verdict's text: the end of the kept part, and as many after the cut
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """`lease`: whether somebody holds it (None: a role without one); ages in seconds."""
+    """`lease`: whether a process holds it (None: a role without one); ages in seconds."""
 
     name: str
     lease: bool | None
     lease_left_s: float | None
     ports: int  # that answered
     silent: int  # ports that did not
-    turned_s: float | None  # since the loop's last turn; of several processes the longest
+    turned_s: float | None  # since the loop's last iteration; of several processes the longest
     workers: int = 0  # that Redis has seen lately
 
     @property
     def alive(self) -> bool:
-        """A role with a lease is as alive as its holder; of the others somebody answers, or was seen."""
+        """A role with a lease is alive if a process holds it; another if a process answers, or was seen."""
         return self.lease if self.lease is not None else self.ports + self.workers > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as it said of itself, `seen_s` seconds ago."""
+    """A worker's facts from its heartbeat of `seen_s` seconds ago."""
 
     id: str
     role: str
@@ -74,7 +74,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class RecentVerdict:
-    """A recent verdict. `text`: the end of what is kept; `behind`: the beginning of what stands behind the cut."""
+    """A recent verdict. `text`: the end of the kept part; `behind`: the beginning of the text after the cut."""
 
     rid: str
     arm: str
@@ -89,7 +89,7 @@ class RecentVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One look. None where nobody told; `notes` say what could not be seen."""
+    """One look. None for values that were not available; `notes` name what could not be seen."""
 
     at_unix_s: float
     name: str
@@ -225,7 +225,7 @@ class Observer:
             try:
                 moments.setdefault(read_rid((values or {}).get(b"rid")), unix_s(entry))
             except (MessageError, ValueError):
-                continue  # whoever wrote it: the learner reports it
+                continue  # damaged: the learner reports it
         fresh = [rid for rid in moments if rid not in self._judged]
         if not fresh:
             return
@@ -241,10 +241,10 @@ class Observer:
             verdict = Verdict.decode(encoded)
         except MessageError:
             return
-        text, behind = self._excerpt(verdict.tokens.tolist(), verdict.keep)
+        text, rest = self._excerpt(verdict.tokens.tolist(), verdict.keep)
         generated = max(verdict.generated or 0, length, len(verdict.tokens))
         self._judged[rid] = RecentVerdict(
-            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.stopped, at_unix_s, text, behind
+            rid, verdict.arm, verdict.finish_reason, verdict.keep, generated, verdict.stopped, at_unix_s, text, rest
         )
 
     def _excerpt(self, ids: list[int], keep: int) -> tuple[str, str]:
@@ -285,9 +285,9 @@ class Observer:
     def _note_trace(self, trace: Trace) -> None:
         if trace.rid in self._judged:
             return
-        text, behind = self._excerpt(trace.tokens.tolist(), trace.keep)
+        text, rest = self._excerpt(trace.tokens.tolist(), trace.keep)
         self._judged[trace.rid] = RecentVerdict(
-            trace.rid, trace.arm, trace.finish_reason, trace.keep, trace.written, trace.stopped, None, text, behind
+            trace.rid, trace.arm, trace.finish_reason, trace.keep, trace.written, trace.stopped, None, text, rest
         )
 
     # --- metrics ports ---
@@ -331,10 +331,10 @@ class Observer:
 
 
 def as_dict(snapshot: Snapshot) -> dict[str, Any]:
-    """For JSON; who is alive is said too."""
+    """For JSON, with the property `alive` of each role."""
     value = asdict(snapshot)
-    for role, told in zip(snapshot.roles, value["roles"], strict=True):
-        told["alive"] = role.alive
+    for role, written in zip(snapshot.roles, value["roles"], strict=True):
+        written["alive"] = role.alive
     return value
 
 
@@ -400,7 +400,7 @@ def _ask(run: Run, streams: Sequence[tuple[str, str]]) -> list[Any]:
         pipe.xpending(key(stream), group)
     answers: list[Any] = pipe.execute(raise_on_error=False)
     if isinstance(answers[0], Exception):
-        raise answers[0]  # it answers nothing now: it loads its data, say
+        raise answers[0]  # it answers nothing now, for example because it loads its data
     return answers
 
 
@@ -427,7 +427,7 @@ def _roles(snapshot: Snapshot, served: Sequence[Served]) -> list[Role]:
     for name in (*LEASED, "rollout", "teacher", "evaluator"):
         mine = [one for one in served if one.target.role == name]
         turned = [one.value("katana_loop_timestamp_seconds", role=name) for one in mine if not one.trouble]
-        ages = [max(0.0, time.time() - moment) for moment in turned if moment]  # 0: between two shifts
+        ages = [max(0.0, time.time() - moment) for moment in turned if moment]  # 0: between two worker tasks
         base = leased.get(name, Role(name, None, None, 0, 0, None))
         answered = sum(not one.trouble for one in mine)
         found.append(
@@ -446,7 +446,7 @@ def _metrics_trouble(served: Sequence[Served], answered: Sequence[Served]) -> st
     if answered:
         return ""
     if not served:
-        return "not reachable: no process of this run says where it serves them"
+        return "not reachable: no process of this run has announced its address"
     return f"not reachable: {served[0].target.address} {served[0].trouble}"
 
 

@@ -1,4 +1,4 @@
-"""`katana top`: a running cluster in a terminal, looked at again and again; `ops/live/snapshot.py` does the looking."""
+"""`katana top`: a running cluster in a terminal, refreshed; `ops/live/snapshot.py` makes each snapshot."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ops.live.coloured import excerpt, plain
 from ops.live.snapshot import Observer, Role, Snapshot, as_dict
 
 _PLAIN_WIDTH = 120
-_BESIDE_WIDTH = 100  # columns from which roles and streams stand beside each other
+_BESIDE_WIDTH = 100  # from this many columns on roles and streams are side by side
 _MOST_ROWS = 12  # workers shown by themselves
-_LATE_S = 60.0  # a loop that has not turned for this long is shown as trouble, as `katana health` has it
+_LATE_S = 60.0  # a loop without an iteration for this long is shown as trouble, as in `katana health`
 
 
 def top(config: Config, source: Path, *, interval_s: float, once: bool, as_json: bool) -> int:
-    """Show the run until it has ended, or one snapshot: with `once`, or where nobody looks on (no terminal).
+    """Show the run until it has ended, or one snapshot: with `once`, or without a terminal.
 
     `source` is the file that the config was read from. With `as_json` a snapshot is a line of JSON. Speeds need two
-    looks, so one snapshot takes `interval_s`. Raises ConfigError: there is nothing of such a run, or Redis refuses.
+    snapshots, so one snapshot takes `interval_s`. Raises ConfigError: there is no such run, or Redis refuses.
     """
     observer = Observer(config, source)
     try:
@@ -57,13 +57,13 @@ def _show_once(observer: Observer, config: Config, interval_s: float, as_json: b
 
 
 def _look_again(observer: Observer, first: Snapshot, config: Config, interval_s: float) -> Snapshot:
-    # Without metrics ports workers tell how far they are, once a heartbeat.
+    # Without metrics ports progress comes from the workers' heartbeats.
     time.sleep(max(interval_s, 1.1 * config.liveness.heartbeat_s) if first.metrics and first.workers else interval_s)
     return observer.look()
 
 
 def _each(observer: Observer, interval_s: float, show: Any) -> Snapshot:
-    """Look and show until the run has ended."""
+    """Refresh until the run has ended."""
     while True:
         began = time.monotonic()
         snapshot = observer.look()
@@ -130,9 +130,9 @@ def _heading(snapshot: Snapshot) -> Text:
 
 
 def _troubles(snapshot: Snapshot) -> list[Text]:
-    if snapshot.state == "ended":  # then nobody need be there
-        told = "the run is over" + ("; what its folder holds is shown, Redis is not there" if snapshot.redis else "")
-        return [Text(told), *(Text(plain(line), "red") for line in snapshot.notes)]
+    if snapshot.state == "ended":  # then no role needs to be alive
+        state = "the run is over" + ("; shown from its folder, without Redis" if snapshot.redis else "")
+        return [Text(state), *(Text(plain(line), "red") for line in snapshot.notes)]
     lines = [f"redis: {snapshot.redis}"] if snapshot.redis else []
     lines += [f"metrics: {snapshot.metrics}"] if snapshot.metrics else []
     return [Text(plain(line), "red") for line in [*lines, *snapshot.notes]]

@@ -1,4 +1,4 @@
-"""`katana watch`: one rollout, its text with the divergence of each token, the cut, and who wrote what.
+"""`katana watch`: one rollout, its text with the divergence of each token, the cut, and its writers.
 
 From Redis while its record is there, that is from its first chunk until it is booked; then from the run's folder.
 """
@@ -42,7 +42,8 @@ _REFRESH_S = 0.5
 def watch(config: Config, source: Path, rid: str, *, as_json: bool, follow: bool) -> int:
     """Show a rollout, by its id or its number; with `follow` again and again until it has its verdict.
 
-    `source` is the file that the config was read from. Raises ConfigError: no such rollout, or nowhere to look.
+    `source` is the file that the config was read from. Raises ConfigError: no such rollout, or no place to read it
+    from.
     """
     watcher = Watcher(config, source, _rid(rid))
     try:
@@ -78,7 +79,7 @@ class Watcher:
     def read(self) -> Reading:
         """Raises ConfigError when it is in neither place.
 
-        Redis first: a record is taken off when its line is on disk, so what is gone there is found in the books.
+        Redis first: a record is deleted when its line is on disk, so a rollout that is gone from Redis is in the books.
         """
         self.away, cursor = "", None
         try:
@@ -114,7 +115,7 @@ class Watcher:
         return replace(reading, chunks=audited_chunks(self._folder, self.rid))
 
     def _unknown(self, admitted: int) -> str:
-        """What there is instead."""
+        """The message for a rollout that was not found."""
         parts = [f"no rollout {self.rid} in run {self._config.name!r}"]
         if 0 <= number_of(self.rid) < admitted:
             parts.append(f"it was admitted and has ended, but is not in the books in {self._folder}")
@@ -135,19 +136,19 @@ class Watcher:
 def _follow(watcher: Watcher, show: Callable[[Reading], object]) -> Reading:
     """Show the rollout whenever more of it is known, until it has its verdict; a Redis that goes away is waited for."""
     shown: Reading | None = None
-    said = ""
+    waiting_for = ""
     while True:
         try:
             reading = watcher.read()
         except ConfigError:
             if shown is None or not watcher.away:
                 raise
-            if watcher.away != said:
+            if watcher.away != waiting_for:
                 print(f"waiting: {watcher.away}", file=sys.stderr)
-            said = watcher.away
+            waiting_for = watcher.away
             time.sleep(_REFRESH_S)
             continue
-        said = ""
+        waiting_for = ""
         if reading != shown:
             show(reading)
             shown = reading
@@ -158,7 +159,7 @@ def _follow(watcher: Watcher, show: Callable[[Reading], object]) -> Reading:
 
 def _follow_in_terminal(watcher: Watcher) -> None:
     console = Console()
-    if not console.is_terminal:  # whoever reads a file wants it whole, once
+    if not console.is_terminal:  # a file gets the whole text, once
         _print(_follow(watcher, lambda reading: None), as_json=False)
         return
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop") as live:

@@ -1,8 +1,8 @@
 """Every panel, declared once: grafana.py writes Grafana's dashboards from it, panels.py the picture.
 
-Expressions hold two of Grafana's variables: `$run`, the run that is looked at, and `$__rate_interval`, a time that
-covers at least four scrapes. A metric without labels is served by every role, by most of them as 0: one that is no
-counter is asked of its own role (`job`) alone.
+Expressions use two of Grafana's variables: `$run`, the selected run, and `$__rate_interval`, a time that
+covers at least four scrapes. A metric without labels is served by every role, by most of them as 0: expressions with a
+gauge or histogram therefore name its own role (`job`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 RATE_INTERVAL = "$__rate_interval"
-LATELY = "5m"  # of means and quantiles of what comes in bursts: rollouts are booked when a checkpoint is written
+LATELY = "5m"  # window for values that come in bursts: rollouts are booked when a checkpoint is written
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A PromQL expression and what its series are called; `{{label}}` in the legend stands for the series' own label.
+    """A PromQL expression and the legend of its series; `{{label}}` in the legend stands for the series' own label.
 
-    A `reference` is what the others are held against, a limit or a threshold: its line is dashed.
+    A `reference` is a limit or a threshold for the others: its line is dashed.
     """
 
     expr: str
@@ -28,9 +28,9 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One question and what answers it.
+    """One question and the queries that answer it.
 
-    `unit` is Grafana's id of a unit. `alarm` is where the reading turns bad: from there up, or with `alarm_below` down.
+    `unit` is Grafana's id of a unit. Values from `alarm` up are bad; with `alarm_below`, values below it.
     """
 
     title: str
@@ -64,48 +64,48 @@ class Dashboard:
     rows: tuple[PanelRow, ...]
 
 
-# --- the language of the expressions -------------------------------------------------------------------------------
+# --- building expressions ------------------------------------------------------------------------------------------
 
 
 def of(metric: str, **labels: str) -> str:
-    """A metric of the run that is looked at: `of("claims_total")` is `katana_claims_total{run="$run"}`."""
+    """A metric of the selected run: `of("claims_total")` is `katana_claims_total{run="$run"}`."""
     filters = ",".join(f'{name}="{value}"' for name, value in {"run": "$run", **labels}.items())
     return f"katana_{metric}{{{filters}}}"
 
 
 def rate(metric: str, by: str = "", window: str = RATE_INTERVAL, **labels: str) -> str:
-    """What a counter grows by in a second, all processes together, apart by a label."""
+    """Growth of a counter per second, summed over processes, by a label."""
     return f"{_sum(by)}(rate({of(metric, **labels)}[{window}]))"
 
 
 def quantile(share: float, histogram: str, by: str = "", window: str = RATE_INTERVAL, **labels: str) -> str:
-    """A quantile of what a histogram has seen in the window, all processes together."""
+    """A quantile of a histogram's observations in the window, over all processes."""
     apart = f"le, {by}" if by else "le"
     return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', apart, window, **labels)})"
 
 
 def mean(histogram: str, by: str = "", window: str = RATE_INTERVAL, **labels: str) -> str:
-    """The mean of what a histogram has seen in the window, all processes together."""
+    """The mean of a histogram's observations in the window, over all processes."""
     return f"{rate(f'{histogram}_sum', by, window, **labels)} / {rate(f'{histogram}_count', by, window, **labels)}"
 
 
 def lifetime_mean(histogram: str, by: str) -> str:
-    """The mean of all that a histogram has seen, apart by a label."""
+    """The mean of all observations of a histogram, by a label."""
     return f"{_sum(by)}({of(f'{histogram}_sum')}) / {_sum(by)}({of(f'{histogram}_count')})"
 
 
 def total(metric: str, **labels: str) -> str:
-    """A counter since the run began; 0, not nothing, for one whose label has not been counted yet."""
+    """A counter since the run began; 0, not nothing, if no label has been counted yet."""
     return f"(sum({of(metric, **labels)}) or {_zero()})"
 
 
 def growth(metric: str) -> str:
-    """`rate` of all of a counter; 0, not nothing, for one whose label has not been counted yet."""
+    """`rate` of a counter over all labels; 0, not nothing, if no label has been counted yet."""
     return f"{rate(metric)} or {_zero()}"
 
 
 def _counted(title: str, text: str, counter: str, label: str) -> Panel:
-    """How fast a counter of mishaps grows, by label and in all."""
+    """Rate of a counter of failures, by label and in total."""
     queries = (Query(rate(counter, label), f"{{{{{label}}}}}"), Query(growth(counter), "all"))
     return Panel(title, text, "suffix: /s", queries)
 
@@ -116,7 +116,7 @@ def configured(kind: str) -> str:
 
 
 def _zero() -> str:
-    """Of a run whose feeder is seen; nothing of one that is not."""
+    """0 for a run whose feeder is scraped; nothing for others."""
     return f"0 * max({of('rollouts_open', job='feeder')})"
 
 
@@ -141,8 +141,8 @@ _SAVINGS = PanelRow(
     (
         Panel(
             "Length saving",
-            "1 - mean tokens written (treated) / mean tokens written (control), over the whole run: what cutting "
-            "saves. The same number as length_saving.ratio in summary.json.",
+            "1 - mean tokens written (treated) / mean tokens written (control), over the whole run: the saving by "
+            "cutting. The same number as length_saving.ratio in summary.json.",
             "percentunit",
             (Query('katana:length_saving:ratio{run="$run"}', "saving"),),
             kind="stat",
@@ -150,44 +150,44 @@ _SAVINGS = PanelRow(
         ),
         Panel(
             "Accuracy, avg@k",
-            "Mean share of right answers on the held-out problems, of the newest version that was evaluated.",
+            "Mean share of right answers on the held-out problems, for the newest evaluated version.",
             "percentunit",
             (Query(f"max({of('eval_avg_at_k', job='evaluator')} {_MEASURED})", "avg@k"),),
             kind="stat",
         ),
         Panel(
             "Policy version",
-            "Version of the weights that the learner published last: how far the run is.",
+            "Version of the weights that the learner published last: the progress of the run.",
             "short",
             (Query(f"max({of('policy_version', role='learner')})", "version"),),
             kind="stat",
         ),
         Panel(
             "Share of tokens trained on",
-            "Tokens trained on, of all that booked rollouts wrote. The rest was cut, or dropped.",
+            "Tokens trained on, as a share of all tokens of booked rollouts. The rest was cut, or dropped.",
             "percentunit",
             (Query(f"{total('rollout_tokens_trained_total')} / sum({of('rollout_tokens_generated_total')})", "share"),),
             kind="stat",
         ),
         Panel(
             "Length saving so far",
-            "The saving over all compared rollouts up to then. It settles as both arms fill; below 0, cut rollouts "
-            "are the longer ones.",
+            "The saving over all compared rollouts so far. It becomes stable as both arms grow; below 0, treated "
+            "rollouts are longer.",
             "percentunit",
             (Query('katana:length_saving:ratio{run="$run"}', "saving"),),
             signed=True,
         ),
         Panel(
             "Length by arm",
-            "Mean tokens written in a compared rollout, lately. Treated rollouts may be cut, control rollouts never "
+            "Mean tokens written in a compared rollout, recently. Treated rollouts may be cut, control rollouts never "
             "are: the gap between the two is the saving.",
             "suffix: tokens",
             (Query(mean("rollout_length_tokens", "arm", LATELY), "{{arm}}"),),
         ),
         Panel(
             "Accuracy",
-            "avg@k and pass@k on the held-out problems, of the newest evaluated version. This must not pay for the "
-            "saving.",
+            "avg@k and pass@k on the held-out problems, for the newest evaluated version. The saving must not reduce "
+            "them.",
             "percentunit",
             (
                 Query(f"max({of('eval_avg_at_k', job='evaluator')} {_MEASURED})", "avg@k"),
@@ -197,13 +197,13 @@ _SAVINGS = PanelRow(
         ),
         Panel(
             "Held-out length",
-            "Mean tokens of a held-out completion, never cut: it shows whether the student itself rambles less.",
+            "Mean tokens of a held-out completion, never cut: shows whether the student itself writes less.",
             "suffix: tokens",
             (Query(f"max({of('eval_mean_length_tokens', job='evaluator')} > 0)", "mean length"),),
         ),
         Panel(
             "Where the tokens go",
-            "Of all tokens written up to then: trained on; between the cut and its detection; after the detection "
+            "Shares of all tokens written so far: trained on; between the cut and its detection; after the detection "
             "(overshoot). The rest was kept and not trained on.",
             "percentunit",
             tuple(
@@ -217,8 +217,8 @@ _SAVINGS = PanelRow(
         ),
         Panel(
             "How rollouts end",
-            "Rollouts booked a second, by their finish reason: eos is the student's own end, length the limit, "
-            "kl_trap that the writing was stopped where the teacher's signal goes dead (never under mask and shadow).",
+            "Rollouts booked a second, by finish reason: eos: the student ended; length: the limit; kl_trap: the "
+            "writing was stopped where the teacher's signal is dead (never under mask and shadow).",
             "suffix: /s",
             (Query(rate("rollouts_finished_total", "reason"), "{{reason}}"),),
             stacked=True,
@@ -231,8 +231,8 @@ _DIVERGENCE = PanelRow(
     (
         Panel(
             "Divergence of judged tokens",
-            "Reverse KL to the teacher, per token of the rollouts judged lately, and the threshold that window means "
-            "are held against. No threshold: the rule is not active yet.",
+            "Reverse KL to the teacher, per token of recently judged rollouts, and the threshold that window means "
+            "are compared with. No threshold: the rule is not active yet.",
             "suffix: nats",
             (
                 Query(quantile(0.5, "token_divergence_nats"), "median"),
@@ -250,28 +250,28 @@ _DIVERGENCE = PanelRow(
         ),
         Panel(
             "Cut rate (policy fired)",
-            "Share of the last 256 treated rollouts that could be cut in which the policy fired, applied or not: under "
-            "mask and shadow too, where nothing is stopped. 0 or 1 for long: the rule does nothing, or cuts all.",
+            "Share of the last 256 treated, active rollouts in which the policy fired, applied or not: also under "
+            "mask and shadow, where nothing is stopped. 0 or 1 for long: the rule does nothing, or cuts all.",
             "percentunit",
             (Query(f"max({of('kat_cut_rate', job='arbiter')})", "fired"),),
             top=1.0,
         ),
         Panel(
             "Minima in the buffer",
-            "Smallest window means of control rollouts that the threshold is the quantile of.",
+            "Smallest window means of calibrating rollouts; the threshold is their quantile.",
             "short",
             (Query(f"max({of('kat_buffer_size', job='arbiter')})", "minima"),),
         ),
         Panel(
             "Stop signals",
-            "Verdicts a second that stop a rollout while it is written.",
+            "Verdicts a second that stop a rollout while it is being written.",
             "suffix: /s",
             (Query(rate("stop_signals_total", "reason"), "{{reason}}"),),
         ),
         Panel(
             "Control share",
-            "Share of the compared rollouts that are never cut, over the whole run, and the share that was asked for. "
-            "Without a control arm there is no threshold, and no saving to state.",
+            "Share of the compared rollouts that are never cut, over the whole run, and the configured share. "
+            "Without a control arm there is no threshold, and the saving cannot be measured.",
             "percentunit",
             (
                 Query(
@@ -279,7 +279,7 @@ _DIVERGENCE = PanelRow(
                     f" / sum({of('rollout_length_tokens_count')})",
                     "control",
                 ),
-                Query(configured("control_fraction"), "asked for", reference=True),
+                Query(configured("control_fraction"), "configured", reference=True),
             ),
             top=1.0,
         ),
@@ -291,7 +291,7 @@ _FLOW = PanelRow(
     (
         Panel(
             "Rollouts open",
-            "Rollouts admitted and not booked yet: being written, judged, or on their way into a batch that "
+            "Rollouts admitted and not booked yet: being written, judged, or waiting for a batch that "
             "a checkpoint covers. Dashed: how many may be written at once.",
             "short",
             (
@@ -301,21 +301,21 @@ _FLOW = PanelRow(
         ),
         Panel(
             "Entries outstanding",
-            "Entries of each stream not yet taken off. The stage behind the longest one is the bottleneck.",
+            "Entries of each stream not yet removed. The stage that reads the longest one is the bottleneck.",
             "short",
             (Query(f"max by (stream) ({of('stream_outstanding', job='feeder')})", "{{stream}}"),),
         ),
         Panel(
             "Rollouts booked",
-            "Rollouts that ended and were written into the books, a second.",
+            "Rollouts that ended and were booked, a second.",
             "suffix: /s",
             (Query(rate("rollouts_finished_total", "arm"), "{{arm}}"),),
             stacked=True,
         ),
         Panel(
             "Chunks",
-            "Chunks that rollout workers stored and that teacher workers scored, a second. They part while the "
-            "teacher falls behind.",
+            "Chunks that rollout workers stored and that teacher workers scored, a second. They differ while the "
+            "teacher cannot keep up.",
             "suffix: /s",
             (
                 Query(rate("chunks_sent_total"), "sent"),
@@ -347,7 +347,7 @@ _FLOW = PanelRow(
             top=1.0,
         ),
         Panel(
-            "Time at work",
+            "Busy time",
             "Share of its time that a worker computes. The busiest role sets the pace.",
             "percentunit",
             (Query(f"avg by (role) ({of('busy_ratio')})", "{{role}}"),),
@@ -355,7 +355,7 @@ _FLOW = PanelRow(
         ),
         Panel(
             "Workers",
-            "Workers that the run has seen lately.",
+            "Workers with recent heartbeats.",
             "short",
             (Query(f"max by (role) ({of('workers_live', job='feeder')})", "{{role}}"),),
             alarm=1.0,
@@ -369,20 +369,20 @@ _LATENCY = PanelRow(
     (
         Panel(
             "Oldest pending entry",
-            "Age of the oldest entry of each stream that somebody took and has not acknowledged.",
+            "Age of the oldest entry of each stream that a process has taken and not acknowledged.",
             "s",
             (Query(f"max by (stream) ({of('stream_oldest_pending_seconds', job='feeder')})", "{{stream}}"),),
             alarm=120.0,
         ),
         Panel(
             "Score to verdict",
-            "From the notice of a score to the verdict that it led to.",
+            "From the notice of a score to the resulting verdict.",
             "s",
             _spread("stop_latency_seconds"),
         ),
         Panel(
             "Overshoot",
-            "Tokens written after the detection, of rollouts that were stopped: what a slow stop costs. The limit is "
+            "Tokens written after the detection, in stopped rollouts: the cost of a slow stop. The limit is "
             "two chunks.",
             "suffix: tokens",
             (
@@ -449,14 +449,14 @@ _LEARNING = PanelRow(
         Panel(
             "Learner idle",
             "Share of its time that the learner waits for trajectories. Near 1 it is starved: add rollout or teacher "
-            "workers. Near 0 it holds the others up.",
+            "workers. Near 0 the learner is the bottleneck.",
             "percentunit",
             (Query(f"max({of('learner_idle_ratio', job='learner')})", "idle"),),
             top=1.0,
         ),
         Panel(
             "Policy version",
-            "Version that each role works with, and the last one of the run. The oldest worker's counts.",
+            "Version that each role uses (of several workers, the oldest), and the last one of the run.",
             "short",
             (
                 Query(f"min by (role) ({of('policy_version')})", "{{role}}"),
@@ -471,8 +471,8 @@ _DRIFT = PanelRow(
     (
         Panel(
             "Repetition and truncation",
-            "Of the last step's rollouts: the share of their text that deflate saves, near 1 in a loop, and the share "
-            "that ended at the length limit. Both rise when the student begins to ramble.",
+            "For the last step's rollouts: the share of their text that deflate saves, near 1 in a loop, and the share "
+            "that ended at the length limit. Both rise when the student begins to repeat itself.",
             "percentunit",
             (_drift("repetition", "repetition"), _drift("truncation", "at the limit")),
             top=1.0,
@@ -480,13 +480,13 @@ _DRIFT = PanelRow(
         Panel(
             "Cut rate by arm (policy fired)",
             "Share of the last step's rollouts in which the policy fired, applied or not; in the control arm it judges "
-            "whole rollouts. If both rise and repetition does not, it is the threshold that climbs.",
+            "whole rollouts. If both rise and repetition does not, the threshold is rising.",
             "percentunit",
             (_drift("cut_treated", "treated"), _drift("cut_control", "control")),
             top=1.0,
         ),
         Panel(
-            "Threshold of what is trained",
+            "Threshold of trained rollouts",
             "Mean threshold that the last step's rollouts were judged by, and the one in force for new rollouts.",
             "suffix: nats",
             (
@@ -496,22 +496,22 @@ _DRIFT = PanelRow(
         ),
         Panel(
             "Entropy of the student",
-            "Mean over the tokens that the last step kept. Towards 0 the student has stopped to explore.",
+            "Mean over the last step's kept tokens. Near 0 the student no longer explores.",
             "suffix: nats",
             (Query(f"max({of('learner_entropy_nats', job='learner')} and {_STEPPED})", "entropy"),),
         ),
         Panel(
             "Mass on the support",
-            "Mean probability of STOP and the K recorded outcomes, under the student as it is now and under the "
-            "teacher. What lies outside is one bucket in the loss.",
+            "Mean probability of STOP and the K recorded outcomes, under the current student and under the "
+            "teacher. All other outcomes are one bucket in the loss.",
             "percentunit",
             (_drift("support_mass", "student"), _drift("support_mass_teacher", "teacher")),
             top=1.0,
         ),
         Panel(
             "Top-K overlap",
-            "Share of the K outcomes that were likeliest when a token was written and still are under the student as "
-            "it is now: how far the learner has moved from what it trains on.",
+            "Share of the K most probable outcomes at writing time that still are under the current student: how far "
+            "the learner has moved from the data it trains on.",
             "percentunit",
             (_drift("topk_overlap", "overlap"),),
             top=1.0,
@@ -524,8 +524,8 @@ _STALENESS = PanelRow(
     (
         Panel(
             "Staleness",
-            "Policy versions between the writing of a trajectory's first token and its training, and the most that is "
-            "allowed: an older one is dropped.",
+            "Policy versions between the writing of a trajectory's first token and its training, and the limit: an "
+            "older one is dropped.",
             "suffix: versions",
             (
                 *_spread("policy_lag_versions", window=LATELY, role="learner"),
@@ -534,7 +534,7 @@ _STALENESS = PanelRow(
         ),
         Panel(
             "Mean staleness",
-            "Mean over the trajectories trained on lately.",
+            "Mean over recently trained trajectories.",
             "suffix: versions",
             (Query(mean("policy_lag_versions", window=LATELY, role="learner"), "mean"),),
         ),
@@ -549,14 +549,14 @@ _STALENESS = PanelRow(
         ),
         Panel(
             "Length to train on",
-            "Mean since the run began, by ending: what was trained on, and what would have been. Where stale is above "
-            "trained, long ones are left out, and what is trained on is no fair sample.",
+            "Mean since the run began, by ending: tokens trained on, or that would have been. If stale is above "
+            "trained, long rollouts are left out, and the trained ones are not a fair sample.",
             "suffix: tokens",
             (Query(lifetime_mean("ended_trainable_tokens", "reason"), "{{reason}}"),),
         ),
         Panel(
             "Length written",
-            "Mean since the run began, by what became of the rollouts; of those that were never judged, so far.",
+            "Mean since the run began, by ending; for rollouts that were never judged, the tokens stored so far.",
             "suffix: tokens",
             (Query(lifetime_mean("ended_length_tokens", "reason"), "{{reason}}"),),
         ),
@@ -568,7 +568,7 @@ _FAULTS = PanelRow(
     (
         Panel(
             "Dead letters",
-            "Records that were given up and wait for `katana dead`. Anything above 0 needs a look.",
+            "Records that were given up and wait for `katana dead`. Look at any value above 0.",
             "short",
             (Query(f"max({of('stream_outstanding', job='feeder', stream='dead')})", "dead letters"),),
             kind="stat",
@@ -576,7 +576,7 @@ _FAULTS = PanelRow(
         ),
         Panel(
             "Failed calls to Redis",
-            "Calls that failed and were made again, since the processes began.",
+            "Calls that failed and were repeated, since the processes began.",
             "short",
             (Query(total("redis_errors_total"), "failed calls"),),
             kind="stat",
@@ -584,14 +584,14 @@ _FAULTS = PanelRow(
         ),
         Panel(
             "Entries taken over",
-            "Entries that a worker took over from one that had gone silent, since the processes began.",
+            "Entries that a worker took over from a silent one, since the processes began.",
             "short",
             (Query(total("claims_total"), "taken over"),),
             kind="stat",
         ),
         Panel(
             "Alerts firing",
-            "Alerts that fire now, of this run and of targets that no run is known of.",
+            "Alerts that fire now, of this run and of targets without a run.",
             "short",
             (Query(f"""count(ALERTS{{alertstate="firing",run=~"$run|"}}) or {_zero()}""", "firing"),),
             kind="stat",
@@ -599,13 +599,16 @@ _FAULTS = PanelRow(
         ),
         Panel(
             "Silence",
-            "Time since the last turn of each role's loop; workers between two shifts are left out.",
+            "Time since the last iteration of each role's loop; workers between two worker tasks are left out.",
             "s",
             (Query(f"time() - max by (role) ({of('loop_timestamp_seconds')} > 0)", "{{role}}"),),
             alarm=60.0,
         ),
         _counted(
-            "Given up", "Dead letters a second, by where the record was given up.", "dead_letters_total", "reason"
+            "Given up",
+            "Dead letters a second, by the place where the record was given up.",
+            "dead_letters_total",
+            "reason",
         ),
         _counted("Failed calls", "Failed calls to Redis a second, by kind.", "redis_errors_total", "kind"),
         _counted(
@@ -613,9 +616,9 @@ _FAULTS = PanelRow(
         ),
         Panel(
             "Fenced and refused chunks",
-            "Fenced: refused, for its writer no longer owned the rollout, or the rollout had ended. Repeated: scored "
-            "a second time, without effect. Both are how faults are survived; many of them are wasted work. Refused: "
-            "by a full Redis, each time that it was tried; it waits.",
+            "Fenced: refused, because its writer no longer owned the rollout, or the rollout had ended. Repeated: "
+            "scored a second time, without effect. Both happen when faults are survived; many of them are wasted work. "
+            "Refused: by a full Redis, counted at each try; the chunk waits.",
             "suffix: /s",
             (
                 Query(rate("chunks_fenced_total"), "fenced"),
@@ -625,7 +628,7 @@ _FAULTS = PanelRow(
         ),
         Panel(
             "Memory of processes",
-            "Resident memory by role; of several workers, their sum. It should be flat.",
+            "Resident memory by role, summed over workers. It should be flat.",
             "bytes",
             (
                 Query(
@@ -642,8 +645,8 @@ _REDIS = PanelRow(
     "Redis",
     (
         Panel(
-            "Memory by its limit",
-            "Memory of the data Redis by its maxmemory, as the feeder sees it; 0 without a limit. At 1, writes fail.",
+            "Memory relative to its limit",
+            "Memory of the data Redis divided by its maxmemory, from the feeder; 0 without a limit. At 1, writes fail.",
             "percentunit",
             (Query(f"max({of('redis_memory_ratio', job='feeder')})", "used"),),
             alarm=0.8,
@@ -699,7 +702,7 @@ DASHBOARDS = (
     Dashboard(
         "overview",
         "Katana: overview",
-        "What cutting saves, what it costs in quality, and where the rule stands.",
+        "The saving by cutting, its effect on quality, and the state of the rule.",
         (_SAVINGS, _DIVERGENCE),
     ),
     Dashboard(
@@ -711,13 +714,13 @@ DASHBOARDS = (
     Dashboard(
         "learner",
         "Katana: learner",
-        "Loss and pace of the training, whether it runs off with itself, and how old what it trains on is.",
+        "Loss and pace of the training, drift guards, and the staleness of its data.",
         (_LEARNING, _DRIFT, _STALENESS),
     ),
     Dashboard(
         "faults",
         "Katana: faults and Redis",
-        "What went wrong and was survived, what was given up, and how Redis fares.",
+        "Faults that were survived, records that were given up, and the state of Redis.",
         (_FAULTS, _REDIS),
     ),
 )

@@ -10,7 +10,7 @@ from ops.monitoring.dashboards import DASHBOARDS, Dashboard, Panel, Query
 
 FOLDER = Path(__file__).parents[1] / "grafana" / "dashboards"
 _COLUMNS = 24  # of Grafana's grid
-_SCHEMA_VERSION = 39  # Grafana 11's; later ones read it too
+_SCHEMA_VERSION = 39  # Grafana 11's; later versions read it too
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _SIZES = {"stat": (6, 4), "timeseries": (8, 8)}  # width and height in units of the grid
 
@@ -69,11 +69,11 @@ def _run_variable() -> dict[str, Any]:
         "type": "query",
         "name": "run",
         "label": "Run",
-        "description": "Runs of the time that is shown.",
+        "description": "Runs in the time range shown.",
         "datasource": _SOURCE,
         "definition": values,
         "query": {"qryType": 1, "query": values, "refId": "run"},
-        "refresh": 2,  # when the time range changes: a run that is over is found in its own time
+        "refresh": 2,  # when the time range changes: a finished run is found in its own time range
         "sort": 1,
         "hide": 0,
         "includeAll": False,
@@ -82,7 +82,7 @@ def _run_variable() -> dict[str, Any]:
 
 
 def _placed(dashboard: Dashboard) -> list[dict[str, Any]]:
-    """Rows and panels with their places: from left to right, a new line where the width or the kind says so."""
+    """Rows and panels with their places: from left to right, with a new line when the width or the kind requires it."""
     placed: list[dict[str, Any]] = []
     y = 0
     for row in dashboard.rows:
@@ -195,7 +195,7 @@ def _stat_options() -> dict[str, Any]:
 
 
 def text(dashboard: Dashboard) -> str:
-    """What stands in the dashboard's file."""
+    """Content of the dashboard's file."""
     return json.dumps(render(dashboard), indent=2, ensure_ascii=False) + "\n"
 
 

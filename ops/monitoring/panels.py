@@ -1,6 +1,6 @@
-"""The dashboards' panels on one page, for where there is no Grafana: `katana panels PROMETHEUS --run NAME --out FILE`.
+"""The dashboards' panels on one page, without Grafana: `katana panels PROMETHEUS --run NAME --out FILE`.
 
-Everything comes from Prometheus's HTTP API; the expressions are those of ops/monitoring/dashboards.py, word for word.
+All data come from Prometheus's HTTP API; the expressions are those of ops/monitoring/dashboards.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from ops.plots import BLUE, GREEN, GREY, INK, ORANGE, PALE, PURPLE, SKY, VERMILL
 _TIMEOUT_S = 10.0
 _SCRAPE_S = 5.0  # the interval of ops/prometheus; a rate needs several scrapes
 _POINTS = 240  # of a line
-_LARGEST = 1e30  # what is above, +Inf too, is nothing that could be drawn
-# On this machine or in the cluster's network: no proxy that the environment may name is asked.
+_LARGEST = 1e30  # larger values, +Inf too, cannot be drawn
+# Prometheus is on this machine or in the cluster's network: ignore the environment's proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "#8C6D31", "#444444")
 
@@ -46,7 +46,7 @@ _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "#8C6D31", "#444444")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The time that is looked at: from and to in unix seconds, and the seconds between two points."""
+    """A time range: begin and end in unix seconds, and the seconds between two points."""
 
     begin_s: float
     end_s: float
@@ -54,13 +54,13 @@ class Span:
 
     @property
     def rate_interval(self) -> str:
-        """What Grafana would put for `$__rate_interval`."""
+        """The value that Grafana would use for `$__rate_interval`."""
         return f"{math.ceil(max(self.step_s + _SCRAPE_S, 4 * _SCRAPE_S))}s"
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """What Prometheus has of one series: its labels, moments (unix seconds [N]) and readings ([N]; NaN for none)."""
+    """One series of Prometheus: its labels, moments (unix seconds [N]) and readings ([N]; NaN for none)."""
 
     labels: dict[str, str]
     times_s: npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class PanelSeries:
-    """One line of a panel: its name, its moments (unix seconds [N]) and its readings ([N]; NaN where there is none)."""
+    """One line of a panel: its name, its moments (unix seconds [N]) and its readings ([N]; NaN for none)."""
 
     legend: str
     times_s: npt.NDArray[np.float64]
@@ -84,7 +84,7 @@ class PanelSeries:
 
 
 class Prometheus:
-    """A running Prometheus, asked over HTTP. Every question raises ConfigError if it gets no answer."""
+    """A running Prometheus, over HTTP. Every query raises ConfigError if it gets no answer."""
 
     def __init__(self, url: str) -> None:
         if not re.match(r"https?://[^/\s]", url):
@@ -92,7 +92,7 @@ class Prometheus:
         self._url = url.rstrip("/")
 
     def matrix(self, expr: str, span: Span) -> list[Readings]:
-        """An expression's readings over a time, checked: nothing but readings of that time comes from here."""
+        """An expression's readings over a time range, checked: only readings of that range are returned."""
         question = {"query": expr, "start": span.begin_s, "end": span.end_s, "step": span.step_s}
         found = self._ask("/api/v1/query_range", question)
         if not isinstance(found, dict) or not isinstance(found.get("result"), list):
@@ -100,7 +100,7 @@ class Prometheus:
         try:
             return [_readings(series, span) for series in found["result"]]
         except (ValueError, OverflowError) as error:
-            raise ConfigError(f"{self._url}: the answer to {expr!r} is none of a Prometheus: {error}") from error
+            raise ConfigError(f"{self._url}: the answer to {expr!r} is not one of a Prometheus: {error}") from error
 
     def runs(self) -> list[str]:
         """Names of the runs that are known."""
@@ -116,15 +116,15 @@ class Prometheus:
         try:
             found = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{self._url}: what answers there is no Prometheus (not JSON)") from error
+            raise ConfigError(f"{self._url}: the server there is not a Prometheus (the answer is not JSON)") from error
         if not isinstance(found, dict) or found.get("status") != "success":
-            told = found.get("error", "no reason given") if isinstance(found, dict) else "not an object"
-            raise ConfigError(f"{self._url}: {path} was refused: {told!s:.300}")
+            reason = found.get("error", "no reason given") if isinstance(found, dict) else "not an object"
+            raise ConfigError(f"{self._url}: {path} was refused: {reason!s:.300}")
         return found.get("data")
 
 
 def _fetched(request: str) -> bytes:
-    """Also of an answer that says what is wrong: Prometheus does so in JSON."""
+    """The body, also of an error: Prometheus describes errors in JSON."""
     try:
         answer = _OPENER.open(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as refused:
@@ -137,7 +137,7 @@ def _fetched(request: str) -> bytes:
 def _readings(series: Any, span: Span) -> Readings:
     """One series of an answer, `{"metric": {label: value}, "values": [[unix_s, "reading"], …]}`. Raises ValueError."""
     if not isinstance(series, dict):
-        raise ValueError(f"{series!r:.60} is no series")
+        raise ValueError(f"{series!r:.60} is not a series")
     labels, values = series.get("metric"), series.get("values")
     if not isinstance(labels, dict) or not isinstance(values, list):
         raise ValueError(f"a series without metric or values: {series!r:.60}")
@@ -146,10 +146,10 @@ def _readings(series: Any, span: Span) -> Readings:
 
 
 def _point(pair: Any, span: Span) -> tuple[float, float]:
-    """A moment within the time and a reading; NaN for one that cannot be drawn, as +Inf. Raises ValueError."""
+    """A moment within the range and a reading; NaN for one that cannot be drawn, such as +Inf. Raises ValueError."""
     match pair:
-        case [int() | float() as at, str() as told] if not isinstance(at, bool):
-            moment, reading = float(at), float(told)
+        case [int() | float() as at, str() as value] if not isinstance(at, bool):
+            moment, reading = float(at), float(value)
         case _:
             raise ValueError(f"{pair!r:.60} is not [time, reading]")
     if not span.begin_s - span.step_s <= moment <= span.end_s + span.step_s:
@@ -158,20 +158,20 @@ def _point(pair: Any, span: Span) -> tuple[float, float]:
 
 
 def find_span(prometheus: Prometheus, run: str, minutes: float) -> Span:
-    """The time within the last minutes in which a run's feeder was seen. Raises ConfigError if it was not."""
+    """The part of the last minutes in which a run's feeder was scraped. Raises ConfigError if there is none."""
     now = time.time()
     back = Span(now - 60 * minutes, now, max(1.0, 60 * minutes / 1000))
     found = prometheus.matrix(filled(f"count({of('rollouts_open')})", run, back), back)
     moments = [moment for one in found for moment in one.times_s.tolist()]
     if not moments:
         known = ", ".join(prometheus.runs()) or "none"
-        raise ConfigError(f"run {run!r}: nothing of it in the last {minutes:g} minutes; runs known there: {known}")
+        raise ConfigError(f"run {run!r}: no data in the last {minutes:g} minutes; runs known there: {known}")
     begin, end = min(moments) - back.step_s, max(moments) + back.step_s
     return Span(begin, end, max(1.0, (end - begin) / _POINTS))
 
 
 def filled(expr: str, run: str, span: Span) -> str:
-    """An expression of the dashboards with its variables in place."""
+    """An expression of the dashboards with its variables filled in."""
     quoted = run.replace("\\", "\\\\").replace('"', '\\"')
     return expr.replace("$run", quoted).replace(RATE_INTERVAL, span.rate_interval)
 
@@ -186,7 +186,7 @@ def ask(prometheus: Prometheus, query: Query, run: str, span: Span) -> list[Pane
 
 
 def _named(legend: str, labels: dict[str, str]) -> str:
-    """The legend with labels in place; `all` if nothing is left of it."""
+    """The legend with labels filled in; `all` if it is empty."""
     return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), legend).strip() or "all"
 
 
@@ -197,19 +197,19 @@ def seen(series: Sequence[PanelSeries]) -> bool:
 
 # --- the page ------------------------------------------------------------------------------------------------------
 
-# Inches. Sections stand in two halves, so that the page is about as high as it is wide.
+# Inches. Sections are in two halves, so that the page is about as high as it is wide.
 _HALF, _MARGIN, _GAP = 9.3, 0.25, 0.4
 _WIDTH = 2 * (_MARGIN + _HALF) + _GAP
 _TITLE, _HEADING, _FOOT = 0.65, 0.45, 0.3
 _HEIGHTS = {"stat": 1.05, "timeseries": 2.3}
-_BESIDE = {"stat": 4, "timeseries": 3}  # panels of a kind beside each other
+_BESIDE = {"stat": 4, "timeseries": 3}  # panels of a kind in one line
 _DOTS_PER_INCH = 100
 _Filled = tuple[Panel, list[PanelSeries]]
 
 
 @dataclass(frozen=True, slots=True)
 class FilledRow:
-    """A row of a dashboard with the data of its panels; those without data are named at its foot."""
+    """A row of a dashboard with the data of its panels; panels without data are named at its foot."""
 
     row: PanelRow
     shown: list[_Filled]
@@ -217,7 +217,7 @@ class FilledRow:
 
     @property
     def lines(self) -> list[list[_Filled]]:
-        """Panels that stand beside each other; single figures are not as high as curves, so they do not mix."""
+        """Panels of one line each; single figures are not as high as curves, so they do not mix."""
         found = []
         for kind, beside in _BESIDE.items():
             same = [one for one in self.shown if one[0].kind == kind]
@@ -234,13 +234,13 @@ def draw(url: str, run: str, out: Path, minutes: float = 60.0) -> Path:
     """Draw every panel's data of one run into a PNG; returns the file.
 
     Args:
-        url: of the Prometheus, for example http://127.0.0.1:9090
+        url: the Prometheus, for example http://127.0.0.1:9090
         run: the run's name
         out: the file
-        minutes: how far back to look; of that, the time in which the run was seen is drawn
+        minutes: how far back to look; only the part in which the run was scraped is drawn
 
     Raises:
-        ConfigError: no Prometheus answers, it knows nothing of the run in that time, or the file cannot be written.
+        ConfigError: no Prometheus answers, it has no data of the run in that time, or the file cannot be written.
     """
     prometheus = Prometheus(url)
     span = find_span(prometheus, run, minutes)
@@ -254,7 +254,7 @@ def draw(url: str, run: str, out: Path, minutes: float = 60.0) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """In a palette: a third of the bytes, and no difference that one sees."""
+    """Save with a palette: a third of the bytes, and no visible difference."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DOTS_PER_INCH)
     with Image.open(drawn) as image:
@@ -278,7 +278,7 @@ def page(sections: list[FilledRow], run: str, span: Span) -> Figure:
     FigureCanvasAgg(figure)
     began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(span.begin_s))
     minutes = (span.end_s - span.begin_s) / 60
-    title = f"Katana · {run}:  {minutes:.1f} minutes from {began} UTC, as Prometheus saw them"
+    title = f"Katana · {run}:  {minutes:.1f} minutes from {began} UTC, from Prometheus"
     _write(figure, _MARGIN, height - 0.34, title, fontsize=18, fontweight="bold")
     for place, half in enumerate(halves):
         top = height - _TITLE
@@ -289,7 +289,7 @@ def page(sections: list[FilledRow], run: str, span: Span) -> Figure:
 
 
 def _halves(sections: list[FilledRow]) -> tuple[list[FilledRow], list[FilledRow]]:
-    """The sections in their order, parted where the higher half is least high."""
+    """The sections in their order, in two halves as equal in height as possible."""
 
     def height(place: int) -> float:
         return max(sum(one.height for one in half) for half in (sections[:place], sections[place:]))
@@ -314,12 +314,12 @@ def _draw_section(figure: Figure, section: FilledRow, span: Span, left: float, t
                 _draw_curves(figure, panel, series, span, box)
         top -= height
     if section.empty:
-        text = f"no data in this time: {', '.join(section.empty)}"
+        text = f"no data in this time range: {', '.join(section.empty)}"
         _write(figure, left, top - 0.12, text, fontsize=9.5, color=GREY)
 
 
 def _write(figure: Figure, left: float, y: float, text: str, **look: Any) -> None:
-    """Text that begins at `left` and has its middle at `y`, in inches."""
+    """Text that begins at `left`, vertically centred at `y`, in inches."""
     height = figure.get_figheight()
     figure.text(left / _WIDTH, y / height, text, **{"color": INK, "va": "center", "parse_math": False, **look})
 
@@ -353,7 +353,7 @@ def _draw_curves(figure: Figure, panel: Panel, series: list[PanelSeries], span: 
     unit = panel.unit.removeprefix("suffix:").strip() if panel.unit.startswith("suffix:") else ""
     title = panel.title + (f", {unit}" if unit else "")
     _write(figure, left, bottom + height - 0.2, title, fontsize=11, fontweight="bold")
-    # Room: for the readings to the left, for title and legend above, for the minutes below.
+    # Margins: for the readings at the left, for title and legend at the top, for the minutes at the bottom.
     axes = figure.add_axes(
         (
             (left + 0.5) / _WIDTH,
@@ -380,7 +380,7 @@ def _plot(axes: Any, panel: Panel, series: list[PanelSeries], span: Span) -> Non
 
 
 def _stack(axes: Any, lines: list[PanelSeries], span: Span) -> None:
-    """Each line's area on those below; a line that has no reading at a moment counts as 0 there."""
+    """Stacked areas; a line without a reading at a moment counts as 0 there."""
     moments = np.unique(np.concatenate([one.times_s for one in lines]))
     heights = np.zeros((len(lines), len(moments)))
     for row, one in enumerate(lines):
@@ -431,7 +431,7 @@ def _scale(axes: Any, panel: Panel, series: list[PanelSeries], span: Span) -> No
 
 
 def _draw_legend(axes: Any, series: list[PanelSeries]) -> None:
-    """Between title and curves, in as few lines as its names need; the curves give way to the third and further."""
+    """Between title and curves, in as few lines as its names need; from the third line on the curves get less room."""
     names = [one.legend for one in series if one.last is not None]
     figure = axes.figure
     widest = 1.28 * axes.get_window_extent().width
@@ -458,7 +458,7 @@ def _draw_legend(axes: Any, series: list[PanelSeries]) -> None:
 
 
 def _formatted(reading: float, unit: str, *, axis: bool = False) -> str:
-    """A reading in one of Grafana's units; on an axis the unit of a `suffix:` stands in the title."""
+    """A reading in one of Grafana's units; on an axis the unit of a `suffix:` is in the title."""
     if unit == "percentunit":
         return f"{100 * reading:.3g} %" if axis else f"{100 * reading:.1f} %"
     if unit in _PREFIXED:

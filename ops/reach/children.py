@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a child; what it prints is added to `log`, `environment` to this process's.
 
-    A session of its own: Ctrl-C reaches this process alone, which stops the others in order.
+    It has its own session: Ctrl-C reaches only this process, which stops the others in order.
     """
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -44,7 +44,7 @@ def katana(*words: str) -> list[str]:
 def end(
     children: Sequence[subprocess.Popen[bytes]], grace_s: float, *, at_once: Callable[[], bool] = lambda: False
 ) -> None:
-    """Tell them all to stop and wait, `grace_s` for all together or until `at_once`; what is still there is killed."""
+    """SIGTERM to all, then wait, `grace_s` for all together or until `at_once`; those still running are killed."""
     running = [child for child in children if child.poll() is None]
     for child in running:
         child.send_signal(signal.SIGTERM)

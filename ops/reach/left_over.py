@@ -1,4 +1,4 @@
-"""What the fault harness leaves of a run, and by which it is known: marks, and a folder beside the run's."""
+"""What the fault harness leaves of a run: marks by which it is recognised, and a folder beside the run's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.runfiles.names import CHAOS, CONFIG, RUN, SOAK
 SOCKETS = "katana-"  # how the temporary folder of a harness's socket begins
 
 
-def beside(folder: Path) -> Path:
+def harness_folder(folder: Path) -> Path:
     """Where the harness keeps what is its own: outside a run's folder, since a fresh run wants an empty one."""
     return folder.with_name(f"{folder.name}.redis")
 
@@ -30,8 +30,8 @@ def left_by_harness(folder: Path, config: Config) -> tuple[bool, Path | None]:
     its_own = url.startswith("unix://") and address.parent.name.startswith(SOCKETS)
     if not its_own or _answers(address):
         return False, None
-    left: Path | None = beside(folder)
-    if not _names(beside(folder), url):
+    left: Path | None = harness_folder(folder)
+    if not _names(harness_folder(folder), url):
         left = None
     marked = any((folder / name).is_file() for name in (CHAOS, SOAK))
     return marked or left is not None, left
@@ -49,7 +49,7 @@ def _names(folder: Path, url: str) -> bool:
 
 
 def _answers(address: Path) -> bool:
-    """Whether anyone listens on a Unix socket. Whoever may not ask takes it that there is someone."""
+    """Whether a process listens on a Unix socket; True if this process may not connect."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(1.0)
         try:

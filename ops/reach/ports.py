@@ -1,4 +1,4 @@
-"""What the processes of a run serve on their metrics ports, read once. Where they are stands beside its folder."""
+"""Metrics of a run's processes, scraped once from their ports; files beside its folder have the addresses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_TARGETS = 64
 _AT_A_TIME = 8
 _MOST_BYTES = 4 << 20
 _ADDRESS = re.compile(r"[A-Za-z0-9_.:\[\]-]{1,255}:[0-9]{1,5}")
-# The ports are on this machine or in the cluster's network: no proxy that the environment may name is asked.
+# The ports are on this machine or in the cluster's network: ignore the environment's proxy.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 Labels = tuple[tuple[str, str], ...]
 
@@ -38,7 +38,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a target served: values by series name and labels. `trouble` says why there are none."""
+    """The metrics of a target: values by series name and labels. `trouble`: why there are none."""
 
     target: Target
     values: Mapping[str, Mapping[Labels, float]] = field(default_factory=dict)
@@ -53,16 +53,16 @@ class Served:
 
 
 def targets(folder: Path) -> list[Target]:
-    """Processes of the run in this folder that say where they serve (Prometheus's file_sd format), 64 at most.
+    """Processes of the run in this folder with their addresses (Prometheus's file_sd format), 64 at most.
 
-    A file that is no such list (or is gone before it is read) is passed over: its process is not looked at.
+    A file that is not such a list (or is gone before it is read) is skipped.
     """
     found: list[Target] = []
     begin = f"{folder.name}--"
     for path in sorted((folder.parent / TARGETS).glob(f"{glob.escape(begin)}*.json"))[:_MOST_TARGETS]:
         try:
             for group in json.loads(path.read_text()):
-                # A run of another name may begin like this one.
+                # The name of another run may begin with this one's.
                 if group["labels"].get("run", folder.name) == folder.name:
                     role, addresses = str(group["labels"]["job"]), filter(_ADDRESS.fullmatch, group["targets"])
                     found += [Target(path.stem.removeprefix(begin), role, address) for address in addresses]
@@ -72,7 +72,7 @@ def targets(folder: Path) -> list[Target]:
 
 
 def scrape(wanted: Sequence[Target], timeout_s: float = 1.0) -> list[Served]:
-    """Ask every target once, several at a time; each answer is read or says why it cannot be."""
+    """Scrape every target once, several at a time; each result has the metrics or the reason why not."""
     if not wanted:
         return []
     with ThreadPoolExecutor(min(_AT_A_TIME, len(wanted))) as pool:
@@ -94,7 +94,7 @@ def _ask(target: Target, timeout_s: float) -> Served:
 
 
 def parse(text: str) -> dict[str, dict[Labels, float]]:
-    """Katana's series of an exposition, by name as served (`…_total`, `…_sum`). Raises ValueError for what is none."""
+    """Katana's series of an exposition, by name as served (`…_total`, `…_sum`). Raises ValueError for invalid text."""
     found: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -1,9 +1,9 @@
 """The one way to a run from outside: from a config, or the one in a run's folder, to the run's Redis, its id, its plane
-and the config that it works by.
+and the config that it uses.
 
-Three ask for a run. Who looks on (`Outlook`: `katana top`, `katana watch`) asks again and again, starts nothing, and
-lives with a run that is away. Who acts on one (`opened`: `katana dead`) may find it at rest: its own Redis is started
-for as long as that takes. A role (`wait_for_key`, `wait_for_config`) waits until the run is there.
+There are three entries. Live views (`Outlook`: `katana top`, `katana watch`) look again and again, start nothing, and
+cope with a run that is away. Commands that act on a run (`opened`: `katana dead`) start its embedded Redis meanwhile,
+if no `katana run` is running. A role (`wait_for_key`, `wait_for_config`) waits until the run exists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach
 
 log = logging.getLogger("katana.reach")
-_HERE = ("name", "runs_dir")  # where the run's folder is, and so what it is called, the given config says
+_HERE = ("name", "runs_dir")  # the folder and name of the run come from the given config
 
 
 class Away(Exception):
@@ -39,7 +39,7 @@ class Away(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run in its Redis, and the config that it works by."""
+    """A run in its Redis, and the config that it uses."""
 
     config: Config
     plane: Plane
@@ -56,7 +56,7 @@ class Run:
         return self.plane.key(name)
 
 
-# --- the steps of the way ---------------------------------------------------------------------------------------------
+# --- the steps ------------------------------------------------------------------------------------------------------
 
 
 def find_key(config: Config, source: Path, client: redis.Redis) -> str | None:
@@ -68,8 +68,8 @@ def find_key(config: Config, source: Path, client: redis.Redis) -> str | None:
 
 
 def working_config(raw: bytes, run_key: str, given: Config, own: Sequence[str] = _HERE) -> Config:
-    """The config that a run works by, from what Redis holds of it. Where and as whom Redis is reached, and the keys
-    `own`, the given config says. Raises ConfigError."""
+    """The config of a run, from Redis. The connection to Redis, and the keys `own`, come from the given config. Raises
+    ConfigError."""
     shared = parse(raw, source=f"config of {run_key}")
     access = given.redis.model_copy(update={"shards": shared.redis.shards})
     return shared.model_copy(update={"redis": access} | {name: getattr(given, name) for name in own})
@@ -81,7 +81,7 @@ def with_redis(config: Config, url: str, broker_url: str | None) -> Config:
     return config.model_copy(update={"redis": redis_there})
 
 
-# --- looking on -------------------------------------------------------------------------------------------------------
+# --- looking ----------------------------------------------------------------------------------------------------------
 
 
 class Outlook:
@@ -97,7 +97,7 @@ class Outlook:
         self._known: tuple[bytes, Run] | None = None
 
     def look(self) -> Run:
-        """Raises Away; ConfigError for what will not change by waiting."""
+        """Raises Away; ConfigError for errors that waiting does not fix."""
         url = self._find_url()
         if self._client is None or url != self._url:
             self.close()
@@ -107,13 +107,12 @@ class Outlook:
             raw = self._client.get(self._plane(run_key).key("config"))
         except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError) as error:
             raise ConfigError(
-                f"redis.url {url!r}: Redis does not let the operator in: look at redis.username, redis.password_file "
-                "and its ACL"
+                f"redis.url {url!r}: Redis refuses the operator: check redis.username, redis.password_file and its ACL"
             ) from error
         except (redis.exceptions.RedisError, OSError) as error:
             raise Away(f"Redis does not answer ({error})") from error
         if not isinstance(raw, bytes):
-            raise Away(f"Redis does not know the run {run_key!r}: it is not begun, or was lost or cleaned")
+            raise Away(f"Redis does not know the run {run_key!r}: it has not started, or was lost or cleaned")
         if self._known is None or self._known[0] != raw or self._known[1].run_key != run_key:
             config = working_config(raw, run_key, self._config)
             self._known = raw, Run(config, open_plane(config, self._client, run_key))
@@ -126,7 +125,7 @@ class Outlook:
             self._client = None
 
     def _find_url(self) -> str:
-        """The config's Redis, or the own one of a `katana run` that is at work in the folder."""
+        """The config's Redis, or the embedded one of a `katana run` that is running in the folder."""
         if self._config.redis.url is not None:
             return self._config.redis.url
         folder = self._config.run_dir / REDIS
@@ -134,7 +133,7 @@ class Outlook:
             raise Away(f"no run with a Redis of its own in {self._config.run_dir}")
         url = url_in(folder)
         if url is None:
-            raise Away("the run's own Redis is at rest: no `katana run` is at work in its folder")
+            raise Away("the run's own Redis is stopped: no `katana run` is running in its folder")
         return url
 
     def _find_key(self) -> str:
@@ -143,7 +142,7 @@ class Outlook:
         run_key = find_key(self._config, self._source, self._client) if known else None
         run_key = run_key or current_run(self._client, self._config.name)
         if run_key is None:
-            raise Away(f"Redis knows no run named {self._config.name!r}")
+            raise Away(f"Redis has no run named {self._config.name!r}")
         return run_key
 
     def _plane(self, run_key: str) -> Plane:
@@ -157,7 +156,7 @@ class Outlook:
 
 @contextlib.contextmanager
 def opened(config: Config, source: Path) -> Iterator[Run]:
-    """A run, whether it is at work or at rest. `source`: the file that the config was read from, see `find_key`.
+    """A run, running or not. `source`: the file that the config was read from, see `find_key`.
 
     Raises ConfigError: no such run, no Redis to be had, or it went away meanwhile.
     """
@@ -166,7 +165,7 @@ def opened(config: Config, source: Path) -> Iterator[Run]:
         try:
             run_key = find_key(config, source, client)
             if run_key is None:
-                raise ConfigError(f"{config.redis.url}: Redis knows no run named {config.name!r}")
+                raise ConfigError(f"{config.redis.url}: Redis has no run named {config.name!r}")
             plane = open_plane(config, client, run_key)
             raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
             if not isinstance(raw, bytes):
@@ -195,7 +194,7 @@ def _awake(config: Config) -> Iterator[Config]:
         url = url_in(folder)
         if url is None:
             raise ConfigError(
-                f"{config.run_dir}: a `katana run` is at work, but its Redis is not at {socket_in(folder)}"
+                f"{config.run_dir}: a `katana run` is running, but its Redis is not at {socket_in(folder)}"
             )
         yield with_redis(config, url, config.redis.broker_url)
         return
@@ -209,7 +208,7 @@ def _awake(config: Config) -> Iterator[Config]:
 
 
 def _hold(folder: Path) -> IO[str] | None:
-    """The lock on a run's folder; None while a `katana run` is at work there."""
+    """The lock on a run's folder; None while a `katana run` is running there."""
     try:
         return lock(folder)
     except ConfigError:
@@ -231,7 +230,7 @@ def wait_for_key(config: Config, client: redis.Redis, stop: threading.Event) -> 
     deadline = time.monotonic() + config.liveness.redis_wait_s
     while (run_key := current_run(client, config.name)) is None:
         if time.monotonic() > deadline:
-            raise RunGone(f"Redis knows no run named {config.name!r}: start its feeder")
+            raise RunGone(f"Redis has no run named {config.name!r}: start its feeder")
         if stop.wait(0.2):
             raise Stopping
     return run_key
@@ -241,17 +240,17 @@ def wait_for_config(config: Config, plane: Plane, stop: threading.Event) -> byte
     """A run's config, as Redis holds it. Where Redis has lost it, wait: its feeder, which may itself be starting, opens
     the run again. Raises RunGone, RedisUnavailable, Stopping.
 
-    To end at once instead would only make whoever supervises this role start it again, and at last give it up.
+    Ending at once would only make the supervisor restart this role, and give it up in the end.
     """
     deadline = time.monotonic() + config.liveness.redis_wait_s
-    said = False
+    logged = False
     while True:
         raw = plane.patiently(lambda: plane.client.get(plane.key("config")), "config")
         if isinstance(raw, bytes):
             return raw
-        if not said:
+        if not logged:
             log.warning("Redis does not know the run %r any more: waiting for its feeder", plane.run_key)
-            said = True
+            logged = True
         if time.monotonic() > deadline:
             raise RunGone(f"Redis does not know the run {plane.run_key!r} any more: its feeder opens it again")
         if stop.wait(0.2):

@@ -1,4 +1,4 @@
-"""A client of a Redis that answers, and that a run can work on; what a server says of itself."""
+"""A client of a Redis that answers, and that a run can work on; and facts about a server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reach(config: Config, role: str = "operator") -> redis.Redis:
         raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
     client = answering("redis.url", config.redis.url, config, role)
     if role in _ON_BROKER:
-        with contextlib.suppress(Unreachable):  # whoever needs it goes on asking, and says so
+        with contextlib.suppress(Unreachable):  # the caller retries, and logs it
             answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
     return client
 
@@ -75,23 +75,23 @@ def broker_name(config: Config) -> str:
 
 
 def _refusal(error: Exception, role: str) -> str | None:
-    """What an answer means that will not change by waiting; None for those that may. Never says who or by what word."""
+    """Meaning of an error that waiting does not fix; None for others. Never contains user or password."""
     if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
-        return f"Redis does not let the {role} in: look at redis.username, redis.password_file and its ACL"
+        return f"Redis refuses the {role}: check redis.username, redis.password_file and its ACL"
     if isinstance(error.__cause__ or error.__context__, ssl.SSLError):
-        return f"no TLS connection ({error}): look at redis.ca_file, cert_file, key_file, and the host in the URL"
+        return f"no TLS connection ({error}): check redis.ca_file, cert_file, key_file, and the host in the URL"
     return _no_database(error)
 
 
 def facts_of(client: redis.Redis) -> dict[str, Any]:
-    """Its `INFO`; empty where the user may not ask. Raises what redis-py raises for one that does not answer."""
+    """Its `INFO`; empty if the user may not call it. Raises redis-py's errors for one that does not answer."""
     with contextlib.suppress(redis.exceptions.NoPermissionError):
         return dict(client.info())
     return {}
 
 
 def unusable(facts: dict[str, Any]) -> str | None:
-    """Why no run can work on a server with these facts; None where nothing is known to stand in its way."""
+    """Why no run can work on a server with these facts; None if nothing is known against it."""
     mode, version = facts.get("redis_mode"), str(facts.get("redis_version", ""))
     if mode == "cluster":
         return (
@@ -117,7 +117,7 @@ def _no_database(error: Exception) -> str | None:
 
 
 def too_small(config: Config, limit: int, where: str) -> str | None:
-    """Why a run of this config may come to a stop with a `maxmemory` of so many bytes (0: none); None if it cannot."""
+    """Why a run of this config may stand still with a `maxmemory` of so many bytes (0: none); None if it cannot."""
     if limit == 0 or least_bytes(config) <= ALLOWED_SHARE * limit:
         return None
     return (

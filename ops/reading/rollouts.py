@@ -24,14 +24,14 @@ from common.wire.record import divergence_field, tokens_field
 Decode = Callable[[Sequence[int]], str]
 PARTS = ("kept", "detection", "overshoot")
 _OPEN = "open"
-# What a decoder puts where bytes are no character (yet).
+# A decoder's replacement for bytes that are not a character (yet).
 _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 4  # tokens: a character has four bytes at most
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token of a rollout. The texts of all of them, one behind the other, are the text of the whole."""
+    """A token of a rollout. The texts of all tokens, one after the other, are the text of the rollout."""
 
     text: str  # decoded by itself, special tokens by name; "" where the next ones complete its character
     divergence: float | None  # nats; None: not scored (written after the last score)
@@ -90,15 +90,15 @@ class Reading:
 # --- tokens to text ---------------------------------------------------------------------------------------------------
 
 
-# What transformers raises for a tokenizer.json that is none.
+# Errors of transformers for an invalid tokenizer.json.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)
 
 
 def find_tokenizer(config: Config, folder: Path) -> Any:
-    """The tokenizer that a run's rollouts are read with: that of the model it left behind, else the student's.
+    """The tokenizer that a run's rollouts are read with: that of its trained model, else the student's.
 
     `folder`: of the run. The model in it is the student's, and stays when the student's own folder is gone or changed.
-    Raises ModelError where neither can be had.
+    Raises ModelError if neither is available.
     """
     with contextlib.suppress(ModelError, *_DAMAGED):  # none there yet, or a damaged one
         return load_tokenizer(folder / MODEL)
@@ -109,7 +109,7 @@ def find_tokenizer(config: Config, folder: Path) -> Any:
 
 
 class Words:
-    """The run's tokenizer and its stop ids; where the tokenizer is not to be had here, token ids in ⟨⟩.
+    """The run's tokenizer and its stop ids; if the tokenizer is not available here, token ids in ⟨⟩.
 
     `folder`: of the run, if it is not where the config says.
     """
@@ -123,15 +123,15 @@ class Words:
             self.missing = str(error)
         stops: list[int] = []
         models = [config.student.model]
-        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+        if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
             models.append(config.teacher.model)
         for model in models:
-            with contextlib.suppress(ModelError, OSError):  # without it its stop is a token like any other
+            with contextlib.suppress(ModelError, OSError):  # without it the teacher's stop is an ordinary token
                 stops += read_facts(find_model(model, weights=False)).stop_ids
         self.stop_ids = frozenset(stops)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids that the tokenizer does not know are told as ids."""
+        """Text of token ids; unknown ids are shown as ids."""
         known = len(self._tokenizer) if self._tokenizer is not None else 0
         runs = groupby(ids, key=lambda token: 0 <= token < known)
         return "".join(
@@ -147,9 +147,9 @@ def texts_of(ids: Sequence[int], decode: Decode) -> list[str]:
     text before it is taken, and an unfinished character belongs to the token that completes it.
     """
     texts: list[str] = []
-    # Decoded together: ids[anchor:begin], told already and there for what a decoder makes of a beginning, and what is
-    # not told yet. `told`: characters of this text that tokens were given.
-    anchor = begin = told = 0
+    # Decoded together: ids[anchor:begin], already emitted and kept as context for the decoder, and the ids after them.
+    # `emitted`: characters of this text that were assigned to tokens.
+    anchor = begin = emitted = 0
     for place in range(len(ids)):
         whole = decode(ids[anchor : place + 1])
         # Bytes that wait for more are shown as replacement characters at the end.
@@ -157,19 +157,19 @@ def texts_of(ids: Sequence[int], decode: Decode) -> list[str]:
         stuck = sure != whole and place - begin >= _LONGEST_WAIT
         if stuck:  # no character is that long: all but the last are what was written
             sure = whole[:-1]
-        texts.append(sure[told:])
-        told = max(told, len(sure))
+        texts.append(sure[emitted:])
+        emitted = max(emitted, len(sure))
         if sure == whole:
             anchor, begin = begin, place + 1
-            told = len(decode(ids[anchor:begin]))
+            emitted = len(decode(ids[anchor:begin]))
         elif stuck and (cut := _settled(ids, anchor, place, sure, decode)):
             anchor = begin = cut
-            told = 0
+            emitted = 0
     return texts
 
 
 def _settled(ids: Sequence[int], anchor: int, place: int, sure: str, decode: Decode) -> int | None:
-    """Where the tokens end whose text is `sure`; None where a token is in it and behind it."""
+    """Where the tokens end whose text is `sure`; None if a token crosses its end."""
     ends = range(place, place - _LONGEST_WAIT, -1)
     return next((end for end in ends if decode(ids[anchor:end]) == sure), None)
 
@@ -185,8 +185,8 @@ def tokens_of(
 ) -> list[Token]:
     """Every token with its text, its divergence in nats and its part.
 
-    Tokens 0 … keep-1 are kept, those up to `trigger` detection, all behind overshoot. `divergence` may be shorter than
-    `ids`: the rest is not scored.
+    Tokens 0 … keep-1 are kept, those up to `trigger` are detection, all after it overshoot. `divergence` may be shorter
+    than `ids`: the rest is not scored.
     """
     texts = texts_of(ids, decode)
     tokens = []
@@ -226,13 +226,13 @@ def booked_line(folder: Path, rid: str) -> BookLine | None:
 
 
 def reading_of_line(line: BookLine, config: Config) -> Reading:
-    """A booked rollout of which no trace is kept: what the books tell, without a text."""
+    """A booked rollout without a trace: the fields of the books, without a text."""
     reading = _booked(line, _Prompts(config, config.run_dir))
     return replace(reading, notes=("no text: it had no verdict, or feeder.record_traces is off", *reading.notes))
 
 
 def _booked(line: BookLine, prompts: _Prompts) -> Reading:
-    """What a line of the books says."""
+    """The rollout of a line of the books."""
     return Reading(
         rid=line.rid,
         arm=line.arm,
@@ -284,7 +284,7 @@ def _reading_of(line: BookLine, trace: Trace, words: Words, prompts: _Prompts) -
 
 
 class _Prompts:
-    """Texts of training prompts. The task alone tells them; where it cannot be had here, there are none."""
+    """Texts of training prompts, from the task; none if the task cannot be loaded here."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         """`folder`: of the run."""
@@ -314,7 +314,7 @@ def reading_from_hash(
 ) -> Reading:
     """A rollout from its hash, whatever state it is in: being written, judged, dead.
 
-    What cannot be read is said in `notes`, and what stands behind it is left out. `rid` is for a hash whose head
+    Unreadable parts are reported in `notes`, and the text after them is left out. `rid` is for a hash whose head
     cannot be read.
     """
     notes: list[str] = []

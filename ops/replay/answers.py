@@ -1,7 +1,7 @@
-"""Which right rollouts would still have been right, cut where a setting cuts them: asked of the run's own verifier.
+"""Which right rollouts would still be right with the cuts of a setting, by the run's own verifier.
 
-The text says it, not a place in it: an answer may be repeated, and what was right once may be taken back. `katana
-audit` asks the same of what a cut kept.
+The verifier judges the text, not the place of an answer: an answer may be repeated, and a right one may be taken back.
+`katana audit` asks the same of what a cut kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ops.replay.record import Recording, Replayed
 from ops.replay.verdicts import Judgement
 from ops.tasks.source import TaskSource
 
-_TOLD_EVERY_S = 30.0
+_REPORT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
     """`right`: by place in the record and number of first tokens, whether the verifier calls these tokens right.
 
-    `unsure`: places of right rollouts that it does not call right as they stand, or cannot judge; nothing is said of
+    `unsure`: places of right rollouts that it does not call right as they are, or cannot judge; no verdict on
     them.
     """
 
@@ -37,7 +37,7 @@ class Answers:
 def judged(record: Recording, settings: Sequence[Sequence[Judgement]], folder: Path) -> tuple[Answers | None, str]:
     """Verdicts on what each setting keeps of each right rollout that it cuts, and else on what was written by then.
 
-    None: nothing can be said, since no answer was verified, or task or tokenizer cannot be had here. The second says
+    None: no verdicts, since no answer was verified, or task or tokenizer are not available here. The second says
     what is missing; empty where nothing is. `folder`: of the run.
     """
     if all(record.rollouts[place].correct is None for place in record.counted):
@@ -48,17 +48,17 @@ def judged(record: Recording, settings: Sequence[Sequence[Judgement]], folder: P
         if wanted:
             source.rehearse()
     except (ConfigError, ModelError) as error:
-        return None, f"not judged, for the task or the tokenizer cannot be had here ({error})"
+        return None, f"not judged, because the task or the tokenizer is not available here ({error})"
     right: dict[tuple[int, int], bool] = {}
-    unsure, told = set(), time.monotonic()
+    unsure, reported_at = set(), time.monotonic()
     for count, (place, ends) in enumerate(wanted.items()):
         found = _judge(source, record.rollouts[place], ends)
         if found is None:
             unsure.add(place)
         else:
             right |= {(place, end): verdict for end, verdict in found.items()}
-        if time.monotonic() - told >= _TOLD_EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - reported_at >= _REPORT_EVERY_S:
+            reported_at = time.monotonic()
             print(f"{count + 1:,} of {len(wanted):,} right rollouts judged where they are cut", file=sys.stderr)
     missing = f"{len(unsure):,} right rollouts are left out: the verifier does not call them right now"
     return Answers(right, frozenset(unsure)), missing if unsure else ""

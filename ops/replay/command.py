@@ -1,7 +1,7 @@
-"""`katana replay`: what other settings would have cut of the rollouts that a run has on record. No model, no Redis.
+"""`katana replay`: what other settings would have cut in a run's recorded rollouts. No model, no Redis.
 
-Replayed is what nothing could have stopped: the control arm; all rollouts of a run with `shadow`, `apply: mask` or
-`policy: none`. Of a rollout that was stopped nobody knows how it would have gone on.
+It replays rollouts that nothing could have stopped: the control arm; all rollouts of a run with `shadow`, `apply: mask`
+or `policy: none`. How a stopped rollout would have continued is unknown.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _own(record: Recording) -> list[Setting]:
     """The run's own settings: by the numbers on record, and by numbers that are computed anew."""
     settings = record.config.termination.model_copy(update={"shadow": False, "apply": "stop"})
     own = [Setting("as recorded", (), record.config.termination, recorded=True)]
-    return own if _unknowable(record, settings) else [*own, Setting(_COMPUTED, (), settings)]
+    return own if _why_not_replayable(record, settings) else [*own, Setting(_COMPUTED, (), settings)]
 
 
 def _chosen(
@@ -145,15 +145,15 @@ def _chosen(
         settings = config.termination
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
-        if why := _unknowable(record, settings):
-            # The reason begins with the key that it is about: a single change of that key needs no naming before it.
-            told = len(changes) == 1 and why.startswith(changes[0][0])
-            raise ConfigError(why if told else f"{name}: {why}")
+        if why := _why_not_replayable(record, settings):
+            # The reason begins with its key, so a single change of that key is not named again.
+            named = len(changes) == 1 and why.startswith(changes[0][0])
+            raise ConfigError(why if named else f"{name}: {why}")
         chosen.append(Setting(name, changes, settings))
     return chosen
 
 
-def _unknowable(record: Recording, settings: Termination) -> str:
+def _why_not_replayable(record: Recording, settings: Termination) -> str:
     """Why the record of a run that stopped rollouts cannot tell what these settings do; empty if it can."""
     if record.whole:
         return ""

@@ -129,7 +129,7 @@ def _finish(axes: Any, drawn: Sequence[SettingPoint], title: str, key: str) -> N
 
 
 def _write_names(figure: Figure, axes: Any, points: Sequence[SettingPoint]) -> None:
-    """Each name where it covers no other and no point; one for which there is no such place is left out."""
+    """Each name at a place where it covers no other and no point; names without such a place are left out."""
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     dots = axes.transData.transform([_at(point) for point in points])

@@ -129,7 +129,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
                 keep=trace.keep,
                 stopped=trace.stopped,
                 correct=line.correct,
-                known=min(known[place], place),  # a record of two clocks may say more
+                known=min(known[place], place),  # a record of two clocks may have more
                 version=step if config.deterministic else version,
                 step=step,
                 free=not bound,

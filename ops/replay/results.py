@@ -1,4 +1,4 @@
-"""What replayed verdicts come to, setting by setting: cuts, tokens saved, and answers that were cut off."""
+"""Results of replayed verdicts for each setting: cuts, tokens saved, and answers that were cut off."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Outcome:
     saving: 1 - generated / whole with its 95 % interval. number: median of the numbers judged by. All None where the
     policy was never active.
 
-    signal: divergence behind the triggers, summed over its tokens, as a multiple of that of as many tokens at the same
+    signal: divergence after the triggers, summed over its tokens, as a multiple of that of as many tokens at the same
     places of rollouts of about the same policy version that were uncut there, with its 95 % interval (which takes the
     latter as known). Near 0: the signal is dead; 1: it is as alive as anywhere. None where nothing is cut, or nothing
-    uncut goes on behind a trigger (`fixed`).
+    uncut continues after a trigger (`fixed`).
 
     early: right rollouts of which what is kept is not right (false stops). unwritten: of these, what was written up to
     the trigger is not, either. late: right ones that were cut and are right as they were kept. None: not to be known
@@ -77,8 +77,8 @@ def outcomes(record: Recording, settings: Sequence[Sequence[Judgement]], answers
     )
     savings = saving_intervals(seen, whole, active, problems)
     ahead = [_to_come(record.rollouts[place].divergence) for place in counted]
-    behind, expected = np.array([_signals(record, verdicts, ahead) for verdicts in settings]).transpose(1, 0, 2)
-    signals = _drawn_ratios(behind, expected, problems)
+    after, expected = np.array([_signals(record, verdicts, ahead) for verdicts in settings]).transpose(1, 0, 2)
+    signals = _drawn_ratios(after, expected, problems)
     parts = [_parts(record, verdicts, answers) for verdicts in settings]
     shares = {name: _shares([one[name] for one in parts], problems) for name in parts[0]}
     return [
@@ -89,7 +89,7 @@ def outcomes(record: Recording, settings: Sequence[Sequence[Judgement]], answers
             seen[row][active[row]],
             whole[active[row]],
             savings[row],
-            _ratio(behind[row], expected[row]),
+            _ratio(after[row], expected[row]),
             signals[row],
         )
         for row, verdicts in enumerate(settings)
@@ -102,7 +102,7 @@ def _to_come(divergence: Floats) -> Reals:
 
 
 def _signals(record: Recording, verdicts: Sequence[Judgement], ahead: Sequence[Reals]) -> Reals:
-    """Of each rollout that counts, the divergence behind its trigger, and what is to be expected of so many tokens at
+    """For each rollout that counts, the divergence after its trigger, and the expected one of as many tokens at
     that place: float64 [2, rollouts], 0 of one that is not cut, or has nothing to be compared with.
 
     Expected is the mean per token, from the trigger on, of the active rollouts of about the same policy version that

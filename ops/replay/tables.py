@@ -1,4 +1,4 @@
-"""What a replay came to, as people read it: what was replayed, a table, the same as CSV and Markdown."""
+"""The result of a replay as text: a description of the record, a table, the same as CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def about(record: Recording, recorded: Sequence[Judgement], computed: Sequence[J
         parts.append(
             (
                 "left out",
-                f"{stopped:,} treated that were stopped: how they would have gone on is not known; {spared:,} treated "
+                f"{stopped:,} treated that were stopped: how they would have continued is unknown; {spared:,} treated "
                 f"that the policy spared: a selection",
             )
         )
@@ -72,7 +72,7 @@ def about(record: Recording, recorded: Sequence[Judgement], computed: Sequence[J
         parts.append(
             (
                 "numbers",
-                f"below the first row: computed anew from the replayed rollouts; under the recorded settings "
+                f"below the first row: computed again from the replayed rollouts; under the recorded settings "
                 f"{100 * drift:.1f} % (median) off those on record",
             )
         )
@@ -84,10 +84,10 @@ def about(record: Recording, recorded: Sequence[Judgement], computed: Sequence[J
 def _intervals(record: Recording) -> str:
     """How they are made."""
     count, prompts = len(record.counted), len({record.rollouts[place].problem for place in record.counted})
-    text = "95 %; of what is saved by a bootstrap by prompt, of shares Wilson's: each rollout is of another prompt"
+    text = "95 %; savings: bootstrap by prompt, shares: Wilson; each rollout has its own prompt"
     if prompts < count:
         text = f"95 %, by a bootstrap by prompt ({count:,} rollouts of {prompts:,} prompts)"
-    few = f"; of {prompts} prompts they are too narrow: conclude nothing from them"
+    few = f"; with {prompts} prompts they are too narrow: conclude nothing from them"
     return text + (few if prompts < FEW_PROMPTS else "")
 
 
@@ -119,7 +119,7 @@ def drift_of(record: Recording, verdicts: Sequence[Judgement]) -> float | None:
 def table(settings: Sequence[Setting], found: Sequence[Outcome]) -> list[list[str]]:
     """A heading, then a row for each setting."""
     names = ["setting", "active", "cut", "tokens", "saved", "kept", "signal"]
-    names += ["right", "cut early", "cut behind", "wrong", "wrong: cut"]
+    names += ["right", "cut early", "cut late", "wrong", "wrong: cut"]
     return [names, *(_row(one, outcome) for one, outcome in zip(settings, found, strict=True))]
 
 
@@ -181,12 +181,12 @@ def unequal(found: Sequence[Outcome]) -> list[str]:
 
 READING = (
     "active: rollouts that the setting could have cut; all figures are of these. tokens: mean up to the trigger (what "
-    "is written until the stop arrives comes on top). saved: against not cutting, bootstrap clustered by prompt. kept: "
-    "mean tokens to train on. signal: mean divergence behind the triggers, against that of rollouts of about the same "
-    "version that were uncut there, from the same token on; 100 %: as alive as theirs, near 0: dead. right: rollouts "
-    "with a right answer; cut early: those of which the task's verifier does not call right what is kept (false "
-    "stops); cut behind: those that were cut and are right as they are kept. In brackets 95 % intervals. A replay does "
-    "not know what a student that was trained otherwise would have written."
+    "is written until the stop arrives comes on top). saved: compared with not cutting, bootstrap clustered by prompt. "
+    "kept: mean tokens to train on. signal: mean divergence after the triggers, relative to that of rollouts of about "
+    "the same version that were uncut there, from the same token on; 100 %: as alive as theirs, near 0: dead. right: "
+    "rollouts with a right answer; cut early: those whose kept part the task's verifier does not call right (false "
+    "stops); cut late: those that were cut and whose kept part is right. In brackets 95 % intervals. A replay does not "
+    "show what a student trained with these settings would have written."
 )
 
 

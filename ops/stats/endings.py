@@ -1,13 +1,13 @@
-"""What became of a run's rollouts, and whether what was not trained on is a fair sample of them. From the books alone.
+"""Endings of a run's rollouts, and whether those that were not trained on are a fair sample. From the books alone.
 
-What takes long grows old: of all that reaches the learner the long ones are dropped as stale first, and what is trained
-on is shorter than what was written. So of each ending stand here how many there were and how long they were, in two
-lengths: tokens to train on (what the learner was given, or would have been: this is the sample that is trained on) and
-tokens written (how long it took, and so why it was left out; of one that was never judged, as far as it came).
+Long rollouts grow old: of those that reach the learner they are the first to be dropped as stale, and the trained texts
+are shorter than the written ones. So for each ending this module gives the number of rollouts and two lengths: tokens
+to train on (that the learner got, or would have got: the sample for training) and tokens written (the cause of the
+delay; for a rollout that was never judged, the tokens stored so far).
 
-No fair sample: the mean length of those left out is not one that as many, drawn at random from them and the trained,
-would have. It is asked of what was left out by time or by accident. What is `empty` was left out by its policy, which
-found nothing to keep, and what is open at the end of a run was not refused: of these the lengths are shown, no more.
+Not a fair sample: the mean length of those left out is unlikely for as many, drawn at random from them and the trained.
+This is tested for rollouts that were left out because of time or accident. `empty` ones were left out by their policy,
+which found nothing to keep, and those open at the end of a run were not refused: their lengths are only shown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from common.runfiles.records import BookLine, Ended, Lengths
 
 MEANINGS = {
-    "stale": "older than learner.max_staleness when its turn came",
+    "stale": "older than learner.max_staleness when the learner took it",
     "empty": "nothing kept",
     "run_end": "open when the run ended",
     "lost": "lost with Redis's data",
@@ -119,7 +119,7 @@ def left_out(endings: dict[str, Ended]) -> list[UntrainedEnding]:
 
 
 def to_json(endings: dict[str, Ended]) -> dict[str, Any]:
-    """For `summary.json`; what was left out with `fair_sample`, None where it cannot be told or is not asked."""
+    """For `summary.json`; what was left out with `fair_sample`, None if it is unknown or not judged."""
     fair = {one.ended.fate: {"fair_sample": one.fair} for one in left_out(endings)}
     return {name: ended.to_json() | fair.get(name, {}) for name, ended in endings.items()}
 
@@ -149,7 +149,7 @@ def words(one: UntrainedEnding) -> str:
         means.append(f"{_against(ended.trainable, trained.trainable)} to train on")
     if one.generated is not None:
         means.append(f"{_against(ended.generated, trained.generated)} written")
-    text += f". Mean tokens (± sd) against the trained: {'; '.join(means)}" if means else ". Lengths not on record"
+    text += f". Mean tokens (± sd) against the trained: {'; '.join(means)}" if means else ". Lengths not recorded"
     if ended.at_limit:
         text += (
             f". At the length limit: {ended.at_limit:,} of {ended.rollouts:,}, of the trained {trained.at_limit:,} of "
@@ -157,8 +157,8 @@ def words(one: UntrainedEnding) -> str:
         )
     if one.fair is False:
         kinds = {"to train on": one.trainable, "written": one.generated}
-        said = [f"{gap.low:.1f} to {gap.high:.1f} {kind}" for kind, gap in kinds.items() if gap and not gap.fair]
-        text += f". NOT A FAIR SAMPLE: as many drawn at random have {' and '.join(said)}"
+        ranges = [f"{gap.low:.1f} to {gap.high:.1f} {kind}" for kind, gap in kinds.items() if gap and not gap.fair]
+        text += f". NOT A FAIR SAMPLE: as many drawn at random have {' and '.join(ranges)}"
     return text
 
 

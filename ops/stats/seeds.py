@@ -1,7 +1,7 @@
 """Statistics over seeds for `katana compare`: pure functions of a few numbers, one a seed.
 
 A cell is one draw from "this setting, any seed", so what is spread over is seeds, and there are few of them. Two
-intervals are given, and the words go by the first:
+intervals are given, and the verdict follows the first:
 
     t           mean ± t · s / √n, t of Student's distribution with n - 1 degrees of freedom. Right for values that are
                 roughly normal, also for n = 3.
@@ -54,7 +54,7 @@ class Paired:
 
     @property
     def words(self) -> str:
-        """No more than the t interval allows to say: one of VERDICTS, or why there is none."""
+        """The verdict that the t interval allows: one of VERDICTS, or why there is none."""
         n, low, high = self.interval.n, self.interval.low, self.interval.high
         if low is None or high is None:
             return "one seed: nothing to say"

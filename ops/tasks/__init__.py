@@ -1,6 +1,6 @@
-"""What a task is: problems by index, and an exact judgement of what was written.
+"""The interface of a task: problems by index, and an exact verdict on completions.
 
-Free of torch and transformers: the process that only feeds prompts imports this too.
+No torch and no transformers: the feeder imports this too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SpecialToken(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: the text a model is shown, and the text its answer must equal."""
+    """One problem: the model's prompt, and the text that its answer must equal."""
 
     prompt: str
     answer: str
@@ -37,13 +37,13 @@ class Task(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Start what `verify` needs, where that takes time; without it, the first verdict waits for it."""
+        """Start what `verify` needs, if that takes time; otherwise the first verdict waits for it."""
         ...
 
     def verify(self, problem: Problem, completion: str) -> bool | None:
-        """Return whether `completion` answers `problem`; None where nothing can tell."""
+        """Return whether `completion` answers `problem`; None if there is no verdict."""
         ...
 
     def answer_end(self, problem: Problem, completion: str) -> int | None:
-        """Return the offset, in characters, just behind the final answer; None where there is none."""
+        """Return the offset, in characters, just after the final answer; None if there is none."""
         ...

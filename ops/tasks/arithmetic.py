@@ -3,9 +3,9 @@
     prompt      12+7-3?
     completion  12+7=19;19-3=16#16
 
-Two choices keep the single step learnable by models of some hundred thousand parameters, so that what is hard
+Two choices make the single step learnable by models of some hundred thousand parameters, so that the difficulty
 is the length of the chain. Every result lies in 10..99, so that all steps are equally wide; and no signed number
-occurs twice behind the first, so that the one to take next is always the one behind that just used.
+occurs twice after the first, so that the one to take next is always the one after that just used.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def split_of(prompt: str) -> Split:
 
 
 def terms_of(prompt: str) -> tuple[int, list[str]]:
-    """Return the first number of "12+7-3?" and the signed terms behind it: (12, ["+7", "-3"]).
+    """Return the first number of "12+7-3?" and the signed terms after it: (12, ["+7", "-3"]).
 
-    Raises ValueError where the prompt is not of that form.
+    Raises ValueError if the prompt does not have that form.
     """
     if not re.fullmatch(r"[0-9]+([+-][0-9]+)*\?", prompt):
         raise ValueError(f"not an arithmetic prompt: {prompt!r}")
@@ -72,7 +72,7 @@ def steps_of(value: int, terms: list[str]) -> list[Addition]:
 class Arithmetic:
     """Problems of `min_numbers` to `max_numbers` numbers: one of 10 to `max_first`, then 1 to `max_value`.
 
-    Behind the first each number occurs once with each sign at most. The defaults are the sizes that the shipped
+    After the first, each number occurs at most once with each sign. The defaults are the sizes that the shipped
     models are made for. Raises ValueError for sizes that allow no problem.
     """
 
@@ -105,7 +105,7 @@ class Arithmetic:
         """
         if index < 0:
             raise ValueError(f"index must not be negative, got {index}")
-        # A string seeds through SHA-512: the same numbers in every process, whatever PYTHONHASHSEED is.
+        # A string seeds through SHA-512: the same numbers in every process, for any PYTHONHASHSEED.
         rng = random.Random(f"{seed}:{split}:{index}")
         while True:
             problem = self.draw(rng)
@@ -122,7 +122,7 @@ class Arithmetic:
             while len(taken) < count - 1:
                 fitting = [change for change in changes if SMALLEST_RESULT <= value + change <= LARGEST_RESULT]
                 if not fitting:
-                    break  # all that is left leads out of the range: draw again
+                    break  # all remaining terms lead out of the range: draw again
                 taken.append(rng.choice(fitting))
                 changes.remove(taken[-1])
                 value += taken[-1]
@@ -131,16 +131,16 @@ class Arithmetic:
                 return Problem(prompt=f"{prompt}?", answer=str(value))
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        """Return whether the integer behind the first "#" is the answer, as text ("016" is not "16").
+        """Return whether the integer after the first "#" is the answer, as text ("016" is not "16").
 
-        The chain need not be right, and whatever follows the integer does not matter: a base model that
-        rambles on behind a right answer has still given it.
+        The chain need not be right, and text after the integer does not matter: a base model that
+        continues after a right answer has still given it.
         """
         end = self.answer_end(problem, completion)
         return end is not None and completion[completion.index("#") + 1 : end] == problem.answer
 
     def answer_end(self, problem: Problem, completion: str) -> int | None:
-        """Return the offset just behind the integer that follows the first "#"; None where none follows."""
+        """Return the offset just after the integer that follows the first "#"; None if there is none."""
         hash_at = completion.find("#")
         if hash_at < 0:
             return None

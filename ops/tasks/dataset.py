@@ -1,8 +1,7 @@
 """The task `dataset`: rows on disk as problems, shuffled by a seed, each reachable by its index alone.
 
-All rows are read once, at the start: whatever is wrong with one is said before anything runs. What is needed of them
-(prompt as the model is shown it, answer) goes into a temporary file without a name, and problem `index` is one read
-from it: memory is 8 bytes a row.
+All rows are read once, at the start, so that a wrong row is reported before anything runs. The model's prompt and the
+answer go into a temporary file without a name, and problem `index` is one read from it: memory is 8 bytes a row.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from ops.tasks.rows import Row, column, read_rows
 from ops.tasks.verifiers import Verifier, answer_end, gold, rehearse
 
 _ROUNDS = 4
-_NAMED = 3  # rows that are named of those left out
+_NAMED = 3  # of the rows left out, this many are named
 _ROWS_AT_A_TIME = 256  # tokenized together, which is several times as fast as one by one
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a data set lies and how its rows are read. `answer_key` None: rows without answers."""
+    """The place of a data set and how its rows are read. `answer_key` None: rows without answers."""
 
     path: str
     prompt_key: str
@@ -40,7 +39,7 @@ class Layout:
     max_prompt_length: int
     skip_too_long: bool = False
     skip_special: bool = False
-    beside: tuple[str, ...] = ()  # columns that go to the chat template where a row has them
+    template_columns: tuple[str, ...] = ()  # columns that go to the chat template in rows that have them
 
     @property
     def columns(self) -> frozenset[str] | None:
@@ -90,18 +89,18 @@ class Render(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """What should be said of the rows rendered so far."""
+        """Warnings about the rows rendered so far."""
         ...
 
     @property
     def template(self) -> str | None:
-        """A digest of the chat templates in use; None where there are none."""
+        """A digest of the chat templates in use; None without any."""
         ...
 
 
 @dataclass(slots=True)
 class UnusedRows:
-    """Rows that are not used: how many, and the places of the first."""
+    """Rows that are not used: their number, and the places of the first."""
 
     rows: int = 0
     first: list[str] = field(default_factory=list)
@@ -111,7 +110,7 @@ class UnusedRows:
         if len(self.first) < _NAMED:
             self.first.append(place)
 
-    def told(self, why: str) -> str:
+    def described(self, why: str) -> str:
         """ "3 rows spell a special token and are left out: rows.jsonl, line 2; …" """
         more = "; …" if self.rows > len(self.first) else ""
         return f"{self.rows:,} {'row' if self.rows == 1 else 'rows'} {why}: {'; '.join(self.first)}{more}"
@@ -120,7 +119,7 @@ class UnusedRows:
 class Dataset:
     """A data set on disk as a task. The split `train` is shuffled, epoch after epoch; `eval` is in the file's order.
 
-    Raises ConfigError: what is wrong with the file or with a row, and where. PromptTooLong names the row.
+    Raises ConfigError with the error and the place, file or row. PromptTooLong names the row.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class Dataset:
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
         self._spool, self._too_long, self._special = _Spool(), UnusedRows(), UnusedRows()
         self.origin = Origin()
-        rows = read_rows(layout.path, layout.columns, frozenset(layout.beside))
+        rows = read_rows(layout.path, layout.columns, frozenset(layout.template_columns))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):
             for place, record in self._records(batch):
                 raw = json.dumps(record).encode()
@@ -154,7 +153,7 @@ class Dataset:
         layout = self._layout
         used: list[tuple[Row, str]] = []
         for place, row in rows:
-            columns = {name: row[name] for name in layout.beside if row.get(name) is not None}
+            columns = {name: row[name] for name in layout.template_columns if row.get(name) is not None}
             try:
                 prompt = self._render(column(row, layout.prompt_key, place), place, columns)
             except SpecialToken:
@@ -181,7 +180,7 @@ class Dataset:
 
     @property
     def count(self) -> int:
-        """Rows in use: the problems of one epoch."""
+        """Number of rows in use: the problems of one epoch."""
         return len(self._spool)
 
     @property
@@ -191,30 +190,30 @@ class Dataset:
 
     @property
     def notes(self) -> list[str]:
-        """What should be said before anything runs: rows that are left out, what the template does not read."""
+        """Warnings before anything runs: rows that are left out, data that the template ignores."""
         notes = list(self._render.notes)
         if self._too_long.rows:
-            notes.append(self._too_long.told(f"of more than {self._layout.max_prompt_length} tokens left out"))
+            notes.append(self._too_long.described(f"of more than {self._layout.max_prompt_length} tokens left out"))
         if self._special.rows:
-            notes.append(self._special.told("left out for a special token in the text"))
+            notes.append(self._special.described("left out for a special token in the text"))
         return notes
 
     @property
     def template(self) -> str | None:
-        """A digest of the chat templates in use; None where there are none."""
+        """A digest of the chat templates in use; None without any."""
         return self._render.template
 
     @property
     def digest(self) -> str:
-        """BLAKE2 of all prompts and answers in use, in their order: other data have another."""
+        """BLAKE2 of all prompts and answers in use, in their order."""
         return self._spool.digest
 
     def prepare(self) -> None:
-        """Start what judges, so that it is there when it is first wanted."""
+        """Start the verifier, so that it is ready for the first verdict."""
         self._verifier.prepare()
 
     def rehearse(self) -> None:
-        """One verdict that is known beforehand. Raises ConfigError where it does not come."""
+        """One verdict with a known result. Raises ConfigError if the verifier does not give it."""
         rehearse(self._verifier)
 
     def problem(self, index: int, *, split: Split, seed: int) -> Problem:
@@ -226,18 +225,18 @@ class Dataset:
         return Problem(prompt, answer)
 
     def verify(self, problem: Problem, completion: str) -> bool | None:
-        """Whether the completion answers the problem; None where nothing can tell."""
+        """Whether the completion answers the problem; None if there is no verdict."""
         return self._verifier.verify(problem.answer, completion)
 
     def answer_end(self, problem: Problem, completion: str) -> int | None:
-        """The offset just behind the final answer; None where there is none."""
+        """The offset just after the final answer; None if there is none."""
         return answer_end(completion)
 
 
 def shuffled(place: int, count: int, key: str) -> int:
-    """Where `place` of 0 .. count-1 goes in the permutation that `key` names; nothing of size `count` is kept.
+    """The image of `place` in 0 .. count-1 under the permutation of `key`, in constant memory.
 
-    A Feistel network permutes the next power of four; what falls outside goes through it again. By BLAKE2, and not by
+    A Feistel network permutes the next power of four; values outside the range go through it again. It uses BLAKE2, not
     a library's generator, whose stream may change with its version: a resumed run must find the same order.
     """
     if not 0 <= place < count:
@@ -270,7 +269,7 @@ def _answer(row: dict[str, Any], key: str, place: str) -> str:
 
 
 def _check_text(text: str, what: str, place: str) -> None:
-    """JSON can spell half of a character, "\\ud800", which no tokenizer takes. Raises ConfigError."""
+    """JSON can spell half of a character, "\\ud800", which no tokenizer accepts. Raises ConfigError."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

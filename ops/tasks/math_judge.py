@@ -1,8 +1,8 @@
 """The process that judges by math-verify: `python -m ops.tasks.math_judge CPU_SECONDS`, started by `verifiers.py`.
 
-In: a line of JSON [answer, completion]. Out: "ready" once, then a line a verdict, "right" or "wrong". Every verdict is
-worked out in a fork of this process, which the kernel ends when its CPU seconds or its memory are used up; so nothing
-that a completion says can hang this process, make it grow, or change the next verdict. Ends with its input.
+In: a line of JSON [answer, completion]. Out: "ready" once, then a line for each verdict, "right" or "wrong". Every
+verdict is computed in a fork of this process, which the kernel kills when its CPU seconds or its memory are used up; so
+no completion can hang this process, make it grow, or change the next verdict. It ends with its input.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 
 from math_verify import parse, verify
 
-sympy: Any = importlib.import_module("sympy")  # which says nothing of its types
+sympy: Any = importlib.import_module("sympy")  # which has no type hints
 _RIGHT, _WRONG = 0, 3
 _MEMORY_BYTES = 2 << 30
-_WALL_PER_CPU = 20  # a fork that waits uses no CPU seconds: a limit for what should not happen
-# math-verify compares at 6 decimals and at 15 places behind the point: 6.63e-34 is 0 to it. So what it calls equal must
-# also be equal by size. Six decimals of a number above 0.05, which is what its 6 are for (1/3 is 0.333333), are.
+_WALL_PER_CPU = 20  # a fork that waits uses no CPU seconds: this limit should never be reached
+# math-verify compares 6 decimals, and 15 places after the point: 6.63e-34 is 0 to it. So numbers that it calls equal
+# must also be equal by size. Numbers above 0.05 that agree in six decimals (1/3 and 0.333333) are.
 _RELATIVE = 1e-5
 _DIGITS = 30
-_ZERO = 1e-100  # what sympy makes of an expression that is 0, but not seen to be, is below it
+_ZERO = 1e-100  # sympy's value of an expression that is 0, but not simplified to 0, is below it
 _PERCENT = sympy.UnevaluatedExpr(sympy.Rational(1, 100))  # how math-verify reads %
-# Each makes sympy import or build something that every fork would otherwise pay for.
+# Each makes sympy import or build something that every fork would otherwise repeat.
 _WARM_UP = (
     ("\\boxed{\\frac{1}{2}}", "so 0.5"),
     ("\\boxed{(x+1)^2}", "\\boxed{x^2+2x+1}"),
@@ -39,13 +39,14 @@ _WARM_UP = (
 
 
 def right(answer: str, completion: str) -> bool:
-    """Whether math-verify finds both equal. Its own time limits are off: the kernel's count."""
+    """Whether math-verify finds both equal. Its own time limits are off; the kernel's limits apply."""
     expected, given = parse(answer, parsing_timeout=None), parse(completion, parsing_timeout=None)
     return bool(verify(expected, given, timeout_seconds=None)) and _of_one_size(expected, given)
 
 
 def _of_one_size(expected: list[Any], given: list[Any]) -> bool:
-    """Whether two real numbers agree by size and sign, 0 with 0 alone. True for all else: math-verify's word counts."""
+    """Whether two real numbers agree by size and sign; 0 agrees only with 0. True for anything else, which math-verify
+    decides."""
     ours, theirs = _sizes(expected), _sizes(given)
     if not ours or not theirs:
         return True
@@ -53,7 +54,7 @@ def _of_one_size(expected: list[Any], given: list[Any]) -> bool:
 
 
 def _sizes(parsed: list[Any]) -> list[Any]:
-    """The number that was read, or that an equation like x = 5 ends in; of 10 % both 0.1 and 10; [] for all else."""
+    """The parsed number, or that at the end of an equation like x = 5; for 10 % both 0.1 and 10; [] otherwise."""
     value = next((one for one in parsed if not isinstance(one, str)), None)
     while isinstance(value, sympy.Eq):
         value = value.rhs
@@ -67,7 +68,7 @@ def _sizes(parsed: list[Any]) -> list[Any]:
 
 
 def judge(answer: str, completion: str, cpu_s: float) -> bool:
-    """`right`, in a fork with limits; what does not come to an end within them is wrong."""
+    """`right`, in a fork with limits; a verdict that exceeds them is wrong."""
     child = os.fork()
     if child == 0:
         code = _WRONG
@@ -77,7 +78,7 @@ def judge(answer: str, completion: str, cpu_s: float) -> bool:
             resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
             code = _RIGHT if right(answer, completion) else _WRONG
         finally:
-            os._exit(code)  # whatever was raised: no verdict but "right" is one
+            os._exit(code)  # any exception means "wrong"
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == _RIGHT
 
 

@@ -1,7 +1,7 @@
-"""Where the rows in use came from, and, of two such records, what differs.
+"""Records the origin of the rows in use, and describes how two such records differ.
 
-A run keeps one: in run.json by file, in data.rows by row. It is never what decides whether the data are the same (that
-is the digest of all prompts and answers); it only says where to look when they are not.
+A run keeps one: in run.json by file, in data.rows by row. It does not decide whether the data are the same (the digest
+of all prompts and answers does); it only shows where they differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-_NAMED = 3  # files and keys that are named of those that differ
+_NAMED = 3  # of the files and keys that differ, this many are named
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class _File:
 
 @dataclass(slots=True, weakref_slot=True)
 class Origin:
-    """Takes down the rows as they are read: of each its place and 4 bytes of digest, in a temporary file."""
+    """Records the rows as they are read: place and 4 bytes of digest of each, in a temporary file."""
 
     _files: list[_File] = field(default_factory=list)
     _listing: Any = field(default_factory=tempfile.TemporaryFile)
@@ -37,7 +37,7 @@ class Origin:
         weakref.finalize(self, self._listing.close)
 
     def add(self, place: str, record: bytes) -> None:
-        """A row in use: `place` as `ops.tasks.rows` tells it, "train.jsonl, line 3"."""
+        """A row in use: `place` as in `ops.tasks.rows`, "train.jsonl, line 3"."""
         path, _, number = place.rpartition(", ")
         if not self._files or self._files[-1].path != path:
             self._files.append(_File(path))
@@ -49,7 +49,7 @@ class Origin:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """Name, size, rows in use and their digest, of each file that has any."""
+        """Name, size, rows in use and their digest, for each file with rows in use."""
         return [
             {
                 "name": Path(file.path).name,
@@ -67,12 +67,12 @@ class Origin:
             shutil.copyfileobj(self._listing, file)
 
     def first_difference(self, path: Path) -> str:
-        """The first row that is another in a listing written before; empty where that cannot be told."""
+        """The first row that differs from an earlier listing; empty if that is unknown."""
         self._listing.seek(0)
         try:
             with path.open("rb") as file:
                 return _first_difference(file, self._listing)
-        except (OSError, ValueError):  # not there, or not what was written: then there is less to say
+        except (OSError, ValueError):  # missing or damaged: the message has less detail
             return ""
 
 
@@ -84,12 +84,12 @@ def _size(path: str) -> int | None:
 
 
 def _first_difference(before: Iterator[bytes], after: Iterator[bytes]) -> str:
-    """Raises ValueError for what is no listing."""
+    """Raises ValueError for a file that is not a listing."""
     for number, (old, new) in enumerate(zip_longest(_rows(before), _rows(after)), start=1):
         if old is None and new is not None:
-            return f"the {number - 1:,} former rows are as they were, and more follow, from {new[0]} on"
+            return f"the {number - 1:,} former rows are unchanged, and more follow, from {new[0]} on"
         if new is None and old is not None:
-            return f"all {number - 1:,} rows are as they were, and those that followed, from {old[0]} on, are gone"
+            return f"all {number - 1:,} rows are unchanged, and those that followed, from {old[0]} on, are gone"
         if old is not None and new is not None and old[1] != new[1]:
             where = f"{new[0]}" if old[0] == new[0] else f"{new[0]}, formerly {old[0]}"
             return f"the first row that differs is {where}"
@@ -106,15 +106,15 @@ def _rows(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
             continue
         number, gap, digest = line.rpartition(" ")
         if not gap:
-            raise ValueError(f"no line of a listing: {line!r:.60}")
+            raise ValueError(f"not a line of a listing: {line!r:.60}")
         yield f"{name}, {number}", digest
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What two records of data differ in, as far as the former one has it: a run's folder may be an older one's."""
+    """Differences of two records of data, for fields that the former has: a run's folder may be of an older version."""
     found = _keys(before.get("keys"), after["keys"])
     if before.get("template", after["template"]) != after["template"]:
-        found.append("the student's chat template is another one")
+        found.append("the student's chat template has changed")
     found += _files(before.get("files"), after["files"])
     for why, rows in after["left_out"].items():
         was = _mapping(before.get("left_out")).get(why, rows)
@@ -134,10 +134,10 @@ def _files(before: Any, after: list[dict[str, Any]]) -> list[str]:
     if old is None:
         return []
     new = {one["name"]: one for one in after}
-    told = [f"{name} is gone ({old[name].get('rows')} rows)" for name in old if name not in new]
-    told += [f"{name} is new ({one['rows']} rows)" for name, one in new.items() if name not in old]
-    if not told and list(old) != list(new):
-        told.append(f"the files' order was {', '.join(old)}, now {', '.join(new)}")
+    changes = [f"{name} is gone ({old[name].get('rows')} rows)" for name in old if name not in new]
+    changes += [f"{name} is new ({one['rows']} rows)" for name, one in new.items() if name not in old]
+    if not changes and list(old) != list(new):
+        changes.append(f"the files' order was {', '.join(old)}, now {', '.join(new)}")
     for name, one in new.items():
         was = old.get(name, one)
         if was.get("digest") == one["digest"]:
@@ -147,13 +147,13 @@ def _files(before: Any, after: list[dict[str, Any]]) -> list[str]:
             if was.get("bytes") != one["bytes"]
             else f"{one['bytes']} bytes as before"
         )
-        told.append(f"{name} had {was.get('rows')} rows in use, now {one['rows']} ({sizes})")
-    return _some(told, "files")
+        changes.append(f"{name} had {was.get('rows')} rows in use, now {one['rows']} ({sizes})")
+    return _some(changes, "files")
 
 
-def _some(told: list[str], what: str) -> list[str]:
-    more = len(told) - _NAMED
-    return told if more <= 0 else [*told[:_NAMED], f"and {more} more {what}"]
+def _some(changes: list[str], what: str) -> list[str]:
+    more = len(changes) - _NAMED
+    return changes if more <= 0 else [*changes[:_NAMED], f"and {more} more {what}"]
 
 
 def _mapping(value: Any) -> dict[str, Any]:

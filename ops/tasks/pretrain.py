@@ -1,17 +1,17 @@
 """Make the two tiny models that ship with Katana: a teacher that is right, and a base student that is not.
 
-Both are Qwen3 models over a tokenizer of single characters and signed digits ("+7"). They differ in what they read:
+Both are Qwen3 models over a tokenizer of single characters and signed digits ("+7"). Their training data differ:
 
 * The teacher reads clean chains, each closed by the end token, and also *faulty beginnings*: a wrong result,
-  a skipped number, a step repeated, a second problem behind the answer. No loss falls on the fault itself,
-  so the teacher never learns to make one; it learns to go on sensibly from what somebody else has written.
-  That keeps its signal sane on the student's prefixes, and it is the agreement trap as well: behind a wrong
+  a skipped number, a step repeated, a second problem after the answer. The fault itself has no loss,
+  so the teacher never learns to make one; it learns to continue sensibly from another model's text.
+  That makes its signal meaningful on the student's prefixes, and it also causes the agreement trap: after a wrong
   result, or in a loop, it agrees with what comes next.
-* The student reads the same problems as a web crawl would hold them: half are not closed but run on into the
+* The student reads the same problems in the style of a web crawl: half are not closed but continue with the
   next problem, some fall into one step repeated to the end. It is trained briefly, so it is wrong often.
 
-The teacher leaves a loop with a small probability at each repetition. Were a loop certain to go on, loops
-would come to hold most tokens of a batch and teach nothing but repetition.
+The teacher leaves a loop with a small probability at each repetition. If loops never ended, they
+would take up most tokens of a batch and teach only repetition.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIGNED = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
 VOCABULARY = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET, *SIGNED])}
 PAD_ID, EOS_ID = VOCABULARY[PAD], VOCABULARY[EOS]
 TOKEN = r"[+-][1-9]|[\s\S]"
-"""A signed digit is one token: the next number of a prompt is then found by a single look."""
+"""A signed digit is one token: the next number of a prompt is then found in a single attention step."""
 IGNORED = -100
 """The label that `Qwen3ForCausalLM` leaves out of its loss."""
 
@@ -53,13 +53,13 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True, slots=True)
 class DocumentMix:
-    """What the documents look like; each number is a probability.
+    """Composition of the documents; each number is a probability.
 
-    ramble: after an answer, of another problem instead of the end token.
-    loop: of a document, that one of its steps is repeated.
-    leave_loop: after each repetition, of going on with the next step.
-    fault: of a step, that its result is wrong or that it skips a number.
-    learns_faults: whether a loss falls on faults as well.
+    ramble: after an answer, another problem instead of the end token.
+    loop: a document has a step that is repeated.
+    leave_loop: after each repetition, the next step follows.
+    fault: a step has a wrong result, or skips a number.
+    learns_faults: whether faults have a loss too.
     """
 
     ramble: float
@@ -73,7 +73,7 @@ class DocumentMix:
 class Recipe:
     """One model's shape, documents and training.
 
-    sharpness: what the logits are multiplied by after training, through the weight of the last norm.
+    sharpness: factor of the logits after training, through the weight of the last norm.
     """
 
     hidden_size: int
@@ -96,8 +96,8 @@ TEACHER = Recipe(
     batch_documents=24,
     peak_lr=4e-3,
     documents=DocumentMix(ramble=0.1, loop=0.04, leave_loop=0.15, fault=0.015, learns_faults=False),
-    # The faults it reads leave some mass on wrong tokens at every step; sharpened, as post-training sharpens a
-    # teacher, it is right at temperature 1 as well.
+    # The faults in its data leave some mass on wrong tokens at every step; sharpened, as post-training sharpens a
+    # teacher, it is also right at temperature 1.
     sharpness=2.0,
 )
 STUDENT = Recipe(
@@ -109,15 +109,15 @@ STUDENT = Recipe(
     batch_documents=24,
     peak_lr=4e-3,
     documents=DocumentMix(ramble=0.5, loop=0.12, leave_loop=0.0, fault=0.0, learns_faults=True),
-    # As trained it is right in 61 % of its tries; flattened, in 41 %. Training learns the single step all at once,
-    # so its length is no way to choose how often the model is right.
+    # After training it is right in 61 % of its tries; flattened, in 41 %. Training learns the single step all at once,
+    # so the number of steps cannot set how often the model is right.
     sharpness=0.85,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class PretrainSettings:
-    """Everything that decides the weights, besides the seed and the versions of the packages."""
+    """Everything that determines the weights, besides the seed and the versions of the packages."""
 
     task: Arithmetic = field(default_factory=Arithmetic)
     teacher: Recipe = TEACHER
@@ -182,7 +182,7 @@ def build_model(recipe: Recipe, context_tokens: int) -> Qwen3ForCausalLM:
 def chain(prompt: str, mix: DocumentMix, rng: random.Random) -> Iterator[Piece]:
     """Yield the solution of `prompt` up to and with its answer, with the faults that `mix` asks for.
 
-    Behind a fault the chain goes on consistently: the next step starts from the result as written.
+    After a fault the chain continues consistently: the next step starts from the result as written.
     """
     value, terms = terms_of(prompt)
     looping = rng.randrange(len(terms)) if rng.random() < mix.loop else -1
@@ -228,7 +228,7 @@ def document(task: Arithmetic, mix: DocumentMix, rng: random.Random, limit: int)
         length += len(problem.prompt)
         if rng.random() >= mix.ramble:
             return [*pieces, (EOS, True)]
-        # The teacher must close an answer; what it reads behind one it only goes on with.
+        # The teacher must close an answer; a second problem after it has no loss.
         pieces.append(("\n", mix.learns_faults))
 
 
@@ -384,8 +384,8 @@ def pretrain(
 
 
 def with_loops(*, student_loop: float | None = None, teacher_leaves: float | None = None) -> PretrainSettings:
-    """The shipped settings with a student that loops in another share of its documents, and with a teacher that leaves
-    a loop, at each repetition, with another chance; None: as shipped."""
+    """The shipped settings with another share of looping documents for the student, and another probability with which
+    the teacher leaves a loop at each repetition; None: as shipped."""
     student, teacher = STUDENT.documents, TEACHER.documents
     if student_loop is not None:
         student = replace(student, loop=student_loop)
@@ -398,11 +398,11 @@ def exchange_end(source: Path, out: Path) -> None:
     """Copy a shipped model so that its end token has another id, that of the padding token: as good as before.
 
     Base and instruct models often end with different tokens; this makes such a pair, for rollout.stop_set. Raises
-    ModelError where `source` cannot be loaded.
+    ModelError if `source` cannot be loaded.
     """
     facts = read_facts(find_model(str(source)))
     state = load_file(facts.folder / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # one of them where they are tied
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):  # only one of them if they are tied
         if name in state:
             state[name][[PAD_ID, EOS_ID]] = state[name][[EOS_ID, PAD_ID]]
     out.mkdir(parents=True, exist_ok=True)
@@ -458,9 +458,9 @@ def _card(role: Role, record: dict[str, Any]) -> str:
     """Return the folder's README: what this is, and how it was made."""
     figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in record["measured"].items())
     purpose = (
-        "The teacher of the demo: right nearly always, also behind beginnings that are not its own."
+        "The teacher of the demo: nearly always right, also after another model's beginnings."
         if role == "teacher"
-        else "The base student of the demo: often wrong, and given to rambling and loops."
+        else "The base student of the demo: often wrong, with rambling and loops."
     )
     return f"""# {role}
 

@@ -1,7 +1,7 @@
 """Rows of a data set on disk, in their order: JSONL, Parquet, and what `datasets.Dataset.save_to_disk` writes.
 
-Read as a stream, so that memory does not grow with the file. Parquet and Arrow need pyarrow, which is imported here
-alone; the package `datasets` is not needed: what it saves are Arrow streams, and a JSON file that names them.
+They are read as a stream, so that memory does not grow with the file. Parquet and Arrow need pyarrow, which is imported
+only here; the package `datasets` is not needed: it saves Arrow streams, and a JSON file that names them.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ MAX_LINE_BYTES = 16 << 20
 _SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
 )
-# What pyarrow raises for a damaged file, and Python where a value fits none of its types: text that is not UTF-8
-# (UnicodeDecodeError, a ValueError), a time behind the year 9999 (OverflowError).
+# Errors of pyarrow for a damaged file, and of Python for a value that fits none of its types: text that is not UTF-8
+# (UnicodeDecodeError, a ValueError), a time after the year 9999 (OverflowError).
 _UNREADABLE = (OSError, ValueError, OverflowError, ArithmeticError, LookupError, TypeError)
 
 
 class DataMissing(ConfigError):
-    """Nothing lies where the data should be."""
+    """There is no such file or folder."""
 
 
 Row = tuple[str, dict[str, Any]]
-"""Where a row stands, for messages ("train.jsonl, line 3"), and its columns."""
+"""The place of a row, for messages ("train.jsonl, line 3"), and its columns."""
 
 
 def require(package: str, extra: str, *, wanted_by: str) -> None:
-    """Raises ConfigError, naming the command that installs it, where a package is not installed."""
+    """Raises ConfigError with the command that installs it, if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{wanted_by} needs the package {package}: pip install 'katana-distill[{extra}]'")
 
@@ -46,12 +46,12 @@ def require(package: str, extra: str, *, wanted_by: str) -> None:
 def read_rows(
     path: str | Path, columns: frozenset[str] | None = None, optional: frozenset[str] = frozenset()
 ) -> Iterator[Row]:
-    """Every row of a file or folder; of Parquet and Arrow `columns` alone are read (None: all), and those of `optional`
-    that are there.
+    """Every row of a file or folder; from Parquet and Arrow only `columns` are read (None: all), and those of
+    `optional` that exist.
 
     Raises:
         DataMissing: there is no such file or folder.
-        ConfigError: no known format, a row or a file that cannot be read, a column that is not there, pyarrow missing.
+        ConfigError: unknown format, a row or a file that cannot be read, a missing column, pyarrow missing.
     """
     for file in _found(path):
         if file.suffix in _JSONL:
@@ -62,17 +62,17 @@ def read_rows(
 
 
 def _found(path: str | Path) -> list[Path]:
-    """The files to read, all of them ordinary ones: a pipe would be waited for, for ever."""
+    """The files to read, all regular ones: reading a pipe would wait for ever."""
     try:
         found = Path(path).expanduser()
         if not found.exists():
             raise DataMissing(f"{path}: there is no such file or folder; allowed: {_FORMATS}")
         files = _files(found)
         odd = next((file for file in files if not file.is_file()), None)
-    except (OSError, RuntimeError) as error:  # no right to look, a name that is too long; ~ of nobody
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long; ~ of an unknown user
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if odd is not None:
-        raise ConfigError(f"{odd}: is no file; allowed: {_FORMATS}")
+        raise ConfigError(f"{odd}: is not a file; allowed: {_FORMATS}")
     return files
 
 
@@ -88,13 +88,13 @@ def _files(path: Path) -> list[Path]:
         return _saved_files(path)
     files = sorted(file for file in path.iterdir() if file.suffix in _JSONL + _PARQUET)
     if not files:
-        raise ConfigError(f"{path}: nothing in it can be read; allowed: {_FORMATS}")
+        raise ConfigError(f"{path}: contains nothing that can be read; allowed: {_FORMATS}")
     _check_folder(path, files)
     return files
 
 
 def _check_folder(path: Path, files: list[Path]) -> None:
-    """Refuse a folder of which a part alone would be meant: files of two formats, or of several splits."""
+    """Refuse an ambiguous folder: files of two formats, or of several splits."""
     endings = sorted({file.suffix for file in files})
     if len({ending in _JSONL for ending in endings}) > 1:
         raise ConfigError(f"{path}: holds files of several formats ({', '.join(endings)}): name the one to read")
@@ -106,7 +106,7 @@ def _check_folder(path: Path, files: list[Path]) -> None:
 
 
 def _splits_of(stem: str) -> set[str]:
-    """The splits that a file's name speaks of: of train-00000-of-00002 `train`."""
+    """The splits in a file's name: `train` for train-00000-of-00002."""
     return {_SPLITS[word] for word in re.split("[^a-z]+", stem.lower()) if word in _SPLITS}
 
 
@@ -160,11 +160,11 @@ def _parse(raw: bytes, place: str) -> dict[str, Any]:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two values under one name nobody can say which was meant."""
+    """An object with unique names. Raises ValueError for a name that occurs twice: it is ambiguous."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in one object twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return found
 
 
@@ -180,13 +180,13 @@ def _read_batches(path: Path, columns: frozenset[str] | None, optional: frozense
     except ConfigError:
         raise
     except (pyarrow.ArrowException, *_UNREADABLE) as error:
-        behind = f" behind row {number}" if number else ""
-        raise ConfigError(f"{path}: cannot be read{behind} ({error!s:.200})") from error
+        after = f" after row {number}" if number else ""
+        raise ConfigError(f"{path}: cannot be read{after} ({error!s:.200})") from error
 
 
 def _unpadded(value: Any, *, inside: bool = False) -> Any:
-    """A list's mappings without what is not in them. All share one type, so each has every key that any of them has:
-    the arguments of one tool in the calls of all others. A mapping that is no list's (a column of its own) stays."""
+    """A list's mappings without their null values. All share one type, so each has every key that any of them has:
+    the arguments of one tool in the calls of all others. A mapping outside a list (a column) stays as it is."""
     if isinstance(value, list):
         return [_unpadded(one, inside=True) for one in value]
     if inside and isinstance(value, dict):
@@ -195,7 +195,7 @@ def _unpadded(value: Any, *, inside: bool = False) -> Any:
 
 
 def _batches(source: Any, path: Path, columns: frozenset[str] | None, optional: frozenset[str]) -> Iterator[Any]:
-    """Record batches of at most _ROWS_AT_A_TIME rows, with the wanted columns alone."""
+    """Record batches of at most _ROWS_AT_A_TIME rows, with only the wanted columns."""
     if path.suffix in _PARQUET:
         file = importlib.import_module("pyarrow.parquet").ParquetFile(source)
         wanted = _wanted(columns, optional, file.schema_arrow.names, path)
@@ -210,7 +210,7 @@ def _batches(source: Any, path: Path, columns: frozenset[str] | None, optional: 
 
 
 def _wanted(columns: frozenset[str] | None, optional: frozenset[str], known: list[str], path: Path) -> list[str] | None:
-    """Columns to read; None: all. Raises ConfigError where one of `columns` is not there, or any of them twice."""
+    """Columns to read; None: all. Raises ConfigError if one of `columns` is missing or occurs twice."""
     wanted = None if columns is None else columns | (optional & set(known))
     _check_columns(wanted, known, path)
     return None if wanted is None else sorted(wanted)
@@ -225,13 +225,13 @@ def _check_columns(wanted: frozenset[str] | None, known: list[str], path: Path) 
 
 
 def missing(name: str, known: list[str]) -> str:
-    """That a column is not there, with the nearest that is."""
+    """The message for a missing column, with the nearest existing one."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"no column {name!r}" + (f"; the nearest is {near[0]!r}" if near else f"; there are: {', '.join(known)}")
 
 
 def column(row: Mapping[str, Any], key: str, place: str) -> Any:
-    """The value at a dotted key: `reward_model.ground_truth`. A column whose own name has dots in it goes first.
+    """The value at a dotted key: `reward_model.ground_truth`. A column whose own name contains dots comes first.
 
     Raises ConfigError, naming the nearest known column.
     """

@@ -20,16 +20,16 @@ from ops.tasks.dataset import Dataset, Layout
 from ops.tasks.origin import differences
 from ops.tasks.verifiers import find_verifier
 
-# All of `data` but what only says how often a prompt is used, and what makes problems of no rows.
+# All keys of `data` except the number of generations and the sizes of built-in tasks.
 _MAKE_PROMPTS = frozenset(Data.model_fields) - {"task", "options", "num_generations"}
 _RENDERS = {"transformers": "transformers", "katana": "Katana", "commit": "Katana's commit"}
 TASKS: dict[str, type[Any]] = {"arithmetic": Arithmetic}
 
 
 def make_task(config: Config, tokenizer: Any = None, benchmark: str | None = None) -> Task:
-    """The task that `data` names, or the benchmark of `eval.data`. `tokenizer`: the student's, null: it is loaded.
+    """The task of `data`, or the benchmark of `eval.data`. `tokenizer`: the student's; None: it is loaded.
 
-    Raises ConfigError for an unknown one, options that it does not take, or data that cannot be used.
+    Raises ConfigError for an unknown task, options that it does not accept, or data that cannot be used.
     """
     data = config.data
     if data.task == "dataset":
@@ -61,7 +61,7 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
         data.max_prompt_length,
         skip_too_long=data.too_long == "skip",
         skip_special=data.special_tokens == "skip",
-        beside=tuple(data.template_columns) if data.chat else (),
+        template_columns=tuple(data.template_columns) if data.chat else (),
     )
     return Dataset(
         layout,
@@ -72,19 +72,19 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
 
 
 class Encoder:
-    """Token ids of prompts' texts: with what the tokenizer by itself puts in front of a text (BOS), never behind it.
+    """Token ids of prompts' texts: with the tokens that the tokenizer puts before a text (BOS), never those after it.
 
-    Not of a chat: its template writes all that there is to be.
+    Chats get neither: their template writes all special tokens.
     """
 
     def __init__(self, tokenizer: Any, *, chat: bool) -> None:
         self._tokenizer = tokenizer
-        self._front = [] if chat else _front(tokenizer)
+        self._leading_ids = [] if chat else _leading_ids(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
         found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        front = self._front
+        front = self._leading_ids
         return [ids if ids[: len(front)] == front else front + ids for ids in found]
 
     def lengths(self, texts: list[str]) -> list[int]:
@@ -92,7 +92,7 @@ class Encoder:
         return [len(ids) for ids in self(texts)]
 
 
-def _front(tokenizer: Any) -> list[int]:
+def _leading_ids(tokenizer: Any) -> list[int]:
     bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("1")["input_ids"]
     starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)
@@ -100,7 +100,7 @@ def _front(tokenizer: Any) -> list[int]:
 
 
 class TaskSource:
-    """Token ids of a task's problems, and its verdict on completions (`actors.feeder.Source`)."""
+    """Token ids of a task's problems, and its verdicts on completions (`actors.feeder.Source`)."""
 
     def __init__(self, config: Config, split: Split = "train", benchmark: str | None = None) -> None:
         self._split, self._seed = split, config.seed
@@ -111,23 +111,22 @@ class TaskSource:
         self._encode = Encoder(self.tokenizer, chat=config.data.chat)
         self._task = make_task(config, self.tokenizer, benchmark)
         self._stops = set(read_facts(folder).stop_ids)
-        if config.rollout.stop_set == "union":  # else the writer goes on behind the teacher's
+        if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
             self._stops |= set(read_facts(find_model(config.teacher.model, weights=False)).stop_ids)
 
     def prepare(self) -> None:
-        """Start what judges: a process that will judge calls it before it has anything else to do."""
+        """Start the verifier; a process that will judge calls this first."""
         self._task.prepare()
 
     def rehearse(self) -> None:
-        """One verdict of a data set's verifier that is known beforehand. Raises ConfigError where it does not come."""
+        """One verdict with a known result, for a data set's verifier. Raises ConfigError if it is not given."""
         if isinstance(self._task, Dataset):
             self._task.rehearse()
 
     def note_data(self, folder: Path) -> None:
-        """Put on record in a run's run.json (and, by row, in data.rows) which rows it uses; nothing for a task without.
+        """Record in a run's run.json (and, by row, in data.rows) which rows it uses; nothing for a task without rows.
 
-        Raises ConfigError where other ones are on record, saying what differs: a run that goes on with them is neither
-        run.
+        Raises ConfigError with the differences if other rows are recorded: the resumed run would mix two data sets.
         """
         if not isinstance(self._task, Dataset):
             return
@@ -143,7 +142,7 @@ class TaskSource:
             write_json(folder / RUN, noted | {"data": found})
 
     def _record(self, task: Dataset) -> dict[str, Any]:
-        """Rows and digest decide; all else is for saying what has changed when they have."""
+        """Rows and digest decide; everything else is only for the message about what has changed."""
         keys = {f"data.{name}": value for name, value in self._data.model_dump().items() if name in _MAKE_PROMPTS}
         return {
             "rows": task.count,
@@ -160,15 +159,15 @@ class TaskSource:
         if first := task.origin.first_difference(folder / DATA_ROWS):
             told.append(first)
         if "files" not in before:
-            told.append("what, this folder of an older version does not say")
-        # The same files through the same template: then what renders them is another version, or wrote a date.
+            changes.append("this folder of an older version does not record what differs")
+        # The same files through the same template: then another version renders them, or the template writes a date.
         was, now = noted.get("versions", {}), versions()
-        told += [
+        changes += [
             f"{what} was {was[name]}, now {now[name]}"
             for name, what in _RENDERS.items()
             if was.get(name, now[name]) != now[name]
         ]
-        told += [note for note in task.notes if "date" in note]
+        changes += [note for note in task.notes if "date" in note]
         return (
             f"data.path: prompts or answers are not those that this run began with ({before.get('rows')} rows, now "
             f"{found['rows']}; {folder / RUN}): {'; '.join(told)}. Put the former data back, or begin a run of "
@@ -177,17 +176,17 @@ class TaskSource:
 
     @property
     def count(self) -> int | None:
-        """Rows of a data set; None for a task that has problems without end."""
+        """Number of rows of a data set; None for a task with unlimited problems."""
         return self._task.count if isinstance(self._task, Dataset) else None
 
     @property
     def skipped(self) -> int:
-        """Rows of a data set that were left out."""
+        """Number of rows of a data set that were left out."""
         return sum(self._task.left_out.values()) if isinstance(self._task, Dataset) else 0
 
     @property
     def notes(self) -> list[str]:
-        """What should be said of a data set before it is used; whoever loads one says it once."""
+        """Warnings about a data set before it is used; the caller reports them once."""
         return self._task.notes if isinstance(self._task, Dataset) else []
 
     def problem(self, index: int) -> Problem:
@@ -214,9 +213,9 @@ class TaskSource:
         return text_of(self.tokenizer, ids[:end])
 
     def judge(self, problem: int, tokens: Ints) -> bool | None:
-        """Whether a completion is right; None where nothing can tell."""
+        """Whether a completion is right; None if there is no verdict."""
         return self._task.verify(self.problem(problem), self.text(tokens))
 
     def answer_end(self, problem: int, completion: str) -> int | None:
-        """The offset just behind the answer in a completion's text; None where there is none."""
+        """The offset just after the answer in a completion's text; None if there is none."""
         return self._task.answer_end(self.problem(problem), completion)

@@ -1,4 +1,4 @@
-"""A tokenizer's chat templates: which of several a prompt goes through, and what may be handed to it by name."""
+"""A tokenizer's chat templates: the choice among several, and the names of their arguments."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from jinja2 import TemplateError
 from common.config import ConfigError, Data
 from ops.tasks.rows import once
 
-Message = dict[str, Any]  # role, content, and whatever else the template reads
-DEFAULT, TOOL_USE = "default", "tool_use"  # names that transformers itself gives a meaning
-# What a template may raise of its own: of a wrong index, name, sum or type.
+Message = dict[str, Any]  # role, content, and other keys that the template reads
+DEFAULT, TOOL_USE = "default", "tool_use"  # names with a meaning in transformers
+# Errors that a template may raise itself: for a wrong index, name, sum or type.
 _RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Templates:
-    """The templates that a config's prompts go through: one, or another one for rows with tools.
+    """The templates of a config's prompts: one, or another one for rows with tools.
 
-    As transformers chooses: `tool_use` for a row with tools, else `default`; data.template names one for all rows.
-    Raises ConfigError where there is none, or where it is not clear which.
+    As in transformers: `tool_use` for a row with tools, else `default`; data.template names one for all rows.
+    Raises ConfigError if there is none, or if the choice is ambiguous.
     """
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self._tokenizer, self._options = tokenizer, data.template_options
         self._by_name = _chosen(_named(tokenizer.chat_template), data.template)
-        # Names that apply_chat_template keeps for itself: as a switch they would be an error in every row.
+        # Names reserved by apply_chat_template: as a switch they would be an error in every row.
         self.reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
         self.reserved |= set(tokenizer.special_tokens_map)
         for name, value in self._options.items():
             where = f"data.template_options.{name}"
             if name in self.reserved:
-                raise ConfigError(f"{where}: {name!r} is no switch of a template; it is set without you")
+                raise ConfigError(f"{where}: {name!r} is not a switch of a template; Katana sets it")
             if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in self._by_name.values()):
                 raise ConfigError(f"{where}: the student's chat template has no such switch")
             if found := special_text(tokenizer).search(str(value)):
-                raise ConfigError(f"{where}: has {found[0]!r} in it, which the tokenizer takes for a special token")
+                raise ConfigError(f"{where}: contains {found[0]!r}, which the tokenizer reads as a special token")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,34 +49,34 @@ class Templates:
 
     @property
     def digest(self) -> str:
-        """Of the names and texts of those in use."""
+        """Digest of the names and texts of those in use."""
         return hashlib.blake2b(json.dumps(self._by_name).encode(), digest_size=16).hexdigest()
 
-    def name(self, beside: Mapping[str, Any]) -> str:
-        """Which one a row goes through."""
-        return TOOL_USE if beside.get("tools") and TOOL_USE in self._by_name else next(iter(self._by_name))
+    def name(self, extras: Mapping[str, Any]) -> str:
+        """The template for a row."""
+        return TOOL_USE if extras.get("tools") and TOOL_USE in self._by_name else next(iter(self._by_name))
 
     def apply(
         self,
         messages: list[Message],
-        beside: Mapping[str, Any],
+        extras: Mapping[str, Any],
         place: str,
         *,
         name: str | None = None,
         add_generation_prompt: bool = True,
         **switches: Any,
     ) -> str:
-        """The text that a template makes. `beside`: tools, documents, chat_template_kwargs. Raises ConfigError."""
-        template = self._by_name[name or self.name(beside)]
-        given = self._options | dict(beside.get("chat_template_kwargs") or {}) | switches
+        """The text rendered by a template. `extras`: tools, documents, chat_template_kwargs. Raises ConfigError."""
+        template = self._by_name[name or self.name(extras)]
+        given = self._options | dict(extras.get("chat_template_kwargs") or {}) | switches
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
-                tools=beside.get("tools"),
-                documents=beside.get("documents"),
+                tools=extras.get("tools"),
+                documents=extras.get("documents"),
                 **given,
             )
         except _RAISED as error:
@@ -85,7 +85,7 @@ class Templates:
 
 
 def _named(template: Any) -> dict[str, str]:
-    """Templates by name; one without a name is the default, as transformers has it."""
+    """Templates by name; one without a name is the default, as in transformers."""
     if not template:
         raise ConfigError("data.chat: the student's tokenizer has no chat template (chat_template.jinja)")
     named = template if isinstance(template, dict) else {DEFAULT: template}
@@ -96,31 +96,31 @@ def _named(template: Any) -> dict[str, str]:
 
 
 def _chosen(named: dict[str, str], wanted: str | None) -> dict[str, str]:
-    """The one that is wanted; without a wish, the default, and behind it the one for tools."""
+    """The template named `wanted`; without a name, the default, followed by the one for tools."""
     known = ", ".join(sorted(named))
     if wanted is not None:
         if wanted not in named:
-            raise ConfigError(f"data.template: {wanted!r} is no chat template of the student's; there are: {known}")
+            raise ConfigError(f"data.template: {wanted!r} is not a chat template of the student; there are: {known}")
         return {wanted: named[wanted]}
     if DEFAULT not in named:
         raise ConfigError(
-            f"data.template: the student's tokenizer has chat templates by name ({known}) and none of them is "
-            f"{DEFAULT!r}: which is meant? Name one"
+            f"data.template: the student's tokenizer has named chat templates ({known}) and none is called "
+            f"{DEFAULT!r}: set data.template to one of them"
         )
     return {name: named[name] for name in (DEFAULT, TOOL_USE) if name in named}
 
 
 def special_text(tokenizer: Any) -> re.Pattern[str]:
-    """What finds a special token spelled in a text."""
+    """A pattern that finds special tokens spelled in a text."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     texts = {text for text in added | set(tokenizer.all_special_tokens) if text}
     return re.compile("|".join(map(re.escape, sorted(texts))) or r"(?!)")
 
 
-def read_beside(columns: Mapping[str, Any], reserved: set[str], place: str) -> dict[str, Any]:
-    """The columns beside the prompt as a template takes them; one with nothing in it is left out.
+def read_extras(columns: Mapping[str, Any], reserved: set[str], place: str) -> dict[str, Any]:
+    """The columns besides the prompt, in the form that a template expects; empty ones are left out.
 
-    Each may be JSON text, as data sets store what differs from row to row. Raises ConfigError.
+    Each may be JSON text, as data sets store values whose type differs between rows. Raises ConfigError.
     """
     found: dict[str, Any] = {}
     for name, stored in columns.items():
@@ -132,7 +132,7 @@ def read_beside(columns: Mapping[str, Any], reserved: set[str], place: str) -> d
             continue
         if not (isinstance(value, list) and all(isinstance(one, dict) and one for one in value)):
             raise ConfigError(
-                f"{place}: {name} is {_told(value)}; allowed: a list of mappings, or that as JSON text; if it is not "
+                f"{place}: {name} is {_kind(value)}; allowed: a list of mappings, or that as JSON text; if it is not "
                 f"for the chat template, leave {name} out of data.template_columns"
             )
         found[name] = value
@@ -146,23 +146,25 @@ def _parsed(text: str, name: str, place: str) -> Any:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{place}: {name} is text that is no JSON ({error}); if it is not for the chat template, leave {name} out "
+            f"{place}: {name} is text, but not JSON ({error}); if it is not for the chat template, leave {name} out "
             f"of data.template_columns"
         ) from error
 
 
 def _switches(value: Any, reserved: set[str], place: str) -> dict[str, Any]:
-    """A row's own switches. One with nothing in it is not given: a column of a Parquet file has all in every row."""
+    """A row's own switches. Null ones are left out: a column of a Parquet file has all switches in every row."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{place}: chat_template_kwargs is {_told(value)}; allowed: a mapping, or that as JSON text")
+        raise ConfigError(f"{place}: chat_template_kwargs is {_kind(value)}; allowed: a mapping, or that as JSON text")
     for name in value:
         if name in reserved:
-            raise ConfigError(f"{place}: chat_template_kwargs: {name!r} is no switch of a template; it is set already")
+            raise ConfigError(
+                f"{place}: chat_template_kwargs: {name!r} is not a switch of a template; it is set already"
+            )
     return {name: one for name, one in value.items() if one is not None}
 
 
-def _told(value: Any) -> str:
+def _kind(value: Any) -> str:
     if not isinstance(value, list):
         return type(value).__name__
     odd = next(one for one in value if not (isinstance(one, dict) and one))
-    return "a list with an empty mapping in it" if odd == {} else f"a list with {type(odd).__name__} in it"
+    return "a list that contains an empty mapping" if odd == {} else f"a list that contains {type(odd).__name__}"

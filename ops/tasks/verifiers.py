@@ -1,10 +1,10 @@
-"""Who judges a completion against an answer: `exact` (equal text), `math-verify` (equal mathematics), `none`.
+"""Verifiers of completions: `exact` (equal text), `math-verify` (equal mathematics), `none`.
 
-Completions are whatever a model writes, and comparing mathematics can take for ever: 9^{9^{9^9}}. math-verify's own
+A model may write anything, and comparing mathematics can take for ever: 9^{9^{9^9}}. math-verify's own
 time limit is Python's alarm, which only works in a main thread and does not interrupt one long operation of C. So it
-works in a process of its own (`ops/tasks/math_judge.py`) that forks for every verdict: the kernel ends the fork when
-its CPU seconds or its memory are used up, and the answer then is "wrong". By CPU seconds, so that a verdict does not
-depend on what else the machine does.
+runs in its own process (`ops/tasks/math_judge.py`) that forks for every verdict: the kernel kills the fork when
+its CPU seconds or its memory are used up, and the answer then is "wrong". CPU seconds, so that a verdict
+does not depend on the load.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ops.tasks.rows import require
 log = logging.getLogger("katana.verify")
 
 READ_CHARACTERS = 2000
-"""Most that math-verify is shown of a completion."""
+"""Most characters of a completion that math-verify gets."""
 CPU_S, START_S, ANSWER_S = 2.0, 120.0, 60.0
-_LONGEST_NUMBER = 100  # characters; what is longer is not looked at for 4.5e33
+_LONGEST_NUMBER = 100  # characters; longer text is not searched for numbers like 4.5e33
 _E_NOTATION = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))[eE]([+-]?[0-9]+)")
 _THIN_SPACE = re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")  # 70\,000
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is none
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 _HASHES = re.compile(r"(?<!#)####[^\S\n#]*+([^\n#]*[^\s#])")
 _THOUGHT = "</think>"
 _COMMAND = ("python", "-m", "ops.tasks.math_judge")
@@ -45,13 +45,13 @@ class Verifier(Protocol):
         ...
 
     def verify(self, answer: str, completion: str) -> bool | None:
-        """Whether a completion gives the answer; None where nothing can tell."""
+        """Whether a completion gives the answer; None if there is no verdict."""
         ...
 
 
 def last_boxed(text: str) -> tuple[int, int] | None:
-    r"""Begin and end of what stands inside the last \boxed{} whose braces are closed; None without one. One pass."""
-    opened: list[int] = []  # where the inside of each open brace begins; of one that is no box, negative
+    r"""Begin and end of the content of the last closed \boxed{}; None without one. One pass."""
+    opened: list[int] = []  # where the content of each open brace begins; negative if it is not a box
     last: tuple[int, int] | None = None
     for match in _BRACES.finditer(text):
         if match[0] == "}" and opened:
@@ -64,7 +64,7 @@ def last_boxed(text: str) -> tuple[int, int] | None:
 
 
 def final_answer(text: str) -> tuple[int, int] | None:
-    r"""Begin and end of the final answer: inside the last \boxed{}, or behind the last #### (as GSM8K writes it)."""
+    r"""Begin and end of the final answer: inside the last \boxed{}, or after the last #### (as in GSM8K)."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
@@ -73,41 +73,40 @@ def final_answer(text: str) -> tuple[int, int] | None:
 
 
 def answer_end(text: str) -> int | None:
-    """The offset just behind the final answer, its brace included; None where there is none."""
+    """The offset just after the final answer, its brace included; None if there is none."""
     found = final_answer(text)
     return None if found is None else found[1] + (text[found[1] : found[1] + 1] == "}")
 
 
 def gold(text: str) -> str:
-    r"""An answer by itself: of a worked solution what is boxed or stands behind ####; without $."""
+    r"""The answer alone: from a worked solution the boxed part or the text after ####; without $."""
     found = final_answer(text)
     answer = (text[slice(*found)] if found else text).strip()
     bare = answer.strip("$")
     return answer if "$" in bare or not (answer[:1] == answer[-1:] == "$") else bare.strip()
 
 
-def behind_thought(completion: str) -> str:
-    r"""What stands behind the last </think>: a thought's \boxed{} is no answer. All of it where nothing does."""
+def after_thought(completion: str) -> str:
+    r"""The text after the last </think>, since a \boxed{} in a thought is not an answer; else the whole text."""
     rest = completion.rpartition(_THOUGHT)[2]
     return rest if rest.strip() else completion
 
 
 def excerpt(completion: str) -> str:
-    r"""What math-verify is shown of a completion: its last \boxed{}, else its end; at most READ_CHARACTERS.
+    r"""The part of a completion that math-verify gets: its last \boxed{}, else its end; at most READ_CHARACTERS.
 
-    Of the box nothing else: left with several boxes, math-verify takes them for one set, and "\boxed{3}, no, \boxed{4}"
-    for wrong.
+    Only one box: math-verify reads several boxes as one set, and so "\boxed{3}, no, \boxed{4}" as wrong.
     """
-    said = behind_thought(completion)
-    boxed = last_boxed(said)
-    return (said if boxed is None else in_box(said[slice(*boxed)]))[-READ_CHARACTERS:]
+    answer = after_thought(completion)
+    boxed = last_boxed(answer)
+    return (answer if boxed is None else in_box(answer[slice(*boxed)]))[-READ_CHARACTERS:]
 
 
 def in_box(answer: str) -> str:
-    r"""An answer as LaTeX in a box, the one form that math-verify reads whole.
+    r"""An answer as LaTeX in a box, the only form that math-verify reads completely.
 
-    A comma or full stop behind it goes, 4.5e33 becomes a power of ten and 70\,000 one number: math-verify by itself
-    reads none of them as they are meant.
+    A comma or full stop after it is removed, 4.5e33 becomes a power of ten and 70\,000 one number: math-verify misreads
+    all of them.
     """
     text = answer.strip()
     bare = text.rstrip(".,").rstrip()
@@ -118,7 +117,7 @@ def in_box(answer: str) -> str:
     return f"\\boxed{{{_THIN_SPACE.sub('', text)}}}"
 
 
-class Nobody:
+class NoVerifier:
     """The verifier `none`."""
 
     def prepare(self) -> None:
@@ -129,17 +128,17 @@ class Nobody:
 
 
 class Exact:
-    """Equal text: the completion's final answer, or all of it where it names none, read as the answer is."""
+    """Equal text: the completion's final answer, or all of it if there is none, read in the same way as the answer."""
 
     def prepare(self) -> None:
         pass
 
     def verify(self, answer: str, completion: str) -> bool | None:
-        return gold(behind_thought(completion)) == gold(answer)
+        return gold(after_thought(completion)) == gold(answer)
 
 
 class MathVerify:
-    """The package math-verify behind a pipe. Raises ConfigError where it is not installed."""
+    """The package math-verify, in another process. Raises ConfigError if it is not installed."""
 
     def __init__(self, cpu_s: float = CPU_S, answer_s: float = ANSWER_S) -> None:
         require("math_verify", "math", wanted_by="data.verifier math-verify")
@@ -148,7 +147,7 @@ class MathVerify:
         self._ready = False
 
     def prepare(self) -> None:
-        """Start the judge, which takes seconds to import what it needs."""
+        """Start the judge, which needs seconds for its imports."""
         if self._judge is not None:
             return
         command = [sys.executable, *_COMMAND[1:], str(self._cpu_s)]
@@ -162,8 +161,8 @@ class MathVerify:
     def verify(self, answer: str, completion: str) -> bool | None:
         r"""Whether both are the same mathematics; the last \boxed{} counts, else the last expression or number.
 
-        None, with a warning, where the judge itself does not answer; it is started again for the next. Raises
-        ConfigError where it ends by itself before it can judge anything: it would do so every time.
+        None, with a warning, if the judge itself does not answer; it is restarted for the next. Raises
+        ConfigError if it ends by itself before it can judge anything: it would do so every time.
         """
         try:
             self.prepare()
@@ -186,7 +185,7 @@ class MathVerify:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._judge.wait(timeout=1.0)
             code = self._judge.returncode
-            if code is None or code < 0:  # slow, or killed: by a lack of memory, say
+            if code is None or code < 0:  # slow, or killed: by a lack of memory, for example
                 raise
             self._give_up()
             raise ConfigError(
@@ -207,7 +206,7 @@ class MathVerify:
             raw = raw[self._judge.stdin.write(raw) :]
 
     def _line(self, within_s: float) -> bytes:
-        """One line of the judge's. Raises OSError when it has ended or takes too long."""
+        """One line from the judge. Raises OSError if it has ended or takes too long."""
         assert self._judge is not None and self._judge.stdout is not None
         output, line, deadline = self._judge.stdout.fileno(), b"", time.monotonic() + within_s
         while not line.endswith(b"\n"):
@@ -221,7 +220,7 @@ class MathVerify:
 
 
 def _end(judge: subprocess.Popen[bytes]) -> None:
-    """The end of its input ends it; a judge that does not listen is killed."""
+    """Closing its input ends the judge; if it does not end, it is killed."""
     for pipe in (judge.stdin, judge.stdout):
         if pipe is not None:
             pipe.close()
@@ -232,8 +231,8 @@ def _end(judge: subprocess.Popen[bytes]) -> None:
         judge.wait()
 
 
-VERIFIERS: dict[str, type[Nobody] | type[Exact] | type[MathVerify]] = {
-    "none": Nobody,
+VERIFIERS: dict[str, type[NoVerifier] | type[Exact] | type[MathVerify]] = {
+    "none": NoVerifier,
     "exact": Exact,
     "math-verify": MathVerify,
 }
@@ -241,15 +240,15 @@ _SHARED: weakref.WeakValueDictionary[str, Verifier] = weakref.WeakValueDictionar
 
 
 def find_verifier(name: str) -> Verifier:
-    """A verifier, the same for all of this process who want it: one judge takes some 90 MB. Raises ConfigError."""
+    """A verifier, shared within the process: one judge takes some 90 MB. Raises ConfigError."""
     return _SHARED.setdefault(name, VERIFIERS[name]())
 
 
 def rehearse(verifier: Verifier) -> None:
-    """One verdict that is known beforehand. Raises ConfigError where the verifier does not come to it."""
-    if isinstance(verifier, Nobody):
+    """One verdict with a known result. Raises ConfigError if the verifier does not give it."""
+    if isinstance(verifier, NoVerifier):
         return
     verdict = verifier.verify("1", "\\boxed{1}")
     if verdict is not True:
-        told = "gives no verdict" if verdict is None else "says that 1 is not 1"
-        raise ConfigError(f"data.verifier: {type(verifier).__name__} {told}; look at its package, or at what it logs")
+        result = "gives no verdict" if verdict is None else "says that 1 is not 1"
+        raise ConfigError(f"data.verifier: {type(verifier).__name__} {result}; look at its package, or at its log")

@@ -28,7 +28,7 @@ def test_before_the_first_weights_nothing_is_announced(pointer: dict[str, str]) 
 @pytest.mark.parametrize("name", ["version", "step"])
 @pytest.mark.parametrize("value", ["", "new", "-1", "1.0", " 1", "1_0", "\u0663", "9" * 16, "9" * 5000, "1\n"])
 def test_a_value_that_is_not_a_number_is_refused(name: str, value: str) -> None:
-    with pytest.raises(BadWeights, match=f"policy pointer: {name} .* is no number"):
+    with pytest.raises(BadWeights, match=f"policy pointer: {name} .* is not a number"):
         read_pointer(GOOD | {name: value})
 
 
@@ -54,7 +54,7 @@ def test_the_arbiter_continues_with_the_last_version_that_it_could_read_and_warn
     assert arbiter.version == 3
     assert run.field("r1", "verdict") is not None
     assert [one.getMessage() for one in caplog.records if one.name == "katana.arbiter"] == [
-        "ignored, continuing with version 3: policy pointer: version 'new' is no number"
+        "ignored, continuing with version 3: policy pointer: version 'new' is not a number"
     ]
 
 
@@ -72,4 +72,4 @@ def test_the_learner_ignores_a_version_that_is_not_a_number(
     assert learner.announced() == 3
     run.client.hset(run.key("policy"), "version", "new")
     assert learner.announced() == -1
-    assert "policy pointer: version 'new' is no number" in caplog.text
+    assert "policy pointer: version 'new' is not a number" in caplog.text

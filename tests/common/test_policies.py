@@ -235,7 +235,7 @@ def test_what_is_no_policy_is_refused_in_words(name: str, said: str) -> None:
 def test_a_policy_with_a_mistake_in_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_policy.py").write_text("x = 1\ndef f(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(PolicyError, match="line 2 of the module is no Python"):
+    with pytest.raises(PolicyError, match="line 2 of the module is not valid Python"):
         find("broken_policy:Any")
 
 
@@ -245,8 +245,8 @@ def test_a_policy_with_a_mistake_in_its_file_is_refused(tmp_path: Path, monkeypa
         (b"x = 1\ny = 1 / 0\n", r"fails when it is imported \(ZeroDivisionError: division by zero, \w+\.py line 2\)"),
         (b"raise SystemExit('bye')\n", r"fails when it is imported \(SystemExit: bye"),
         (b"class P(Nobody): ...\n", "NameError"),
-        (b"x = \x00\n", r"the module is no Python|line 1 of the module is no Python"),
-        (b"x = '\xff'\n", "is no Python"),
+        (b"x = \x00\n", r"the module is not valid Python|line 1 of the module is not valid Python"),
+        (b"x = '\xff'\n", "is not valid Python"),
     ],
     ids=["division", "exit", "name", "zero-byte", "encoding"],
 )
@@ -312,7 +312,7 @@ def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.Mon
         ("{policy: random_matched}", "needs hazard"),
         ("{policy: random_matched, hazard: {0: 0.5}}", "positions from 1"),
         ("{policy: random_matched, hazard: {3: 1.5}}", "chances from 0 to 1"),
-        ("{policy: scheduled, fixed_tokens: 64, scheduled_tokens: 63}", "a schedule grows"),
+        ("{policy: scheduled, fixed_tokens: 64, scheduled_tokens: 63}", "a schedule must grow"),
         ("{policy: scheduled, fixed_tokens: 193, scheduled_tokens: 300}", "nothing would be cut"),
         ("{policy: kat_inverse, control_fraction: 0}", "needs a control arm"),
         ("{policy: kat_absolute, window: 193}", "no window would ever be evaluated"),
@@ -447,7 +447,7 @@ def test_a_file_may_import_what_lies_beside_it_and_that_hides_nothing(folder: Pa
         ),
         ("class Boom(Exception): ...\nraise Boom('a\\nb')\n", "P", r"\(Boom: a b, policy\.py line 2\)"),
         ("raise SystemExit(3)\n", "P", r"\(SystemExit: 3, policy\.py line 1\)"),
-        ("def f(:\n", "P", "line 1 of the file is no Python"),
+        ("def f(:\n", "P", "line 1 of the file is not valid Python"),
     ],
 )
 def test_a_file_that_gives_no_policy_is_refused_in_words(

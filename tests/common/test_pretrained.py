@@ -161,7 +161,7 @@ def test_a_hub_id_that_cannot_be_had_is_said_at_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
-    with pytest.raises(HubUnavailable, match="owner/no-such-model: no such folder, and not to be had from the hub"):
+    with pytest.raises(HubUnavailable, match="owner/no-such-model: no such folder, and not available from the hub"):
         find_model("owner/no-such-model")
     assert time.monotonic() - began < 5
 

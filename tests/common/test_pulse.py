@@ -64,7 +64,7 @@ def test_a_loop_that_hangs_without_a_word_falls_silent_and_lives_again_when_it_c
         pulse.turn()
         said.again(1)
     [record] = [one for one in caplog.records if one.levelno == logging.ERROR]
-    assert "no heartbeat any more" in record.getMessage()
+    assert "no more heartbeats" in record.getMessage()
 
 
 def test_work_that_never_ends_is_a_hang_and_named(caplog: pytest.LogCaptureFixture) -> None:

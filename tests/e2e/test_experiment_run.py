@@ -79,13 +79,13 @@ def test_small_experiments_from_comparison_to_audit(tmp_path: Path) -> None:
     interrupted.send_signal(signal.SIGINT)
     code, output = finish(interrupted, timeout_s=60)
     assert code == 130, output
-    assert "Go on with the same command" in output
+    assert "Continue with the same command" in output
     assert not children_of(grid)
     assert not (grid / "kat-s0" / "summary.json").exists()
     assert not (grid / "random_matched-s0").exists()
 
     output = katana(tmp_path, *command)
-    assert "kat-s0: goes on" in output and "random_matched-s0: begins" in output
+    assert "kat-s0: resumes" in output and "random_matched-s0: starts" in output
     assert not children_of(grid)
     check_report(grid, output)
 
@@ -98,7 +98,7 @@ def test_small_experiments_from_comparison_to_audit(tmp_path: Path) -> None:
     before = evaluations.read_text().splitlines(keepends=True)
     evaluations.write_text("".join(before[:-1]) + before[-1][:40])  # a torn line behind
     output = katana(tmp_path, *command)
-    assert "shadow-s0: goes on" in output
+    assert "shadow-s0: resumes" in output
     after = [json.loads(line) for line in evaluations.read_text().splitlines()]
     assert [line["step"] for line in after] == [json.loads(line)["step"] for line in before]
     check_report(grid, output)

@@ -497,7 +497,7 @@ def test_a_worker_started_by_celery_is_told_by_its_environment(alone: pytest.Mon
     settings = settings_from_environment()
     assert [settings.url, settings.broker, *settings.access("").values()] == list(told.values())
     alone.setenv("KATANA_REDIS_URL", "redis://:s3cret@h:1/0")
-    with pytest.raises(ConfigError, match="KATANA_…: url: user and password do not belong into a URL") as caught:
+    with pytest.raises(ConfigError, match="KATANA_…: url: user and password do not belong in a URL") as caught:
         settings_from_environment()
     assert "s3cret" not in str(caught.value)
 

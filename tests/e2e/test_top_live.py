@@ -50,7 +50,7 @@ def test_of_a_run_that_is_over_is_told_what_its_folder_tells(whole_run: WholeRun
     """The saving of the summary, and every rollout as it was booked."""
     folder, source, config = whole_run.folder, whole_run.source, whole_run.config
     seen = snapshot(config, source)
-    assert "at rest" in seen["redis"]
+    assert "is stopped" in seen["redis"]
     assert not any(role["alive"] for role in seen["roles"])
     summary = json.loads((folder / "summary.json").read_text())
     assert seen["saving"]["ratio"] == summary["length_saving"]["ratio"]

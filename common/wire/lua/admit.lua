@@ -1,12 +1,12 @@
--- feeder. lease token, rid, encoded head, cursor behind this rollout, threshold that it is judged by ('' or left out:
+-- feeder. lease token, rid, encoded head, cursor after this rollout, threshold that it is judged by ('' or left out:
 -- that of its first score); for one that is sent back, its entry in `again`, and its problem
--- -> ok | full | lost | ended | taken (that entry is not there any more) | behind (Redis lost what was admitted last)
--- Begins with writes that a full Redis refuses, which is what admission must do then: the request is taken off last.
+-- -> ok | full | lost | ended | taken (that entry no longer exists) | behind (Redis lost what was admitted last)
+-- Begins with writes that a full Redis refuses, as admission must be refused then: the request is removed last.
 local token, rid, head, cursor, threshold = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local request, problem = ARGV[7], ARGV[8]
 if not holds_lease('feeder', token) then return {'lost'} end
 if run_state ~= 'open' then return {'ended'} end
--- Admitted before: a call that comes again, or late, admits nothing, also when the rollout is booked and gone.
+-- Admitted before: a repeated or late call admits nothing, also when the rollout is booked and gone.
 local admitted = tonumber(redis.call('GET', key('cursor')) or '0')
 if admitted >= tonumber(cursor) then return {'ok'} end
 if admitted < tonumber(cursor) - 1 then return {'behind'} end

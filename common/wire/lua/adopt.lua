@@ -1,6 +1,6 @@
 -- feeder, arbiter, learner. lease role, lease token, stream, group, most entries -> ok, then the adopted entries | lost
--- Each holder of a lease reads under a name of its own, its token. What a former holder was given and has not
--- acknowledged is taken over here, also what it read after its lease had gone (it was paused and went on).
+-- Each holder of a lease reads under its own consumer name, its token. The pending entries of former holders are taken
+-- over here, also those read after the lease was lost (the holder was paused and continued).
 local role, token, stream, group, most = ARGV[2], ARGV[3], key(ARGV[4]), ARGV[5], tonumber(ARGV[6])
 if not holds_lease(role, token) then return {'lost'} end
 if redis.call('EXISTS', stream) == 0 then return redis.error_reply('NOGROUP no such stream') end

@@ -1,5 +1,5 @@
--- rollout worker, teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts that nobody came back from
--- Said before and after work on a rollout that may have ended the process of whoever worked on it last.
+-- rollout worker, teacher worker, arbiter, learner. rid, role, begin | over -> ok + attempts without an end
+-- Called before and after work on a rollout that may have killed the last process that worked on it.
 local rid, role, what = ARGV[2], ARGV[3], ARGV[4]
 local field = 'begun:' .. role
 even_when_full()
@@ -9,7 +9,7 @@ if what == 'over' then
   return {'ok', 0}
 end
 local begun = redis.pcall('HINCRBY', rollout(rid), field, 1)
-if type(begun) ~= 'number' then  -- broken itself: counted anew
+if type(begun) ~= 'number' then  -- the count itself is broken: count from 0
   begun = 1
   redis.call('HSET', rollout(rid), field, begun)
 end

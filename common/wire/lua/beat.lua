@@ -1,7 +1,7 @@
 -- rollout worker. consumer, last signal that it has read, how many signals it is done with, those, then per rollout
 -- rid, entry, nonce
 -- -> ok, newer signals {{id, {field, value}}}, policy {field, value}, then per rollout its scored chunks, 'ended' (it
--- has a verdict) or 'lost' (somebody else writes it, or it is gone)
+-- has a verdict) or 'lost' (another worker writes it, or it is gone)
 -- Ownership is checked first: XCLAIM by a former owner would steal the entry back.
 local consumer, last, done = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local signals = key('signals:' .. consumer)

@@ -6,6 +6,6 @@ for i = 5, #ARGV do finish_entry('finished', 'books', ARGV[i]) end
 if field == '' then return {'ok', 0} end
 local fresh = redis.call('SREM', key('open'), rid)
 if fresh == 1 then redis.call('HINCRBY', key('ledger'), field, 1) end
--- A dead rollout stays for its operator to look at.
+-- A dead rollout's record stays for the operator.
 if field ~= 'dead' then redis.call('DEL', rollout(rid)) end
 return {'ok', fresh}

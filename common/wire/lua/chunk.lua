@@ -1,14 +1,14 @@
 -- rollout worker. rid, nonce, seq, encoded tokens, encoded support, shard, tokens in all, finish ('' while open)
 -- -> ok + scored chunks | ended | lost | full
 -- A chunk and its notice are one script. The same chunk again (same encoded tokens, which hold the digest of the
--- support) is a success. Its tokens, behind those stored before, count as generated.
+-- support) is a success. Its tokens, after those stored before, count as generated.
 local rid, nonce, seq = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local tokens, support, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local h = rollout(rid)
 local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry', 'length')
 if run_state ~= 'open' or state[1] then return {'ended'} end
 if state[2] ~= nonce then return {'lost'} end
--- Broken under its writer: left to whoever takes it up next, who is handed what stands there and gives it up.
+-- The stored record is broken: the next worker that takes the rollout gets it as it is and gives the rollout up.
 if not state[3] or not state[3]:find('^%d+$') then return {'lost'} end
 local stored = tonumber(state[3])
 if seq < stored then

@@ -1,8 +1,8 @@
 -- teacher worker. stream, consumer, idle ms, most entries
 -- -> ok, then per entry {id, {field, value}, takeovers of its rollout without progress} | lost (the group is)
--- Takes over notices that have been idle for so long and whose consumer has been silent for so long: one that is alive and
--- busy keeps what it holds. A takeover counts against the rollout, once for all of its notices, until a score is stored;
--- what a consumer takes from itself (it had lost it from sight) is no sign of trouble.
+-- Takes over notices that have been idle for so long and whose consumer has been silent for so long: a live, busy one
+-- keeps what it holds. A takeover counts against the rollout, once for all of its notices, until a score is stored;
+-- a takeover from the same consumer (it never received the notice) does not count.
 local stream, consumer, idle, most = key(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local reply, counted, from = {'ok'}, {}, '-'
 
@@ -15,7 +15,7 @@ local function take(id, owner)
   local rid = entry[2][1] == 'rid' and entry[2][2] or ''
   if not counted[rid] and owner ~= consumer and redis.call('EXISTS', rollout(rid)) == 1 then
     counted[rid] = redis.pcall('HINCRBY', rollout(rid), 'taken', 1)
-    if type(counted[rid]) ~= 'number' then  -- broken itself: counted anew
+    if type(counted[rid]) ~= 'number' then  -- the count itself is broken: count from 0
       counted[rid] = 1
       redis.call('HSET', rollout(rid), 'taken', 1)
     end

@@ -1,5 +1,5 @@
 -- feeder, when every rollout is booked. lease token, then stream and group of each -> ok | lost
--- What is left in the streams belongs to rollouts that are over. The groups stay, for a run that is given more steps.
+-- Entries left in the streams belong to rollouts that have ended. The groups stay, for a run resumed with more steps.
 local token = ARGV[2]
 if not holds_lease('feeder', token) then return {'lost'} end
 even_when_full()

@@ -1,6 +1,6 @@
 -- rollout worker. rid, nonce, tokens generated in all -> ok | lost
--- The owner's final count of a rollout that was stopped, overshoot included. What it wrote and could no longer store
--- counts as generated too, once however often this is said.
+-- The owner's final count of a rollout that was stopped, overshoot included. Tokens that it wrote and could no longer
+-- store count as generated too; repeating the call changes nothing.
 local rid, nonce, generated = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('HGET', rollout(rid), 'owner') ~= nonce then return {'lost'} end
 even_when_full()

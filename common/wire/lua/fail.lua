@@ -10,7 +10,7 @@ if known then
   local again = redis.call('HGET', rollout(rid), 'report') == report
   redis.call('HSET', rollout(rid), 'report', report)
   local attempts = redis.pcall('HINCRBY', rollout(rid), 'attempts', again and 0 or 1)
-  if type(attempts) ~= 'number' then  -- broken itself: counted anew
+  if type(attempts) ~= 'number' then  -- the count itself is broken: count from 0
     attempts = 1
     redis.call('HSET', rollout(rid), 'attempts', attempts)
   end

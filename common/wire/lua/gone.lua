@@ -1,5 +1,5 @@
 -- rollout worker, teacher worker. At its end: name, role, then the streams that it read as one of the role's group -> ok
--- It is no longer among the living, and its name is forgotten by every group that it owes nothing.
+-- The worker is removed from the live ones, and its name from every group in which it has no pending entries.
 local name, role = ARGV[2], ARGV[3]
 even_when_full()
 redis.call('ZREM', key('workers'), name)

@@ -1,5 +1,5 @@
 -- feeder, arbiter, learner. role, token, ms, mode (take | renew | drop) -> ok | held
--- A lease that has run out and that nobody else took is renewed: its holder was only slow.
+-- An expired lease that no other process has taken is renewed: its holder was only slow.
 local role, token, ms, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local name = key('lease:' .. role)
 local holder = redis.call('GET', name)

@@ -1,5 +1,5 @@
 -- feeder, operator. resolved config -> ok
--- A run that is gone on with: what --resume may change reaches the workers, who read the config here.
+-- A resumed run: keys that --resume may change reach the workers, which read the config here.
 even_when_full()
 redis.call('SET', key('config'), ARGV[2])
 redis.call('SET', key('run'), 'open')

@@ -1,6 +1,6 @@
 -- feeder, on a Redis that lost the run. lease token, cursor, tokens generated in booked rollouts, how many rollouts are
 -- alive, those, then ledger fields and counts -> ok | lost
--- The books on disk say what was admitted and how it ended; what is alive and not booked has its own count of tokens.
+-- The books on disk have the admitted rollouts and their endings; open rollouts have their own count of tokens.
 local token, cursor, generated, alive = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 if not holds_lease('feeder', token) then return {'lost'} end
 if tonumber(redis.call('GET', key('cursor')) or '0') >= tonumber(cursor) then return {'ok'} end

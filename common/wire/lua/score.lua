@@ -10,7 +10,7 @@ redis.call('HDEL', h, 'taken', 'begun:teacher')
 if state[3] then return {'duplicate'} end
 redis.call('HSETNX', h, 'threshold', redis.call('GET', key('threshold')) or 'inactive')
 redis.call('HSET', h, 'd:' .. seq, divergence, 'q:' .. seq, support)
-redis.pcall('HINCRBY', h, 'scored', 1)  -- where it is no number, its writer finds that out by its heartbeat
+redis.pcall('HINCRBY', h, 'scored', 1)  -- if it is not a number, the writer finds out in its heartbeat
 redis.call('HDEL', h, 'attempts')
 redis.call('XADD', key('scores'), '*', 'rid', rid)
 return {'ok'}

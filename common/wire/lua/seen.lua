@@ -1,7 +1,7 @@
 -- rollout worker, teacher worker. name, role, ms after which a silent worker is off the roster of the role (0: it has
 -- none), revision of the roster that is known, then facts {field, value ...}
 -- -> ok, revision, and the roster's names if it is another one
--- Who lives is told to those who ask only when somebody came or went: it is asked at every heartbeat of every worker.
+-- The live workers are returned only when the roster has changed: every heartbeat of every worker calls this.
 local name, role, silence, known = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 even_when_full()
 local now = now_ms() / 1000

@@ -1,6 +1,6 @@
 -- feeder. ms of silence, then streams and their groups {stream, group ...} -> ok, consumers taken off
--- Takes off the names of workers that were killed: those that have been silent for so long and owe nothing. What they
--- were given keeps them until somebody has taken it over.
+-- Removes the names of killed workers: those that have been silent for so long and have no pending entries. Pending
+-- entries keep a name until another worker has taken them over.
 local ms, off = tonumber(ARGV[2]), 0
 for i = 3, #ARGV, 2 do
   local stream, group = key(ARGV[i]), ARGV[i + 1]

@@ -1,9 +1,9 @@
 -- rollout worker. consumer, nonce, count, idle ms (0: claim nothing), where to claim from
 -- -> ok, where to claim from next, then per rollout {rid, entry, chunks, length, claims}
--- Idle is what has been idle for so long and whose worker has been silent for so long: one that is alive and busy keeps
--- what it writes. What a worker claims from itself it had lost from sight (the answer that gave it was lost).
--- What is no number in a record is handed out as it is, or as nil: its taker gives the rollout up.
--- Idle entries first: what somebody began comes before what nobody has.
+-- An entry is idle if it has been idle for so long and its worker silent for so long: a live, busy one keeps what it
+-- writes. A worker may claim an entry from itself: the reply that gave it was lost.
+-- A value in a record that is not a number is returned as it is, or as nil: the worker gives the rollout up.
+-- Idle entries come first: begun rollouts before new ones.
 local consumer, nonce, count, idle, from = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local reply = {'ok', from}
 if run_state ~= 'open' then return {'ended'} end
@@ -11,12 +11,12 @@ if run_state ~= 'open' then return {'ended'} end
 local function own(id, rid, claimed)
   local h = rollout(rid)
   local state = redis.call('HMGET', h, 'entry', 'verdict', 'chunks', 'length', 'owner', 'owners')
-  -- Over, or admitted by another entry than this one.
+  -- Ended, or admitted by another entry than this one.
   if state[1] ~= id or state[2] then
     finish_entry('prompts', 'rollout', id)
     return
   end
-  -- A rollout that was handed back has no owner: taking it up is no sign of trouble.
+  -- A rollout that was handed back has no owner: taking it is not counted as a takeover.
   local claims = 0
   if claimed and state[5] then
     claims = redis.pcall('HINCRBY', h, 'claims', 1)
@@ -52,8 +52,8 @@ local function claim(id, holder)
 end
 
 if idle > 0 then
-  -- A page at a time, from where the last look ended: from the beginning each time it would never get past many live
-  -- ones.
+  -- A page at a time, from where the last call ended: starting from the beginning each time would never get past many
+  -- live ones.
   local page = math.max(100, 10 * count)
   local pending = redis.call('XPENDING', key('prompts'), 'rollout', from, '+', page)
   reply[2] = '-'

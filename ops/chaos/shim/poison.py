@@ -1,4 +1,4 @@
-"""Makes marked rollouts poisonous in the process that imports it: nobody can write or score them, or train on them.
+"""Makes marked rollouts poisonous in the process that imports it: they cannot be written, scored or trained on.
 
 `$KATANA_CHAOS_POISON/write-<rid>`: the student's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.

@@ -1,7 +1,7 @@
 """Shifts the wall clock of the Python process that finds this folder on its PYTHONPATH, while it runs.
 
-`$KATANA_CHAOS_CLOCK/<pid>` holds the shift in seconds; no such file, or nothing that is a number: none. It is read
-again every 0.2 s at most. Without KATANA_CHAOS_CLOCK nothing is touched.
+`$KATANA_CHAOS_CLOCK/<pid>` holds the shift in seconds; without such a file, or without a number in it, there is none.
+It is read again every 0.2 s at most. Without KATANA_CHAOS_CLOCK nothing is touched.
 
 Shifted: time.time and time.time_ns, for all who import them from now on. Not shifted, because they read the system's
 clock in C: datetime.now, utcnow and today, time.localtime, gmtime, ctime and strftime of "now", time.clock_gettime,
@@ -46,7 +46,7 @@ def _shift_clock(folder: str) -> None:
 
 
 def _run_hidden() -> None:
-    """Only what comes behind this folder, so that two files which both do this cannot call each other for ever."""
+    """Only entries after this folder, so that two files which both do this cannot call each other for ever."""
     own = os.path.realpath(os.path.dirname(__file__))
     folders = [os.path.realpath(folder) for folder in sys.path]
     if own not in folders:

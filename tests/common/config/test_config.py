@@ -189,10 +189,10 @@ def test_a_wrong_value_is_named_with_its_place(text: str, where: str, found: str
         ("data: {path: rows.jsonl}", "task: dataset and path need each other"),
         ("data: {system_prompt: x}", "system_prompt is for chat templates: it needs chat: true"),
         ("data: {template_options: {enable_thinking: false}}", "template_options is for chat templates"),
-        ("data: {task: dataset, path: rows.jsonl}", "name benchmarks in eval.data, or eval.every_steps: 0"),
+        ("data: {task: dataset, path: rows.jsonl}", "name benchmarks in eval.data, or set eval.every_steps: 0"),
         ("eval: {data: {amc: {path: amc.jsonl}}}", "eval.data needs data.task: dataset"),
         ("data: {task: dataset, path: r, verifier: none}\neval: {data: {a: {path: a}}}", "data.verifier is none"),
-        ("eval: {data: {'a b': {path: a}}}", "'a b' is no name for a benchmark"),
+        ("eval: {data: {'a b': {path: a}}}", "'a b' is not a name for a benchmark"),
         (
             "eval: {data: {amc: {path: a, prompt: q}}}",
             "unknown key 'eval.data.amc.prompt'; a benchmark has the keys path",
@@ -453,7 +453,7 @@ SERVED = LEAST + "redis: {url: 'redis://h:6379/0'"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LEAST + "redis: {url: 'redis://:s3cret@h:1/0'}", "redis.url: user and password do not belong into a URL"),
+        (LEAST + "redis: {url: 'redis://:s3cret@h:1/0'}", "redis.url: user and password do not belong in a URL"),
         (LEAST + "redis: {url: 'redis://me:s3cret@h:1/0'}", "redis.username and redis.password_file"),
         (LEAST + "redis: {url: 'redis://h:1/0?password=s3cret'}", "redis.username and redis.password_file"),
         (LEAST + "redis: {url: 'redis://:s3/cret@h:1/0'}", "redis.username and redis.password_file"),
@@ -466,8 +466,8 @@ SERVED = LEAST + "redis: {url: 'redis://h:6379/0'"
         (LEAST + "redis: {password_file: s3cret}", "redis: password_file needs redis.url"),
         (LEAST + "redis: {ca_file: s3cret}", "redis: ca_file needs redis.url"),
         (SERVED + ", username: s3cret}", "redis: username needs password_file"),
-        (SERVED + ", password_file: '{rolle}'}", "redis: password_file: {role} is all that is filled in"),
-        (SERVED + ", username: '{role', password_file: p}", "redis: username: {role} is all that is filled in"),
+        (SERVED + ", password_file: '{rolle}'}", "redis: password_file: only {role} is filled in"),
+        (SERVED + ", username: '{role', password_file: p}", "redis: username: only {role} is filled in"),
         (SERVED + ", cert_file: c}", "redis: cert_file and key_file need each other"),
         (SERVED + ", ca_file: c}", "redis: ca_file is for TLS: url or broker_url must begin with rediss://"),
     ],
@@ -502,8 +502,8 @@ def test_the_broker_is_database_1_unless_it_is_named(url: str, broker: str) -> N
 
 def test_text_that_cannot_be_printed_is_refused() -> None:
     for text in ("a\\0b", "a\\nb", "\\ud800", "a\\Lb"):
-        assert "runs_dir: a character in it cannot be printed" in refusal(LEAST + f'runs_dir: "{text}"')
-    assert "options: a character in it" in refusal(LEAST + 'data: {options: {"a\\0": 1}}')
+        assert "runs_dir: contains a character that cannot be printed" in refusal(LEAST + f'runs_dir: "{text}"')
+    assert "options: contains a character" in refusal(LEAST + 'data: {options: {"a\\0": 1}}')
     assert parse(LEAST + "runs_dir: /läufe/走").runs_dir == "/läufe/走"
 
 
@@ -511,7 +511,7 @@ def test_text_that_cannot_be_printed_is_refused() -> None:
     "text", ["seed: 1\nseed: 2\n", "termination: {policy: random_matched, hazard: {5: 0.1, 5: 0.2}}\n"]
 )
 def test_a_key_that_is_there_twice_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="a key is there twice"):
+    with pytest.raises(ConfigError, match="a key occurs twice"):
         parse(LEAST + text)
 
 

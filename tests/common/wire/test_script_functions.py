@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
             (b"its entry in `again`", 2),
         ),
         scripts.Admitted,
-        {1: "cursor behind this rollout", 2: "its problem"},
+        {1: "cursor after this rollout", 2: "its problem"},
     ),
     "adopt": (scripts.adopt("stream", "group", 1), None, {1: "most entries"}),
     "advance": (scripts.advance("step", "value"), None, {"step": "'step' | 'covered' | 'learning' | 'state'"}),

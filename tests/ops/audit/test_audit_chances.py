@@ -133,9 +133,9 @@ def test_rows_are_all_cuts_and_each_class_that_occurs() -> None:
 def test_the_sentences_say_what_the_intervals_allow() -> None:
     clear = [audited(number, trigger=0.25 * (number % 2)) for number in range(40)]
     text = " ".join(sentences(an_audit(clear)))
-    assert "Looked at 40 of 50 cuts: 40 before the answer." in text
+    assert "Audited 40 of 50 cuts: 40 before the answer." in text
     assert "recoverable by this student in 100 %" in text
-    assert "At the length of the trigger, cut against uncut rollouts: -62 points" in text and "pairs, worse." in text
+    assert "At the trigger length, cut against uncut rollouts: -62 points" in text and "pairs, worse." in text
     equal = [audited(number, keep=0.75 + 0.25 * (-1) ** number) for number in range(40)]
     assert (
         "+0 points" in " ".join(sentences(an_audit(equal))) and "no clear difference" in sentences(an_audit(equal))[3]
@@ -160,7 +160,7 @@ def test_the_table_has_a_policy_in_every_row() -> None:
     assert len({line.count("|") for line in table}) == 1
     assert [line.split(" | ")[0] for line in table[2:]] == ["| kat"] * 3
     assert max(len(line) for line in printed.splitlines()) <= 120
-    assert "uncut rollouts: 0 of 2 are of the cut one's prompt" in printed
+    assert "uncut rollouts: 0 of 2 have the cut one's prompt" in printed
 
 
 def test_a_row_a_cut() -> None:
@@ -181,5 +181,5 @@ def test_the_plot_shows_every_source_that_there_is() -> None:
     (axes,) = draw(an_audit([audited(0), audited(1, AFTER)])).axes
     assert next(label.get_text() for label in axes.get_xticklabels()) == "all cuts\n2 cuts"
     assert len(axes.containers) == len(SOURCES)
-    keep = next(one for one in axes.containers if one.get_label() == "student, from what was kept")
+    keep = next(one for one in axes.containers if one.get_label() == "student, from the kept prefix")
     assert keep.lines[0].get_ydata().tolist() == [0.5, 0.5, 0.5]

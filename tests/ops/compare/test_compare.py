@@ -154,7 +154,7 @@ def test_the_grid_is_run_seed_by_seed_and_reported(
     assert (runner.started, runner.resumed, runner.most) == (order, [], 1)
     out = capsys.readouterr().out
     assert "random_matched is made from kat of the same seed: row kat added" in out
-    assert "kat-s1: begins" in out
+    assert "kat-s1: starts" in out
     assert "kat-s1: done, avg@4 0.611, 6,600 tokens generated" in out
     assert "; 0 of 9 left" in out
     text = (tmp_path / "grid" / "compare.md").read_text()
@@ -171,7 +171,7 @@ def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
     assert call() == 130
     assert runner.started == ["none-s0", "kat-s0"]
     captured = capsys.readouterr()
-    assert "Go on with the same command" in captured.err
+    assert "Continue with the same command" in captured.err
     assert not (tmp_path / "grid" / "compare.md").exists()
     runner.interrupt_in = ""
     assert call() == 0
@@ -181,7 +181,7 @@ def test_what_is_done_is_kept_and_what_is_half_done_is_resumed(
     assert call(policies="fixed,kat", seeds="0-2") == 0  # larger: what is there stays in the report
     assert runner.started[4:] == ["fixed-s0", "fixed-s1", "fixed-s2", "kat-s2"]
     text = (tmp_path / "grid" / "compare.md").read_text()
-    assert "NOT DONE, and left out everywhere: none-s2 (new)." in text
+    assert "NOT DONE, and left out of all tables: none-s2 (new)." in text
 
 
 def test_cells_of_another_base_are_not_joined(
@@ -222,7 +222,7 @@ def test_a_run_whose_last_evaluation_is_missing_is_resumed(
     assert call(policies="none,random_matched") == 0
     drop_last_evaluation(tmp_path / "grid" / "kat-s0")
     assert call("--report-only") == 0
-    assert "NOT DONE, and left out everywhere: kat-s0 (begun)." in capsys.readouterr().out
+    assert "NOT DONE, and left out of all tables: kat-s0 (begun)." in capsys.readouterr().out
     runner.started.clear()
     assert call(policies="none,random_matched") == 0
     assert (runner.started, runner.resumed) == ([], ["kat-s0"])
@@ -245,7 +245,7 @@ def test_a_run_that_ends_without_its_last_evaluation_has_failed(
     assert call(policies="none", seeds="0") == 1
     captured = capsys.readouterr()
     assert f"failed: none-s0: the run ended, but it is not complete: its last step, {STEPS}, is not" in captured.err
-    assert "NOT DONE, and left out everywhere: none-s0 (begun)." in captured.out
+    assert "NOT DONE, and left out of all tables: none-s0 (begun)." in captured.out
     assert (tmp_path / "grid" / "compare.csv").read_text().splitlines()[1].startswith("none,0,begun,,")
 
 
@@ -275,7 +275,7 @@ def test_another_comparison_at_work_is_named(
     (tmp_path / "grid").mkdir()
     with lock(tmp_path / "grid"):
         assert call() == 2
-    assert "another `katana compare` is at work in this folder" in capsys.readouterr().err
+    assert "another `katana compare` is running in this folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "grid").iterdir()] == [".lock"]
 
 
@@ -298,9 +298,9 @@ def test_folders_that_cannot_be_are_refused(
 ) -> None:
     (tmp_path / "grid").write_text("a file")
     assert call() == 2
-    assert "is no comparison" in capsys.readouterr().err
+    assert "is not a comparison" in capsys.readouterr().err
     assert call("--set", f"runs_dir={tmp_path}/grid/below") == 2
-    assert "cannot be made or written to (Not a directory); look at runs_dir" in capsys.readouterr().err
+    assert "cannot be made or written to (Not a directory); check runs_dir" in capsys.readouterr().err
     assert (tmp_path / "grid").read_text() == "a file"
 
 
@@ -408,7 +408,7 @@ def test_another_config_is_refused_before_anything_runs(
     ("arguments", "options", "said"),
     [
         ((), {"policies": "none,katt"}, "the nearest is 'kat'"),
-        ((), {"seeds": "4-0"}, "'4-0' is no range of seeds"),
+        ((), {"seeds": "4-0"}, "'4-0' is not a range of seeds"),
         (("--budget", "tokens:many"), {}, "expected `steps`, or `tokens:N`"),
         (("--budget", "tokens:900", "--set", "learner.max_steps=3"), {}, "it is the tokens that end a run"),
         (("--variant", "short:learner.max_steps=3"), {}, "the budget is the same in all rows"),
@@ -424,8 +424,8 @@ def test_another_config_is_refused_before_anything_runs(
         (("--set", "teacher.model=/no/such"), {}, "row 'none': /no/such: there is no such folder"),
         (("--set", "termination.shadow=true"), {"policies": "random_matched"}, "needs policy kat, apply stop"),
         (("--set", "name=x/y"), {"name": ""}, "name"),
-        ((), {"name": "taken"}, "is no comparison"),
-        (("--report-only",), {"name": "absent"}, "no comparison, there is no compare.json"),
+        ((), {"name": "taken"}, "is not a comparison"),
+        (("--report-only",), {"name": "absent"}, "not a comparison (no compare.json in it)"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
@@ -530,13 +530,13 @@ def test_a_run_that_trained_on_a_sample_that_is_not_fair_is_named(
     ended = {one.split("] ")[1].split(":")[0]: one for one in out.splitlines() if ": done, " in one}
     named = [cell for cell, said in ended.items() if "WARNING" in said]
     assert named == ["none-s1"]
-    words = "stale (older than learner.max_staleness when its turn came): 7, 3.4% of them and the trained"
+    words = "stale (older than learner.max_staleness when the learner took it): 7, 3.4% of them and the trained"
     assert (
         f"WARNING: {words}. Mean tokens (± sd) against the trained: 192.0 ± 0.0 against 40.0 ± 0.0" in ended["none-s1"]
     )
     text = (tmp_path / "grid" / "compare.md").read_text()
     assert text.strip().split("\n![")[0].strip() in out
-    assert "WARNING: trained on a sample that is not fair: none-s1. See" in text
+    assert "WARNING: not trained on a fair sample: none-s1. See" in text
     assert text.count("WARNING, ") == 1 and f"WARNING, none-s1: {words}" in text
     assert "WARNING, none-s1: " in (tmp_path / "grid" / "compare.html").read_text()
     rows = {
@@ -560,7 +560,7 @@ def test_where_little_was_left_out_nothing_is_warned_of(
 
 def test_the_share_called_by_chance_has_two_digits(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
     assert call(policies="none,kat", seeds="0-2") == 0
-    assert "of 2 comparisons without any difference about 0.1 would" in (tmp_path / "grid" / "compare.md").read_text()
+    assert "of 2 without any difference about 0.1 would" in (tmp_path / "grid" / "compare.md").read_text()
     for path in tmp_path.glob("grid/*/eval.jsonl"):
         lines = [json.loads(one) | {"pass@k": 0.9} for one in path.read_text().splitlines()]
         write_lines(path, lines)

@@ -75,7 +75,7 @@ def test_rows_of_policies_and_variants() -> None:
         ("kat", "none:termination.policy=fixed", "'none' is a policy's name"),
         ("kat", "early", "expected LABEL:section.key=value"),
         ("kat", "early:", "expected LABEL:section.key=value"),
-        ("kat", "a/b:termination.eta=0.1", "'a/b' is no name for a row"),
+        ("kat", "a/b:termination.eta=0.1", "'a/b' is not a name for a row"),
         ("kat", "early:seed=3", "seed is the grid's own"),
         ("kat", "early:termination.eta=0.1,runs_dir=x", "runs_dir is the grid's own"),
         ("kat", "random_matched:termination.eta=0.1", "is made from the row 'kat'"),
@@ -118,7 +118,7 @@ def test_a_grid_grows(tmp_path: Path) -> None:
 def test_a_folder_that_is_something_else_is_refused(tmp_path: Path) -> None:
     grid = Grid((row("kat"),), (0,), "steps")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is no comparison"):
+    with pytest.raises(ConfigError, match="is not a comparison"):
         grids.joined(tmp_path, grid)
     grids.write_grid(tmp_path, grid)
     with pytest.raises(ConfigError, match="its budget is steps, not tokens:9"):
@@ -140,7 +140,7 @@ def test_states_of_a_cell(tmp_path: Path) -> None:
     folder.mkdir()
     assert grids.state_of(folder) == "new"
     (folder / "x").touch()
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         grids.state_of(folder)
     (folder / "config.yaml").write_text(make_config(tmp_path).to_yaml())
     assert grids.state_of(folder) == "begun"
@@ -186,15 +186,15 @@ def test_what_a_run_left_that_was_killed_while_it_began_is_new(tmp_path: Path) -
     (folder / "notes.txt").write_text("mine")
     grids.clear(folder)
     assert (folder / "run.json").exists()
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         grids.state_of(folder)
 
 
 def test_files_in_the_place_of_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "kat-s0").write_text("mine")
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         grids.state_of(tmp_path / "kat-s0")
-    with pytest.raises(ConfigError, match="is no comparison"):
+    with pytest.raises(ConfigError, match="is not a comparison"):
         grids.joined(tmp_path / "kat-s0", Grid((row("kat"),), (0,), "steps"))
 
 

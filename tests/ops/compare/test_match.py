@@ -317,7 +317,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, open_rollouts: in
     folder, other = flat_run(tmp_path, [40] * 100), flat_run(tmp_path, [40] * 100, "other")
     if open_rollouts is None:
         (folder / "summary.json").unlink()
-        said = "there is no summary.json"
+        said = "no summary.json"
     else:
         (folder / "ledger.json").write_text(
             json.dumps(Ledger(100 + open_rollouts, 100, {}, 0, open_rollouts).to_json())

@@ -483,7 +483,7 @@ def test_a_redis_that_goes_away_and_comes_back(
     assert observer.look().state == "open"
     remove_run(run)
     gone = observer.look()
-    assert "does not know the run" in gone.redis or "knows no run" in gone.redis
+    assert "does not know the run" in gone.redis or "has no run" in gone.redis
     assert json.loads(json.dumps(as_dict(gone)))["state"] == "?"
 
 
@@ -507,7 +507,7 @@ def test_a_run_at_rest_with_a_redis_of_its_own(tmp_path: Path, observe: Callable
     config = make_config(tmp_path, **SHIPPED)
     assert "no run with a Redis of its own" in observe(config).look().redis
     (config.run_dir / "redis").mkdir(parents=True)
-    assert "at rest" in observe(config).look().redis
+    assert "is stopped" in observe(config).look().redis
 
 
 def finish(config: Config, *, steps: int = 0, ledger: str | None = None) -> None:
@@ -536,8 +536,8 @@ def test_a_run_that_is_over_is_shown_as_such_and_top_ends(
     assert value["ledger"] == {"admitted": 9, "trained": 6, "dead": 1, "dropped:stale": 2}
     assert top(config, source, interval_s=3600, once=True, as_json=False) == 0
     text = capsys.readouterr().out
-    assert "· ended · step" in text and "the run is over; what its folder holds is shown" in text
-    assert "not seen" not in text and "at rest" not in text
+    assert "· ended · step" in text and "the run is over; shown from its folder" in text
+    assert "not seen" not in text and "is stopped" not in text
     assert "9 admitted = 6 trained + 2 dropped + 1 dead + 0 open" in text
 
 
@@ -558,7 +558,7 @@ def test_a_run_that_stopped_before_its_end_is_not_over(
     finish(config, steps=steps, ledger=ledger)
     snapshot = observe(config).look()
     assert snapshot.state != "ended"
-    assert "at rest" in snapshot.redis
+    assert "is stopped" in snapshot.redis
     assert "not seen" in rendered(snapshot)
 
 
@@ -629,7 +629,7 @@ def test_the_operators_rights_are_enough(
     assert {role.name for role in snapshot.roles if role.alive} == {"feeder", "arbiter", "rollout"}
     redis["password_file"] = str(tmp_path / "wrong")
     refused = run.config.model_copy(update={"redis": run.config.redis.model_copy(update=redis)})
-    with pytest.raises(ConfigError, match="does not let the operator in"):
+    with pytest.raises(ConfigError, match="refuses the operator"):
         observe(refused).look()
 
 
@@ -665,5 +665,5 @@ def test_a_stream_of_json_ends_with_the_run(shown: tuple[Run, Config], capsys: p
 
 def test_nothing_to_be_seen_is_bad_input(any_redis: EmbeddedRedis, tmp_path: Path) -> None:
     config = at(make_config(tmp_path, name="nobody"), any_redis.url)
-    with pytest.raises(ConfigError, match="Redis knows no run named 'nobody'; and there is no folder"):
+    with pytest.raises(ConfigError, match="Redis has no run named 'nobody'; and there is no folder"):
         top(config, Path("some.yaml"), interval_s=0.01, once=True, as_json=False)

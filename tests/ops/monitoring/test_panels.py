@@ -220,12 +220,12 @@ def test_a_page_says_which_panels_have_no_data_and_draws_the_others(serve: Calla
     assert 590 < span.end_s - span.begin_s < 620
     row = next(row for board in DASHBOARDS for row in board.rows if row.title == "Redis")
     section = panels.ask_row(prometheus, row, "demo", span)
-    assert [panel.title for panel, _ in section.shown] == ["Memory by its limit"]
+    assert [panel.title for panel, _ in section.shown] == ["Memory relative to its limit"]
     assert section.empty == ["Memory", "Commands", "Clients", "Network", "Keys evicted, clients refused"]
     figure = panels.page([section], "demo", span)
     drawn = " ".join(one.get_text() for one in figure.findobj(lambda one: hasattr(one, "get_text")))
-    assert "Memory by its limit" in drawn
-    assert "no data in this time: Memory, Commands, Clients" in drawn
+    assert "Memory relative to its limit" in drawn
+    assert "no data in this time range: Memory, Commands, Clients" in drawn
 
 
 def test_no_two_texts_of_the_page_lie_on_each_other(serve: Callable[[Answer], str]) -> None:
@@ -288,8 +288,8 @@ SERIES = {"metric": {}, "values": [[NOW, "1"]]}
 @pytest.mark.parametrize(
     ("series", "said"),
     [
-        ("a string", "is no series"),
-        (None, "is no series"),
+        ("a string", "is not a series"),
+        (None, "is not a series"),
         ({"metric": {}}, "without metric or values"),
         ({"values": []}, "without metric or values"),
         (SERIES | {"values": "12"}, "without metric or values"),
@@ -299,7 +299,7 @@ SERIES = {"metric": {}, "values": [[NOW, "1"]]}
         (SERIES | {"values": [[NOW, ["1"]]]}, "is not .time, reading."),
         (SERIES | {"values": [[NOW, "many"]]}, "could not convert"),
         (SERIES | {"values": [[1e300, "1"]]}, r"a reading of 1e\+300, asked for"),
-        (SERIES | {"values": [[10**400, "1"]]}, "none of a Prometheus"),
+        (SERIES | {"values": [[10**400, "1"]]}, "not one of a Prometheus"),
         (SERIES | {"values": [[-5, "1"]]}, "a reading of -5, asked for"),
     ],
 )

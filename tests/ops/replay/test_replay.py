@@ -213,10 +213,10 @@ def test_shares_of_rollouts_of_one_prompt_are_no_narrower_than_their_prompts(tmp
     assert width == pytest.approx(one.interval[1] - one.interval[0], rel=0.3)
     low, high = wilson(40, 80)
     assert width > 1.7 * (high - low)
-    assert "each rollout is of another prompt" in replay(alone)
+    assert "each rollout has its own prompt" in replay(alone)
     assert "by a bootstrap by prompt (80 rollouts of 20 prompts)" in replay(four)
     assert "too narrow" not in replay(four)
-    assert "of 2 prompts they are too narrow" in replay(fill(tmp_path / "few", [{}, {}]))
+    assert "with 2 prompts they are too narrow" in replay(fill(tmp_path / "few", [{}, {}]))
 
 
 def outcome_of(folder: Path) -> HitShare:
@@ -333,7 +333,7 @@ def test_a_run_that_stopped_rollouts_cannot_tell_everything(tmp_path: Path, key:
 
 def test_answers_that_cannot_be_placed_leave_their_columns_out(tmp_path: Path) -> None:
     folder = fill(tmp_path / "run", [{}, {}], UNCUT.replace("ops/models/student", "./absent"))
-    assert "answers   not judged, for the task or the tokenizer cannot be had here" in replay(folder)
+    assert "answers   not judged, because the task or the tokenizer is not available here" in replay(folder)
     assert figures(folder, "policy=fixed", "fixed_tokens=8").early is None
     none = fill(tmp_path / "none", [{"correct": None}] * 2)
     assert "answers   none was verified" in replay(none)

@@ -133,10 +133,10 @@ def test_a_missing_password_is_reported_for_either_server(
     locked = serve("--requirepass", "a-word") + "?db=0"
     code, output = checked(capsys, embedded_redis.url, f"redis.broker_url={locked}")
     assert code == 2
-    assert f"error: redis.broker_url {locked!r}: Redis does not let the operator in" in output
+    assert f"error: redis.broker_url {locked!r}: Redis refuses the operator" in output
     code, output = checked(capsys, locked, f"redis.broker_url={embedded_redis.broker_url}")
     assert code == 2
-    assert f"error: redis.url {locked!r}: Redis does not let the operator in" in output
+    assert f"error: redis.url {locked!r}: Redis refuses the operator" in output
 
 
 def test_a_broker_that_evicts_is_reported(

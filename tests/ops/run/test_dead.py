@@ -400,7 +400,7 @@ def test_only_one_action_per_call(desk: Desk) -> None:
 
 
 def test_unknown_runs_and_unreachable_servers(desk: Desk, tmp_path: Path) -> None:
-    assert "knows no run named 'other'" in desk.refused("--name", "other")
+    assert "has no run named 'other'" in desk.refused("--name", "other")
     desk.arguments[-1] = f"redis.url=unix://{tmp_path}/none.sock"
     assert "Redis does not answer" in desk.refused("--set", "liveness.redis_wait_s=0.3")
     del desk.arguments[1:]

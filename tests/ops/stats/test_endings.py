@@ -112,7 +112,7 @@ def test_seven_that_ran_to_the_limit_are_no_fair_sample() -> None:
     found = one(BIASED)
     assert found.fair is False and found.warns
     said = words(found)
-    assert said.startswith("stale (older than learner.max_staleness when its turn came): 7, 3.4% of them and the")
+    assert said.startswith("stale (older than learner.max_staleness when the learner took it): 7, 3.4% of them and the")
     assert "192.0 ± 0.0 against 128.0 ± 30.4 to train on; 192.0 ± 0.0 against 128.0 ± 30.4 written" in said
     assert "At the length limit: 7 of 7, of the trained 20 of 200" in said
     assert "NOT A FAIR SAMPLE: as many drawn at random have " in said
@@ -158,7 +158,7 @@ def test_the_dead_are_judged_and_the_lost_cannot_be() -> None:
     assert dead.fair is False and dead.warns
     lost = one([*TRAINED, *[dropped("lost", 0, tokens_trainable=None)] * 7], "lost")
     assert lost.fair is None and lost.warns  # nobody knows, and they are many
-    assert words(lost).endswith("Lengths not on record")
+    assert words(lost).endswith("Lengths not recorded")
     assert not one([*TRAINED, dropped("lost", 0, tokens_trainable=None)], "lost").warns
 
 

@@ -169,7 +169,7 @@ def test_benchmarks_are_in_the_file_s_order(begin: Callable[..., Config], tmp_pa
         ([{"prompt": "p", "answer": "\\boxed{}"}], {}, "is empty"),
         ([{"prompt": "p", "answer": float("nan")}], {}, "is nan; allowed: text or a finite number"),
         ([{"prompt": "p", "answer": float("-inf")}], {}, "is -inf; allowed: text or a finite number"),
-        ([{"prompt": "<|end|> p", "answer": "1"}], {"chat": True}, "the prompt has '<|end|>' in it"),
+        ([{"prompt": "<|end|> p", "answer": "1"}], {"chat": True}, "the prompt contains '<|end|>'"),
         ([{"prompt": " ", "answer": "1"}], {}, "the prompt is empty"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], {"chat": True}, "message 1 has no content"),
         ([{"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}], {"chat": True}, "the last message"),
@@ -195,7 +195,7 @@ def test_a_wrong_row_is_named(
         ("rows.jsonl", b"\xff\xfe\n", "line 1: not valid JSON"),
         ("rows.jsonl", b'{"prompt": "\\ud800 p", "answer": "1"}\n', "line 1: the prompt has half a character in it"),
         ("rows.jsonl", b'{"prompt": "p", "answer": "\\udc00"}\n', "line 1: the answer ('answer') has half a character"),
-        ("rows.jsonl", b'{"prompt": "p", "answer": "1", "answer": "2"}\n', "'answer' stands in one object twice"),
+        ("rows.jsonl", b'{"prompt": "p", "answer": "1", "answer": "2"}\n', "'answer' occurs twice in one object"),
         ("rows.jsonl", b'{"prompt": "p", "answer": 1e999}\n', "is inf; allowed: text or a finite number"),
         ("rows.csv", b"prompt,answer\n", "the format '.csv' is not known; allowed: *.jsonl"),
         ("rows", b"x", "the format '' is not known"),
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_used(begin: Callable[..., Config], tmp_path: Pa
         return str(caught.value)
 
     (tmp_path / "empty").mkdir()
-    assert "nothing in it can be read" in refusal("empty")
+    assert "contains nothing that can be read" in refusal("empty")
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     assert "splits/SPLIT with SPLIT of ['train', 'test']" in refusal("splits")
@@ -273,8 +273,8 @@ def test_what_is_no_file_is_never_waited_for(begin: Callable[..., Config], tmp_p
     (tmp_path / "folder" / "a.jsonl").mkdir()
     for path, words in [
         ("/dev/null", "the format '' is not known"),
-        (tmp_path / "pipe.jsonl", "pipe.jsonl: is no file"),
-        (tmp_path / "folder", "a.jsonl: is no file"),
+        (tmp_path / "pipe.jsonl", "pipe.jsonl: is not a file"),
+        (tmp_path / "folder", "a.jsonl: is not a file"),
         ("~nobody-of-that-name/rows.jsonl", "cannot be read"),
         (tmp_path / ("long" * 100), "cannot be read"),
     ]:
@@ -393,7 +393,7 @@ def test_a_text_begins_as_its_tokenizer_begins_texts_and_does_not_end(
     [
         ("{{ 1/0 }}", "line 1: the chat template refuses the prompt (division by zero)"),
         ("{{ 'x'.encode('no-such') }}", "line 1: the chat template refuses the prompt"),
-        ("{{ messages[0].content[:0] }}", "line 1: the chat template makes nothing of the prompt"),
+        ("{{ messages[0].content[:0] }}", "line 1: the chat template renders the prompt as empty text"),
     ],
 )
 def test_a_chat_template_that_fails(
@@ -424,7 +424,7 @@ def test_check_warns_of_a_template_without_a_generation_prompt(
     assert any("add_generation_prompt" in note for note in TaskSource(bare).notes)
     found = check(bare)
     assert not found.problems
-    assert sum("takes no notice of add_generation_prompt" in line for line in found.lines) == 1
+    assert sum("ignores add_generation_prompt" in line for line in found.lines) == 1
 
 
 @pytest.mark.slow
@@ -492,12 +492,12 @@ def test_a_change_of_the_data_says_what_changed(begin: Callable[..., Config], tm
     told = refusal()
     assert "b.jsonl had 2 rows in use, now 3" in told
     assert "1 rows were left out by too_long, now 0" in told
-    assert "the 4 former rows are as they were, and more follow, from b.jsonl, line 3 on" in told
+    assert "the 4 former rows are unchanged, and more follow, from b.jsonl, line 3 on" in told
     (tmp_path / "rows" / "b.jsonl").unlink()
     told = refusal()
     assert "(4 rows, now 2;" in told
     assert "b.jsonl is gone (2 rows)" in told
-    assert "all 2 rows are as they were, and those that followed, from b.jsonl, line 1 on, are gone" in told
+    assert "all 2 rows are unchanged, and those that followed, from b.jsonl, line 1 on, are gone" in told
     put("c", "p3", "p4")
     assert TaskSource(config).note_data(folder) is None  # another name, the same prompts: nothing has changed
     put("c", "x", "p4")
@@ -524,7 +524,7 @@ def test_another_chat_template_or_version_is_said_to_be_what_changed(
         TaskSource(config).note_data(folder)
     told = str(caught.value)
     for words in (
-        "the student's chat template is another one",
+        "the student's chat template has changed",
         "bytes as before",
         "transformers was 1.0, now",
         "Katana's commit was abc, now",
@@ -547,10 +547,12 @@ def test_a_run_of_before_goes_on_and_is_told_what_it_can_be(begin: Callable[...,
     (folder / "data.rows").unlink()
     (folder / "run.json").write_text(json.dumps(old))
     put_rows(tmp_path / "rows", AIME[:1], "jsonl")
-    with pytest.raises(ConfigError, match=r"\(2 rows, now 1; .*\): what, this folder of an older version does not say"):
+    with pytest.raises(
+        ConfigError, match=r"\(2 rows, now 1; .*\): this folder of an older version does not record what differs"
+    ):
         TaskSource(config).note_data(folder)
     (folder / "run.json").write_text('{"data": 5}')
-    with pytest.raises(ConfigError, match=r"run.json: data is int, not what a run notes"):
+    with pytest.raises(ConfigError, match=r"run.json: data is int, not a run's record of its data"):
         TaskSource(config).note_data(folder)
 
 
@@ -684,17 +686,20 @@ def test_columns_beside_the_prompt_go_to_the_template(
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"tools": "{oops"}, "row 1: tools is text that is no JSON"),
-        ({"tools": '[{"a": 1, "a": 2}]'}, "'a' stands in one object twice"),
+        ({"tools": "{oops"}, "row 1: tools is text, but not JSON"),
+        ({"tools": '[{"a": 1, "a": 2}]'}, "'a' occurs twice in one object"),
         (
             {"tools": {"add": 1}},
             "row 1: tools is dict; allowed: a list of mappings, or that as JSON text; if it is not",
         ),
-        ({"tools": ["add"]}, "row 1: tools is a list with str in it"),
-        ({"documents": [{}]}, "row 1: documents is a list with an empty mapping in it"),
-        ({"chat_template_kwargs": [1]}, "row 1: chat_template_kwargs is a list with int in it; allowed: a mapping"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no switch of a template"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is no switch of a template"),
+        ({"tools": ["add"]}, "row 1: tools is a list that contains str"),
+        ({"documents": [{}]}, "row 1: documents is a list that contains an empty mapping"),
+        ({"chat_template_kwargs": [1]}, "row 1: chat_template_kwargs is a list that contains int; allowed: a mapping"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs: 'tokenize' is not a switch of a template",
+        ),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs: 'messages' is not a switch of a template"),
     ],
 )
 def test_columns_that_no_template_takes_are_refused(columns: dict[str, Any], words: str) -> None:
@@ -708,7 +713,7 @@ def test_a_column_with_nothing_in_it_is_none(empty: object) -> None:
     assert rendered([ASK], tools=empty) == "[user]3+4?[assistant]"
 
 
-# --- what a chat template takes no notice of ---
+# --- what a chat template ignores ---
 
 
 def test_what_may_be_lost_is_said_once_with_the_rows_that_have_it() -> None:
@@ -718,34 +723,34 @@ def test_what_may_be_lost_is_said_once_with_the_rows_that_have_it() -> None:
         render([{**ASK, "name": "ada"}, thinks, ASK], f"row {number}", {"chat_template_kwargs": {"pace": number}})
     render([ASK], "row 6", {"chat_template_kwargs": {"effort": "low"}})
     assert render.notes == [
-        "the chat template takes no notice of reasoning_content in messages of the assistant: 5 rows have it, looked "
-        "at in the first 3",
-        "the chat template takes no notice of chat_template_kwargs.pace: 5 rows have it, looked at in the first 3",
+        "the chat template ignores reasoning_content in messages of the assistant: 5 rows have it, checked "
+        "in the first 3",
+        "the chat template ignores chat_template_kwargs.pace: 5 rows have it, checked in the first 3",
     ]
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "columns", "words"),
     [
-        (READS_CONTENT, [ASK], {"tools": [TOOL]}, "takes no notice of the column tools; another template may"),
+        (READS_CONTENT, [ASK], {"tools": [TOOL]}, "ignores the column tools; another template may"),
         (READS_CONTENT, [ASK], {"documents": [{"text": "d"}]}, "the column documents; another template may"),
         (
             READS_CONTENT,
             [ASK, {"role": "assistant", "content": "I add.", "tool_calls": [CALL]}, ASK],
             {},
-            "row 1: the chat template takes no notice of tool_calls in messages of the assistant (message 2)",
+            "row 1: the chat template ignores tool_calls in messages of the assistant (message 2)",
         ),
         (
             READS_ALL.replace("m.content or ''", "'' if m.tool_calls else m.content"),
             [ASK, {"role": "assistant", "content": "I add.", "tool_calls": [CALL]}, ASK],
             {},
-            "no notice of content beside tool_calls in messages of the assistant (message 2)",
+            "ignores content beside tool_calls in messages of the assistant (message 2)",
         ),
         (
             "{% for m in messages if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endfor %}",
             [ASK, {"role": "tool", "content": "7"}, ASK],
             {},
-            "no notice of content in messages of the tool (message 2)",
+            "ignores content in messages of the tool (message 2)",
         ),
         ("[{{ messages[-1].content }}]", [ASK, ASK, ASK], {}, "content in messages of the user (message 1)"),
     ],
@@ -786,7 +791,7 @@ def test_a_system_prompt_that_the_template_ignores_is_refused(template: str, tol
     if not told:
         renderer(template, system_prompt="Think.")
         return
-    with pytest.raises(ConfigError, match=r"data.system_prompt: the chat template takes no notice"):
+    with pytest.raises(ConfigError, match=r"data.system_prompt: the chat template ignores"):
         renderer(template, system_prompt="Think.")
 
 
@@ -801,7 +806,7 @@ def test_check_and_loading_say_what_is_not_read(begin: Callable[..., Config], tm
     rows = [{"prompt": [{**ASK, "name": "ada"}], "answer": "1"}]
     path = put_rows(tmp_path / "rows", rows, "jsonl")
     config = begin(path, chat=True)
-    told = "the chat template takes no notice of name in messages of the user: 1 row has it, looked at in the first 1"
+    told = "the chat template ignores name in messages of the user: 1 row has it, checked in the first 1"
     assert TaskSource(config).notes == [told]
     found = check(config)
     assert not found.problems
@@ -826,17 +831,20 @@ def test_special_tokens_are_looked_for_in_all_that_the_template_is_handed() -> N
     ]:
         with pytest.raises(SpecialToken) as caught:
             rendered(messages, **columns)
-        assert str(caught.value).startswith(f"row 1: {where} has {special!r} in it")
+        assert str(caught.value).startswith(f"row 1: {where} contains {special!r}")
         assert "data.special_tokens: skip" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"system_prompt": "Be <|end|> brief."}, "data.system_prompt: has '<|end|>' in it"),
-        ({"prompt_suffix": " <|user|>"}, "data.prompt_suffix: has '<|user|>' in it"),
-        ({"template_options": {"enable_thinking": "<|end|>"}}, "data.template_options.enable_thinking: has '<|end|>'"),
-        ({"template_options": {"add_generation_prompt": False}}, "'add_generation_prompt' is no switch"),
+        ({"system_prompt": "Be <|end|> brief."}, "data.system_prompt: contains '<|end|>'"),
+        ({"prompt_suffix": " <|user|>"}, "data.prompt_suffix: contains '<|user|>'"),
+        (
+            {"template_options": {"enable_thinking": "<|end|>"}},
+            "data.template_options.enable_thinking: contains '<|end|>'",
+        ),
+        ({"template_options": {"add_generation_prompt": False}}, "'add_generation_prompt' is not a switch"),
     ],
 )
 def test_the_config_s_own_text_is_looked_at_too(
@@ -897,10 +905,10 @@ def test_a_template_is_chosen_by_name_as_transformers_does_or_as_the_config_says
         (
             {"default": "D", "rag": "R"},
             "rga",
-            "data.template: 'rga' is no chat template of the student's; there are: def",
+            "data.template: 'rga' is not a chat template of the student; there are: def",
         ),
-        ("D", "rag", "data.template: 'rag' is no chat template of the student's; there are: default"),
-        ({"tool_use": "T", "rag": "R"}, None, "chat templates by name (rag, tool_use) and none of them is 'default'"),
+        ("D", "rag", "data.template: 'rag' is not a chat template of the student; there are: default"),
+        ({"tool_use": "T", "rag": "R"}, None, "named chat templates (rag, tool_use) and none is called 'default'"),
         ({"default": 5}, None, "the student's chat template 'default' is int, not text"),
         (None, "rag", "has no chat template"),
     ],
@@ -918,7 +926,7 @@ def test_templates_by_name_from_a_folder(begin: Callable[..., Config], tiny: Pat
     (tmp_path / "student" / "chat_template.jinja").unlink()  # of the model that was copied
     assert (tmp_path / "student" / "additional_chat_templates" / "rag.jinja").is_file()
     [problem] = check(config).problems
-    assert "(plain, rag) and none of them is 'default'" in problem
+    assert "(plain, rag) and none is called 'default'" in problem
     chosen = config.model_copy(update={"data": config.data.model_copy(update={"template": "plain"})})
     assert texts(TaskSource(chosen), 1) == ["P3?<|end|>"]
 

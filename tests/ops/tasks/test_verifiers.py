@@ -14,7 +14,7 @@ from common.config import ConfigError
 from ops.tasks.verifiers import (
     Exact,
     MathVerify,
-    Nobody,
+    NoVerifier,
     answer_end,
     excerpt,
     final_answer,
@@ -119,7 +119,7 @@ def test_an_answer_is_put_as_math_verify_reads_it(answer: str, shown: str) -> No
 )
 def test_exact(answer: str, completion: str, right: bool) -> None:
     assert Exact().verify(answer, completion) is right
-    assert Nobody().verify(answer, completion) is None
+    assert NoVerifier().verify(answer, completion) is None
 
 
 @pytest.mark.timeout(180)
@@ -272,7 +272,7 @@ def test_a_rehearsal_tells_who_cannot_judge() -> None:
         def verify(self, answer: str, completion: str) -> bool | None:
             return False
 
-    for good in (Exact(), Nobody()):
+    for good in (Exact(), NoVerifier()):
         rehearse(good)
     with pytest.raises(ConfigError, match="Silent gives no verdict"):
         rehearse(Silent())
