@@ -15,7 +15,7 @@ from common.draws import uniform_bits
 from common.runfiles.records import BookLine, Trace
 from common.runfiles.run import RunFolder
 from common.wire.messages import Ints
-from ops.tasks.verifiers import behind_thought
+from ops.tasks.verifiers import after_thought
 
 BEFORE, AFTER, LOOP = "before the answer", "after the answer", "in a loop"
 CLASSES = (BEFORE, AFTER, LOOP)

@@ -162,7 +162,7 @@ class Cluster:
 
     def launch(self, *flags: str, overrides: dict[str, Any] | None = None) -> None:
         """Start `katana run` (or, with `--resume`, go on). Its output goes to chaos.log beside the run's folder."""
-        source = self.folder / CONFIG if "--resume" in flags else self.beside / CONFIG
+        source = self.folder / CONFIG if "--resume" in flags else self.harness_folder / CONFIG
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
             config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")

@@ -155,9 +155,9 @@ class TaskSource:
 
     def _changed(self, task: Dataset, noted: dict[str, Any], found: dict[str, Any], folder: Path) -> str:
         before = noted["data"]
-        told = differences(before, found)
+        changes = differences(before, found)
         if first := task.origin.first_difference(folder / DATA_ROWS):
-            told.append(first)
+            changes.append(first)
         if "files" not in before:
             changes.append("this folder of an older version does not record what differs")
         # The same files through the same template: then another version renders them, or the template writes a date.
@@ -170,7 +170,7 @@ class TaskSource:
         changes += [note for note in task.notes if "date" in note]
         return (
             f"data.path: prompts or answers are not those that this run began with ({before.get('rows')} rows, now "
-            f"{found['rows']}; {folder / RUN}): {'; '.join(told)}. Put the former data back, or begin a run of "
+            f"{found['rows']}; {folder / RUN}): {'; '.join(changes)}. Put the former data back, or begin a run of "
             f"another name"
         )
 
