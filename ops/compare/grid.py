@@ -238,7 +238,7 @@ def state_of(folder: Path) -> State:
     if not folder.exists() or _only_left_over(folder):
         return "new"
     if not RunFolder(folder).begun:
-        raise ConfigError(f"{folder} is there already and is no run (no {CONFIG} in it): remove it")
+        raise ConfigError(f"{folder} exists already and is not a run (no {CONFIG} in it): remove it")
     return "begun" if missing(folder) else "done"
 
 

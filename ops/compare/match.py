@@ -245,10 +245,10 @@ def _check_finished(folder: Path) -> None:
     """What is still being written when a run is looked at is longer than what has ended."""
     summary = RunFolder(folder).summary
     if summary is None:
-        raise ConfigError(f"{folder}: not finished, there is no summary.json; go on with `katana run … --resume`")
+        raise ConfigError(f"{folder}: not finished, no summary.json; resume it with `katana run … --resume`")
     if summary.ledger and summary.ledger.open:
         left = f"{summary.ledger.open} rollouts are open"
-        raise ConfigError(f"{folder}: not finished, {left}; go on with `katana run … --resume`")
+        raise ConfigError(f"{folder}: not finished, {left}; resume it with `katana run … --resume`")
 
 
 def _compared(folder: Path) -> list[BookLine]:

@@ -134,7 +134,7 @@ class TaskSource:
         found = self._record(self._task)
         before = noted.get("data", found)
         if not isinstance(before, dict):
-            raise ConfigError(f"{folder / RUN}: data is {type(before).__name__}, not what a run notes of its data")
+            raise ConfigError(f"{folder / RUN}: data is {type(before).__name__}, not a run's record of its data")
         if any(before.get(name) != found[name] for name in ("rows", "digest")):
             raise ConfigError(self._changed(self._task, noted, found, folder))
         if "files" not in noted.get("data", {}):  # the first start, or a folder of before there were any

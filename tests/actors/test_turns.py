@@ -7,6 +7,7 @@ does not depend on the machine.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,13 @@ class Turns:
         for _ in range(turns):
             assert self.worker.step()
 
-    def until(self, what: Callable[[], bool], turns: int) -> None:
-        """Run until `what()` holds, at most `turns` steps."""
+    def until(self, what: Callable[[], bool], turns: int, *, pause_s: float = 0.0) -> None:
+        """Run until `what()` holds, at most `turns` steps. `pause_s`: real time between them, for another thread."""
         for _ in range(turns):
             if what():
                 return
             assert self.worker.step()
+            time.sleep(pause_s)
         assert what(), f"it did not happen within {turns} steps"
 
     def beats(self, rid: str) -> int:
@@ -231,7 +233,7 @@ def test_new_weights_are_swapped_in_although_chunks_close_at_every_step(
     turns = begin(embedded_redis, chunk=AT_EVERY_STEP)
     turns.go(10)
     announce(turns.run, 1)
-    turns.until(lambda: len(turns.decoder.swapped) == 1, turns=4)
+    turns.until(lambda: len(turns.decoder.swapped) == 1, turns=60, pause_s=0.05)  # read by a thread
     assert turns.worker.version == 1
 
 

