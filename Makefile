@@ -64,6 +64,7 @@ dashboards: setup
 # Figures for BENCHMARKS.md; nothing else should run meanwhile.
 bench: setup
 	$(RUN_ENV) $(BIN)/katana bench engine
+	$(RUN_ENV) $(BIN)/katana bench score --repeats 3
 	$(RUN_ENV) $(BIN)/katana bench head
 	$(RUN_ENV) $(BIN)/katana bench loop --repeats 3
 	$(RUN_ENV) $(BIN)/katana bench idle --repeats 3

@@ -17,8 +17,9 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     bench = command(commands, "bench", _bench, "measure speed; JSON on standard output")
     bench.add_argument(
         "what",
-        choices=("engine", "head", "loop", "idle"),
+        choices=("engine", "score", "head", "loop", "idle"),
         help="engine: decode tokens/s against a bare forward loop; "
+        "score: tokens/s of a teacher, and what it forwards again, by rollouts in flight; "
         "head: seconds of a bfloat16 head with a bfloat16 and with a float32 result; "
         "loop: tokens/s of a whole run and each role's busy share; idle: the load of workers without work",
     )
@@ -53,10 +54,11 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from ops.bench import idle, speed
+    from ops.bench import idle, score, speed
 
     measure: dict[str, Callable[[Config, int], dict[str, Any]]] = {
         "engine": speed.engine,
+        "score": score.score,
         "head": speed.head,
         "loop": speed.loop,
         "idle": partial(idle.idle, workers=arguments.workers),
