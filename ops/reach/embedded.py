@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import tempfile
 import time
@@ -29,7 +30,8 @@ class EmbeddedRedis:
         self._process: subprocess.Popen[bytes] | None = None
         socket = socket_in(folder)
         if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
-            socket = Path(tempfile.mkdtemp(prefix="katana-")) / "redis.sock"
+            # `start` makes the folder: a server that is never started leaves nothing.
+            socket = Path(tempfile.gettempdir()) / f"katana-{secrets.token_hex(8)}" / "redis.sock"
         self._socket = socket
 
     @property
@@ -48,7 +50,7 @@ class EmbeddedRedis:
     def start(self, timeout_s: float = 30.0) -> None:
         """Start and wait until it answers. Raises RuntimeError when it does not come up."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._socket.parent.mkdir(mode=0o700, exist_ok=True)  # `stop` took a temporary one away
+        self._socket.parent.mkdir(mode=0o700, exist_ok=True)  # a temporary one is not there yet
         self._socket.unlink(missing_ok=True)
         arguments = [
             self._server,

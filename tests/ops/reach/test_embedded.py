@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+import pytest
 
 from common.wire.connect import connect
 from ops.reach.embedded import EmbeddedRedis
@@ -34,6 +37,20 @@ def test_what_was_written_is_there_after_a_stop_and_a_start(tmp_path: Path) -> N
         client.close()
         server.stop()
     assert not server.running()
+
+
+def test_a_server_leaves_no_temporary_folder_whether_it_was_started_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = Path(tempfile.mkdtemp())  # short enough for a socket
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    server = EmbeddedRedis(tmp_path / ("d" * 90), maxmemory_mb=32)
+    assert not list(temporary.iterdir())
+    server.start()
+    (folder,) = temporary.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    server.stop()
+    temporary.rmdir()  # it is empty
 
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
