@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ class Cluster:
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
-        self._sockets = Path(tempfile.mkdtemp(prefix=SOCKETS))
+        self._sockets = Path(tempfile.gettempdir()) / f"{SOCKETS}{secrets.token_hex(8)}"  # made on entering
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
             Path(self.redis.url.removeprefix("unix://").partition("?")[0]),
@@ -93,6 +94,7 @@ class Cluster:
             shutil.rmtree(self.harness_folder, ignore_errors=True)
             self.clocks.mkdir(parents=True)
             self.poison.mkdir()
+            self._sockets.mkdir(mode=0o700)
             self.redis.start()
             self.proxy.start()
             self.launch("--fresh")
