@@ -6,10 +6,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from actors.engine import Decoder, Scorer
 from actors.engine.models import load_model
-from common.config import Config, parse
+from common.config import Config, Rollout, Teacher, parse
 from common.pretrained import Pair, check_pair, find_model, is_hub_id
 
 Stamp = tuple[tuple[str, int, int, int], ...]
@@ -26,12 +27,8 @@ class Engines:
     def decoder(self) -> Decoder:
         """The student's engine, with the weights of the model's folder until others are swapped in."""
         config, rollout = self._config, self._config.rollout
-        torch.set_num_threads(rollout.threads)
-        model = load_model(
-            self.pair.student.folder, dtype=rollout.dtype, device=rollout.device, vocab_size=self.pair.vocab_size
-        )
         return Decoder(
-            model,
+            self._load(self.pair.student.folder, rollout),
             slots=rollout.slots,
             max_length=config.max_length,
             stop_ids=self.pair.stop_ids,
@@ -48,12 +45,8 @@ class Engines:
     def scorer(self) -> Scorer:
         """The teacher's engine."""
         config, teacher = self._config, self._config.teacher
-        torch.set_num_threads(teacher.threads)
-        model = load_model(
-            self.pair.teacher.folder, dtype=teacher.dtype, device=teacher.device, vocab_size=self.pair.vocab_size
-        )
         return Scorer(
-            model,
+            self._load(self.pair.teacher.folder, teacher),
             slots=teacher.slots,
             max_slots=teacher.max_slots,
             max_length=config.max_length,
@@ -61,6 +54,11 @@ class Engines:
             vocab_size=self.pair.vocab_size,
             prefill_tokens=teacher.prefill_tokens,
         )
+
+    def _load(self, folder: Path, role: Rollout | Teacher) -> PreTrainedModel:
+        """The model on the role's device; this process then computes with the role's threads."""
+        torch.set_num_threads(role.threads)
+        return load_model(folder, dtype=role.dtype, device=role.device, vocab_size=self.pair.vocab_size)
 
 
 def sampler(

@@ -53,7 +53,7 @@ def about(record: Recording, recorded: Sequence[Judgement], computed: Sequence[J
             (
                 "left out",
                 f"{stopped:,} treated that were stopped: how they would have continued is unknown; {spared:,} treated "
-                f"that the policy spared: a selection",
+                f"that were not: they alone are a biased sample",
             )
         )
     if record.unusable:

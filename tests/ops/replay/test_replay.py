@@ -304,7 +304,7 @@ def test_what_could_be_stopped_is_left_out_and_said(tmp_path: Path) -> None:
     text = replay(folder)
     assert "counted   2 control; 2 right, 0 wrong" in text
     assert "besides   1 control and 1 treated" in text
-    assert "1 treated that were stopped" in text and "1 treated that the policy spared" in text
+    assert "1 treated that were stopped" in text and "1 treated that were not: they alone" in text
     assert "counted   2 control and 1 treated" in replay(folder, arm="all")
     assert [one.free for one in read_record(folder).rollouts] == [True, True, True, False, False, True]
 
