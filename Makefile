@@ -33,7 +33,7 @@ test: lint types test-only
 test-only: setup-dev
 	$(PYTEST) $(WORKERS)
 
-# What needs no processes and no training, in under two minutes.
+# What needs no processes and no training: a little over two minutes on two cores.
 test-fast: setup-dev
 	$(PYTEST) $(WORKERS) -m 'not slow and not cluster and not network'
 
