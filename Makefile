@@ -68,6 +68,7 @@ bench: setup
 	$(RUN_ENV) $(BIN)/katana bench head
 	$(RUN_ENV) $(BIN)/katana bench loop --repeats 3
 	$(RUN_ENV) $(BIN)/katana bench idle --repeats 3
+	$(RUN_ENV) $(BIN)/katana bench start --repeats 5
 
 # 520 faults of every kind in two runs; under an hour on two cores. The table goes into RELIABILITY.md.
 chaos: setup
@@ -92,4 +93,4 @@ evidence: setup
 	ops/experiments/evidence.sh
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv benchmarks/.venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

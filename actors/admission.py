@@ -9,6 +9,16 @@ from __future__ import annotations
 from common.config import LearnerSettings
 
 
+def in_time(limits: LearnerSettings, mean_length: float, long_length: float) -> int:
+    """How many rollouts may be written at a time, so that one of `long_length` tokens is trained before it is stale.
+
+    While it is written, others are completed at the pace of the mean one: running / batch · long / mean steps are
+    made (Little's law), and it waits for up to one step more. At least a batch.
+    """
+    share = mean_length / max(mean_length, long_length, 1.0)
+    return max(limits.batch_size, int(limits.batch_size * (limits.max_staleness - 1) * share))
+
+
 def places(
     limits: LearnerSettings, *, concurrency: int, running: int, open_rollouts: int, step: int, covered: int
 ) -> int:

@@ -6,7 +6,7 @@ sends another task when a queue is empty, and a task of an ended run returns at 
 
 Settings come from the environment, so that `celery -A actors.app worker -Q rollout` works by itself:
 
-    KATANA_REDIS_URL       data Redis      redis://localhost:6379/0
+    KATANA_REDIS_URL       data Redis      redis://localhost:6379/0   several: with spaces between them
     KATANA_BROKER_URL      Celery broker   redis://localhost:6379/1
     KATANA_USERNAME        ACL user of both (none: the default user)
     KATANA_PASSWORD_FILE   password of both, first line of the file
@@ -41,12 +41,13 @@ from celery.signals import worker_init, worker_shutting_down
 from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 
-from common import metrics
+from common import metrics, tracing
 from common.config import Config, ConfigError, Redis, parse, redis_settings
 from common.episode import Episode
 from common.pretrained import ModelError
 from common.wire.connect import connect, read_password, tls_options
-from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, open_plane
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
+from common.wire.planes import check_places, open_planes
 
 log = logging.getLogger("katana.app")
 QUEUES = ("rollout", "teacher")
@@ -61,8 +62,9 @@ def settings_from_environment() -> Redis:
         for name in ("broker_url", "username", "password_file", "ca_file", "cert_file", "key_file")
         if f"KATANA_{name.upper()}" in os.environ
     }
-    url = os.environ.get("KATANA_REDIS_URL", "redis://localhost:6379/0")
-    return redis_settings({"broker_url": "redis://localhost:6379/1", "url": url, **found}, source="KATANA_…")
+    urls = os.environ.get("KATANA_REDIS_URL", "redis://localhost:6379/0").split(" ")
+    where = {"data": urls} if len(urls) > 1 else {"url": urls[0]}
+    return redis_settings({"broker_url": "redis://localhost:6379/1", **where, **found}, source="KATANA_…")
 
 
 def celery_url(url: str) -> str:
@@ -142,13 +144,14 @@ def _worker_name(role: str) -> str:
 def _join_run(run_key: str) -> tuple[Config, Plane] | None:
     """The run's config and plane; None if the run is unknown to Redis or not open (the task came too late)."""
     settings = settings_from_environment()
-    client = connect(str(settings.url), **settings.access(""))
-    plane = Plane(client, run_key, shards=1, wait_s=60.0, claim_pause_s=8.0, stop=STOP)
-    raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
-    if not isinstance(raw, bytes) or plane.state() != "open":
+    clients = [connect(url, **settings.access("")) for url in settings.servers]
+    home = Plane(clients[0], run_key, shards=1, wait_s=60.0, claim_pause_s=8.0, stop=STOP)
+    raw = home.patiently(lambda: home.client.get(home.key("config")), "config")
+    if not isinstance(raw, bytes) or home.state() != "open":
         return None
     config = parse(raw, source=f"config of {run_key}")
-    plane = open_plane(config, client, run_key, STOP)
+    plane = open_planes(config, clients, run_key, STOP)
+    check_places(config, plane)
     plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
     return config, plane
 
@@ -164,7 +167,7 @@ def rollout_shift(run_key: str) -> None:
         from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
 
         worker = RolloutWorker(config, plane, _engines(config).decoder, worker=_worker_name("rollout"), stop=STOP)
-        with metrics.of_run(config.name, "rollout", config.run_dir):
+        with metrics.of_run(config.name, "rollout", config.run_dir), tracing.of_role(config, "rollout"):
             worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
@@ -188,7 +191,7 @@ def teacher_shift(run_key: str) -> None:
             worker=_worker_name("teacher"),
             stop=STOP,
         )
-        with metrics.of_run(config.name, "teacher", config.run_dir):
+        with metrics.of_run(config.name, "teacher", config.run_dir), tracing.of_role(config, "teacher"):
             worker.serve(time.monotonic() + config.liveness.shift_s)
 
 

@@ -10,11 +10,14 @@ import logging
 import math
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
 
 import numpy as np
 
-from common import metrics, policies
+from common import metrics, policies, tracing
 from common.config import Config
 from common.failing import brief
 from common.policies import Policy, Progress, ScoredTokens, Situation
@@ -23,12 +26,12 @@ from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
 from common.wire.plane import Plane, shown, unix_s
-from common.wire.record import divergence_field, tokens_field
-from common.wire.scripts import Fenced, Judged
+from common.wire.scripts import Fenced, Judged, Look
 from common.wire.weights import BadWeights, read_pointer
 
 log = logging.getLogger("katana.arbiter")
 _AHEAD = 4  # chunks of a rollout that one round trip reads
+_AT_ONCE = 64  # rollouts that one script reads: Redis does nothing else meanwhile
 _MOST_IN_A_ROW = 5  # the policy failed on so many rollouts without a verdict between them: the policy is at fault
 
 
@@ -57,14 +60,21 @@ class _Track:
     head: RolloutHead | None = None
     threshold: float | None = None
     detector: Policy | None = None
-    minimum: Kat | None = None  # sees every window, also those after the would-be cut of a control rollout
+    minimum: Kat | None = None  # sees every window, also those after the would-be cut; may be the detector itself
     cut: Cut | None = None
     chunks: list[ChunkTokens] = field(default_factory=list)
     divergence: list[ScoreDivergence] = field(default_factory=list)
+    scored: int = 0  # tokens
+    shared: bool = False  # detector and minimum are one
 
-    @property
-    def scored(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+@dataclass(slots=True)
+class _Calibration:
+    """With several data servers, what the next `calibrate` is made of."""
+
+    minima: dict[str, float] = field(default_factory=dict)  # by rollout, of the verdicts that are due
+    sent: float | Literal[""] | None = ""  # the threshold that all servers have; '' : unknown
+    number: int = 0
 
 
 class Arbiter:
@@ -89,6 +99,7 @@ class Arbiter:
         # Calls to send at the end of this pass, each with its verdict and last notice (None: only acknowledge).
         self._due: list[tuple[Fenced[Judged], tuple[Verdict, bytes] | None]] = []
         self._recent: deque[bool] = deque(maxlen=256)
+        self._calibration = _Calibration() if len(plane.parts) > 1 else None
 
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until stopped or until the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
@@ -108,6 +119,8 @@ class Arbiter:
             self.version = self._policy_version()
             self._load_minima()
             self._show_threshold()
+            if self._calibration is not None:
+                self._calibrate(self._calibration, [])
             self._careful = True
             self._judge(self._note(self._lease.adopt("scores", "arbiter")))
             self._careful = False
@@ -128,7 +141,8 @@ class Arbiter:
             touched |= self._note(self._lease.adopt("scores", "arbiter"))
         touched |= self._again
         self._again = set()
-        self._judge(touched)
+        with tracing.span("judging", rollouts=len(touched)) if touched else nullcontext():
+            self._judge(touched)
         return bool(touched)
 
     @property
@@ -205,26 +219,23 @@ class Arbiter:
         """Read each rollout from where the last read ended, a few chunks per round trip, until there are no more."""
         left = sorted(rids)
         while left:
-            answers = self._plane.fields((rid, self._wanted(self._tracks[rid])) for rid in left)
-            left = [rid for rid, values in zip(left, answers, strict=True) if self._read_on(rid, values)]
+            asked = [(rid, len(self._tracks[rid].chunks)) for rid in left]
+            together = self._plane.by_server(asked, lambda one: one[0])
+            parts = [some[at : at + _AT_ONCE] for some in together for at in range(0, len(some), _AT_ONCE)]
+            looks = self._plane.call_all([scripts.look(_AHEAD, part) for part in parts])
+            found = zip(chain.from_iterable(parts), chain.from_iterable(looks), strict=True)
+            left = [rid for (rid, _), look in found if self._read_on(rid, look)]
             self._send_due()
 
-    def _wanted(self, track: _Track) -> list[str]:
-        first = len(track.chunks)
-        seqs = range(first, first + _AHEAD)
-        chunks = [name for seq in seqs for name in (tokens_field(seq), divergence_field(seq))]
-        return ["head", "verdict", "threshold", "finish", "chunks", "length", *chunks]
-
-    def _read_on(self, rid: str, values: list[bytes | None]) -> bool:
+    def _read_on(self, rid: str, look: Look) -> bool:
         """Add new chunks and judge; True if there may be more to read."""
         track = self._tracks[rid]
-        head, verdict, threshold, finish, chunks, length = values[:6]
-        if head is None or verdict is not None:
+        if look.head is None or look.judged:
             self._acknowledge(rid)
             return False
         try:
-            fresh = self._absorb(track, head, threshold, values[6:])
-            due = self._verdict(rid, track, finish, chunks, length)
+            self._absorb(track, look)
+            due = self._verdict(rid, track, look)
             body = due.encode() if due is not None else b""
         except MessageError as error:
             self._report(rid, track, str(error))
@@ -233,32 +244,33 @@ class Arbiter:
             self._blame_policy(rid, track, error)
             return False
         if due is None:
-            return fresh == _AHEAD
+            return len(look.scored) == 2 * _AHEAD
         self._give(track, due, body)
         return False
 
-    def _absorb(self, track: _Track, head: bytes, threshold: bytes | None, chunks: list[bytes | None]) -> int:
+    def _absorb(self, track: _Track, look: Look) -> None:
         if track.head is None:
-            track.head = RolloutHead.decode(head)
-            track.threshold = _read_threshold(threshold)
-            situation = Situation(track.threshold, track.head.seed, track.head.max_new_tokens)
-            track.detector = self._policy(self._settings, situation)
-            track.minimum = policies.extremes(self._settings)
-        fresh = 0
-        for tokens_bytes, divergence_bytes in zip(chunks[::2], chunks[1::2], strict=True):
-            if tokens_bytes is None or divergence_bytes is None:
-                break
+            self._begin(track, look)
+        assert track.detector is not None and track.minimum is not None
+        for tokens_bytes, divergence_bytes in zip(look.scored[::2], look.scored[1::2], strict=True):
             tokens, scores = ChunkTokens.decode(tokens_bytes), ScoreDivergence.decode(divergence_bytes)
             if len(tokens.tokens) != len(scores.divergence) or tokens.start != track.scored:
                 raise MessageError(f"chunk {tokens.seq}: tokens and divergences do not match")
             track.chunks.append(tokens)
             track.divergence.append(scores)
-            fresh += 1
-            assert track.minimum is not None and track.detector is not None
-            track.minimum.feed(scores.divergence)
+            track.scored += len(tokens.tokens)
+            if track.cut is not None or not track.shared:
+                track.minimum.feed(scores.divergence)
             if track.cut is None:
                 track.cut = track.detector.feed_tokens(ScoredTokens(tokens.tokens, scores.divergence))
-        return fresh
+
+    def _begin(self, track: _Track, look: Look) -> None:
+        track.head = RolloutHead.decode(look.head if isinstance(look.head, bytes) else b"")
+        track.threshold = _read_threshold(look.threshold)
+        situation = Situation(track.threshold, track.head.seed, track.head.max_new_tokens)
+        track.detector = self._policy(self._settings, situation)
+        track.minimum = policies.extremes_beside(track.detector, self._settings)
+        track.shared = isinstance(track.detector, Kat) and track.minimum is track.detector
 
     def _blame_policy(self, rid: str, track: _Track, error: Exception) -> None:
         """Count a failure of the rollout. Raises PolicyBroken if the policy fails on several in a row."""
@@ -290,6 +302,8 @@ class Arbiter:
             self._minima.push(minimum)
         call = self._call(verdict.rid, body, verdict.train, verdict.stopped, minimum, track.entries)
         self._due.append((call, (verdict, track.entries[-1])))
+        if self._calibration is not None and minimum is not None:
+            self._calibration.minima[verdict.rid] = minimum
 
     def _send_due(self) -> None:
         """Send the verdicts of this pass, in their order, in one round trip."""
@@ -297,27 +311,55 @@ class Arbiter:
         failed = self._plane.failed_calls
         replies = self._lease.call_all([call for call, _ in due]) if due else []
         given = [(one, answer) for (_, one), answer in zip(due, replies, strict=True) if one is not None]
-        if any(answer is not Judged.OK for _, answer in given):
-            self._load_minima()
         # If an answer was lost and the call repeated, our own verdict is a duplicate.
         ours = (Judged.OK, Judged.DUPLICATE) if self._plane.failed_calls != failed else (Judged.OK,)
-        self._observe([one for one, answer in given if answer in ours])
+        ours_given = [one for one, answer in given if answer in ours]
+        others = any(answer is not Judged.OK for _, answer in given)
+        if self._calibration is not None:
+            self._calibrate(self._calibration, [verdict.rid for verdict, _ in ours_given], again=others)
+        elif others:
+            self._load_minima()
+        self._observe(ours_given)
 
-    def _verdict(
-        self, rid: str, track: _Track, finish: bytes | None, chunks: bytes | None, length: bytes | None
-    ) -> Verdict | None:
+    def _calibrate(self, calibration: _Calibration, judged: list[str], *, again: bool = False) -> None:
+        """With several servers: add the minima of given verdicts to the home's buffer, and set the threshold on all.
+
+        It comes after the verdicts, so a crash between loses minima of that trip, and no verdict is given twice. Until
+        the next pass of an arbiter the servers then have the threshold of before; a rollout is judged by its own.
+        """
+        minima = [calibration.minima[rid] for rid in judged if rid in calibration.minima]
+        calibration.minima.clear()
+        size, threshold = self._settings.buffer_size, self.threshold
+        places = self._plane.places if threshold != calibration.sent else self._plane.places[: 1 if minima else 0]
+        if places:
+            calibration.number += 1
+            added = {0: minima}
+            self._lease.call_all(
+                [
+                    scripts.calibrate(calibration.number, size, threshold, added.get(place, []), place)
+                    for place in places
+                ]
+            )
+            calibration.sent = threshold
+        if again:  # another arbiter judged some of them: what it found is in the buffer, and what we found is not
+            self._load_minima()
+            self._calibrate(calibration, [])
+
+    def _verdict(self, rid: str, track: _Track, look: Look) -> Verdict | None:
         """The verdict, if one is due: the rollout must be cut, or it has ended by itself and is completely scored."""
         assert track.head is not None and track.minimum is not None
-        arm, settings = track.head.arm, self._settings
+        arm, settings, finish = track.head.arm, self._settings, look.finish
         cut = settings.stops(arm) and track.cut is not None
-        if not cut and (not finish or len(track.chunks) < read_number(chunks, "chunks", low=1)):
+        if not cut and (not finish or len(track.chunks) < read_number(look.chunks, "chunks", low=1)):
             return None
         reason = track.cut.reason if cut and track.cut else (finish or b"").decode("ascii", "replace")
         tokens = np.concatenate([chunk.tokens for chunk in track.chunks])
         total = len(tokens)
         keep = track.cut.keep if track.cut else total
         # The minimum of a rollout that is not stopped covers all its windows, also those after a would-be cut.
-        seen = track.detector if settings.stops(arm) and isinstance(track.detector, Kat) else track.minimum
+        least = track.minimum.min_window_of_all
+        if settings.stops(arm) and isinstance(track.detector, Kat):
+            least = track.detector.min_window
         versions = [chunk.policy_version for chunk in track.chunks]
         return Verdict(
             rid=rid,
@@ -328,9 +370,9 @@ class Arbiter:
             keep=keep,
             train=total if settings.trains_whole(arm) else keep,
             cut=cut,
-            generated=read_number(length, "length") if finish else None,
+            generated=read_number(look.length, "length") if finish else None,
             threshold=track.threshold,
-            min_window=seen.min_window,
+            min_window=least,
             first_version=min(versions),
             last_version=max(versions),
             tokens=tokens,
@@ -348,8 +390,10 @@ class Arbiter:
     def _call(
         self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
     ) -> Fenced[Judged]:
-        size, threshold = self._settings.buffer_size, self.threshold
-        return scripts.verdict(rid, verdict, train, stop, minimum, size, threshold, entries)
+        size = self._settings.buffer_size
+        if self._calibration is not None:
+            return scripts.verdict(rid, verdict, train, stop, None, size, "", entries)
+        return scripts.verdict(rid, verdict, train, stop, minimum, size, self.threshold, entries)
 
     def _show_threshold(self) -> None:
         metrics.kat_buffer_size.set(len(self._minima))
@@ -363,11 +407,11 @@ class Arbiter:
         if any(verdict.stopped for verdict, _ in given):
             now = self._plane.now_s()
         for verdict, entry in given:
+            tracing.stage(verdict.rid, "verdict", tokens=len(verdict.tokens), keep=verdict.keep)
             self._observe_one(verdict, entry, now)
 
     def _observe_one(self, verdict: Verdict, entry: bytes, now: float) -> None:
-        for nats in verdict.divergence.tolist():
-            metrics.token_divergence.observe(nats)
+        metrics.token_divergence.observe_all(verdict.divergence)
         if verdict.arm == "treated" and self._policy.active(verdict.threshold):
             self._recent.append(verdict.fired)
             metrics.kat_cut_rate.set(sum(self._recent) / len(self._recent))

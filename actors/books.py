@@ -15,7 +15,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -141,9 +141,10 @@ class Tally:
         """Admitted and not booked."""
         return 2 * self.fields["admitted"] - self.fields.total()
 
-    def write(self, folder: RunFolder, lock: Path) -> None:
-        """Unless another feeder, which took over from this one, has written a later one."""
-        ledger = Ledger.of(self.fields)
+    def write(self, folder: RunFolder, lock: Path, by_server: Sequence[int] = ()) -> None:
+        """Unless another feeder, which took over from this one, has written a later one. `by_server`: how many rollouts
+        each of several data servers admitted."""
+        ledger = replace(Ledger.of(self.fields), by_server=list(by_server))
         with locked(lock):
             there = folder.ledger
             # Both numbers never fall.

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, Protocol
 
 from actors import admission, stream_metrics
 from actors.books import Booking, Books, Tally, audit_of, number_of, rid_of, unjudged_line
+from actors.cursors import Cursors, least_counts
 from actors.unbooked import FACTS, Unbooked
-from common import metrics, policies
+from common import metrics, policies, tracing
 from common.config import Config
 from common.draws import rollout_seed, uniform_bits
 from common.episode import Episode
@@ -26,11 +29,12 @@ from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import Ints, MessageError, RolloutHead, read_number, read_rid
 from common.wire.plane import Plane, RunGone, shown
-from common.wire.scripts import Admitted
+from common.wire.scripts import Admitted, Entry
 
 log = logging.getLogger("katana.feeder")
 ROOM_S = 0.25  # between two checks of a Redis that was short of memory
 HOUSEKEEPING_S = 0.5
+_LENGTHS, _LONG = 512, 0.98  # how many lengths are kept, and the quantile that counts as a long one
 COUNT_WAIT_S = 5.0  # how long a booking waits for the writer's token count of a stopped rollout
 _SWEEP_S = 60.0  # interval for removing the names of killed workers, and how long these must have been silent
 
@@ -50,6 +54,7 @@ class Feeder:
 
     books: Books  # set by `open`: before we have the lease, a former feeder may still write
     ledger: Tally
+    _cursors: Cursors
 
     def __init__(
         self,
@@ -69,8 +74,8 @@ class Feeder:
         self._lock = config.run_dir / BOOKS_LOCK
         self._rollouts: dict[str, Unbooked] = {}
         self._running: set[str] = set()
-        self._cursor = 0
-        self._slots = config.rollout.slots * config.rollout.workers
+        self._slots = config.most_slots * config.rollout.workers
+        self._lengths: deque[int] = deque(maxlen=_LENGTHS)  # of the last rollouts, in tokens written
         self._housekeeping_at = 0.0
         self._sweep_at = clock() + _SWEEP_S
         self._short = Episode(log)
@@ -103,9 +108,9 @@ class Feeder:
                 self._config.run_dir, record_traces=settings.record_traces, record_audit=settings.record_audit
             )
         self.ledger = Tally(self._plane.ledger())
-        self._cursor = self._plane.cursor()
-        known = _admitted_on_disk(self._folder, self.books)
-        if self._cursor < known:
+        self._cursors = Cursors(self._plane.cursors(), self._place_of)
+        known = self._admitted_on_disk()
+        if any(cursor < count for cursor, count in zip(self._cursors.counts, known, strict=True)):
             self._restore(known)
         rids = self._plane.open_rollouts()
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
@@ -119,7 +124,8 @@ class Feeder:
         if self._lease.adoption_due:
             self._adopt()
         self._book_ready()
-        admitted = self._admit()
+        with tracing.span("admitting"):
+            admitted = self._admit()
         if self._clock() >= self._housekeeping_at:
             self._housekeeping_at = self._clock() + HOUSEKEEPING_S
             self._housekeep()
@@ -139,23 +145,31 @@ class Feeder:
         for rollout in left.values():
             rollout.ending = rollout.ending or ("dropped", "run_end", None)
         self._write_and_book(left)
-        self._lease.call(scripts.close(self._plane.groups))
+        self._lease.call_all([scripts.close(self._plane.groups, place) for place in self._plane.places])
 
     def close(self) -> None:
         """Write the ledger to disk, release the lease and close the books. Does not need Redis."""
-        self.ledger.write(self._folder, self._lock)
+        self._write_ledger()
         self._lease.drop()
         self.books.close()
 
-    def _restore(self, cursor: int) -> None:
-        """Redis lost the run: continue after the admitted rollouts in the books; open rollouts are booked as lost."""
+    def _restore(self, known: list[int]) -> None:
+        """Redis lost the run, or of several servers some did: continue after the admitted rollouts in the books; open
+        rollouts of those servers are booked as lost. `known`: how many each is known to have admitted."""
+        before = self._cursors.counts
+        places = [place for place in self._plane.places if before[place] < known[place]]
+        self._cursors = Cursors([max(counts) for counts in zip(before, known, strict=True)], self._place_of)
         alive = set(self._plane.open_rollouts())
-        rids = [rid_of(index) for index in range(cursor)]
+        admitted = (number for number in range(self._cursors.end) if number in self._cursors)
+        rids = [rid_of(number) for number in admitted if self._place_of(number) in places]
         lost = [rid for rid in rids if rid not in self.books.booked and rid not in alive]
+        servers = len(self._plane.parts)
+        where = "" if servers == 1 else f" on server {', '.join(str(place + 1) for place in places)} of {servers}"
         log.warning(
-            "Redis lost this run: %d of %d admitted rollouts are booked, %d are lost",
-            cursor - len(lost) - len(alive),
-            cursor,
+            "Redis lost this run%s: %d of %d admitted rollouts are booked, %d are lost",
+            where,
+            sum(rid in self.books.booked for rid in rids),
+            len(rids),
             len(lost),
         )
         # The head by its number. For a rollout that had been sent back, the problem is not the original one.
@@ -166,12 +180,41 @@ class Feeder:
                 for head in heads
             ]
         )
-        self._cursor = cursor
-        self.ledger = Tally({"admitted": cursor, **self.books.endings})
-        generated = sum(line.tokens_generated for line in self._folder.rollouts())
-        # The records of these have their own counts, which their writers may still increase.
-        unbooked = [rid for rid in alive if rid not in self.books.booked]
-        self._lease.call(scripts.restore(cursor, generated, unbooked, self.ledger.fields))
+        for place in places:
+            self._restore_at(place, [rid for rid in alive if rid not in self.books.booked])
+        self.ledger = Tally(self._plane.ledger())
+
+    def _restore_at(self, place: int, unbooked: list[str]) -> None:
+        """Give one server back what it counted. `unbooked`: open rollouts whose records are there; they have their own
+        counts of tokens, which their writers may still increase."""
+        cursor, generated = self._cursors.counts[place], 0
+        ledger: Counter[str] = Counter(admitted=cursor)
+        for line in self._folder.rollouts():
+            if self._plane.place_of(line.rid) == place:
+                ledger[line.ledger_field] += 1
+                generated += line.tokens_generated
+        own = [rid for rid in unbooked if self._plane.place_of(rid) == place]
+        self._lease.call(scripts.restore(cursor, generated, own, ledger, place))
+
+    def _place_of(self, number: int) -> int:
+        return self._plane.place_of(rid_of(number))
+
+    def _admitted_on_disk(self) -> list[int]:
+        """How many rollouts each server admitted, by books, ledger and the learner's record: no id is used twice."""
+        ledger, servers = self._folder.ledger, len(self._plane.parts)
+        trained = (number_of(rid) for line in self._folder.trained() for rid in line.rids)
+        by_record = least_counts(chain(self._booked_numbers(), trained), servers, self._place_of)
+        if ledger is None:
+            return by_record
+        by_ledger = [ledger.admitted] if servers == 1 else ledger.by_server or by_record
+        return [max(counts) for counts in zip(by_record, by_ledger, strict=True)]
+
+    def _booked_numbers(self) -> Iterator[int]:
+        """Numbers of booked rollouts, the highest of each server among them."""
+        if len(self._plane.parts) == 1:
+            yield self.books.booked.next_number - 1
+        else:
+            yield from (number_of(line.rid) for line in self._folder.rollouts())
 
     # --- books -------------------------------------------------------------------------------------------------
 
@@ -190,7 +233,7 @@ class Feeder:
         """Process one entry of `finished`. An unreadable one becomes a dead letter, with the reason."""
         try:
             rid = read_rid(values.get(b"rid"))
-            if not 0 <= number_of(rid) < self._cursor:
+            if number_of(rid) not in self._cursors:
                 raise MessageError(f"finished.rid: {rid!r:.40} was never admitted")
             rollout = self._rollouts.get(rid, Unbooked())
             rollout.absorb(entry, values, self._clock())
@@ -215,6 +258,10 @@ class Feeder:
         """Book on disk first, all with one fsync, then one by one in Redis, which removes the rollouts' hashes."""
         if not ready:
             return
+        with tracing.span("booking", rollouts=len(ready)):
+            self._book_all(ready)
+
+    def _book_all(self, ready: dict[str, Unbooked]) -> None:
         records = self._plane.fields((rid, FACTS) for rid in ready)
         audits = self._audits(list(ready))
         bookings = []
@@ -222,11 +269,17 @@ class Feeder:
             self._lease.keep()  # judging a completion may take seconds
             line = rollout.line(rid, facts, active=self._policy.active, judge=self._source.judge)
             bookings.append(Booking(line, rollout.verdict, audit))
+            self._lengths.append(line.tokens_generated)
         self._write(bookings)
         self._book([(rid, one.ledger_field, one.entries) for rid, one in ready.items()])
         for rid in ready:
             self._rollouts.pop(rid, None)
             self._running.discard(rid)
+            tracing.stage(rid, "booked")
+
+    def _write_ledger(self) -> None:
+        by_server = self._cursors.counts if len(self._plane.parts) > 1 else ()
+        self.ledger.write(self._folder, self._lock, by_server)
 
     def _write(self, bookings: list[Booking]) -> None:
         with self._lease.exclusively(self._lock):
@@ -292,30 +345,37 @@ class Feeder:
         """Admit `count` rollouts with the next numbers: first what operators sent back, then the next in the data."""
         if count <= 0:
             return 0
-        sent_back = self._sent_back(count)
+        sent_back = [self._readable(entries) for entries in self._plane.requests_by_server(count)]
         heads, calls = [], []
-        for place in range(count):
-            request = sent_back[place] if place < len(sent_back) else None
-            head = head_of(self._config, self._source, self._cursor + place, step, request and request[1])
+        for number, cursor in self._cursors.upcoming(count):
+            # A request is admitted where it is: the script that admits the rollout removes the request.
+            request = next(sent_back[self._place_of(number)], None)
+            head = head_of(self._config, self._source, number, step, request and request[1])
             heads.append(head)
-            calls.append(scripts.admit(head.rid, head.encode(), self._cursor + place + 1, threshold, request))
-        for admitted, (head, word) in enumerate(zip(heads, self._lease.call_all(calls), strict=True)):
-            # If one is refused, all after it are too, because each follows the one before.
-            if word is Admitted.BEHIND and admitted == 0:
+            calls.append(scripts.admit(head.rid, head.encode(), cursor, threshold, request))
+        asked_ns = time.perf_counter_ns()
+        admitted, asked = 0, set()
+        for head, word in zip(heads, self._lease.call_all(calls), strict=True):
+            place = self._plane.place_of(head.rid)
+            if word is Admitted.OK:
+                admitted += 1
+                self._cursors.admitted(number_of(head.rid))
+                self._running.add(head.rid)
+                tracing.stage(head.rid, "admitted", at_ns=asked_ns)
+                self.ledger.fields["admitted"] += 1
+                asked.add(place)
+                continue
+            # If one is refused, so are all after it on its server, because each follows the one before.
+            if word is Admitted.BEHIND and place not in asked:
                 raise RunGone("Redis has lost the newest admissions: the feeder must restart from its books")
             if word is Admitted.FULL:  # other data fills it: there was room for this run's
                 self._log_shortage(self._plane.memory())
-            if word is not Admitted.OK:
-                return admitted
-            self._cursor += 1
-            self._running.add(head.rid)
-            self.ledger.fields["admitted"] += 1
-        return count
+            asked.add(place)
+        return admitted
 
-    def _sent_back(self, count: int) -> list[tuple[bytes, int]]:
-        """Entry and problem of the oldest requests in `again`; one that cannot be admitted becomes a dead letter."""
-        found = []
-        for entry, values in self._plane.requests(count):
+    def _readable(self, requests: list[Entry]) -> Iterator[tuple[bytes, int]]:
+        """Entry and problem of requests in `again`, oldest first; one that cannot be admitted becomes a dead letter."""
+        for entry, values in requests:
             try:
                 problem = read_number(values.get(b"problem"), "again.problem")
                 self._source.prompt(problem)
@@ -323,8 +383,7 @@ class Feeder:
                 at = ("again", "", entry)
                 self._plane.fail("", "again", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
-            found.append((entry, problem))
-        return found
+            yield entry, problem
 
     def _fitting(self, count: int) -> int:
         """How many of `count` more rollouts fit into Redis."""
@@ -357,7 +416,13 @@ class Feeder:
 
     @property
     def _concurrency(self) -> int:
-        return self._config.feeder.concurrency or int(1.25 * self._slots)
+        """`feeder.concurrency`; by default what the writers have room for, if it can be trained in time."""
+        if self._config.feeder.concurrency:
+            return self._config.feeder.concurrency
+        mean, long = 1.0, 2.0  # before lengths are known
+        if lengths := sorted(self._lengths):
+            mean, long = sum(lengths) / len(lengths), lengths[int(_LONG * len(lengths))]
+        return min(int(1.25 * self._slots), admission.in_time(self._config.learner, mean, long))
 
     # --- housekeeping ------------------------------------------------------------------------------------------
 
@@ -366,11 +431,11 @@ class Feeder:
         self._send_tasks()
         live = self._plane.live(within_s=3 * self._config.liveness.heartbeat_s + 1)
         slots = sum(int(facts.get("slots", 0)) for facts in live.values() if facts.get("role") == "rollout")
-        self._slots = slots or self._config.rollout.slots * self._config.rollout.workers
+        self._slots = slots or self._config.most_slots * self._config.rollout.workers
         if self._clock() >= self._sweep_at:
             self._sweep_at = self._clock() + _SWEEP_S
             self._plane.sweep(silent_s=_SWEEP_S)
-        self.ledger.write(self._folder, self._lock)
+        self._write_ledger()
         metrics.config_value.labels("concurrency").set(self._concurrency)
         metrics.rollouts_open.set(self.ledger.open)
         stream_metrics.show_workers(live)
@@ -392,13 +457,6 @@ def head_of(
         step=step,
         prompt=source.prompt(problem),
     )
-
-
-def _admitted_on_disk(folder: RunFolder, books: Books) -> int:
-    """How many rollouts were admitted, by books, ledger and the learner's record: no id may be used twice."""
-    ledger = folder.ledger
-    trained = max((number_of(rid) + 1 for line in folder.trained() for rid in line.rids), default=0)
-    return max(books.booked.next_number, ledger.admitted if ledger else 0, trained)
 
 
 def _stored(length: bytes | None) -> int:

@@ -21,14 +21,16 @@ from actors.blame import ALONE_AFTER, Blame, step_or_part
 from actors.busy import BusyShare, Idling
 from actors.engine import ClosedChunk, Decoder
 from actors.weights import Weights, WeightsReader
-from common import metrics
+from common import metrics, tracing
 from common.config import Config
 from common.episode import Episode
 from common.failing import brief
+from common.policies import unwatched
 from common.pulse import Pulse
 from common.runfiles.names import WEIGHTS
 from common.wire import scripts
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
     Ints,
@@ -46,6 +48,7 @@ log = logging.getLogger("katana.rollout")
 _CONTROL_S = 0.01  # interval for reading signals, scored counts and the policy pointer, and for filling free slots
 _EXCHANGE_SHARE = 0.25  # share of its time, at most, that a generating worker waits for the answers of Redis
 _LONGEST_SILENCE_S = 0.5  # limit of the pause after a slow round trip
+_LEAST_SILENCE_S = 0.02  # of a generating worker: its chunks of several steps go together
 _LONGEST_IDLE_S = 2.0  # between two polls of a worker that has nothing to write
 
 
@@ -98,13 +101,16 @@ class RolloutWorker:
     ) -> None:
         self._config, self._plane, self._decoder, self._worker, self._stop = config, plane, decoder, worker, stop
         self._clock = clock
-        self._weights = WeightsReader(config.run_dir / WEIGHTS, plane.refuse)
+        self._weights = WeightsReader(config.run_dir / WEIGHTS, plane.refuse, decoder.read_weights)
         self._writing: dict[str, _Writing] = {}
         self._counts: list[Call[Counted]] = []  # lengths of stopped rollouts, to be sent
-        self._done: list[bytes] = []  # signals that have been read
+        # By data server: signals that have been read, the last of them, and where the next claim begins.
+        self._done: list[list[bytes]] = [[] for _ in plane.places]
+        self._signal = [b"0-0" for _ in plane.places]
+        self._claim_from = [b"0-0" for _ in plane.places]
+        self._turn = 0  # the server that is asked first for rollouts
         self._exchange_at = 0.0
         self.version = self._step = -1
-        self._signal = self._claim_from = b"0-0"
         self._busy = BusyShare()
         self._alone: list[str] = []  # rollouts to be written alone, while the others wait
         self._tried = ""  # the first of them, once its attempt is counted
@@ -114,7 +120,7 @@ class RolloutWorker:
         self._due: dict[str, float] = {}
         live = config.liveness
         self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
-        metrics.slots_total.labels("rollout").set(config.rollout.slots)
+        metrics.slots_total.labels("rollout").set(decoder.slots)
 
     def serve(self, until: float) -> None:
         """Generate until `until` (monotonic seconds), the end of the run, or a stop; then release all rollouts."""
@@ -156,13 +162,18 @@ class RolloutWorker:
     def _write(self) -> list[ClosedChunk]:
         """One engine step. For each rollout on which it fails an attempt is counted; the others continue."""
         before = self._decoder.decoded_tokens
-        with self._pulse.busy("writing"), self._busy.work(), metrics.engine_step_seconds.labels("rollout").time():
+        with (
+            self._pulse.busy("an engine step"),
+            self._busy.work(),
+            metrics.engine_step_seconds.labels("rollout").time(),
+        ):
             closed, failures = step_or_part(
                 self._decoder,
                 [rid for rid in self._decoder.busy if not self._waits_for_another(rid)],
                 may_economize=not self._config.deterministic,
             )
-        written = self._decoder.decoded_tokens - before
+            written = self._decoder.decoded_tokens - before
+            tracing.note(rows=len(self._decoder.busy), tokens=written)
         metrics.decode_tokens.labels("rollout").inc(written)
         for rid, error in failures:
             if written:  # other rollouts succeeded, so the engine works however many fail
@@ -209,6 +220,10 @@ class RolloutWorker:
 
     def _exchange(self, *, control: bool) -> bool:
         """Send chunks and counts; with `control`, read signals, scored counts and weights, and take rollouts."""
+        with tracing.span("exchange"):
+            return self._exchange_now(control=control)
+
+    def _exchange_now(self, *, control: bool) -> bool:
         free = self._free() if control else 0  # before `refused` is reset: a full Redis gets no new rollouts
         everyone = control and self._is_due("beat", self._config.liveness.heartbeat_s)
         if self._is_due("refused", 0.25):
@@ -216,40 +231,57 @@ class RolloutWorker:
                 one.refused = False
         sent = [(one, *pair) for one in self._writing.values() if not one.refused for pair in one.closed]
         counts = list(self._counts)
-        asked = [one for one in self._writing.values() if everyone or one.held] if control else []
-        beats = [self._beat_call(asked)] if control else []
+        asked = self._asked(everyone) if control else []
+        beats = [self._beat_call(place, some) for place, some in enumerate(asked)]
         nonce = secrets.token_hex(8)
-        takes = [self._take_call(nonce, free)] if free else []
+        shares = self._shares(free)
+        takes = [self._take_call(nonce, share, place) for place, share in shares]
         began = self._clock()
+        tracing.note(chunks=len(sent), free=free)
         stored, _, answered, given = self._plane.trip(self._chunk_calls(sent), counts, beats, takes)
         now = self._clock()
         longest = min(_LONGEST_SILENCE_S, self._config.liveness.heartbeat_s / 2)
-        self._exchange_at = now + min((now - began) * (1 / _EXCHANGE_SHARE - 1), longest)
+        self._exchange_at = now + max(min((now - began) * (1 / _EXCHANGE_SHARE - 1), longest), _LEAST_SILENCE_S)
         del self._counts[: len(counts)]
         for (one, chunk, _), answer in zip(sent, stored, strict=True):
             self._handle_answer(one, chunk, answer)
-        for beat in answered:
-            self._handle_control(asked, beat)
-        return all(self._begin_all(reply, nonce) for reply in given)
+        for place, beat in enumerate(answered):
+            self._handle_control(place, asked[place], beat)
+        return all(self._begin_all(reply, nonce, place) for (place, _), reply in zip(shares, given, strict=True))
+
+    def _asked(self, everyone: bool) -> list[list[_Writing]]:
+        """The rollouts to ask about, by data server: all, or those that wait."""
+        asked: list[list[_Writing]] = [[] for _ in self._plane.places]
+        for one in self._writing.values():
+            if everyone or one.held:
+                asked[self._plane.place_of(one.rid)].append(one)
+        return asked
+
+    def _shares(self, free: int) -> list[tuple[int, int]]:
+        """Which data servers are asked for how many of the free slots; the turn is for slots that cannot be shared."""
+        servers = len(self._plane.places)
+        first, self._turn = self._turn, (self._turn + 1) % servers
+        shares = [((first + step) % servers, (free + servers - 1 - step) // servers) for step in range(servers)]
+        return [(place, share) for place, share in shares if share]
 
     def _free(self) -> int:
         """Number of free slots; 0 while Redis is full."""
         if any(one.refused for one in self._writing.values()):
             return 0
-        return self._config.rollout.slots - len(self._decoder.busy)
+        return self._decoder.free
 
     # --- what comes in -----------------------------------------------------------------------------------------
 
-    def _take_call(self, nonce: str, free: int) -> Call[Given]:
-        claim = self._plane.may_claim and self._is_due("claim", self._config.liveness.heartbeat_s)
+    def _take_call(self, nonce: str, free: int, place: int) -> Call[Given]:
+        claim = self._plane.may_claim and self._is_due(f"claim {place}", self._config.liveness.heartbeat_s)
         idle_ms = int(self._config.liveness.claim_s * 1000) if claim else 0
-        return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from)
+        return scripts.take(self._worker, nonce, free, idle_ms, self._claim_from[place], place)
 
-    def _begin_all(self, given: Given, nonce: str) -> bool:
-        """Start the rollouts that Redis gave. False if the run has ended."""
+    def _begin_all(self, given: Given, nonce: str, place: int) -> bool:
+        """Start the rollouts that a data server gave. False if the run has ended."""
         if given.ended:
             return False
-        self._claim_from = given.claim_from
+        self._claim_from[place] = given.claim_from
         taken = []
         for offer in given.offers:
             known, most = "", self._config.max_length  # a chunk has at least a token
@@ -287,14 +319,21 @@ class RolloutWorker:
             if not self._has_weights_of(head.step):
                 self._release(Written(taken.rid, taken.entry, nonce))
                 return
+            rule, most = self._config.termination, head.max_new_tokens
             self._decoder.add(
-                taken.rid, head.prompt, seed=head.seed, max_new_tokens=head.max_new_tokens, generated=_join(chunks)
+                taken.rid,
+                head.prompt,
+                seed=head.seed,
+                max_new_tokens=most,
+                generated=_join(chunks),
+                unwatched=unwatched(rule, arm=head.arm, seed=head.seed, max_tokens=most),
             )
         except (MessageError, ValueError) as error:
             self._release(Written(taken.rid, taken.entry, nonce))
             self._give_up(taken.rid, str(error), taken.entry)
             return
         self._writing[taken.rid] = writing
+        tracing.stage(taken.rid, "taken")
         if taken.claims >= ALONE_AFTER:
             self._alone.append(taken.rid)
         self._hold_or_release(writing)
@@ -306,16 +345,17 @@ class RolloutWorker:
 
     def _release(self, *written: Written) -> None:
         """Release rollouts: the next worker that asks takes them."""
-        self._plane.call(scripts.release(self._worker, written))
+        together = self._plane.by_server(written, lambda one: one.rid)
+        self._plane.call_all([scripts.release(self._worker, some) for some in together])
 
-    def _beat_call(self, asked: list[_Writing]) -> Call[Beat]:
-        return scripts.beat(self._worker, self._signal, list(self._done), [one.owned for one in asked])
+    def _beat_call(self, place: int, asked: list[_Writing]) -> Call[Beat]:
+        return scripts.beat(self._worker, self._signal[place], self._done[place], [one.owned for one in asked], place)
 
-    def _handle_control(self, asked: list[_Writing], beat: Beat) -> None:
+    def _handle_control(self, place: int, asked: list[_Writing], beat: Beat) -> None:
         """Read signals and weights, and for the rollouts `asked`: scored counts, endings, lost ownership."""
-        self._done = [entry for entry, _ in beat.signals]
+        self._done[place] = [entry for entry, _ in beat.signals]
         for entry, rid in beat.signals:
-            self._signal = entry
+            self._signal[place] = entry
             if rid in self._writing:
                 self._end(rid)
         for one, standing in zip(asked, beat.standings, strict=True):
@@ -328,12 +368,14 @@ class RolloutWorker:
             else:
                 self._learn_scored(one, standing.scored)
         # Deterministic: weights change only when a rollout needs it (`_start`), so no chunk is closed early.
-        if not self._config.deterministic:
+        if place == 0 and not self._config.deterministic:
             self._follow(beat.policy, wait=self.version < 0)
 
     def _learn_scored(self, writing: _Writing, scored: bytes | None) -> None:
         try:
-            writing.scored = read_number(scored or b"0", "rollout.scored")
+            known, writing.scored = writing.scored, read_number(scored or b"0", "rollout.scored")
+            if writing.scored > known:
+                tracing.stage(writing.rid, "seen", seq=writing.scored - 1)
         except MessageError as error:
             self._forget(writing.rid)
             self._release(writing.owned)
@@ -392,23 +434,22 @@ class RolloutWorker:
     def _chunk_call(self, writing: _Writing, chunk: ClosedChunk, version: int, seq: int) -> Call[Stored]:
         support = ChunkSupport(
             support_ids=chunk.support_ids,
-            support_logprobs=chunk.support_logprobs,
-            tail_logprobs=chunk.tail_logprobs,
             rollout_logprobs=chunk.rollout_logprobs,
             sampled_logprobs=chunk.sampled_logprobs,
         ).encode()
+        logprobs = ChunkLogprobs(support_logprobs=chunk.support_logprobs, tail_logprobs=chunk.tail_logprobs).encode()
         tokens = ChunkTokens(
             seq=seq,
             start=chunk.start,
             policy_version=version,
             finish=chunk.finish,
             writer=writing.nonce,
-            digest=support_digest(support),
+            digest=support_digest(support, logprobs),
             tokens=chunk.tokens,
         ).encode()
         length = chunk.start + len(chunk.tokens)
         shard = self._plane.shard_of(writing.rid)
-        return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, shard, length, chunk.finish)
+        return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, logprobs, shard, length, chunk.finish)
 
     def _handle_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:
@@ -422,6 +463,7 @@ class RolloutWorker:
         del writing.closed[0]
         if stored.word is scripts.ChunkAnswer.OK:
             metrics.chunks_sent.inc()
+            tracing.stage(writing.rid, "chunk", seq=writing.sent, tokens=len(chunk.tokens))
             self._full.not_seen("Redis accepts chunks again")
             writing.sent += 1
             self._came_through(writing.rid)
@@ -467,7 +509,7 @@ class RolloutWorker:
         """Swap in other weights; every open chunk is closed first."""
         self._close(self._decoder.close_chunks())
         with self._pulse.busy("swapping weights"):
-            self._decoder.swap(weights.state)
+            self._decoder.swap(weights.content)
         self.version, self._step = weights.version, weights.step
         metrics.policy_version.labels("rollout").set(weights.version)
 
@@ -498,7 +540,7 @@ class RolloutWorker:
         self._plane.seen(
             self._worker,
             role="rollout",
-            slots=self._config.rollout.slots,
+            slots=self._decoder.slots,
             writing=len(self._writing),
             tokens=self._decoder.decoded_tokens,
             busy=f"{self._busy.share:.3f}",

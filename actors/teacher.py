@@ -18,13 +18,15 @@ from actors.blame import ALONE_AFTER, Blame
 from actors.busy import BusyShare, Idling
 from actors.engine import Scored, Scorer, ScoreRequest
 from actors.engine.outcomes import support_size
-from common import metrics
+from actors.pace import Pace
+from common import metrics, tracing
 from common.config import Config
 from common.divergence import coarse_reverse_kl
 from common.failing import brief, out_of_memory
 from common.pulse import Pulse
 from common.wire import scripts
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
     Ints,
@@ -32,12 +34,14 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    read_logprobs,
     read_number,
     read_rid,
+    read_support,
     support_digest,
 )
 from common.wire.plane import Plane, Roster, Stopping, shown
-from common.wire.record import divergence_field, support_field, tokens_field
+from common.wire.record import divergence_field, logprobs_field, support_field, tokens_field
 from common.wire.scripts import Entry, ScoreAnswer
 
 log = logging.getLogger("katana.teacher")
@@ -61,6 +65,7 @@ class _Loaded:
     head: RolloutHead
     tokens: ChunkTokens
     support: ChunkSupport
+    logprobs: ChunkLogprobs
     record: bytes  # the tokens as they are stored
     before: bytes | None  # those of the previous chunk
 
@@ -93,12 +98,16 @@ class TeacherWorker:
         self._claim_at = 0.0
         self._turn_of = 0  # the shard of another teacher whose idle notices are claimed next
         self._waiting: list[_Work] = []
+        self._pace = Pace(config.rollout.max_unscored_chunks)
         self._alone: set[str] = set()  # rollouts that are scored alone, after all others
         self._blame = Blame(scorer.prove, deed="scored", model="teacher")
         # By rollout, the record of the last scored chunk. It has the digest of its support, which depends on all text
         # before it: if the stored record differs, the cache holds another text, perhaps of another run.
         self._latest: dict[str, bytes] = {}
         self._scored_tokens = 0
+        self._late = (
+            False  # the first of `_waiting` is a chunk whose earlier tokens are being forwarded, a piece a step
+        )
         metrics.slots_total.labels("teacher").set(scorer.slots)
 
     def serve(self, until: float) -> None:
@@ -128,13 +137,23 @@ class TeacherWorker:
         if not self._waiting and len(self._mine) < self._plane.shards and self._idle.idle_s > _HELP_AFTER_S:
             # Helping costs forwards: the cache of the earlier chunks is rebuilt here, and again by the next teacher.
             self._note(self._read(range(self._plane.shards), count, 0.0))
-        work, self._waiting = self._waiting[:count], self._waiting[count:]
+        if self._waiting and not self._config.deterministic:
+            self._fill(count)
+        work, self._waiting, self._late = self._waiting[:count], self._waiting[count:], False
         if not work:
             return False
         self._idle.worked()
         with self._pulse.busy("scoring"), self._busy.work():
             self._score(work)
         return True
+
+    def _fill(self, count: int) -> None:
+        """Wait for a fuller batch, as long as that holds no rollout up; not while a long text is forwarded."""
+        patience_s = 0.0 if self._late else self._pace.patience_s(len(self._waiting))
+        if patience_s or self._late:
+            self._stop.wait(patience_s)
+            if self._mine:
+                self._note(self._read(self._mine, count, 0.0))
 
     # --- notices -----------------------------------------------------------------------------------------------
 
@@ -155,6 +174,7 @@ class TeacherWorker:
         return self._plane.read("teacher", self._worker, streams, count=each, block_s=block_s) if streams else []
 
     def _note(self, entries: list[tuple[str, Entry]]) -> None:
+        before = len(self._waiting)
         for stream, (entry, values) in entries:
             shard = int(stream.partition(":")[2])
             try:
@@ -165,6 +185,7 @@ class TeacherWorker:
                 self._plane.fail("", "chunks", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
             self._waiting.append(_Work(shard, entry, rid, seq))
+        self._pace.saw(((work.rid, work.seq) for work in self._waiting[before:]), time.monotonic())
 
     def _claim(self) -> None:
         # A teacher claims in its own shards and, in turn, in the others': their teacher may be busy for long.
@@ -238,15 +259,20 @@ class TeacherWorker:
         else:
             self._count_failure(loaded, error)
 
-    def _answers(self, requests: list[ScoreRequest]) -> tuple[list[Scored], Exception | None]:
-        """The scores, or the error that the model raised; the cache then holds nothing of these requests."""
+    def _answers(self, requests: list[ScoreRequest]) -> tuple[list[Scored | None], Exception | None]:
+        """The scores (None: not yet, see `_wait_in_front`), or the error that the model raised; the cache then holds
+        nothing of these requests."""
+        # One that is scored alone has one attempt a step, so it is scored in one.
+        whole = self._config.deterministic or any(one.key in self._alone for one in requests)
+        score = self._scorer.score if whole else self._scorer.score_in_turn
         try:
-            with metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
-                scored = self._scorer.score(requests)
+            forward = tracing.span("a forward", chunks=len(requests), tokens=sum(len(one.tokens) for one in requests))
+            with forward, metrics.chunk_score_seconds.time(), metrics.engine_step_seconds.labels("teacher").time():
+                scored: list[Scored | None] = [*score(requests)]
         except Exception as error:
             failed = error.with_traceback(None)  # its frames keep tensors in memory
         else:
-            metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored))
+            metrics.decode_tokens.labels("teacher").inc(sum(len(one.sampled) for one in scored if one))
             return scored, None
         self._scorer.discard({request.key for request in requests})
         return [], failed
@@ -266,27 +292,31 @@ class TeacherWorker:
         work = sorted({(one.rid, one.seq): one for one in reversed(work)}.values(), key=lambda one: (one.rid, one.seq))
         answers = self._plane.fields((one.rid, _wanted(one.seq)) for one in work)
         loaded, over = [], []
-        for one, (head, verdict, done, tokens, support, before) in zip(work, answers, strict=True):
+        for one, (head, verdict, done, tokens, support, logprobs, before) in zip(work, answers, strict=True):
             if head is None or verdict is not None or done is not None or tokens is None:
                 over.append(scripts.score(one.shard, one.entry, one.rid, one.seq, b"", b""))
                 if verdict is not None or head is None:
                     self._drop(one.rid)
                 continue
             try:
-                loaded.append(self._decode(one, head, tokens, support or b"", before))
+                loaded.append(self._decode(one, head, tokens, support or b"", logprobs or b"", before))
             except MessageError as error:
                 self._give_up(one, str(error))
         self._plane.call_all(over)  # nothing left to score: the script only acknowledges the notices
         return loaded
 
-    def _decode(self, work: _Work, head: bytes, tokens: bytes, support: bytes, before: bytes | None) -> _Loaded:
-        parts = RolloutHead.decode(head), ChunkTokens.decode(tokens), ChunkSupport.decode(support)
-        one = _Loaded(work, *parts, tokens, before)
-        if one.tokens.seq != work.seq or support_digest(support) != one.tokens.digest:
+    def _decode(
+        self, work: _Work, head: bytes, tokens: bytes, support: bytes, logprobs: bytes, before: bytes | None
+    ) -> _Loaded:
+        parts = RolloutHead.decode(head), ChunkTokens.decode(tokens)
+        student = read_support(support), read_logprobs(logprobs, support)
+        one = _Loaded(work, *parts, *student, tokens, before)
+        if one.tokens.seq != work.seq or support_digest(support, logprobs) != one.tokens.digest:
             raise MessageError("the chunk's support does not have the digest in its tokens")
-        if one.support.support_ids.shape != (len(one.tokens.tokens), self._support):
-            raise MessageError(f"the chunk's support is not [tokens, {self._support}]")
-        if (one.support.tail_logprobs is None) != self._whole:
+        n, k = len(one.tokens.tokens), self._support
+        if one.support.support_ids.shape != (n, k) or one.logprobs.support_logprobs.shape != (n, k + 1):
+            raise MessageError(f"the chunk's support is not [tokens, {k}]")
+        if (one.logprobs.tail_logprobs is None) != self._whole:
             raise MessageError("the chunk has a tail although its support holds every outcome, or lacks the tail")
         highest = max(one.tokens.tokens.max(), one.support.support_ids.max(initial=0), one.head.prompt.max())
         if highest >= self._vocab_size:
@@ -351,11 +381,22 @@ class TeacherWorker:
             raise MessageError(f"token id {prefix.max()} is outside the vocabulary of {self._vocab_size}")
         return prefix
 
-    def _store(self, loaded: list[_Loaded], scored: list[Scored]) -> None:
+    def _wait_in_front(self, late: list[_Loaded]) -> None:
+        """Chunks to score when all that is before them is forwarded: in front, so that no other takes their slot."""
+        first = {one.work.rid: one for one in reversed(late)}
+        # What is forwarded of their text goes with the record that it was read from.
+        self._latest |= {rid: one.before for rid, one in first.items() if one.before is not None}
+        self._waiting[:0] = [one.work for one in late]
+        self._late |= bool(late)
+
+    def _store(self, loaded: list[_Loaded], scored: list[Scored | None]) -> None:
         """Store the scores in one round trip; give up chunks whose scores are not finite."""
+        self._wait_in_front([one for one, answer in zip(loaded, scored, strict=True) if answer is None])
         good, calls = [], []
         for one, answer in zip(loaded, scored, strict=True):
             work = one.work
+            if answer is None:
+                continue
             try:
                 divergence, support = _records(one, answer)
             except ValueError as error:
@@ -367,6 +408,7 @@ class TeacherWorker:
             self._scored_tokens += len(one.tokens.tokens)
             if reply is ScoreAnswer.OK:
                 metrics.chunks_scored.inc()
+                tracing.stage(one.work.rid, "scored", seq=one.work.seq)
             elif reply is ScoreAnswer.DUPLICATE:
                 metrics.chunks_duplicate.inc()
             self._blame.succeeded()
@@ -382,6 +424,7 @@ class TeacherWorker:
         self._scorer.drop(rid)
         self._alone.discard(rid)
         self._latest.pop(rid, None)
+        self._pace.over(rid)
 
     def _give_up(self, work: _Work, reason: str, attempts: int | None = None) -> None:
         """Count an attempt; `attempts`: how many are allowed, by default `liveness.max_attempts`."""
@@ -396,13 +439,14 @@ class TeacherWorker:
 
 def _wanted(seq: int) -> list[str]:
     """The fields that a notice needs: of its chunk, and the tokens of the previous chunk."""
-    return ["head", "verdict", divergence_field(seq), tokens_field(seq), support_field(seq), tokens_field(seq - 1)]
+    of_chunk = (divergence_field, tokens_field, support_field, logprobs_field)
+    return ["head", "verdict", *(field(seq) for field in of_chunk), tokens_field(seq - 1)]
 
 
 def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
     """Divergence and log-probabilities of a chunk, encoded. Raises ValueError if they are not finite."""
     divergence = coarse_reverse_kl(
-        one.support.support_logprobs, scored.teacher_logprobs, one.support.tail_logprobs, scored.tail_logprobs
+        one.logprobs.support_logprobs, scored.teacher_logprobs, one.logprobs.tail_logprobs, scored.tail_logprobs
     )
     support = ScoreSupport(
         teacher_logprobs=scored.teacher_logprobs, tail_logprobs=scored.tail_logprobs, sampled_logprobs=scored.sampled

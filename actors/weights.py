@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load
 from torch import Tensor
 
+from actors.engine.adapters import Adapter, unpacked
 from common import metrics
 from common.wire.weights import BadWeights, WeightsRef, read_pointer, verified
 
@@ -21,21 +21,28 @@ _AGAIN_S = 2.0  # before refused weights are read again: they are large, and rar
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One version in memory. `state`: tensors by the model's names, on the CPU; `step`: the optimizer step."""
+    """One version in memory. `content`: tensors by the model's names, or an adapter, on the CPU; `step`: the optimizer
+    step."""
 
     version: int
     step: int
-    state: Mapping[str, Tensor]
+    content: Mapping[str, Tensor] | Adapter
 
 
 class WeightsReader:
     """Reads one version at a time from a run's `weights/`, in its own thread.
 
-    `refused` is called with a version that could not be read.
+    `refused` is called with a version that could not be read. `read`: from the content of a file to what is swapped in;
+    refuses a version by raising an error.
     """
 
-    def __init__(self, folder: Path, refused: Callable[[int], None] = lambda version: None) -> None:
-        self._folder, self._refused = folder, refused
+    def __init__(
+        self,
+        folder: Path,
+        refused: Callable[[int], None] = lambda version: None,
+        read: Callable[[bytes], Mapping[str, Tensor] | Adapter] = unpacked,
+    ) -> None:
+        self._folder, self._refused, self._unpack = folder, refused, read
         self._thread: threading.Thread | None = None  # reads `_ref`, or has read it
         self._ref: WeightsRef | None = None
         self._found: Weights | Exception | None = None
@@ -87,6 +94,6 @@ class WeightsReader:
     def _read(self, ref: WeightsRef, step: int) -> None:
         try:
             # Not load_file: safetensors 0.8 leaks 1.5 kB at each call, 190 MB a day at 1.5 versions a second.
-            self._found = Weights(ref.version, step, load(verified(self._folder, ref)))
+            self._found = Weights(ref.version, step, self._unpack(verified(self._folder, ref)))
         except Exception as error:
             self._found = error

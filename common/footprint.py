@@ -1,4 +1,5 @@
-"""Memory of rollouts in the data Redis: one formula for the feeder, the learner and the check of a config.
+"""Memory: rows of logits at a time, and rollouts in the data Redis, by one formula for the feeder, the learner and the
+check of a config.
 
 Measured on 6.2 and 7.0 (tests/common/test_footprint.py checks it): with larger chunks the allocator rounds up more,
 by a quarter at most; with smaller ones fields, notices and headers dominate.
@@ -11,10 +12,14 @@ from typing import Any
 
 from common.config import Config
 
+LEARNER_PIECE_ROWS, TEACHER_PIECE_ROWS = 256, 128
+"""Rows of logits at a time: enough for a head's product, and few beside the thousands of a forward. Each role holds two
+matrices [rows, vocabulary] of 4 bytes a number."""
+
 ALLOWED_SHARE = 0.75  # of maxmemory: above it nothing is admitted (lua/admit.lua); above 0.85 chunks are refused
 RECORDS_AT_A_TIME = 16  # whole rollouts that are read in one round trip: Redis holds them twice meanwhile
 _SERVER_BYTES = 2 << 20  # a server with nothing in it, its clients' buffers, the run's groups and scripts
-_CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, other fields of its four records
+_CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, other fields of its records
 _RECORD_BYTES = 1536  # a rollout beyond its chunks: prompt and verdict beyond their numbers, notices, owners
 _ROUNDED_UP = 1.25
 _MB = 1 << 20
@@ -28,16 +33,17 @@ def rollout_bytes(config: Config) -> int:
 def growth_bytes(config: Config, length: int) -> int:
     """Most bytes by which a rollout with `length` stored tokens may still grow, until it waits to be booked.
 
-    A token has, for K outcomes and STOP: ids 4 K, student's and teacher's log-probabilities 2 · 4 (K + 1), seven more
-    numbers of 4 bytes, and two in each copy of the verdict, in its record and on the way to the books. Tokens that the
-    teacher has not scored yet count as not written.
+    A token has, for K outcomes and STOP: ids 4 K (half of that if 16 bits hold them), log-probabilities 4 (K + 1), six
+    more numbers of 4 bytes, and two in each copy of the verdict, in its record and on the way to the books. The
+    log-probabilities are the student's until the teacher's take their place. Tokens that the teacher has not scored yet
+    count as not written.
     """
     rollout = config.rollout
     scored = max(0, length - rollout.max_unscored_chunks * rollout.chunk_tokens)
     left = max(0, rollout.max_completion_length - scored)
     # New weights close every open chunk: at most as often as a trajectory's allowed staleness.
     chunks = -(-left // rollout.chunk_tokens) + config.learner.max_staleness + 1
-    written = (12 * config.termination.teacher_top_k + 36) * left + 16 * rollout.max_completion_length
+    written = (8 * config.termination.teacher_top_k + 28) * left + 16 * rollout.max_completion_length
     return int(_ROUNDED_UP * written) + chunks * _CHUNK_BYTES + 4 * config.data.max_prompt_length + _RECORD_BYTES
 
 

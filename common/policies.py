@@ -103,6 +103,14 @@ class Policy(ABC):
         return None
 
     @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        """The fewest tokens with which a rollout can be cut, whatever they are: its writer sends no chunk before.
+
+        `seed`, `max_tokens`: as in `Situation`.
+        """
+        return 1
+
+    @classmethod
     def active(cls, number: float | None) -> bool:
         """Whether a rollout judged by this number could be cut: only those count in the comparison of the arms."""
         return True
@@ -136,6 +144,10 @@ class NonePolicy(NeverCut, Policy):
         pass
 
     @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return max_tokens
+
+    @classmethod
     def active(cls, number: float | None) -> bool:
         return False
 
@@ -145,6 +157,10 @@ class FixedPolicy(FixedLength, Policy):
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
         super().__init__(settings.fixed_tokens, "fixed")
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return settings.fixed_tokens + 1  # by then it is known that there are more
 
 
 class ScheduledPolicy(FixedLength, Policy):
@@ -157,6 +173,10 @@ class ScheduledPolicy(FixedLength, Policy):
         # There is no number before the first verdict of a run, when no step is done.
         tokens = settings.fixed_tokens if situation.number is None else int(situation.number)
         super().__init__(tokens, "scheduled")
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return settings.fixed_tokens + 1  # a schedule grows
 
     @classmethod
     def number(cls, settings: Termination, progress: Progress) -> float | None:
@@ -172,7 +192,15 @@ class RandomPolicy(FixedLength, Policy):
     """`random`: the first N tokens are kept, N uniform over 1 … `max_completion_length`, drawn for each rollout."""
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
-        super().__init__(1 + int(fraction(situation.seed, "cut") * situation.max_tokens), "random")
+        super().__init__(_random_length(situation.seed, situation.max_tokens), "random")
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return _random_length(seed, max_tokens) + 1
+
+
+def _random_length(seed: int, max_tokens: int) -> int:
+    return 1 + int(fraction(seed, "cut") * max_tokens)
 
 
 class RandomMatchedPolicy(CutAt, Policy):
@@ -188,6 +216,10 @@ class RandomMatchedPolicy(CutAt, Policy):
         if situation.number is not None:
             trigger = drawn_position(settings.hazard, situation.number, fraction(situation.seed, "cut"))
         super().__init__(trigger, 0 if trigger is None else max(0, trigger - settings.detection_tokens), "random")
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return drawn_position(settings.hazard, settings.hazard_scale, fraction(seed, "cut")) or max_tokens
 
     @classmethod
     def number(cls, settings: Termination, progress: Progress) -> float | None:
@@ -218,18 +250,30 @@ class RepetitionPolicy(FirstRepeat, Policy):
     def __init__(self, settings: Termination, situation: Situation) -> None:
         super().__init__(settings.ngram)
 
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return settings.ngram + 1  # the two may overlap
+
     def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
         return self.feed_ids(tokens.ids)
 
 
-class KatPolicy(Kat, Calibrated):
+class _OfWindows(Kat, Policy):
+    """What the policies that look at window means have in common."""
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return settings.grace_tokens + settings.window + (settings.patience - 1) * settings.stride
+
+
+class KatPolicy(_OfWindows, Calibrated):
     """`kat`: cut where window means stay below s, the quantile of other rollouts' least window means."""
 
     def __init__(self, settings: Termination, situation: Situation) -> None:
         super().__init__(**_windows(settings), threshold=situation.number)
 
 
-class KatAbsolutePolicy(Kat, Policy):
+class KatAbsolutePolicy(_OfWindows):
     """`kat_absolute`: the rule of `kat` with a floor from the config, `floor_nats`, in place of the quantile."""
 
     unit = "nats"
@@ -250,7 +294,7 @@ class KatAbsolutePolicy(Kat, Policy):
         return number in (None, settings.floor_nats)
 
 
-class KatInversePolicy(Kat, Calibrated):
+class KatInversePolicy(_OfWindows, Calibrated):
     """`kat_inverse`: cut where window means stay above s, the quantile of other rollouts' greatest window means."""
 
     looks_high = True
@@ -272,6 +316,17 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def unwatched(settings: Termination, *, arm: str, seed: int, max_tokens: int) -> int:
+    """The fewest tokens with which a rollout can be stopped (1 … max_tokens): before, nobody waits for its chunks.
+
+    1 for a custom policy: the hosts of rollout workers need not have its code.
+    """
+    if not settings.stops(arm):
+        return max_tokens
+    policy = POLICIES.get(settings.policy)
+    return min(policy.earliest(settings, seed, max_tokens), max_tokens) if policy else 1
+
+
 class _Windows(TypedDict):
     window: int
     patience: int
@@ -291,6 +346,12 @@ def _windows(settings: Termination) -> _Windows:
 def extremes(settings: Termination) -> Kat:
     """A detector for the least (or greatest: `looks_high`) window mean of a whole rollout; it cuts nothing."""
     return Kat(**_windows(settings), threshold=None, inverse=find(settings.policy).looks_high)
+
+
+def extremes_beside(policy: Policy, settings: Termination) -> Kat:
+    """A detector whose `min_window_of_all` is the extreme of a whole rollout that `policy` judges: the policy itself,
+    if it computes the same windows."""
+    return policy if isinstance(policy, Kat) and type(policy) in POLICIES.values() else extremes(settings)
 
 
 def find(name: str) -> type[Policy]:

@@ -66,6 +66,29 @@ def is_hub_id(model: str) -> bool:
     return not any(folder.is_dir() for folder in folders) and model[:1] not in "./~" and model.count("/") == 1
 
 
+def model_type(model: str) -> str | None:
+    """The `model_type` of a local model's config.json; None for one from the hub, or that cannot be used."""
+    try:
+        return None if is_hub_id(model) else str(_read_json(find_model(model) / "config.json").get("model_type"))
+    except ModelError:
+        return None
+
+
+# Families of transformers whose attention torch's sdpa does not have: sinks, caps on the scores, or a code from before
+# it. A test compares this with the classes.
+_WITHOUT_SDPA = frozenset({"gemma2", "vaultgemma", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
+
+
+def attention_of(folder: Path) -> str:
+    """The attention to load a model with, by its config.json: "sdpa", or "eager" for a family that has no other.
+
+    It is named when loading: config.json itself may name one that needs packages of its own. Raises ModelError.
+    """
+    config = _read_json(folder / "config.json")
+    types = {config.get("model_type"), read_model_config(folder).get("model_type")}
+    return "eager" if types & _WITHOUT_SDPA else "sdpa"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
@@ -79,10 +102,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 # Other names that model families use for the name on the left; a test compares this with transformers' own configs.
 # (Importing transformers' maps takes seconds, and brings torch.)
 OTHER_NAMES = {
-    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "max_position_embeddings": (
+        "n_positions",
+        "max_seq_len",
+        "n_ctx",
+        "seq_length",
+        "model_max_length",
+        "context_length",
+    ),
     "hidden_size": ("n_embd", "d_model", "embedding_size"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
 }
 
 
@@ -219,15 +249,36 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
 
 def _check_layers(who: str, folder: Path) -> None:
     """Refuse models that the slot engine cannot run, as far as config.json shows it; the engine tests the weights."""
-    config = _read_json(folder / "config.json")
-    text = config.get("text_config", config)
-    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-    types = text.get("layer_types") or (["sliding_attention"] if window else [])
-    for layer, kind in enumerate(types):
-        if kind != "full_attention":
-            raise ModelError(
-                f"{who} {folder}: layer {layer} is {kind!r}; allowed: models with full attention in every layer"
-            )
+    if reason := unfit_layers(read_model_config(folder)):
+        raise ModelError(f"{who} {folder}: {reason}")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_STATE = "keeps a running state, which padding would change and which cannot be taken back to an earlier token"
+_UNFIT_LAYERS = {
+    "chunked_attention": "sees its own chunk of the text only, for which slots have no mask",
+    "linear_attention": _STATE,
+    "mamba": _STATE,
+    "conv": _STATE,
+    "recurrent": _STATE,
+}
+
+
+def unfit_layers(text: Mapping[str, Any]) -> str | None:
+    """Why the slot engine has no cache or no mask for one of a model's layers, and what is allowed; or None.
+
+    `text`: a text model's configuration, as config.json has it or as transformers completes it.
+    """
+    for layer, kind in enumerate(text.get("layer_types") or []):
+        if kind not in (FULL, SLIDING):
+            reason = _UNFIT_LAYERS.get(kind, "is not known to slots")
+            return f"layer {layer} is {kind!r}, which {reason}; allowed: {FULL!r}, {SLIDING!r}"
+    for layer, kind in enumerate(text.get("attention_layers") or []):  # GPT-Neo's own name
+        if kind != "global":
+            return f"layer {layer} is {kind!r}, whose window is built into the model; allowed: 'global'"
+    if shared := text.get("num_kv_shared_layers"):
+        return f"num_kv_shared_layers: {shared} layers read the keys of others; allowed: models without them"
+    return None
 
 
 def unfit(text: Mapping[str, Any], length: int) -> str | None:

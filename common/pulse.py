@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from common import tracing
+
 log = logging.getLogger("katana.pulse")
 
 
@@ -49,7 +51,8 @@ class Pulse:
         what_before, until_before = self._what, self._until
         self._what, self._until = what, time.monotonic() + self._busy_s
         try:
-            yield
+            with tracing.span(what):
+                yield
         finally:
             self._what = what_before
             self._until = max(until_before, time.monotonic() + self._turn_s)

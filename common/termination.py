@@ -21,6 +21,9 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from operator import sub
 
 import numpy as np
 import numpy.typing as npt
@@ -159,48 +162,83 @@ class Kat:
         self._window, self._patience, self._stride = window, patience, stride
         # The mirrored rule is the same rule on negated values.
         self._sign = -1 if inverse else 1
-        self._threshold = None if threshold is None else self._sign * threshold
-        self._least: float | None = None
+        self._bound: int | float | None = None if threshold is None else self._sign * threshold
+        if self._bound is not None and math.isfinite(self._bound):  # no sum is below minus infinity, all are below plus
+            self._bound = least_sum(self._bound, window)
+        # Window sums in units; the mean is the sum divided by `_whole`, and grows with it, so sums are compared.
+        self._whole = window << _UNIT_BITS
+        self._least: int | None = None
+        self._least_of_all: int | None = None
         self._next = grace_tokens + window
-        self._seen = self._sum = self._streak = self._first = 0
-        self._inside: deque[int] = deque()
+        self._seen = self._streak = self._first = 0
+        self._ends = [0]  # sums of all tokens up to each of the last `window` tokens, and up to the one before
         self._cut: Cut | None = None
         self._reason = "kl_high" if inverse else "kl_trap"
 
     @property
     def min_window(self) -> float | None:
-        return None if self._least is None else self._sign * self._least + 0.0  # no negative zero
+        """The least mean of the windows up to the trigger; of all windows if it has not fired."""
+        return self._mean(self._least)
+
+    @property
+    def min_window_of_all(self) -> float | None:
+        """The least mean of all windows fed, those after the trigger included."""
+        return self._mean(self._least_of_all)
+
+    def _mean(self, units: int | None) -> float | None:
+        return None if units is None else self._sign * (units / self._whole) + 0.0  # no negative zero
 
     def feed(self, divergence: npt.NDArray[np.floating]) -> Cut | None:
+        first, sums = self._next, self._window_sums(divergence)
+        if not sums:
+            return None
+        least = min(sums)
+        if self._least_of_all is None or least < self._least_of_all:
+            self._least_of_all = least
         if self._cut is not None:
             return None
-        for value in (divergence if self._sign > 0 else -divergence).tolist():
-            if self._push(value):
-                self._cut = Cut(self._seen, self._first - self._window, self._reason)
-                return self._cut
-        return None
-
-    def _push(self, value: float) -> bool:
-        units = int(math.ldexp(value, _UNIT_BITS))
-        self._inside.append(units)
-        self._sum += units
-        if len(self._inside) > self._window:
-            self._sum -= self._inside.popleft()
-        self._seen += 1
-        if self._seen != self._next:
-            return False
-        self._next += self._stride
-        return self._evaluate(self._sum / (self._window << _UNIT_BITS))
-
-    def _evaluate(self, mean: float) -> bool:
-        self._least = mean if self._least is None else min(self._least, mean)
-        if self._threshold is None or mean >= self._threshold:
+        if self._bound is None or least >= self._bound:  # nearly always: no window is below the threshold
             self._streak = 0
-            return False
-        if self._streak == 0:
-            self._first = self._seen
-        self._streak += 1
-        return self._streak == self._patience
+        elif self._fires(first, sums, self._bound):
+            self._cut = Cut(first + self._stride * self._place, self._first - self._window, self._reason)
+            least = min(sums[: self._place + 1])
+        self._least = least if self._least is None else min(self._least, least)
+        return self._cut
+
+    def _window_sums(self, divergence: npt.NDArray[np.floating]) -> list[int]:
+        """Sums of the windows that these tokens complete and that are evaluated, in units."""
+        scale = self._sign * float(1 << _UNIT_BITS)  # a power of two: the product is exact
+        units = [int(value * scale) for value in divergence.tolist()]
+        begin = self._seen - len(self._ends) + 1  # tokens before the first of `_ends`
+        ends = self._ends[:-1] + list(accumulate(units, initial=self._ends[-1]))
+        self._seen, self._ends = self._seen + len(units), ends[-self._window - 1 :]
+        last = self._next - begin
+        sums = list(map(sub, ends[last :: self._stride], ends[last - self._window :: self._stride]))
+        self._next += self._stride * len(sums)
+        return sums
+
+    def _fires(self, first: int, sums: list[int], bound: int | float) -> bool:
+        """Go on counting windows below the bound; `_place` is the one that completes the streak."""
+        for self._place, total in enumerate(sums):
+            if total >= bound:
+                self._streak = 0
+                continue
+            if self._streak == 0:
+                self._first = first + self._stride * self._place
+            self._streak += 1
+            if self._streak == self._patience:
+                return True
+        return False
+
+
+@lru_cache(maxsize=4096)
+def least_sum(mean: float, window: int) -> int:
+    """The least sum of a window, in units of 2^-60 nats, whose mean, as a float, is at least `mean` (finite)."""
+    whole = window << _UNIT_BITS
+    part, of = mean.as_integer_ratio()
+    high = -(-part * whole // of)  # not rounded, its mean is at least that; a little below, it is when rounded
+    low = high - (abs(high) >> 52) - 1
+    return low + bisect.bisect_left(range(low, high), mean, key=lambda total: total / whole)
 
 
 def kat_verdict(

@@ -21,6 +21,12 @@ Denominator = Literal["kept", "sequence", "generated"]
 Shares = Callable[["Trajectory"], npt.NDArray[np.float64]]
 """The share of each kept token of a trajectory, float64 [n], at least 0, see `learner.weighting`."""
 
+Weighted = tuple["Trajectory", npt.NDArray[np.float64]]
+"""A trajectory, and the weight of each of its kept tokens in the mean of the whole batch, float64 [n]."""
+
+_MUCH_SHORTER = 0.75  # of the longest row of a micro-batch
+_LARGE_ENOUGH = 1024  # tokens of a micro-batch, padding included, from which on a forward is worth its fixed costs
+
 PADDING_ID = 0
 """Any id of the embedding: padding does not affect kept tokens (see `_micro_batch`)."""
 
@@ -138,6 +144,12 @@ class MicroBatch:
         """N, the number of tokens in the loss."""
         return self.targets.shape[0]
 
+    def only(self, tokens: slice) -> MicroBatch:
+        """Return the same micro-batch with the loss's inputs of some of its kept tokens alone."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+        some: dict[str, Any] = {name: None if value is None else value[tokens] for name, value in values.items()}
+        return replace(self, **some)
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the same micro-batch with every tensor on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -178,7 +190,7 @@ def token_weights(
 def micro_batches(
     trajectories: Sequence[Trajectory], *, max_tokens: int, denominator: Denominator = "kept", shares: Shares = uniform
 ) -> list[MicroBatch]:
-    """Split a batch into micro-batches of similar length, of at most `max_tokens` padded tokens each.
+    """Split a batch into micro-batches of rows of similar length, of at most `max_tokens` padded tokens each.
 
     Padded tokens are rows x longest; a trajectory that is longer than `max_tokens` is alone in its micro-batch. The
     order is by length, longest first (so a device that is too small fails at the first step), then by rid: it depends
@@ -186,19 +198,34 @@ def micro_batches(
 
     Raises ValueError for max_tokens < 1, or if trajectories differ in K or in having a tail.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    return grouped(weighted(trajectories, denominator, shares), max_tokens)
+
+
+def weighted(trajectories: Sequence[Trajectory], denominator: Denominator, shares: Shares) -> list[Weighted]:
+    """A batch's rows, longest first, then by rid. Raises ValueError as `micro_batches`."""
     _check_alike(trajectories)
     weights = token_weights(trajectories, denominator, shares)
-    ordered = sorted(zip(trajectories, weights, strict=True), key=lambda row: (-row[0].length, row[0].rid))
-    groups: list[list[tuple[Trajectory, npt.NDArray[np.float64]]]] = []
-    for row in ordered:
-        # Longest first: a group is padded to its first row.
-        if groups and (len(groups[-1]) + 1) * groups[-1][0][0].length <= max_tokens:
+    return sorted(zip(trajectories, weights, strict=True), key=lambda row: (-row[0].length, row[0].rid))
+
+
+def grouped(rows: Sequence[Weighted], max_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of these rows of a batch, which are in the order of `weighted`; see `micro_batches`."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    groups: list[list[Weighted]] = []
+    for row in rows:
+        if groups and _joins(row[0].length, len(groups[-1]), groups[-1][0][0].length, max_tokens):
             groups[-1].append(row)
         else:
             groups.append([row])
     return [_micro_batch([row[0] for row in group], [row[1] for row in group]) for group in groups]
+
+
+def _joins(length: int, rows: int, longest: int, max_tokens: int) -> bool:
+    """Whether a row joins a group of so many, which is padded to its first and longest. A much shorter row begins
+    another group if this one is large enough: its padding would cost more than another forward does."""
+    much_shorter = length < _MUCH_SHORTER * longest and rows * longest >= _LARGE_ENOUGH
+    return (rows + 1) * longest <= max_tokens and not much_shorter
 
 
 def _check_alike(trajectories: Sequence[Trajectory]) -> None:

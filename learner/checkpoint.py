@@ -1,6 +1,7 @@
 """Checkpoints: all that a learner needs to continue as if it had never stopped.
 
-    checkpoints/step-00000012/    model.safetensors       each tensor once, tied ones under their first name
+    checkpoints/step-00000012/    model.safetensors       each tensor once, tied ones under their first name; with LoRA
+                                                          the adapter alone
                                   optimizer.safetensors   "{parameter}/{exp_avg | exp_avg_sq | step}"
                                   state.json              counters, consumed rollouts, random number states
                                   manifest.json           size and sha256 of the other three; written last
@@ -10,7 +11,8 @@
 The invariant: when `save` returns, its checkpoint survives a power cut; until then, the previous one does. Consumed
 trajectories are acknowledged only after `save` has returned, so losing a checkpoint after that would lose them.
 
-No pickle anywhere: loading a checkpoint runs no code from it. Left out: sharded (FSDP) states.
+No pickle anywhere: loading a checkpoint runs no code from it. The tensors are whole, also those of a model that is
+sharded over several ranks (`learner.sharded` gathers them), so any number of ranks continues from any checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from common.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,13 @@ HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")
+
+
+Snapshot = Callable[[Tensor], Tensor]
+"""A whole copy on the CPU of a tensor of the model or the optimizer."""
+
+Place = Callable[[Tensor, Tensor], Tensor]
+"""A saved tensor in the form that another tensor has: on its device, or this rank's shard."""
 
 
 class TornCheckpointError(RuntimeError):
@@ -60,6 +71,8 @@ class CheckpointState:
     model: tensors by name, each once. optimizer: tensors by "{parameter}/{key}".
     optimizer_groups: for each parameter group its parameters' "names" and its hyperparameters.
     rng: generator states by device: "cpu", and "cuda:0" ... if CUDA is in use.
+    adapter: with LoRA, the digest of the model that the tensors belong to ("base"), and what they are scaled with;
+        None for a whole model.
     """
 
     step: int
@@ -70,9 +83,18 @@ class CheckpointState:
     optimizer: Mapping[str, Tensor]
     optimizer_groups: tuple[Mapping[str, Any], ...]
     rng: Mapping[str, bytes]
+    adapter: Mapping[str, Any] | None = None
 
 
 # ------------------------------------------------------------------------------ from and to live objects
+
+
+def snapshot_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def as_it_is(saved: Tensor, like: Tensor) -> Tensor:
+    return saved
 
 
 def capture(
@@ -83,15 +105,18 @@ def capture(
     policy_version: int,
     consumed: Sequence[str],
     counters: Mapping[str, int],
+    snapshot: Snapshot = snapshot_of,
+    adapter: Mapping[str, Any] | None = None,
 ) -> CheckpointState:
-    """Return a snapshot, copied to the CPU, of model, optimizer and torch's random number generators.
+    """Return a snapshot, copied to the CPU, of what is trained of a model, optimizer and torch's random number
+    generators.
 
     The copy is needed because further training changes parameters and moments in place. Raises ValueError if the
     optimizer holds a parameter that is not the model's, or a state that is not a tensor.
     """
     groups = _group_names(model, optimizer)
     moments = {
-        f"{name}/{key}": _snapshot(f"{name}/{key}", value)
+        f"{name}/{key}": snapshot(_tensor(f"{name}/{key}", value))
         for names, group in zip(groups, optimizer.param_groups, strict=True)
         for name, parameter in zip(names, group["params"], strict=True)
         for key, value in optimizer.state.get(parameter, {}).items()
@@ -101,32 +126,62 @@ def capture(
         policy_version=policy_version,
         consumed=tuple(consumed),
         counters=dict(counters),
-        model={name: _snapshot(name, tensor) for name, tensor in untied_tensors(model).items()},
+        model={name: snapshot(tensor) for name, tensor in trained_tensors(model).items()},
         optimizer=moments,
         optimizer_groups=tuple(
             {"names": names} | {key: _plain(group[key]) for key in HYPERPARAMETERS if key in group}
             for names, group in zip(groups, optimizer.param_groups, strict=True)
         ),
         rng=_rng_states(),
+        adapter=adapter,
     )
 
 
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> None:
+def restore(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: CheckpointState,
+    place: Place = as_it_is,
+    adapter: Mapping[str, Any] | None = None,
+) -> None:
     """Restore `state` in place into a model and an optimizer of the same kind, and into torch's generators.
 
     Training continues bit for bit as from the captured state (on the same device and versions). Tied tensors are
     written once and stay tied. `state` is copied, never shared.
 
-    Raises ValueError, before anything is changed, if names, shapes, dtypes or parameter groups differ.
+    Raises ValueError, before anything is changed, if `adapter`, names, shapes, dtypes or parameter groups differ.
     """
-    targets = untied_tensors(model)
-    _check_tensors("model", targets, state.model)
-    packed = _packed_optimizer(model, optimizer, state)
+    _check_adapter(adapter, state.adapter)
+    check_restorable(model, optimizer, state)
     with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(state.model[name])
-    optimizer.load_state_dict(packed)
+        for name, target in trained_tensors(model).items():
+            target.copy_(place(state.model[name], target))
+    optimizer.load_state_dict(_packed_optimizer(model, optimizer, state, place))
     _set_rng_states(state.rng)
+
+
+def check_restorable(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState) -> None:
+    """Raise ValueError if `state` is of another model or optimizer."""
+    _check_tensors("model", trained_tensors(model), state.model)
+    groups = _group_names(model, optimizer)
+    if groups != [list(group["names"]) for group in state.optimizer_groups]:
+        raise ValueError("optimizer: the parameter groups in the checkpoint differ in parameters or their order")
+    held = {name for names in groups for name in names}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in held}
+    for name, tensor in state.optimizer.items():
+        parameter, _, _ = name.rpartition("/")
+        if parameter not in parameters:
+            raise ValueError(f"optimizer: the checkpoint has {name}, which the model lacks")
+        if tensor.dim() and tensor.shape != parameters[parameter].shape:  # a scalar is the step
+            raise ValueError(f"optimizer: {name} is {list(tensor.shape)}, the parameter another shape")
+
+
+def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return what of `untied_tensors` training changes: all, or where some parameters are frozen those that are not."""
+    found = untied_tensors(model)
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return found
+    return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
 
 
 def untied_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -138,10 +193,10 @@ def untied_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(by_identity.values())
 
 
-def _snapshot(name: str, value: object) -> Tensor:
+def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is {type(value).__name__}, not a tensor")
-    return value.detach().to("cpu", copy=True).contiguous()
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -160,6 +215,21 @@ def _group_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> li
         raise ValueError("the optimizer holds a parameter that is not the model's") from None
 
 
+def _check_adapter(own: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError unless both are None, or equal."""
+    if own is None or saved is None:
+        if own is saved:
+            return
+        kinds = ("a whole model", "an adapter") if saved is None else ("an adapter", "a whole model")
+        raise ConfigError(f"the checkpoint is of {kinds[0]}, this run trains {kinds[1]} (learner.lora)")
+    for key in {**own, **saved}:
+        if own.get(key) != saved.get(key):
+            raise ConfigError(
+                f"the checkpoint's adapter cannot be continued: its {key} is {saved.get(key)}, that of this run "
+                f"{own.get(key)}"
+            )
+
+
 def _check_tensors(what: str, targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless `saved` has the names, shapes and dtypes of `targets`."""
     if missing := sorted(targets.keys() - saved.keys()):
@@ -176,26 +246,17 @@ def _check_tensors(what: str, targets: Mapping[str, Tensor], saved: Mapping[str,
 
 
 def _packed_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, place: Place
 ) -> dict[str, Any]:
-    """Return the optimizer of `state` in the form of `load_state_dict`, which numbers the parameters.
-
-    Raises ValueError if it does not match `optimizer`.
-    """
+    """Return the optimizer of `state` in the form of `load_state_dict`, which numbers the parameters."""
     groups = _group_names(model, optimizer)
-    if groups != [list(group["names"]) for group in state.optimizer_groups]:
-        raise ValueError("optimizer: the parameter groups in the checkpoint differ in parameters or their order")
     parameters = dict(model.named_parameters())
     position = {name: index for index, name in enumerate(name for names in groups for name in names)}
     packed: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.optimizer.items():
         parameter, _, key = name.rpartition("/")
-        if parameter not in position:
-            raise ValueError(f"optimizer: the checkpoint has {name}, which the model lacks")
-        if tensor.dim() and tensor.shape != parameters[parameter].shape:  # a scalar is the step
-            raise ValueError(f"optimizer: {name} is {list(tensor.shape)}, the parameter another shape")
         # load_state_dict does not copy, and steps would write into these tensors.
-        packed.setdefault(position[parameter], {})[key] = tensor.clone()
+        packed.setdefault(position[parameter], {})[key] = place(tensor, parameters[parameter]).clone()
     param_groups = [
         group | {key: _as_hyperparameter(saved[key]) for key in HYPERPARAMETERS if key in saved}
         for group, saved in zip(optimizer.state_dict()["param_groups"], state.optimizer_groups, strict=True)
@@ -283,6 +344,7 @@ def _state_to_json(state: CheckpointState) -> str:
         "counters": dict(state.counters),
         "optimizer_groups": [dict(group) for group in state.optimizer_groups],
         "rng": {device: base64.b64encode(raw).decode("ascii") for device, raw in state.rng.items()},
+        "adapter": None if state.adapter is None else dict(state.adapter),
     }
     try:
         return json.dumps(fields, indent=1, allow_nan=False)
@@ -420,4 +482,5 @@ def _state_from_json(fields: dict[str, Any], model: dict[str, Tensor], optimizer
         optimizer=optimizer,
         optimizer_groups=tuple(dict(group) for group in fields["optimizer_groups"]),
         rng={device: base64.b64decode(raw, validate=True) for device, raw in fields["rng"].items()},
+        adapter=None if fields.get("adapter") is None else dict(fields["adapter"]),
     )

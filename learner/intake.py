@@ -13,9 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common import tracing
 from common.wire import scripts
 from common.wire.lease import Lease
-from common.wire.messages import ChunkSupport, ChunkTokens, MessageError, RolloutHead, ScoreSupport, Verdict, read_rid
+from common.wire.messages import (
+    ChunkSupport,
+    ChunkTokens,
+    MessageError,
+    RolloutHead,
+    ScoreSupport,
+    Verdict,
+    read_rid,
+    read_support,
+)
 from common.wire.plane import Plane, shown
 from common.wire.record import scores_field, support_field, tokens_field
 from common.wire.scripts import Ending
@@ -77,8 +87,9 @@ class Intake:
 
     def settle(self, endings: list[Ending]) -> None:
         """Acknowledge trajectories and send their endings: they are not delivered again."""
-        for begin in range(0, len(endings), 64):
-            self._lease.call(scripts.settle(endings[begin : begin + 64]))
+        for some in self._plane.by_server(endings, lambda ending: ending.rid):
+            for begin in range(0, len(some), 64):
+                self._lease.call(scripts.settle(some[begin : begin + 64]))
         self._held.difference_update(ending.entry for ending in endings)
         self._known.difference_update(ending.rid for ending in endings)
 
@@ -99,6 +110,11 @@ class Intake:
         )
 
     def _receive(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
+        if entries:
+            with tracing.span("reading trajectories", entries=len(entries)):
+                self._read_in(entries)
+
+    def _read_in(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         fresh = [(entry, rid) for entry, values in entries if (rid := self._fresh(entry, values))]
         for (entry, rid), record in zip(fresh, self._plane.rollouts([rid for _, rid in fresh]), strict=True):
             self._held.add(entry)
@@ -169,7 +185,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
     while read < verdict.train:
         seq = len(chunks)
         chunk = ChunkTokens.decode(part(tokens_field(seq)))
-        support = ChunkSupport.decode(part(support_field(seq)))
+        support = read_support(part(support_field(seq)))
         teacher = ScoreSupport.decode(part(scores_field(seq)))
         if not len(chunk.tokens) == len(support.support_ids) == len(teacher.sampled_logprobs) or chunk.start != read:
             raise MessageError(f"chunk {seq}: its parts do not match")

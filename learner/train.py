@@ -13,59 +13,59 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from common import metrics
+from common import metrics, tracing
 from common.config import Config
 from common.failing import brief, out_of_memory
 from common.footprint import free_bytes, rollout_bytes
-from common.pretrained import ModelError, Pair, load_tokenizer
+from common.pretrained import Pair
 from common.pulse import Pulse
 from common.runfiles.names import CHECKPOINTS, COUNTED, LEARNER_LOCK, MODEL, TO_EVALUATE, WEIGHTS
 from common.runfiles.records import ToEvaluate
 from common.wire import scripts
-from common.wire.lease import Lease, LeaseLost
-from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
+from common.wire.lease import Lease
+from common.wire.plane import Plane
 from common.wire.scripts import Ending, Published
 from common.wire.weights import BadWeights, WeightsRef, newest_version, publish, read_pointer, retain
-from learner.batch import Trajectory, micro_batches
+from learner.batch import Trajectory
 from learner.budget import GeneratedTokens
-from learner.checkpoint import capture, load_newest, restore, save, untied_tensors
+from learner.checkpoint import load_newest, save
 from learner.culprits import StepImpossible, culprits, witness
 from learner.intake import Intake, Received
 from learner.journal import Journal
-from learner.loss import Diagnostics, diagnostics, keep_head_in_float32, kept_logits, log_outcomes, merged, token_losses
+from learner.lora import make_student
+from learner.loss import Diagnostics
+from learner.ranks import NOT_THE_STEP, RankFailed
 from learner.schedule import learning_rate, learning_rate_by_tokens
-from learner.weighting import shares_of
+from learner.student import TrainableStudent
 
 log = logging.getLogger("katana.learner")
 STARVED_S = 2.0  # without a batch, before the learner checks whether Redis has room for one
-_NOT_THE_STEP = (LeaseLost, RunGone, RedisUnavailable, Stopping)  # errors that a step does not cause
 _FEWEST_ASIDE = 8  # if so many, and at least two batches, are set aside in a row, the trajectories are not at fault
 
 
 class Learner:
     """One at a time acts on a run: it holds the lease `learner`."""
 
-    def __init__(self, config: Config, plane: Plane, pair: Pair, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plane: Plane,
+        pair: Pair,
+        stop: threading.Event,
+        student: Callable[[Path, Config], TrainableStudent] = make_student,
+    ) -> None:
+        """`student` makes it, of the folder of its model."""
         self._config, self._plane, self._pair, self._stop = config, plane, pair, stop
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.seed)
-        self.model = _load(pair.student.folder, config)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.learner.learning_rate,
-            betas=(config.learner.beta1, config.learner.beta2),
-            weight_decay=config.learner.weight_decay,
-        )
+        self.student = student(pair.student.folder, config)
         self._lease = Lease(plane, "learner", config.liveness.learner_lease_s)
         live = config.liveness
         self._pulse = Pulse(
@@ -88,7 +88,7 @@ class Learner:
         self._since_checkpoint: list[tuple[Received, int]] = []  # with the staleness in training
         self._tokens_trained = 0
         self._idle_s = 0.0
-        self._working_since = time.monotonic()
+        self._working_since = self._checkpointed_at = time.monotonic()
         self._starved_at = time.monotonic() + STARVED_S  # when the wait for a batch becomes too long
         self._lock = config.run_dir / LEARNER_LOCK
         self._journal = Journal(config)
@@ -96,7 +96,7 @@ class Learner:
     def run(self, *, until_idle: bool = False) -> None:
         """Train to the end (see `done`), or until stopped; a checkpoint is written either way.
 
-        Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible.
+        Raises LeaseLost, RunGone, RedisUnavailable, Stopping, TornCheckpointError, StepImpossible, RankFailed.
         """
         self.open()
         try:
@@ -151,7 +151,7 @@ class Learner:
         with self._pulse.busy("the start"), self._lease.exclusively(self._lock):  # a former learner has stopped writing
             state = load_newest(folder / CHECKPOINTS)
             if state is not None:
-                restore(self.model, self.optimizer, state)
+                self.student.restore(state)
                 self.step_count, consumed = state.step, state.consumed
                 self.version = state.policy_version
                 self._tokens_trained = state.counters.get("tokens_trained", 0)
@@ -180,13 +180,8 @@ class Learner:
 
     def _finish(self) -> None:
         """Write `model/`, and signal the feeder that training is over."""
-        folder = self._config.run_dir / MODEL
-        source = self._pair.student.folder / "generation_config.json"
         with self._pulse.busy("the model"), self._lease.exclusively(self._lock):
-            self.model.save_pretrained(folder)
-            load_tokenizer(self._pair.student.folder).save_pretrained(folder)
-            if source.is_file():
-                (folder / source.name).write_bytes(source.read_bytes())
+            self.student.write(self._config.run_dir / MODEL)
         self._lease.advance("state", "trained")
         log.info("trained %d steps, %d tokens", self.step_count, self._tokens_trained)
 
@@ -196,7 +191,8 @@ class Learner:
         self._lease.keep()
         self._pulse.turn()
         waited = time.monotonic()
-        batch = self._intake.batch(self._config.learner.batch_size, self.version, block_s)
+        with tracing.span("waiting for a batch", "wait"):
+            batch = self._intake.batch(self._config.learner.batch_size, self.version, block_s)
         self._idle_s += time.monotonic() - waited
         if batch is None and time.monotonic() >= self._starved_at:
             self._make_room()
@@ -229,20 +225,23 @@ class Learner:
         began = time.monotonic()
         if self._careful and not self._came_through(batch):
             return
+        with tracing.span("step", step=self.step_count + 1, trajectories=len(batch)):
+            self._step(batch, began)
+
+    def _step(self, batch: list[Received], began: float) -> None:
         settings = self._config.learner
         staleness = [self.version - one.trajectory.oldest_version for one in batch]
         rate = self._learning_rate(batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         try:
             loss, norm, seen = self._gradients([one.trajectory for one in batch])
         except FloatingPointError as error:
             self._find_fault(batch, str(error))
             return
         self._aside = 0
+        for one in batch:
+            tracing.stage(one.trajectory.rid, "trained")
         with self._pulse.busy("the optimizer's step"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.student.step(rate)
         self.step_count += 1
         self._tokens_trained += seen.tokens
         self._generated.count(self.step_count)
@@ -268,9 +267,14 @@ class Learner:
             step_s=time.monotonic() - began,
             idle_ratio=self._idle_ratio(),
         )
-        if self.step_count % self._config.checkpoints.every_steps == 0 or self.done:
+        if self._checkpoint_is_due():
             self.checkpoint()
         self._starved_at = time.monotonic() + STARVED_S
+
+    def _checkpoint_is_due(self) -> bool:
+        settings = self._config.checkpoints
+        late = settings.every_s is not None and time.monotonic() >= self._checkpointed_at + settings.every_s
+        return self.step_count % settings.every_steps == 0 or late or self.done
 
     def _idle_ratio(self) -> float:
         """Share of the time since the last call that the learner waited for a batch."""
@@ -285,11 +289,11 @@ class Learner:
         while True:
             try:
                 return self._backward(batch)
-            except _NOT_THE_STEP:
+            except (*NOT_THE_STEP, RankFailed):
                 raise
             except Exception as error:
                 failed = error.with_traceback(None)  # its frames keep tensors in memory
-            self.optimizer.zero_grad(set_to_none=True)
+            self.student.forget_gradients()
             if not self._economize(batch, failed):
                 raise FloatingPointError(brief(failed))
 
@@ -317,7 +321,7 @@ class Learner:
             self._gradients(trajectories)
         except FloatingPointError as error:
             return str(error)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.student.forget_gradients()
         return ""
 
     def _find_fault(self, batch: list[Received], reason: str) -> None:
@@ -360,39 +364,17 @@ class Learner:
 
     def _backward(self, batch: list[Trajectory]) -> tuple[float, float, Diagnostics]:
         """Gradients of the batch's mean loss, clipped: (loss in nats, gradient norm before clipping, diagnostics)."""
-        config, stop_ids = self._config, self._pair.stop_ids
-        loss, parts = 0.0, []
-        for micro in micro_batches(
+        loss, seen = self.student.add_gradients(
             batch,
+            self._pair,
             max_tokens=self._micro_batch_tokens,
-            denominator=config.loss.denominator,
-            shares=shares_of(config.loss, config.seed),
-        ):
-            micro = micro.to(config.learner.device)
-            with self._pulse.busy("a micro-batch"):
-                with self._cast():
-                    logits = kept_logits(self.model, micro)
-                outcomes = log_outcomes(logits, stop_ids, self._pair.vocab_size)
-                losses = token_losses(
-                    config.loss.mode, outcomes, micro, stop_ids=stop_ids, ratio_clip=config.loss.ratio_clip
-                )
-                part = (micro.weights * losses).sum()
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
-                parts.append(diagnostics(outcomes.detach(), micro, stop_ids=stop_ids))
-            self._lease.keep()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.learner.max_grad_norm)
-        seen = merged(parts)
-        if not all(map(math.isfinite, (loss, float(norm), *astuple(seen)))):
-            raise FloatingPointError(
-                f"the loss is {loss:g}, the gradient norm {float(norm):g}, the KL {seen.kl_nats:g}"
-            )
-        return loss, float(norm), seen
-
-    def _cast(self) -> Any:
-        settings = self._config.learner
-        dtype = getattr(torch, settings.dtype)
-        return torch.autocast(torch.device(settings.device).type, dtype=dtype, enabled=dtype != torch.float32)
+            busy=lambda: self._pulse.busy("a micro-batch"),
+            between=self._lease.keep,
+        )
+        norm = self.student.clip()
+        if not all(map(math.isfinite, (loss, norm, *astuple(seen)))):
+            raise FloatingPointError(f"the loss is {loss:g}, the gradient norm {norm:g}, the KL {seen.kl_nats:g}")
+        return loss, norm, seen
 
     def _learning_rate(self, batch: list[Received]) -> float:
         settings = self._config.learner
@@ -420,9 +402,9 @@ class Learner:
         folder = self._config.run_dir / WEIGHTS
         self.version += 1
         dtype = getattr(torch, self._config.rollout.dtype)
-        with self._pulse.busy("weights"), self._lease.exclusively(self._lock):
-            state = {name: _as(tensor, dtype) for name, tensor in untied_tensors(self.model).items()}
-            ref = publish(folder, self.version, lambda path: save_file(state, path))
+        with self._pulse.busy("publishing weights"), self._lease.exclusively(self._lock):
+            state = self.student.weights(dtype)
+            ref = publish(folder, self.version, lambda path: save_file(state, path, self.student.header))
             if self._wants_eval(ref):
                 _keep_for_eval(self._config.run_dir, ref, self.step_count, self._tokens_trained)
             retain(folder, self._config.learner.max_staleness + 2)
@@ -452,13 +434,12 @@ class Learner:
             [Ending(one.entry, one.trajectory.rid, "trained", staleness=lag) for one, lag in self._since_checkpoint]
         )
         self._since_checkpoint = []
+        self._checkpointed_at = time.monotonic()
         self._generated.covered(self.step_count)
         self._careful = False
 
     def _save(self) -> None:
-        state = capture(
-            self.model,
-            self.optimizer,
+        state = self.student.capture(
             step=self.step_count,
             policy_version=self.version,
             consumed=[one.trajectory.rid for one, _ in self._since_checkpoint],
@@ -467,29 +448,6 @@ class Learner:
         with self._lease.exclusively(self._lock):
             save(self._config.run_dir / CHECKPOINTS, state, keep=self._config.checkpoints.keep)
             self._journal.sync()
-
-
-def _load(folder: Path, config: Config) -> Any:
-    """The student with float32 parameters: in bfloat16, updates of 1e-6 are lost. Raises ModelError."""
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except Exception as error:  # a model's code may raise anything for an unexpected config
-        raise ModelError(f"{folder}: cannot be loaded ({brief(error)})") from error
-    keep_head_in_float32(model)
-    # With dropout, p_θ of a token would differ between worker and learner.
-    return model.to(config.learner.device).eval()
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    tensor = tensor.detach().to("cpu")
-    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
 def _keep_for_eval(run_dir: Path, ref: WeightsRef, step: int, tokens_trained: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -113,6 +114,14 @@ def any_redis(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def own_redis(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EmbeddedRedis]:
     """Each supported Redis in turn, for one test alone: it may be filled, stopped, killed."""
     yield from _serve(tmp_path / "redis", request.param)
+
+
+@pytest.fixture
+def three_servers(tmp_path: Path) -> Iterator[list[EmbeddedRedis]]:
+    """Three embedded servers, for one test alone: they may be filled, stopped, killed."""
+    with contextlib.ExitStack() as stack:
+        serving = contextlib.contextmanager(_serve)
+        yield [stack.enter_context(serving(tmp_path / f"redis-{place}", "embedded")) for place in range(3)]
 
 
 @pytest.fixture(scope="session")

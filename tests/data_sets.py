@@ -69,8 +69,9 @@ def put_rows(path: Path, rows: Rows, form: str) -> Path:
     return path
 
 
-def put_tiny_qwen3(folder: Path, *, seed: int = 0) -> Path:
-    """A random Qwen3 of some ten thousand parameters, every byte a token, as save_pretrained writes it."""
+def put_tiny_qwen3(folder: Path, *, seed: int = 0, ids: int = 0) -> Path:
+    """A random Qwen3 of some ten thousand parameters, every byte a token, as save_pretrained writes it. `ids`: of the
+    tokenizer, if it is to have more than bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -78,6 +79,7 @@ def put_tiny_qwen3(folder: Path, *, seed: int = 0) -> Path:
 
     specials = ["<|end|>", "<|user|>", "<|system|>", "<|assistant|>"]
     alphabet = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet += [f"more{number}" for number in range(len(alphabet), ids)]
     backend = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -15,8 +15,10 @@ from common.config import Config
 from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
+    FormerSupport,
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
@@ -66,15 +68,33 @@ def make_head(rid: str = "r1", **changes: Any) -> RolloutHead:
     return RolloutHead(**values | changes)
 
 
-def make_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ChunkSupport:
-    """Probabilities 1/8 on STOP, 1/8 on each of K outcomes, the rest in the tail."""
-    rest = 1 - (k + 1) / 8
+def make_support(n: int = 3, k: int = 2) -> ChunkSupport:
+    """What was sampled has probability 1/8, and 1/4 as it was sampled."""
     return ChunkSupport(
         support_ids=np.arange(n * k, dtype=np.int32).reshape(n, k),
-        support_logprobs=np.full((n, k + 1), np.log(1 / 8), np.float32),
-        tail_logprobs=np.full(n, np.log(rest), np.float32) if tail else None,
         rollout_logprobs=np.full(n, np.log(1 / 8), np.float32),
         sampled_logprobs=np.full(n, np.log(1 / 4), np.float32),
+    )
+
+
+def make_logprobs(n: int = 3, k: int = 2, *, tail: bool = True) -> ChunkLogprobs:
+    """Probabilities 1/8 on STOP, 1/8 on each of K outcomes, the rest in the tail."""
+    rest = 1 - (k + 1) / 8
+    return ChunkLogprobs(
+        support_logprobs=np.full((n, k + 1), np.log(1 / 8), np.float32),
+        tail_logprobs=np.full(n, np.log(rest), np.float32) if tail else None,
+    )
+
+
+def make_former_support(n: int = 3, k: int = 2, *, tail: bool = True) -> FormerSupport:
+    """`make_support` and `make_logprobs` in the one record that they once were."""
+    new, student = make_support(n, k), make_logprobs(n, k, tail=tail)
+    return FormerSupport(
+        new.support_ids,
+        student.support_logprobs,
+        student.tail_logprobs,
+        new.rollout_logprobs,
+        new.sampled_logprobs,
     )
 
 
@@ -85,7 +105,7 @@ def make_tokens(tokens: Sequence[int] = (1, 2, 3), **changes: Any) -> ChunkToken
         "policy_version": 0,
         "finish": None,
         "writer": "n1",
-        "digest": support_digest(make_support(len(tokens)).encode()),
+        "digest": support_digest(make_support(len(tokens)).encode(), make_logprobs(len(tokens)).encode()),
         "tokens": np.array(tokens, np.int32),
     }
     return ChunkTokens(**values | changes)
@@ -96,8 +116,8 @@ def make_divergence(values: Sequence[float] = (0.5, 0.25, 0.0), seq: int = 0) ->
 
 
 def make_score_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ScoreSupport:
-    support = make_support(n, k, tail=tail)
-    return ScoreSupport(support.support_logprobs, support.tail_logprobs, support.sampled_logprobs)
+    student = make_logprobs(n, k, tail=tail)
+    return ScoreSupport(student.support_logprobs, student.tail_logprobs, make_support(n, k).sampled_logprobs)
 
 
 def make_verdict(rid: str = "r1", **changes: Any) -> Verdict:
@@ -192,11 +212,10 @@ class Run:
         version: int = 0,
     ) -> list[Any]:
         record = make_tokens(tokens, seq=seq, start=start, finish=finish, policy_version=version)
-        support = make_support(len(tokens))
+        support, student = make_support(len(tokens)).encode(), make_logprobs(len(tokens)).encode()
         length = start + len(tokens)
         shard = self.plane.shard_of(rid)
-        call = scripts.chunk(rid, nonce, seq, record.encode(), support.encode(), shard, length, finish)
-        return self.raw(call)
+        return self.raw(scripts.chunk(rid, nonce, seq, record.encode(), support, student, shard, length, finish))
 
     def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
         asked = [Written(rid, self.field(rid, "entry") or b"0-1", nonce)]
@@ -298,11 +317,12 @@ def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n
         finish = "length" if at + n == length else None
         tokens = make_tokens(range(n), seq=seq, start=at, finish=finish, writer="0" * 16).encode()
         shard = run.plane.shard_of(rid)
-        wide = make_wide_support(n, k)
-        reply = run.raw(scripts.chunk(rid, nonce, seq, tokens, wide.encode(), shard, at + n, finish))
+        support, student = make_wide_support(n, k), make_wide_logprobs(n, k)
+        parts = support.encode(), student.encode()
+        reply = run.raw(scripts.chunk(rid, nonce, seq, tokens, *parts, shard, at + n, finish))
         if reply[0] != b"ok":
             return bytes(reply[0])
-        scored = ScoreSupport(wide.support_logprobs, wide.tail_logprobs, wide.sampled_logprobs).encode()
+        scored = ScoreSupport(student.support_logprobs, student.tail_logprobs, support.sampled_logprobs).encode()
         divergence = make_divergence([0.5] * n, seq).encode()
         score = scripts.score(shard, run.notice(rid, seq), rid, seq, divergence, scored)
         assert run.raw(score) == [b"ok"]
@@ -311,12 +331,13 @@ def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n
 
 
 def make_wide_support(n: int, k: int) -> ChunkSupport:
-    """Of any size; what its numbers are does not matter."""
+    """Of any size, with ids that need 32 bits; what its numbers are does not matter."""
+    return ChunkSupport(np.full((n, k), 1 << 16, np.int32), *(np.full(n, -1.0, np.float32) for _ in range(2)))
 
-    def some(*shape: int) -> Any:
-        return np.full(shape, -1.0, np.float32)
 
-    return ChunkSupport(np.zeros((n, k), np.int32), some(n, k + 1), some(n), some(n), some(n))
+def make_wide_logprobs(n: int, k: int) -> ChunkLogprobs:
+    """Likewise."""
+    return ChunkLogprobs(np.full((n, k + 1), -1.0, np.float32), np.full(n, -1.0, np.float32))
 
 
 def start_run(client: redis.Redis, config: Config) -> Run:

@@ -15,7 +15,7 @@ FLOORS = {
     # package → the packages that it may import, beside itself; from the ground floor up
     "common": (),
     "actors": ("common",),
-    "learner": ("common",),
+    "learner": ("common", "actors"),  # the engine's adapters: learner and workers merge alike
     "ops": ("common",),
     "ops.tasks": (),
     "ops.stats": (),
@@ -26,6 +26,7 @@ FLOORS = {
     "ops.monitoring": ("ops.plots",),
     "ops.live": ("ops.reading", "ops.reach", "ops.stats"),
     "ops.report": ("ops.reading", "ops.plots", "ops.stats", "ops.words"),
+    "ops.trace": ("ops.plots",),
     "ops.audit": ("ops.report", "ops.tasks", "ops.plots", "ops.stats"),
     "ops.replay": ("ops.report", "ops.tasks", "ops.plots", "ops.stats", "ops.words"),
     "ops.run": ("ops.report", "ops.reading", "ops.tasks", "ops.reach", "ops.stats"),
@@ -33,7 +34,7 @@ FLOORS = {
     "ops.bench": ("ops.run", "ops.tasks", "ops.reach"),
     "ops.chaos": ("ops.run", "ops.reach", "ops.plots"),
     "ops.cli": (
-        *("ops.tasks", "ops.monitoring", "ops.live", "ops.report", "ops.audit", "ops.replay"),
+        *("ops.tasks", "ops.monitoring", "ops.live", "ops.report", "ops.trace", "ops.audit", "ops.replay"),
         *("ops.run", "ops.compare", "ops.bench", "ops.chaos"),
     ),
 }

@@ -12,7 +12,7 @@ import pytest
 from common.config import keys, parse
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def text(name: str) -> str:
@@ -52,7 +52,7 @@ def modules() -> list[Path]:
 
 
 def test_every_module_says_in_its_first_line_what_it_holds() -> None:
-    for path in modules():
+    for path in [*modules(), *(ROOT / "benchmarks").glob("*.py")]:
         caption = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert caption and len(caption.splitlines()[0]) > 20, path
 
@@ -79,5 +79,5 @@ def test_every_file_of_a_run_and_every_field_of_its_records_is_described() -> No
 def test_no_machine_s_path_in_tracked_text() -> None:
     for pattern in ("*.md", "*.py", "*.yaml", "*.toml", "Makefile"):
         for path in ROOT.rglob(pattern):
-            if ".venv" not in path.parts and "runs" not in path.parts:
+            if not any(part == "runs" or part.startswith(".venv") for part in path.parts):
                 assert "/" + "work/" not in path.read_text(), path

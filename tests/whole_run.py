@@ -40,10 +40,12 @@ SETTINGS = (
     "termination.stride=1",
     f"eval.every_steps={EVALUATED_EVERY}",
     "feeder.record_audit=true",
+    "trace=true",
 )
-# In front of every Python process of the run: writes down each class that an unpickler looks up, and who asked.
+# In front of every Python process of the run, and so in what is forked from one: writes down each class that an
+# unpickler looks up, and who asked.
 _HOOK = """
-import os, sys, traceback
+import atexit, os, sys, traceback
 
 def _hook(event, arguments):
     if event == "pickle.find_class":
@@ -52,9 +54,13 @@ def _hook(event, arguments):
         with open(os.environ["KATANA_TEST_UNPICKLED"], "a") as log:
             log.write(line)
 
+def _note():
+    with open(os.environ["KATANA_TEST_UNPICKLED"], "a") as log:
+        log.write("\\t".join(["started", *sys.argv[1:2]]) + "\\n")
+
 sys.addaudithook(_hook)
-with open(os.environ["KATANA_TEST_UNPICKLED"], "a") as log:
-    log.write("\\t".join(["started", *sys.argv[1:2]]) + "\\n")
+_note()
+os.register_at_fork(after_in_child=lambda: atexit.register(_note))  # a role is forked before it has its command line
 """
 
 

@@ -20,11 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import log_outcomes, sample, student_support, support_size, uniforms
+from actors.engine.adapters import Adapter, unpacked
+from actors.engine.base import Base
+from actors.engine.compiled import CompileError, check_close, compiled, in_few_sizes
+from actors.engine.outcomes import PIECE_ROWS, log_outcomes, sample, student_support, support_size, uniforms
 from actors.engine.slots import IntArray, padded, rectangles
 from actors.engine.texts import TextSlots
+from common import tracing
+from common.failing import brief
 
 Finish = Literal["eos", "length"]
+
+_ROWS = 8  # a step's rows are a multiple of this
+_UNWATCHED_CHUNK = 64  # tokens of a chunk that nobody waits for: what a worker that dies may lose
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -56,11 +64,12 @@ class Decoder(TextSlots):
     """Writes up to `slots` rollouts at a time.
 
     max_length: tokens of prompt and completion together. stop_ids: U. vocab_size: logits beyond it are never
-    drawn. teacher_top_k: K at most. chunk_tokens: length of a full chunk. prefill_tokens: most tokens,
+    drawn. teacher_top_k: K at most. chunk_tokens: length of a full chunk, see `add`. prefill_tokens: most tokens,
     padding included, that one step prefills. temperature, top_p: how outcomes are drawn. alone: every row is
     forwarded by itself, and what a rollout had generated before it was resumed token by token, as it was
     written: slower by the number of slots, and the same to the last bit whatever shares the batch, in
-    whichever slot, resumed or not. Raises UnsupportedModelError, ValueError.
+    whichever slot, resumed or not. base: digest of the model's weights, if adapters are to be swapped in. Raises
+    UnsupportedModelError, ValueError.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class Decoder(TextSlots):
         temperature: float = 1.0,
         top_p: float = 1.0,
         alone: bool = False,
+        base: str | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -90,13 +100,17 @@ class Decoder(TextSlots):
         self._all = np.arange(slots)
         self._top_k, self._support = teacher_top_k, support_size(teacher_top_k, vocab_size, len(stop_ids))
         self._chunk_tokens = chunk_tokens
+        self._longest_chunk = max(chunk_tokens, _UNWATCHED_CHUNK)
         self._temperature, self._top_p = temperature, top_p
         self._alone = alone
+        self._base = Base(model, base)
         self.decoded_tokens = 0
+        self._outcomes_of = self._outcomes
 
         # `_slot` is in the order of admission, which is the order of prefill.
         self._keys: list[str | None] = [None] * slots
         self._chunk = np.zeros(slots, dtype=np.int64)  # place in the text where the open chunk begins
+        self._watched = np.zeros(slots, dtype=np.int64)  # tokens known from which on chunks have the config's length
         self._limit = np.zeros(slots, dtype=np.int64)  # tokens known at which the rollout ends by length
         self._seeds = np.zeros(slots, dtype=np.uint64)
         self._used = np.zeros(slots, dtype=bool)
@@ -104,7 +118,17 @@ class Decoder(TextSlots):
         # A step's numbers come from the device as one int32 row a slot; floats travel as their bits. Layout:
         # token, support ids [K], rollout_logprob, sampled_logprob, tail_logprob (0 where absent),
         # support_logprobs [K+1].
-        self._record = np.zeros((slots, chunk_tokens, 2 * self._support + 5), dtype=np.int32)
+        self._record = np.zeros((slots, self._longest_chunk, 2 * self._support + 5), dtype=np.int32)
+
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        return len(self._keys)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._model.device
 
     @property
     def free(self) -> int:
@@ -124,13 +148,15 @@ class Decoder(TextSlots):
         seed: int,
         max_new_tokens: int,
         generated: NDArray[np.int32] = NO_TOKENS,
+        unwatched: int = 0,
     ) -> None:
         """Give a rollout a slot.
 
         `prompt` int32 [m], m >= 1; `generated` int32 [n], the completion so far where the rollout is resumed:
         it continues at position n with the same draws. `max_new_tokens` counts the whole
-        completion. `seed` is taken modulo 2**64. Raises ValueError where the lengths do not fit, a token is
-        outside the vocabulary or the key is here already, RuntimeError where no slot is free.
+        completion. `seed` is taken modulo 2**64. `unwatched`: until the completion has so many tokens, a chunk
+        ends at 64 tokens (or at `chunk_tokens`, if that is more). Raises ValueError where the lengths do not
+        fit, a token is outside the vocabulary or the key is here already, RuntimeError where no slot is free.
         """
         begin = len(prompt) + len(generated)
         limit = len(prompt) + max_new_tokens
@@ -151,6 +177,7 @@ class Decoder(TextSlots):
         self._text[slot, :begin] = text
         self._prompt[slot], self._known[slot], self._cached[slot] = len(prompt), begin, 0
         self._chunk[slot], self._limit[slot] = begin, limit
+        self._watched[slot] = len(prompt) + unwatched
         self._seeds[slot] = np.uint64(seed % 2**64)
         self._used[slot], self._held[slot] = True, False
 
@@ -167,6 +194,7 @@ class Decoder(TextSlots):
         """`remove` of a rollout on which the model failed, with all that it left in the cache."""
         slot = self._slot[key]
         self._model.clear(np.array([slot]))
+        self._cached[slot] = 0
         return self.remove(key)
 
     def hold(self, key: str) -> None:
@@ -197,15 +225,29 @@ class Decoder(TextSlots):
         """Close every open chunk that is not empty: before the weights change, or to drain."""
         return [self._close(slot, None) for slot in self._open()]
 
-    def swap(self, state: Mapping[str, Tensor]) -> None:
-        """Load new weights in place; the cache, and so what rollouts have read, stays.
+    def read_weights(self, data: bytes) -> Mapping[str, Tensor] | Adapter:
+        """The content of a published file, for `swap`. Nothing changes: any thread may call it. Raises ValueError, also
+        for an adapter of another base, and SafetensorError."""
+        weights = unpacked(data)
+        if isinstance(weights, Adapter):
+            self._base.check(weights)
+        return weights
+
+    def swap(self, weights: Mapping[str, Tensor] | Adapter) -> None:
+        """Load new weights in place, or merge an adapter into those of the model's folder; the cache, and so what
+        rollouts have read, stays.
 
         Raises ValueError where they do not fit (nothing has changed then), RuntimeError where a chunk is
         open: a chunk is written by one set of weights.
         """
         if self._open():
             raise RuntimeError("close_chunks() before swap(): a chunk is written by one set of weights")
-        self._model.load(state)
+        if isinstance(weights, Adapter):
+            self._base.merge(weights)
+        else:
+            self._model.load(weights)
+            self._base.replaced()
+        self._prompts.clear()  # what is held of them is of the old weights
 
     def _open(self) -> list[int]:
         """Slots whose open chunk is not empty."""
@@ -219,25 +261,46 @@ class Decoder(TextSlots):
             waiting = waiting[:1]
             of_prompt = self._prompt - 1 - self._cached
             left = np.where(of_prompt > 0, of_prompt, left.clip(max=1))
+        else:
+            waiting = self._without_shared(waiting)
+            left = self._known - 1 - self._cached
         taken = rectangles((int(left[slot]) for slot in waiting), self._prefill_tokens)
         if not taken:
             return
         rows, lengths = np.array(waiting[: len(taken)]), np.array(taken)
         starts = self._cached[rows]
         tokens = [self._text[row, at : at + n] for row, at, n in zip(rows, starts, lengths, strict=True)]
-        self._model.forward(rows, padded(tokens), starts, lengths, [])
+        with tracing.span("prefill", rows=len(rows), tokens=int(lengths.sum())):
+            self._model.forward(rows, padded(tokens), starts, lengths, [])
         self._cached[rows] += lengths
+
+    def _without_shared(self, waiting: list[int]) -> list[int]:
+        """Of the slots to prefill, those that must compute it: the prompt of a group of rollouts is computed once, and
+        copied. One that waits for the first of its group comes later."""
+        still = set(waiting)
+        rest = []
+        for slot in waiting:
+            length = int(self._prompt[slot])
+            first = self._share_prompt(slot, length) if self._cached[slot] < length - 1 else slot
+            done = self._cached[slot] == self._known[slot] - 1
+            waits = first != slot and first in still and self._cached[slot] < length - 1
+            if not (done or waits):
+                rest.append(slot)
+        return rest
 
     def _decode(self, ready: IntArray) -> list[ClosedChunk]:
         """One token for each slot of `ready`."""
         if self._alone:
             record = np.concatenate([self._draw(slot, np.ones(1, dtype=np.int64)) for slot in ready[:, None]])
         else:
-            # All slots run, so that the shape is always the same.
-            active = np.zeros(len(self._keys), dtype=np.int64)
+            # Slots in one piece, so that their cache is not copied, and few different shapes. Free slots are filled
+            # from the first on, so those in use are close together.
+            rows = self._all[: self._rows_for(int(ready[-1]) + 1)]
+            active = np.zeros(len(rows), dtype=np.int64)
             active[ready] = 1
-            record = self._draw(None, active)[ready]
+            record = self._draw(rows, active)[ready]
         if not np.isfinite(record[:, self._support + 1].view(np.float32)).all():
+            self._prompts.clear()  # the prompt of one that failed is not copied to others
             raise FloatingPointError("the student's logits are not finite")
         self._record[ready, (self._known - self._chunk)[ready]] = record
         self._text[ready, self._known[ready]] = record[:, 0]
@@ -246,40 +309,75 @@ class Decoder(TextSlots):
         self.decoded_tokens += len(ready)
         return self._close_finished(ready, record[:, 0])
 
-    def _draw(self, rows: IntArray | None, active: IntArray) -> NDArray[np.int32]:
-        """Forward the last token of the rows (None: all slots) that are active (1, else 0), and draw the next."""
-        slots = self._all if rows is None else rows
-        last = self._known[slots] - active
-        tokens = self._text[slots, last * active]
-        logits = self._model.forward(rows, tokens[:, None], last, active, self._first_column)[:, 0]
-        draws = uniforms(self._seeds[slots], (self._known - self._prompt)[slots])
-        return self._outcomes(logits, torch.from_numpy(draws).to(logits.device))
+    def _rows_for(self, needed: int) -> int:
+        if self._model.graphs:
+            return in_few_sizes(needed, least=_ROWS, most=len(self._all))
+        return min(-(-needed // _ROWS) * _ROWS, len(self._all))
+
+    def compile(self) -> None:
+        """Compile the decode step, before the first rollout, and check that it computes the same. Takes half a minute
+        or more where torch has not cached the code. Raises CompileError; the step is then as it was."""
+        assert not self._slot
+        length = self._text.shape[1]
+        shapes = [(self._rows_for(1), length // 2), (len(self._all), length)]
+        plain = [self._probe(*shape) for shape in shapes]
+        try:
+            self._model.compile()
+            self._outcomes_of = compiled(self._outcomes, self._model.device)
+            for shape, wanted in zip(shapes, plain, strict=True):
+                found = self._probe(*shape)
+                check_close("logits", found[0], wanted[0], self._model.model.dtype)
+                check_close("log-probabilities", found[1], wanted[1], self._model.model.dtype)
+        except Exception as error:
+            self._model.uncompile()
+            self._outcomes_of = self._outcomes
+            raise CompileError(f"the decode step cannot be compiled: {brief(error)}") from error
 
     @torch.inference_mode()
-    def _outcomes(self, logits: Tensor, draws: Tensor) -> NDArray[np.int32]:
-        """Draw, and gather what is kept of it: int32 [rows, 2K+5] on the host, the only transfer from the device."""
-        log_probs = log_outcomes(logits, self._stops, self._vocab_size)
-        outcome, sampled = sample(log_probs, draws, self._temperature, self._top_p)
-        ids, support, tail = student_support(log_probs, self._stop_ids[0], self._top_k, stop_count=len(self._stop_ids))
-        drawn = outcome[:, None]
-        numbers = torch.cat(
-            [
-                log_probs.gather(1, drawn),
-                sampled[:, None],
-                torch.zeros_like(sampled[:, None]) if tail is None else tail[:, None],
-                support,
-            ],
-            dim=1,
+    def _probe(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Logits of a step of so many empty slots, at positions below `length`, and the support's log-probabilities."""
+        tokens = np.arange(rows)[:, None] % self._vocab_size
+        starts = np.linspace(0, length - 1, rows).astype(np.int64)
+        ones = np.ones(rows, dtype=np.int64)
+        self._model.clear(self._all[:rows])
+        logits = self._model.forward(self._all[:rows], tokens, starts, ones, self._first_column)[:, 0].clone()
+        record = self._outcomes_of(logits, torch.full((rows,), 0.5, dtype=torch.float64, device=logits.device))
+        return logits, record[:, self._support + 3 :].contiguous().view(torch.float32).clone()
+
+    @torch.inference_mode()
+    def _draw(self, rows: IntArray, active: IntArray) -> NDArray[np.int32]:
+        """Forward the last token of the rows that are active (1, else 0), and draw the next."""
+        last = self._known[rows] - active
+        tokens = self._text[rows, last * active]
+        logits = self._model.forward(rows, tokens[:, None], last, active, self._first_column)[:, 0]
+        draws = uniforms(self._seeds[rows], (self._known - self._prompt)[rows])
+        pieces = zip(
+            torch.split(logits, PIECE_ROWS),
+            torch.split(torch.from_numpy(draws).to(logits.device), PIECE_ROWS),
+            strict=True,
         )
-        record = torch.cat([drawn.int(), ids.int(), numbers.view(torch.int32)], dim=1)
+        record = torch.cat([self._outcomes_of(*piece) for piece in pieces])
         on_host: NDArray[np.int32] = record.cpu().numpy()
         return on_host
+
+    def _outcomes(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Draw, and gather what is kept of it: int32 [rows, 2K+5], the only transfer from the device."""
+        log_probs = log_outcomes(logits, self._stops, self._vocab_size)
+        outcome, sampled = sample(log_probs, draws, self._temperature, self._top_p)
+        drawn = outcome[:, None]
+        rollout = log_probs.gather(1, drawn)
+        ids, support, tail = student_support(log_probs, self._stop_ids[0], self._top_k, stop_count=len(self._stop_ids))
+        absent = torch.zeros_like(rollout) if tail is None else tail[:, None]
+        numbers = torch.cat([rollout, sampled[:, None], absent, support], dim=1)
+        return torch.cat([drawn.int(), ids.int(), numbers.view(torch.int32)], dim=1)
 
     def _close_finished(self, ready: IntArray, tokens: NDArray[np.int32]) -> list[ClosedChunk]:
         known = self._known[ready]
         ended = tokens == self._stop_ids[0]
         long = known == self._limit[ready]
-        full = known - self._chunk[ready] == self._chunk_tokens
+        length = known - self._chunk[ready]
+        watched = known >= self._watched[ready]
+        full = (length == self._longest_chunk) | (watched & (length >= self._chunk_tokens))
         closed = []
         for place in np.flatnonzero(ended | long | full):
             finish: Finish | None = "eos" if ended[place] else "length" if long[place] else None

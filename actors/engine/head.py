@@ -68,9 +68,14 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has a product with a wider result on this device: yes on CUDA, no on CPU."""
+    return _tried_once(device, dtype)
+
+
+@cache
+def _tried_once(device: torch.device, dtype: torch.dtype) -> bool:
     tiny = torch.zeros(8, 8, device=device, dtype=dtype)
     try:
         torch.mm(tiny, tiny, out_dtype=torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -9,10 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine import Decoder, Scorer
+from actors.engine.adapters import weights_digest
+from actors.engine.compiled import Choice, CompileError, is_wanted
 from actors.engine.models import load_model
+from actors.engine.width import fast_slots
 from common.config import Config, Rollout, Teacher, parse
-from common.pretrained import Pair, check_pair, find_model, is_hub_id
+from common.config.sections import MOST_EVAL_SLOTS
+from common.pretrained import ModelError, Pair, check_pair, find_model, is_hub_id
 
+log = logging.getLogger("katana.engine")
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
@@ -27,9 +34,12 @@ class Engines:
     def decoder(self) -> Decoder:
         """The student's engine, with the weights of the model's folder until others are swapped in."""
         config, rollout = self._config, self._config.rollout
-        return Decoder(
-            self._load(self.pair.student.folder, rollout),
-            slots=rollout.slots,
+        model, slots = self._load(self.pair.student.folder, rollout), config.most_slots
+        if rollout.slots == "auto" and not config.deterministic:
+            slots = fast_slots(model, most=slots, length=config.max_length)
+        decoder = Decoder(
+            model,
+            slots=slots,
             max_length=config.max_length,
             stop_ids=self.pair.stop_ids,
             vocab_size=self.pair.vocab_size,
@@ -39,14 +49,18 @@ class Engines:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             alone=config.deterministic,
+            base=_base(config, self.pair.student.folder),
         )
+        if not config.deterministic:
+            compile_step(decoder, rollout.compile)
+        return decoder
 
     @cached_property
     def scorer(self) -> Scorer:
         """The teacher's engine."""
         config, teacher = self._config, self._config.teacher
         return Scorer(
-            self._load(self.pair.teacher.folder, teacher),
+            self._load(self.pair.teacher.folder, teacher, teacher.device_map),
             slots=teacher.slots,
             max_slots=teacher.max_slots,
             max_length=config.max_length,
@@ -55,10 +69,11 @@ class Engines:
             prefill_tokens=teacher.prefill_tokens,
         )
 
-    def _load(self, folder: Path, role: Rollout | Teacher) -> PreTrainedModel:
+    def _load(self, folder: Path, role: Rollout | Teacher, device_map: str | None = None) -> PreTrainedModel:
         """The model on the role's device; this process then computes with the role's threads."""
         torch.set_num_threads(role.threads)
-        return load_model(folder, dtype=role.dtype, device=role.device, vocab_size=self.pair.vocab_size)
+        vocab_size = self.pair.vocab_size
+        return load_model(folder, dtype=role.dtype, device=role.device, vocab_size=vocab_size, device_map=device_map)
 
 
 def sampler(
@@ -67,9 +82,12 @@ def sampler(
     """An engine that writes whole completions with the model in `folder`, to be judged and not trained on: by the
     run's stop set and lengths, in the evaluator's slots. Raises ModelError."""
     torch.set_num_threads(config.eval.threads)
-    return Decoder(
-        load_model(folder, dtype=dtype, device=device, vocab_size=pair.vocab_size),
-        slots=config.eval.slots,
+    model, slots = load_model(folder, dtype=dtype, device=device, vocab_size=pair.vocab_size), config.eval.slots
+    if slots == "auto":
+        slots = fast_slots(model, most=MOST_EVAL_SLOTS, length=config.max_length)
+    decoder = Decoder(
+        model,
+        slots=slots,
         max_length=config.max_length,
         stop_ids=pair.stop_ids,
         vocab_size=pair.vocab_size,
@@ -78,7 +96,32 @@ def sampler(
         prefill_tokens=config.rollout.prefill_tokens,
         temperature=temperature,
         top_p=top_p,
+        base=_base(config, folder) if folder == pair.student.folder else None,
     )
+    if config.rollout.compile != "off":  # an evaluation is too short for what pays on a CPU only in the long run
+        compile_step(decoder, "auto")
+    return decoder
+
+
+def compile_step(decoder: Decoder, choice: Choice) -> None:
+    """Compile the step of a new decoder if `rollout.compile` says so. Where that fails, `auto` goes on without; `on`
+    raises ModelError."""
+    if not is_wanted(choice, decoder.device):
+        return
+    began = time.monotonic()
+    try:
+        decoder.compile()
+    except CompileError as error:
+        if choice == "on":
+            raise ModelError(f"rollout.compile is 'on', and {error}") from error
+        log.warning("not compiled: %s", error)
+    else:
+        log.info("the decode step is compiled, in %.0f s", time.monotonic() - began)
+
+
+def _base(config: Config, folder: Path) -> str | None:
+    """The digest of the weights in a folder, where adapters may come that were trained on it."""
+    return weights_digest(folder) if config.learner.lora is not None else None
 
 
 def engines_for(config: Config) -> Engines:

@@ -5,7 +5,8 @@ and an instruct teacher with another, and that is agreement (docs: KAT, divergen
 of `stop_ids[0]`; the columns of the other stop ids hold -inf, and nothing else does: whatever else has no
 probability holds `FLOOR_NATS`, so that every number that leaves for the wire is finite.
 
-Pure functions of tensors. N rows, V outcomes' columns, K outcomes in the support besides STOP.
+Functions of tensors. N rows, V outcomes' columns, K outcomes in the support besides STOP. With a vocabulary of 151,936
+a matrix [N, V] is what takes memory, so the last function to read one overwrites it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.footprint import TEACHER_PIECE_ROWS
+
 FLOOR_NATS = -1e4
 """The least log-probability: exp of it is 0 in float32 and float64 alike, and it is finite on the wire."""
+
+PIECE_ROWS = TEACHER_PIECE_ROWS
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -63,17 +68,17 @@ def student_support(
     `log_outcomes` [N, V] as made by the function of that name, `stop_id` STOP's column, `stop_count` |U|.
     Returns `support_ids` int64 [N, K], the top K = support_size(...) outcomes besides STOP, most probable
     first; `support_logprobs` float32 [N, K+1], column 0 STOP's; and `tail_logprobs` float32 [N], the log of
-    the mass outside the support, or None where there is nothing outside (V - |U| <= K).
+    the mass outside the support, or None where there is nothing outside (V - |U| <= K). Overwrites `log_outcomes`.
     """
     vocab_size = log_outcomes.shape[1]
     size = support_size(k, vocab_size, stop_count)
-    rest = log_outcomes.clone()
-    rest[:, stop_id] = -torch.inf
-    top, ids = rest.topk(size, dim=1)
-    logprobs = torch.cat([log_outcomes[:, stop_id, None], top], dim=1)
+    stop = log_outcomes[:, stop_id, None].clone()
+    log_outcomes[:, stop_id] = -torch.inf
+    top, ids = log_outcomes.topk(size, dim=1)
+    logprobs = torch.cat([stop, top], dim=1)
     if vocab_size - stop_count <= size:
         return ids, logprobs, None
-    return ids, logprobs, _tail(rest, ids)
+    return ids, logprobs, _tail(log_outcomes, ids)
 
 
 def on_support(
@@ -82,14 +87,13 @@ def on_support(
     """Another model's log-probabilities on the student's support.
 
     `log_outcomes` [N, V], `support_ids` int64 [N, K]. Returns float32 [N, K+1], column 0 STOP's, and the log
-    of the mass outside, float32 [N], or None where there is nothing outside.
+    of the mass outside, float32 [N], or None where there is nothing outside. Overwrites `log_outcomes`.
     """
     logprobs = torch.cat([log_outcomes[:, stop_id, None], log_outcomes.gather(1, support_ids)], dim=1)
     if log_outcomes.shape[1] - stop_count <= support_ids.shape[1]:
         return logprobs, None
-    rest = log_outcomes.clone()
-    rest[:, stop_id] = -torch.inf
-    return logprobs, _tail(rest, support_ids)
+    log_outcomes[:, stop_id] = -torch.inf
+    return logprobs, _tail(log_outcomes, support_ids)
 
 
 def _tail(rest: Tensor, support_ids: Tensor) -> Tensor:

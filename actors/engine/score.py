@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import log_outcomes, on_support
+from actors.engine.outcomes import PIECE_ROWS, log_outcomes, on_support
 from actors.engine.slots import IntArray, padded, rectangles
 from actors.engine.texts import TextSlots
 
@@ -142,6 +142,7 @@ class Scorer(TextSlots):
     def forget(self) -> None:
         """Drop all rollouts, and what slots still hold of their texts: the next score is computed without a cache."""
         self._slot.clear()
+        self._prompts.clear()
         self._unused = list(range(len(self._known)))
         self._cached[:] = 0
 
@@ -170,13 +171,90 @@ class Scorer(TextSlots):
                 self._seat(run)
                 run.prepare(self._stop_ids)
             wave.sort(key=lambda run: run.slot)  # slots that follow each other are read without a copy
-            for batch in self._batches(wave, np.array([run.begin - 1 for run in wave])):
-                self._model.forward(batch.rows, batch.tokens, batch.starts, batch.lengths, [])
+            followers = self._followers(wave)
+            self._prefill([run for run in wave if run.slot not in followers])
+            for run in wave:
+                if run.slot in followers:
+                    self._share_prompt(run.slot, int(self._prompt[run.slot]))
+            self._prefill(wave)
             for batch in self._batches(wave, np.array([len(run.text) - 1 for run in wave])):
                 self._score(batch)
             for run in wave:
                 answers.update(self._answers(run))
         return [answers[place] for place in range(len(requests))]
+
+    def score_in_turn(self, requests: Sequence[ScoreRequest]) -> list[Scored | None]:
+        """`score`, but of one rollout a piece is forwarded where its text before the chunk takes more than one forward;
+        None for those that need more.
+
+        So others need not wait for a long text. What got None is to be asked again in the next call, with its prefix,
+        before other rollouts: then its slot is not given to them. Raises like `score`.
+        """
+        late = self._late(requests)
+        ready = [one for one in requests if one.key not in late]
+        answers = iter(self.score(ready) if ready else [])
+        for request in late.values():
+            if self._advance(request):
+                break
+        return [None if one.key in late else next(answers) for one in requests]
+
+    def _late(self, requests: Sequence[ScoreRequest]) -> dict[str, ScoreRequest]:
+        """The first chunk of each rollout that lacks more than a forward in front of it."""
+        first: dict[str, ScoreRequest] = {}
+        for request in requests:
+            first.setdefault(request.key, request)
+        return {key: one for key, one in first.items() if self._missing(one) > self._prefill_tokens}
+
+    def _missing(self, request: ScoreRequest) -> int:
+        """Tokens to forward in front of a chunk."""
+        needed = len(request.prompt) + request.start - 1
+        if needed <= self._prefill_tokens or self.cached(request.key) == request.start:
+            return 0  # in one forward, whatever is held of them
+        slot = self._slot.get(request.key)
+        if slot is None or (request.start and request.prefix is None):
+            return needed
+        return needed - self._common(slot, self._begin(0, request, first=True).text[:needed])
+
+    @torch.inference_mode()
+    def _advance(self, request: ScoreRequest) -> bool:
+        """Forward a piece of what is in front of a chunk. False if no forward was needed: another slot held it."""
+        (run,) = self._runs([request])
+        self._seat(run)
+        self._slot[run.key] = self._slot.pop(run.key)  # used last, so not evicted by the next call
+        slot, length = run.slot, len(request.prompt)
+        if self._cached[slot] < length - 1:
+            self._share_prompt(slot, length)
+        begin = int(self._cached[slot])
+        piece = min(run.begin - 1 - begin, self._prefill_tokens)
+        if piece <= 0:
+            return False
+        tokens = self._text[slot, begin : begin + piece]
+        self._model.forward(np.array([slot]), tokens[None], np.array([begin]), np.array([piece]), [])
+        self._cached[slot] += piece
+        self.rebuilt_tokens += piece if request.start else 0
+        return True
+
+    def _followers(self, wave: list[_Run]) -> set[int]:
+        """Slots whose prompt another run of the wave computes: it is copied then. One that a slot already holds is
+        copied here."""
+        seats = {run.slot for run in wave}
+        found = set()
+        for run in wave:
+            length = int(self._prompt[run.slot])
+            if self._cached[run.slot] < length - 1:
+                first = self._share_prompt(run.slot, length)
+                if first != run.slot and first in seats and self._cached[run.slot] < length - 1:
+                    found.add(run.slot)
+        return found
+
+    def _prefill(self, runs: list[_Run]) -> None:
+        """Forward what stands before the runs' first tokens."""
+        if runs:
+            self.rebuilt_tokens += sum(
+                run.begin - 1 - int(self._cached[run.slot]) for run in runs if run.requests[0][1].start
+            )
+            for batch in self._batches(runs, np.array([run.begin - 1 for run in runs])):
+                self._model.forward(batch.rows, batch.tokens, batch.starts, batch.lengths, [])
 
     def _runs(self, requests: Sequence[ScoreRequest]) -> list[_Run]:
         """Join consecutive chunks, and refuse what cannot be scored before anything is done."""
@@ -256,16 +334,17 @@ class Scorer(TextSlots):
             if not self._unused and not (returns and self._grow()):
                 self._evict()
             slot = self._slot[run.key] = self._unused.pop()
-        shared = min(int(self._cached[slot]), len(run.text))
-        differs = np.flatnonzero(self._text[slot, :shared] != run.text[:shared])
-        common = int(differs[0]) if len(differs) else shared
-        self._cached[slot] = min(common, run.begin - 1)
-        if run.requests[0][1].start:
-            self.rebuilt_tokens += run.begin - 1 - int(self._cached[slot])
+        self._cached[slot] = min(self._common(slot, run.text), run.begin - 1)
         self._text[slot, : len(run.text)] = run.text
         self._known[slot] = len(run.text)
         self._prompt[slot] = len(run.requests[0][1].prompt)
         run.slot = slot
+
+    def _common(self, slot: int, text: IntArray) -> int:
+        """How many tokens of this text the slot has forwarded."""
+        shared = min(int(self._cached[slot]), len(text))
+        differs = np.flatnonzero(self._text[slot, :shared] != text[:shared])
+        return int(differs[0]) if len(differs) else shared
 
     def _grow(self) -> bool:
         """Twice as many slots. False where there may be no more."""
@@ -305,31 +384,33 @@ class Scorer(TextSlots):
 
     def _score(self, batch: _Batch) -> None:
         """One forward of tokens whose successors are to be scored; the scores go to the runs."""
-        width = batch.tokens.shape[1]
-        logits = self._model.forward(batch.rows, batch.tokens, batch.starts, batch.lengths, range(width))
+        states = self._model.states(batch.rows, batch.tokens, batch.starts, batch.lengths)
+        states = torch.cat([row[:n] for row, n in zip(states, batch.lengths.tolist(), strict=True)])
         # The token at place p of the text is scored by the logits of place p - 1.
         spans = [
             (run, at + 1 - run.begin, at + 1 - run.begin + n)
             for run, at, n in zip(batch.runs, batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         ]
-        drawn = padded([run.outcomes[first:last] for run, first, last in spans])
-        support = padded([run.support[first:last] for run, first, last in spans])
-        flat = self._outcomes(logits.flatten(0, 1), drawn.reshape(-1), support.reshape(-1, support.shape[2]))
-        scores = flat.reshape(*drawn.shape, -1)
-        for (run, first, last), row in zip(spans, scores, strict=True):
-            run.scores[first:last] = row[: last - first]
-
-    def _outcomes(self, logits: Tensor, drawn: IntArray, support: IntArray) -> NDArray[np.float32]:
-        """float32 [N, K+3] on the host: sampled, tail (0 where absent), support."""
-        log_probs = log_outcomes(logits, self._stops, self._vocab_size)
-        device = logits.device
-        logprobs, tail = on_support(
-            log_probs, torch.from_numpy(support).to(device), self._stop_ids[0], stop_count=len(self._stop_ids)
+        drawn, support = (
+            torch.from_numpy(np.concatenate(values)).to(states.device)
+            for values in (
+                [run.outcomes[first:last] for run, first, last in spans],
+                [run.support[first:last] for run, first, last in spans],
+            )
         )
-        sampled = log_probs.gather(1, torch.from_numpy(drawn).to(device)[:, None])
+        pieces = zip(*(torch.split(values, PIECE_ROWS) for values in (states, drawn, support)), strict=True)
+        scores: NDArray[np.float32] = torch.cat([self._scores(*piece) for piece in pieces]).cpu().numpy()
+        ends = batch.lengths.cumsum()
+        for (run, first, last), rows in zip(spans, np.split(scores, ends[:-1]), strict=True):
+            run.scores[first:last] = rows
+
+    def _scores(self, states: Tensor, drawn: Tensor, support: Tensor) -> Tensor:
+        """float32 [n, K+3]: sampled, tail (0 where absent), support."""
+        log_probs = log_outcomes(self._model.logits(states), self._stops, self._vocab_size)
+        sampled = log_probs.gather(1, drawn[:, None])
+        logprobs, tail = on_support(log_probs, support, self._stop_ids[0], stop_count=len(self._stop_ids))
         absent = torch.zeros_like(sampled) if tail is None else tail[:, None]
-        scores: NDArray[np.float32] = torch.cat([sampled, absent, logprobs], dim=1).cpu().numpy()
-        return scores
+        return torch.cat([sampled, absent, logprobs], dim=1)
 
     def _answers(self, run: _Run) -> Iterator[tuple[int, Scored]]:
         """A run's scores, cut into its chunks."""

@@ -10,8 +10,8 @@ Works on whatever device and in whatever dtype the model has. Rollouts are unkno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from actors.engine.apart import Apart
+from actors.engine.attention import Masks, UnsupportedModelError, check_attention, check_positions, set_attention
+from actors.engine.compiled import SHORTEST, compiled, in_few_sizes, next_step
 from actors.engine.head import widen_head
 from actors.engine.memory import free_bytes
 from common.failing import out_of_memory
-from common.pretrained import ModelError, unfit
 
 IntArray = NDArray[np.int64]
 
@@ -33,84 +35,66 @@ KV_BLOCK = 32
 kernels."""
 
 
-class UnsupportedModelError(ModelError):
-    """The model cannot run on slots: its attention is not full, or its results would differ."""
+class _Aim:
+    """Which rows the next forward runs, where it writes and how far it reads; shared by all layers.
 
-
-def check_full_attention(config: Any) -> None:
-    """Refuse a model that has a layer without its own full causal attention.
-
-    `config` is a transformers configuration. Raises UnsupportedModelError that names the first such layer and
-    its type.
+    All that changes from step to step is a tensor or its shape, so that a compiled step is compiled once.
+    rows: int64 [b], None for the first b slots, or a slice. slots int64 [b, 1], the same rows; places int64 [b, T], the
+    positions to write at; reads: int64 [length], the positions to read.
     """
-    text = config.get_text_config()
-    name = type(text).__name__
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    unnamed = "sliding_attention" if window else "full_attention"
-    types = getattr(text, "layer_types", None) or [unnamed] * text.num_hidden_layers
-    for layer, kind in enumerate(types):
-        if kind != "full_attention":
-            raise UnsupportedModelError(f"{name}: layer {layer} is {kind!r}, slots need 'full_attention'")
-    for layer, kind in enumerate(getattr(text, "attention_layers", [])):  # GPT-Neo's own name
-        if kind != "global":
-            raise UnsupportedModelError(f"{name}: layer {layer} is {kind!r}, slots need full attention")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(f"{name}: {text.num_kv_shared_layers} layers share the keys of others")
-    if getattr(text, "is_encoder_decoder", False) or not getattr(text, "is_causal", True):
-        raise UnsupportedModelError(f"{name}: not a causal decoder")
 
+    def __init__(self) -> None:
+        self.rows: Tensor | slice | None = None
+        self.slots = self.places = self.reads = torch.zeros(0, dtype=torch.int64)
 
-def check_positions(config: Any, length: int) -> None:
-    """Refuse a model whose positions go wrong in slots with texts of up to `length` tokens, where `self_test` is too
-    short to see it.
+    def set(self, rows: Tensor | slice | None, slots: Tensor, places: Tensor, reads: Tensor) -> None:
+        self.rows, self.slots, self.places, self.reads = rows, slots, places, reads
 
-    `config` is a transformers configuration. Raises UnsupportedModelError.
-    """
-    text = config.get_text_config()
-    if reason := unfit(text.to_dict(), length):
-        raise UnsupportedModelError(f"{type(text).__name__}: {reason}")
+    @property
+    def length(self) -> int:
+        return len(self.reads)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, [slots, capacity + 1, heads, head_dim]: the last position is the scrap
-    one.
+    """Keys and values of one layer, [slots, heads, capacity + 1, head_dim]: the last position is the scrap one.
 
-    Stored with positions before heads, so that a token is one row to write; read as [rows, heads, length,
-    head_dim].
+    Heads stand before positions, so that attention reads each head's keys in one piece: with many rows a decode step
+    waits for memory, and the other order takes two to four times as long (BENCHMARKS.md).
     """
 
     is_sliding = False
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, aim: _Aim) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._slots, self._capacity = slots, capacity
-        self.writes: Tensor | None = None
-        self.rows: Tensor | slice = slice(None)
-        self.length = 0
+        self._slots, self._capacity, self._aim = slots, capacity, aim
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, with the heads, widths, dtype and device of the first states seen."""
         # Zeros, not whatever is there: a masked position still enters attention as 0 * value, and 0 * nan is
         # nan.
         self.keys, self.values = (
-            states.new_zeros(self._slots, self._capacity + 1, states.shape[1], states.shape[3])
+            states.new_zeros(self._slots, states.shape[1], self._capacity + 1, states.shape[3])
             for states in (key_states, value_states)
         )
+        _mark_static(self.keys, self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [rows, heads, T, head_dim] at `writes`; return `rows` up to `length`, [rows, heads, length,
-        head_dim]."""
+        """Write [rows, heads, T, head_dim] where the cache aims; return its rows as far as they are read, [rows,
+        heads, length, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._put(self.keys, key_states), self._put(self.values, value_states)
 
     def _put(self, stored: Any, states: Tensor) -> Tensor:
-        flat = states.transpose(1, 2).reshape(-1, states.shape[1] * states.shape[3])
-        stored.view(-1, flat.shape[1]).index_copy_(0, self.writes, flat)
-        # A slice of rows is a view; only a scattered subset is copied.
-        seen: Tensor = stored[:, : self.length][self.rows]
-        return seen.transpose(1, 2)
+        aim, device = self._aim, stored.device  # of this layer: a large model is on several
+        stored[aim.slots.to(device), :, aim.places.to(device)] = states.transpose(1, 2)
+        seen: Tensor = stored[:, :, : aim.length]
+        if aim.rows is None:
+            return seen[: len(states)]
+        # A slice of rows is a view; only a scattered subset is copied, by an operation that is several times as fast as
+        # indexing.
+        return seen[aim.rows] if isinstance(aim.rows, slice) else seen.index_select(0, aim.rows.to(device))
 
     def clear(self, rows: Tensor) -> None:
         """Zeros again, as allocated: see `lazy_initialization`."""
@@ -119,10 +103,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             for stored in held:
                 stored[rows] = 0
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` positions of one slot, to another."""
+        held: Any = (self.keys, self.values)
+        for stored in held:
+            stored[target, :, :length] = stored[source, :, :length]
+
     def resize(self, slots: int) -> None:
         """Keep the first `slots`, or add empty ones."""
         if self.keys is not None:
             self.keys, self.values = (_resized(stored, slots) for stored in (self.keys, self.values))
+            _mark_static(self.keys, self.values)
         self._slots = slots
 
     @property
@@ -131,13 +122,20 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return 0 if self.keys is None else 2 * self.keys[0].nbytes
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
+        return self._aim.length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return self._aim.length
 
     def get_max_length(self) -> int:
         return self._capacity
+
+
+def _mark_static(*tensors: Tensor) -> None:
+    """A CUDA graph may write into them: they stay where they are."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            torch._dynamo.mark_static_address(tensor)
 
 
 def _resized(stored: Any, slots: int) -> Tensor:
@@ -150,22 +148,21 @@ def _resized(stored: Any, slots: int) -> Tensor:
 
 
 class SlotCache(Cache):
-    """A transformers cache of slots; `aim` sets the rows of the next forward and where it writes."""
+    """A transformers cache of slots; `aim.set` says which rows the next forward runs and where it writes."""
 
     def __init__(self, layers: int, slots: int, capacity: int) -> None:
-        self._slot_layers = [SlotLayer(slots, capacity) for _ in range(layers)]
+        self.aim = _Aim()
+        self._slot_layers = [SlotLayer(slots, capacity, self.aim) for _ in range(layers)]
         super().__init__(layers=[*self._slot_layers])
         self.capacity = capacity
-
-    def aim(self, rows: Tensor | slice, writes: Tensor, length: int) -> None:
-        """`rows` int64 [b] or a slice; `writes` int64 [b*T], row * (capacity + 1) + position; `length` to be
-        read."""
-        for layer in self._slot_layers:
-            layer.rows, layer.writes, layer.length = rows, writes, length
 
     def clear(self, rows: Tensor) -> None:
         for layer in self._slot_layers:
             layer.clear(rows)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        for layer in self._slot_layers:
+            layer.copy(source, target, length)
 
     def resize(self, slots: int) -> None:
         for layer in self._slot_layers:
@@ -179,16 +176,16 @@ class SlotCache(Cache):
 class SlotModel:
     """A causal language model over slots, without gradients.
 
-    `model` is switched to eval mode, to sdpa attention and to a head that multiplies in float32 (see
-    `actors.engine.head.widen_head`). Raises UnsupportedModelError.
+    `model` is switched to eval mode, to sdpa attention (eager where it has none) and to a head that multiplies in
+    float32 (see `actors.engine.head.widen_head`). Raises UnsupportedModelError.
     """
 
     def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int) -> None:
-        check_full_attention(model.config)
+        check_attention(model.config)
         check_positions(model.config, capacity)
         if getattr(model, "_is_stateful", False):
             raise UnsupportedModelError(f"{type(model).__name__} is recurrent")
-        _use_sdpa(model)
+        attention = set_attention(model)
         widen_head(model)
         self.model = model
         model.train(False)
@@ -196,7 +193,9 @@ class SlotModel:
         self.device = model.device
         text: Any = model.config.get_text_config()
         self._cache = SlotCache(text.num_hidden_layers, slots, capacity)
+        self._masks = Masks(model, additive=attention == "eager")
         self._places = torch.arange(capacity, device=self.device)
+        self._compiled: Callable[..., Tensor] | None = None
 
     @torch.inference_mode()
     def forward(
@@ -221,28 +220,91 @@ class SlotModel:
         # number.
         positions = np.where(valid, starts[:, None] + columns, 0)
         slots = np.arange(self.slots) if rows is None else rows
-        writes = slots[:, None] * (self.capacity + 1) + np.where(valid, positions, self.capacity)
+        places = np.where(valid, positions, self.capacity)
         longest = int(positions.max()) + 1
         if longest > self.capacity:
             raise ValueError(f"position {longest - 1} is beyond the capacity of {self.capacity} tokens")
         length = min(-(-longest // KV_BLOCK) * KV_BLOCK, self.capacity)
-        sent, placed, written = self._send(np.stack([tokens, positions, writes])).unbind(0)
-        self._cache.aim(self._rows(rows), written.reshape(-1), length)
+        run, of_cache = self._run, self._rows(rows)
+        # Not a prefill of one token, which wants no logits: that would be another shape to compile.
+        if width == 1 and len(logits_at) and of_cache is None and self._compiled is not None:
+            run = self._compiled
+            next_step(self.device)
+            if self.graphs:
+                length = in_few_sizes(longest, least=SHORTEST, most=self.capacity)
+        # One transfer for all four.
+        sent, placed, written, owners = self._send(
+            np.stack([tokens, positions, places, np.broadcast_to(slots[:, None], tokens.shape)])
+        ).unbind(0)
+        kept = torch.as_tensor(logits_at, dtype=torch.int64, device=self.device)
+        return run(of_cache, owners[:, :1], written, sent, placed, self._places[:length], kept)
+
+    def _run(
+        self,
+        rows: Tensor | slice | None,
+        slots: Tensor,
+        written: Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        reads: Tensor,
+        kept: Tensor,
+    ) -> Tensor:
+        """All of a forward that is done on the device: logits at the columns `kept`."""
+        self._cache.aim.set(rows, slots, written, reads)
         output: Any = self.model(
-            input_ids=sent,
-            position_ids=placed,
-            attention_mask=self._places[:length] <= placed[:, None, :, None],
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._masks.at(positions, reads),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.as_tensor(logits_at, dtype=torch.int64, device=self.device),
+            logits_to_keep=kept,
         )
         logits: Tensor = output.logits
         return logits
+
+    def states(self, rows: IntArray | None, tokens: IntArray, starts: IntArray, lengths: IntArray) -> Tensor:
+        """As `forward`, but without logits: returns what `logits` makes them of, [b, T, H]."""
+        if not self._apart.possible:
+            return self.forward(rows, tokens, starts, lengths, range(tokens.shape[1]))
+        with self._apart.seen() as seen:
+            self.forward(rows, tokens, starts, lengths, [])
+        return seen[0]
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [n, W] of some rows [n, H] of `states`."""
+        return self._apart.logits(states) if self._apart.possible else states
+
+    @cached_property
+    def _apart(self) -> Apart:
+        return Apart(self.model)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are CUDA graphs: then few different shapes are worth more than small ones."""
+        return self._compiled is not None and self.device.type == "cuda"
+
+    def compile(self) -> None:
+        """Compile the forward of one token for each of the first rows. Raises CompileError."""
+        self._compiled = compiled(self._run, self.device)
+
+    def uncompile(self) -> None:
+        self._compiled = None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of a slot's cache; 0 before the first forward."""
+        return self._cache.slot_bytes
 
     @torch.inference_mode()
     def clear(self, rows: IntArray) -> None:
         """Zero the slots: values that are not finite would reach the next rollout through masked positions."""
         self._cache.clear(self._send(rows))
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a slot the first `length` positions that another holds: of the same text, so not computed again."""
+        self._cache.copy(source, target, length)
 
     @torch.inference_mode()
     def grow(self, slots: int) -> bool:
@@ -266,13 +328,14 @@ class SlotModel:
     def _send(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _rows(self, rows: IntArray | None) -> Tensor | slice:
-        """Rows as a slice where they follow each other: that is a view into the cache, not a copy of it."""
+    def _rows(self, rows: IntArray | None) -> Tensor | slice | None:
+        """Rows as a slice where they follow each other: that is a view into the cache, not a copy of it. None if they
+        are the first."""
         if rows is None:
-            return slice(None)
+            return None
         first, last = int(rows[0]), int(rows[-1])
         if last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
-            return slice(first, last + 1)
+            return slice(first, last + 1) if first else None
         return self._send(rows)
 
     @torch.no_grad()
@@ -301,15 +364,6 @@ class SlotModel:
             own[name].copy_(tensor)
 
 
-def _use_sdpa(model: PreTrainedModel) -> None:
-    """sdpa reads a boolean mask as a mask; eager attention would add it."""
-    if model.config._attn_implementation != "sdpa":
-        with suppress(ValueError):  # raised by some models that have none; others stay as they are
-            model.set_attn_implementation("sdpa")
-    if model.config._attn_implementation != "sdpa":
-        raise UnsupportedModelError(f"{type(model).__name__} has no sdpa attention")
-
-
 def rectangles(goals: Iterable[int], budget: int) -> list[int]:
     """How many tokens each of the first rows may advance, so that rows times the longest stays within
     `budget`.
@@ -334,35 +388,3 @@ def padded(pieces: Sequence[NDArray[Any]], dtype: type[np.generic] = np.int64) -
     for row, piece in zip(out, pieces, strict=True):
         row[: len(piece)] = piece
     return out
-
-
-@torch.inference_mode()
-def self_test(model: PreTrainedModel, *, vocab_size: int, seed: int = 0) -> float:
-    """Compare ragged rows through slots with a plain forward; returns the largest difference found.
-
-    The difference is relative to the largest plain logit (or 1). Beyond 1e-3 (5e-2 in 16 bits) raises
-    UnsupportedModelError that states it.
-    """
-    lengths = np.array([5, 37, 1, 18])
-    order, cut = np.array([3, 0, 1]), lengths // 2
-    texts = np.random.default_rng(seed).integers(0, vocab_size, size=(4, int(lengths.max())))
-    slots = SlotModel(model, slots=4, capacity=40)
-    # A subset of the rows, out of order; then all of them, one of which is still empty; then the last tokens.
-    slots.forward(order, texts[order], 0 * order, cut[order], [])
-    rest = padded([text[c : n - 1] for text, c, n in zip(texts, cut, lengths, strict=True)])
-    slots.forward(None, rest, cut, lengths - 1 - cut, [])
-    last = texts[np.arange(4), lengths - 1]
-    got = slots.forward(None, last[:, None], lengths - 1, np.ones(4, dtype=np.int64), [0])[:, 0].float()
-    worst = 0.0
-    for row, length in enumerate(lengths):
-        ids = torch.from_numpy(texts[row : row + 1, :length]).to(model.device)
-        plain: Tensor = slots.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        differs = float((got[row] - plain).abs().max() / plain.abs().max().clamp(min=1.0))
-        worst = worst if differs <= worst else differs  # NaN is the worst; max() would lose it
-    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    if not worst <= limit:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: logits through slots differ from a plain forward by {worst:.3g}, "
-            f"more than {limit}"
-        )
-    return worst

@@ -7,7 +7,8 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -127,8 +128,8 @@ def _widen(value: Any, model: Any) -> Any:
         field = model.model_fields.get(name) if isinstance(name, str) else None
         if field is None:
             result[name] = item
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            result[name] = _widen(item, field.annotation)
+        elif (section := _section_of(field)) is not None:
+            result[name] = _widen(item, section)
         elif field.annotation in (float, float | None) and isinstance(item, int | str) and not isinstance(item, bool):
             result[name] = _as_float(item)
         else:
@@ -154,7 +155,8 @@ def _override(tree: dict[str, Any], item: str) -> None:
     *sections, last = path.strip().split(".")
     node = tree
     for section in sections:
-        found = node.get(section, {})
+        found = node.get(section)
+        found = {} if found is None else found  # null: an optional section that is not there
         if not isinstance(found, dict):
             raise ConfigError(f"--set {item!r}: {section!r} is not a section")
         # A copy: YAML's aliases make one dict of several sections.
@@ -194,7 +196,7 @@ def _names() -> list[str]:
 def _nearest(where: str) -> str:
     if where.startswith("eval.data."):  # a benchmark: the user chooses its name
         return f"; a benchmark has the keys {', '.join(Benchmark.model_fields)}"
-    known = _names()
+    known = [name for name in _names() if not where.startswith(f"{name}.")]  # not the section that it is in
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     last = where.rpartition(".")[2]
     for name in known:
@@ -221,10 +223,20 @@ def keys() -> Iterator[tuple[str, str, str]]:
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
+        section = _section_of(field)
+        if section is None or (not field.is_required() and field.default is None):
+            yield f"{prefix}{name}", field  # also an optional section: null is a value of it
+        if section is not None:
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key is, or may be if it is not null; None for a key with a plain value."""
+    given = field.annotation
+    for kind in get_args(given) if isinstance(given, UnionType) else (given,):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def resumable(*, deterministic: bool) -> frozenset[str]:
@@ -244,6 +256,12 @@ def check_resume(before: Config, after: Config) -> None:
     if policy_names.same(before.termination.policy, after.termination.policy):
         old["termination.policy"] = new["termination.policy"]
     changed = [key for key in old | new if old.get(key) != new.get(key) and key not in allowed]
+    servers, now = (max(1, len(config.redis.servers)) for config in (before, after))
+    if servers != now:
+        raise ConfigError(
+            f"redis.data: the run was begun on {servers} data server{'s' * (servers > 1)} and cannot go on with {now}: "
+            f"each has a part of its rollouts"
+        )
     if changed:
         raise ConfigError(
             "; ".join(f"{key}: {old.get(key)!r} cannot become {new.get(key)!r} on --resume" for key in changed)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from common import policy_names
+
+MOST_SLOTS = 256  # that `auto` chooses
+MOST_EVAL_SLOTS = 64  # the same, of the evaluator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
@@ -38,6 +41,13 @@ class Section(BaseModel):
         return self
 
 
+def _count_or_auto(value: object) -> object:
+    """One sentence, not one for each type that a key may have."""
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"expected a whole number of at least 1, or auto, found {value!r:.40}")
+
+
 class Student(Section):
     model: str = Field(description="Student: a local folder or a hub id of a causal LM.")
 
@@ -45,7 +55,17 @@ class Student(Section):
 class Teacher(Section):
     model: str = Field(description="Teacher: a local folder or a hub id; its tokenizer must equal the student's.")
     dtype: Dtype = Field("float32", description="Teacher's dtype.")
-    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Teacher's device: cpu, cuda, cuda:1 …")
+    device: str = Field(
+        "cpu",
+        json_schema_extra=_RESUMABLE,
+        description="Teacher's device: cpu, cuda, cuda:1 …; `auto`: see `rollout.device`.",
+    )
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="How a teacher that is too large for one GPU is spread over all that a worker sees, by "
+        "transformers (pip install accelerate); null: it is on `teacher.device` alone.",
+    )
     threads: int = Field(
         1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of a teacher worker (CPU)."
     )
@@ -123,16 +143,37 @@ class Data(Section):
 
 class Rollout(Section):
     dtype: Dtype = Field("float32", description="Student's dtype in generation; weights are published in it.")
-    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of a rollout worker.")
+    device: str = Field(
+        "cpu",
+        json_schema_extra=_RESUMABLE,
+        description="Device of a rollout worker. `auto`: `katana run` spreads its processes over the GPUs of the "
+        "machine, the learner's on their own if there are several (`katana check` says how); a role by itself takes "
+        "the first GPU that it sees, without one the CPU.",
+    )
     threads: int = Field(
         1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of a rollout worker (CPU)."
     )
     workers: int = Field(
         1, ge=1, json_schema_extra=_RESUMABLE, description="Rollout workers that `katana run` starts on this machine."
     )
-    slots: int = Field(32, ge=1, json_schema_extra=_RESUMABLE, description="Rollouts a worker writes at a time.")
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        json_schema_extra=_RESUMABLE,
+        description="Rollouts a worker writes at a time; `auto`: as many as make it faster, measured when it starts.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        json_schema_extra=_RESUMABLE,
+        description="Whether the decode step is compiled when a worker starts (torch.compile; on CUDA with CUDA "
+        "graphs); `auto`: on CUDA.",
+    )
     prefill_tokens: int = Field(2048, ge=1, description="Most tokens, padding included, of one prefill pass.")
-    chunk_tokens: int = Field(16, ge=1, description="Tokens of a full chunk.")
+    chunk_tokens: int = Field(
+        16,
+        ge=1,
+        description="Tokens of a full chunk: longer ones cost less processor time, and a stop comes later. Where "
+        "nothing can stop a rollout yet, or ever, chunks have 64 or more.",
+    )
     max_unscored_chunks: int = Field(2, ge=1, description="Chunks a rollout may be ahead of the teacher.")
     max_completion_length: int = Field(192, ge=1, description="Most tokens of a rollout.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
@@ -142,6 +183,17 @@ class Rollout(Section):
         description="What ends a rollout, as one outcome: the stop ids of both models, or only the student's (to "
         "measure the cost of that).",
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _read_compile(cls, value: object) -> object:
+        """YAML reads `on` and `off` as booleans."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _slots_or_auto(cls, value: object) -> object:
+        return _count_or_auto(value)
 
 
 class Termination(Section):
@@ -254,12 +306,50 @@ class Loss(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685): a linear layer with weight W computes with W + alpha / rank · B A."""
+
+    rank: int = Field(16, ge=1, description="r: A is [r, in], B is [out, r].")
+    alpha: float = Field(32.0, gt=0, description="B A is multiplied by alpha / rank.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of A's inputs that a gradient leaves out; what the workers write with has none.",
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="Linear layers that get an adapter, by the ends of their names such as q_proj; `all-linear`: all "
+        "but the output head.",
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_or_all(cls, value: object) -> object:
+        """One sentence, not one for each type that it may have."""
+        if value == "all-linear" or (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
+            return value
+        raise ValueError(f"expected all-linear, or a list of names of layers, found {value!r:.60}")
+
+
 class LearnerSettings(Section):
     dtype: Dtype = Field(
         "float32",
         description="Dtype that the learner computes in, float32 or bfloat16; parameters and moments are float32.",
     )
-    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of the learner.")
+    device: str = Field(
+        "cpu",
+        json_schema_extra=_RESUMABLE,
+        description="Device of the learner; of several processes each has its own, from this one upwards: cuda:2, "
+        "cuda:3 …; `auto`: see `rollout.device`.",
+    )
+    nproc_per_node: int = Field(
+        1,
+        ge=1,
+        json_schema_extra=_UNLESS_DETERMINISTIC,
+        description="Processes of the learner, on one machine: parameters, gradients and moments are sharded over them "
+        "(FSDP2), and each trains on a share of every batch.",
+    )
     threads: int = Field(
         1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of the learner (CPU)."
     )
@@ -278,6 +368,17 @@ class LearnerSettings(Section):
         json_schema_extra=_UNLESS_DETERMINISTIC,
         description="Most padded tokens in one forward and backward.",
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        json_schema_extra=_UNLESS_DETERMINISTIC,
+        description="The activations inside a layer are computed again in the backward pass and not kept: less memory, "
+        "about a third more time.",
+    )
+    compile: bool = Field(
+        False,
+        json_schema_extra=_UNLESS_DETERMINISTIC,
+        description="The layers are compiled by torch.compile; needs a C++ compiler, and on CUDA Triton.",
+    )
     learning_rate: float = Field(1e-6, gt=0, description="AdamW: peak learning rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_ratio: float = Field(
@@ -292,6 +393,9 @@ class LearnerSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped here.")
     max_staleness: int = Field(4, ge=0, description="Oldest usable kept token, in policy versions.")
     weight_sync_steps: int = Field(1, ge=1, description="Steps between published weights.")
+    lora: Lora | None = Field(
+        None, description="Train low-rank adapters and leave the model as it is (docs/lora.md); null: train the model."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> LearnerSettings:
@@ -301,6 +405,11 @@ class LearnerSettings(Section):
                 f"allowed: 1 to {max(self.max_staleness, 1)}"
             )
         return self
+
+    def device_of(self, rank: int) -> str:
+        """The device of one of its processes."""
+        kind, _, index = self.device.partition(":")
+        return f"{kind}:{int(index or 0) + rank}" if kind == "cuda" and rank else self.device
 
     @field_validator("dtype")
     @classmethod
@@ -319,6 +428,13 @@ class Checkpoints(Section):
         ge=1,
         json_schema_extra=_RESUMABLE,
         description="Steps between checkpoints; trained trajectories are acknowledged only by a checkpoint.",
+    )
+    every_s: float | None = Field(
+        None,
+        gt=0,
+        json_schema_extra=_RESUMABLE,
+        description="Seconds: a step after which so many have passed since the last checkpoint ends with one, even "
+        "before `every_steps`; null: steps alone.",
     )
     keep: int = Field(2, ge=1, json_schema_extra=_RESUMABLE, description="Checkpoints kept.")
 
@@ -346,9 +462,21 @@ class Eval(Section):
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the evaluation.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass of the evaluation.")
-    device: str = Field("cpu", json_schema_extra=_RESUMABLE, description="Device of the evaluator.")
+    device: str = Field(
+        "cpu", json_schema_extra=_RESUMABLE, description="Device of the evaluator; `auto`: see `rollout.device`."
+    )
     threads: int = Field(1, ge=1, json_schema_extra=_RESUMABLE, description="torch threads of the evaluator (CPU).")
-    slots: int = Field(64, ge=1, json_schema_extra=_RESUMABLE, description="Samples written at a time.")
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        64,
+        json_schema_extra=_RESUMABLE,
+        description="Samples written at a time; `auto`: up to 64, as many as make it faster and a quarter of the "
+        "device's free memory holds.",
+    )
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _slots_or_auto(cls, value: object) -> object:
+        return _count_or_auto(value)
 
     @field_validator("data")
     @classmethod
@@ -364,7 +492,8 @@ class FeederSettings(Section):
         None,
         ge=1,
         json_schema_extra=_RESUMABLE,
-        description="Rollouts being written at a time; null: 1.25 × the slots of the live workers.",
+        description="Rollouts being written at a time; null: 1.25 × the slots of the live workers, and no more than "
+        "can be trained before the longest are stale.",
     )
     record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
     record_audit: bool = Field(False, description="Write the writer of each chunk to audit.jsonl, for the checker.")
@@ -379,6 +508,13 @@ _TLS_FILES = ("ca_file", "cert_file", "key_file")
 class Redis(Section):
     url: str | None = Field(
         None, json_schema_extra=_RESUMABLE, description="Data Redis; null: an embedded one (`katana run` only)."
+    )
+    data: list[str] = Field(
+        default=[],
+        max_length=64,
+        json_schema_extra=_RESUMABLE,
+        description="Data servers of a run that needs several, in place of `url`: each rollout is on one of them. "
+        "Their number and order stay as the run was begun.",
     )
     broker_url: str | None = Field(
         None, json_schema_extra=_RESUMABLE, description="Celery's broker; null: database 1 of `url`."
@@ -409,6 +545,34 @@ class Redis(Section):
     )
     shards: int = Field(16, ge=1, le=1024, description="Chunk streams.")
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _read_data(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, urls: list[str]) -> list[str]:
+        if len(set(urls)) < len(urls):
+            raise ValueError("a server is named twice")
+        for url in urls:
+            cls._check_url(url)
+        return urls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_address(cls, values: Any) -> Any:
+        """A list of one is `url`; of a longer one `url` is the first."""
+        if not isinstance(values, dict) or not (data := values.get("data")):
+            return values
+        first = data if isinstance(data, str) else data[0] if isinstance(data, list) else None
+        if not (isinstance(first, str) and _REDIS_URL.fullmatch(first)):
+            return values  # refused as a value of `data`, which is what was written
+        if values.get("url") not in (None, first):
+            raise ValueError("url and data name different servers: give one of them, or url as the first of data")
+        alone = isinstance(data, str) or (isinstance(data, list) and len(data) == 1)
+        return values | {"url": first, "data": [] if alone else data}
+
     @field_validator("url", "broker_url")
     @classmethod
     def _check_url(cls, url: str | None) -> str | None:
@@ -435,10 +599,15 @@ class Redis(Section):
                 raise ValueError(f"{name}: only {{role}} is filled in; other braces are not allowed")
         if (self.cert_file is None) != (self.key_file is None):
             raise ValueError("cert_file and key_file need each other")
-        tls = any((url or "").startswith("rediss://") for url in (self.url, self.broker_url))
+        tls = any((url or "").startswith("rediss://") for url in (self.url, self.broker_url, *self.data))
         if not tls and given and given[-1] in _TLS_FILES:
             raise ValueError(f"{given[-1]} is for TLS: url or broker_url must begin with rediss://")
         return self
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """All data servers, the home first; empty for an embedded one."""
+        return tuple(self.data) or ((self.url,) if self.url is not None else ())
 
     @property
     def broker(self) -> str:
@@ -528,6 +697,12 @@ class Config(Section):
         description="A run, resumed or not, ends with the same weights, bit for bit, on the same machine. Generation "
         "is about 11 times slower: there is one batch at a time, and rows are not computed together.",
     )
+    trace: bool = Field(
+        False,
+        json_schema_extra=_RESUMABLE,
+        description="Each process writes what it does when, and the stages of rollouts, to the run's folder, for "
+        "`katana trace`.",
+    )
     student: Student
     teacher: Teacher
     data: Data = Field(default_factory=Data)
@@ -571,6 +746,17 @@ class Config(Section):
                     f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
                     f"{self.rollout.max_completion_length}: no window would ever be evaluated"
                 )
+        lora = self.learner.lora
+        if lora is not None and self.learner.nproc_per_node > 1:
+            raise ValueError(
+                f"learner.nproc_per_node is {self.learner.nproc_per_node}; with learner.lora only 1 is allowed: "
+                f"adapters and their moments are small, and a frozen base is not sharded"
+            )
+        if lora is not None and lora.dropout and self.loss.mode == "reverse_kl_sampled":
+            raise ValueError(
+                f"learner.lora.dropout is {lora.dropout:g}; with loss.mode reverse_kl_sampled only 0 is allowed: its "
+                f"ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
+            )
         self._check_data()
         if self.deterministic:
             self._check_deterministic()
@@ -585,15 +771,35 @@ class Config(Section):
             raise ValueError("eval.data needs a verifier; data.verifier is none")
 
     def _check_deterministic(self) -> None:
+        if self.redis.data:
+            raise ValueError(
+                f"redis.data names {len(self.redis.data)} servers; with deterministic only one is allowed: in which "
+                f"order several answer changes from run to run"
+            )
         if self.learner.max_generated_tokens is not None:
             raise ValueError(
                 f"learner.max_generated_tokens is {self.learner.max_generated_tokens}; with deterministic only null is "
                 f"allowed: how much the workers have written at a step depends on timing"
             )
+        if self.checkpoints.every_s is not None:
+            raise ValueError(
+                f"checkpoints.every_s is {self.checkpoints.every_s:g}; with deterministic only null is allowed: where "
+                f"a run can be resumed would depend on timing"
+            )
         if self.learner.weight_sync_steps != 1:
             raise ValueError(
                 f"learner.weight_sync_steps is {self.learner.weight_sync_steps}; with deterministic only 1 is allowed: "
                 f"each batch is written with the weights of the step before"
+            )
+        if self.teacher.device_map is not None:
+            raise ValueError(
+                f"teacher.device_map is {self.teacher.device_map!r}; with deterministic only null is allowed: other "
+                f"devices than 'cpu' sum in no fixed order"
+            )
+        if self.rollout.compile == "on":
+            raise ValueError(
+                "rollout.compile is 'on'; with deterministic only 'auto' and 'off' are allowed, which compile nothing "
+                "then: how compiled code rounds depends on the number of rows"
             )
         for name in ("rollout", "teacher", "learner"):
             device = getattr(self, name).device
@@ -612,5 +818,18 @@ class Config(Section):
         """Longest sequence of prompt and completion, in tokens."""
         return self.data.max_prompt_length + self.rollout.max_completion_length
 
+    @property
+    def most_slots(self) -> int:
+        """`rollout.slots`, or the most that `auto` becomes: a worker's share of the rollouts that the feeder admits at
+        a time if all are equally long. A deterministic run admits a batch."""
+        if self.rollout.slots != "auto":
+            return self.rollout.slots
+        steps = 1 if self.deterministic else max(1, self.learner.max_staleness - 1)
+        admitted = self.feeder.concurrency or steps * self.learner.batch_size
+        return min(MOST_SLOTS, -(-admitted // self.rollout.workers))
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        tree = self.model_dump()
+        if self.redis.data:
+            tree["redis"]["url"] = None  # it is the first of them, also when others are set
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

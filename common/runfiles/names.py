@@ -3,11 +3,12 @@
 CONFIG, RUN, DATA_ROWS = "config.yaml", "run.json", "data.rows"
 ROLLOUTS, TRACES, AUDIT, LEDGER = "rollouts.jsonl", "traces.jsonl", "audit.jsonl", "ledger.json"
 METRICS, TRAINED, COUNTED = "metrics.jsonl", "trained.jsonl", "counted.json"
-WEIGHTS, CHECKPOINTS, MODEL = "weights", "checkpoints", "model"
+WEIGHTS, CHECKPOINTS, MODEL, ADAPTER = "weights", "checkpoints", "model", "adapter"
 TO_EVALUATE, EVALUATIONS = "eval", "eval.jsonl"
 SUMMARY, WALL, BUSY = "summary.json", "wall.json", "busy.json"
 REPORT_PAGE, REPORT_PICTURE, REPORT_PLOTS = "report.html", "report.png", "figures"
 REPLAYS, AUDITS = "replay", "audit"
+TRACE, TRACE_JSON = "trace", "trace.json"
 LOGS, REDIS, TENSORBOARD, WANDB = "logs", "redis", "tensorboard", "wandb"
 CHAOS, SOAK, MEMORY = "chaos.json", "soak.json", "memory.jsonl"
 

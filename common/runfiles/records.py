@@ -248,6 +248,8 @@ class Ledger(Record):
     dropped: dict[str, int]  # by reason
     dead: int
     open: int
+    # Admitted on each server of a run with several data servers; empty for a single one.
+    by_server: list[int] = field(default_factory=list, metadata=stored(sparse=True))
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> Ledger:

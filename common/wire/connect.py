@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common.config import ConfigError
+from common.wire.packing import CommandPacker
 
 _ANSWER_S = 5.0  # how long a connection waits for a reply
 
@@ -33,6 +34,7 @@ def connect(
         socket_timeout=_ANSWER_S,
         socket_connect_timeout=5.0,
         health_check_interval=0,
+        command_packer=CommandPacker(),
         username=username,
         password=read_password(password_file),
         **tls_options(url, ca_file=ca_file, cert_file=cert_file, key_file=key_file),

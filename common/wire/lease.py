@@ -15,6 +15,7 @@ import redis
 from common import metrics
 from common.files import locked
 from common.wire import scripts
+from common.wire.entries import age_order
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.scripts import Call, Entry, Fenced, Leased
 
@@ -29,7 +30,8 @@ class LeaseLost(RuntimeError):
 class Lease:
     """The right of one process to act in a role.
 
-    Its token goes into every script of that role, and is the holder's consumer name in its stream.
+    Its token goes into every script of that role, and is the holder's consumer name in its stream. With several data
+    servers it is held on each: whoever lacks one of them has lost it, and who waits for one does not act on the others.
     """
 
     def __init__(self, plane: Plane, role: str, lease_s: float) -> None:
@@ -40,7 +42,8 @@ class Lease:
     def acquire(self, stop: threading.Event, wait_s: float = 30.0) -> None:
         """Wait for the lease. Raises LeaseLost when another process keeps it, Stopping when asked to stop."""
         began = time.monotonic()
-        while self._plane.call(self._call("take")) is not Leased.OK:
+        # One server after the other, so that of two that come at the same time the one which has the home gets all.
+        while not all(self._plane.call(self._call("take", place)) is Leased.OK for place in self._plane.places):
             if time.monotonic() - began > wait_s + self._ms / 1000:
                 raise LeaseLost(f"another {self._role} is at work on this run")
             if stop.wait(0.1):
@@ -54,7 +57,8 @@ class Lease:
             self._renew()
 
     def _renew(self) -> None:
-        if self._plane.call(self._call("renew")) is not Leased.OK:
+        calls = [self._call("renew", place) for place in self._plane.places]
+        if any(answer is not Leased.OK for answer in self._plane.call_all(calls)):
             raise LeaseLost(f"another {self._role} took over this run")
         self._renew_at = time.monotonic() + self._ms / 3000
 
@@ -62,7 +66,8 @@ class Lease:
         """Renew once, from a thread, while the holder's loop may be busy with one long operation. If another process
         has the lease, this does nothing, and the loop notices."""
         metrics.turned(self._role)
-        self._plane.once(self._call("renew"))
+        for place in self._plane.places:
+            self._plane.once(self._call("renew", place))
 
     @contextlib.contextmanager
     def exclusively(self, path: Path) -> Iterator[None]:
@@ -94,7 +99,9 @@ class Lease:
         raise LeaseLost(f"the lease of the {self._role} cannot be kept: calls take longer than it lasts")
 
     def advance(self, what: Literal["step", "covered", "learning", "state"], value: str | int) -> None:
-        self.call(scripts.advance(what, value))
+        # Every server has the state, because scripts look at it; the run's is the home's, which is the last to change.
+        places = reversed(self._plane.places) if what == "state" else (0,)
+        self.call_all([scripts.advance(what, value, place) for place in places])
 
     def adopt(self, stream: str, group: str) -> list[Entry]:
         """Take over the pending entries of former holders of this lease, in the stream's order.
@@ -104,14 +111,16 @@ class Lease:
         self._adopt_at = time.monotonic() + 1.0
         failed = self._plane.failed_calls
         found: list[Entry] = []
-        while True:
-            entries = self.call(scripts.adopt(stream, group, _ADOPT_AT_A_TIME))
-            found += entries
-            if len(entries) < _ADOPT_AT_A_TIME:
-                if self._plane.failed_calls != failed:
-                    # A call whose reply was lost may have made entries ours, which the next one does not name.
-                    self._plane.read_again(stream, self.token)
-                return sorted(found, key=lambda one: [int(part) for part in one[0].split(b"-")])
+        for place in self._plane.places:
+            while True:
+                entries = self.call(scripts.adopt(stream, group, _ADOPT_AT_A_TIME, place))
+                found += entries
+                if len(entries) < _ADOPT_AT_A_TIME:
+                    break
+        if self._plane.failed_calls != failed:
+            # A call whose reply was lost may have made entries ours, which the next one does not name.
+            self._plane.read_again(stream, self.token)
+        return sorted(found, key=lambda one: age_order(one[0]))
 
     @property
     def adoption_due(self) -> bool:
@@ -119,7 +128,7 @@ class Lease:
 
     def drop(self) -> None:
         with contextlib.suppress(redis.exceptions.RedisError, OSError, RunGone, RedisUnavailable, Stopping):
-            self._plane.call(self._call("drop"))
+            self._plane.call_all([self._call("drop", place) for place in self._plane.places])
 
-    def _call(self, mode: Literal["take", "renew", "drop"]) -> Call[Leased]:
-        return scripts.lease(self._role, self.token, self._ms, mode)
+    def _call(self, mode: Literal["take", "renew", "drop"], place: int) -> Call[Leased]:
+        return scripts.lease(self._role, self.token, self._ms, mode, place)

@@ -1,8 +1,9 @@
 """Every record on the wire, with its producer and consumer. msgpack; arrays as raw little-endian bytes.
 
 A decoder accepts exactly what its encoder writes: known fields, sizes that fit each other, finite floats, token ids
-from 0 to 2^31 - 1. Anything else raises `MessageError`; no other exception is ever raised. Reading stops at the first
-list that no field needs, so decoding costs little more memory than the size of the record.
+from 0 to 2^31 - 1 (those of a support in 16 bits if all of them fit). Anything else raises `MessageError`; no other
+exception is ever raised. Reading stops at the first list that no field needs, so decoding costs little more memory than
+the size of the record.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+Ids = Ints  # packed in 16 bits if all of them fit: K a token are half of what a scored chunk holds
 
 MAX_RECORD_BYTES = 64 << 20
 _MAX_FIELDS = 64
 _MAX_TEXT = 4096
-_ARRAYS = ("Ints", "Floats")
-_DTYPES = {"i": np.dtype("<i4"), "f": np.dtype("<f4")}
+_CODES = {"Ints": "i", "Floats": "f", "Ids": "ih"}  # by annotation: how an array of it may be packed
+_DTYPES: dict[str, np.dtype[Any]] = {"i": np.dtype("<i4"), "f": np.dtype("<f4"), "h": np.dtype("<u2")}
+_BELOW = 1 << 16
 ARMS = ("treated", "control")
+_FORMER_HEAD = b"\x96"  # a list of six: the kind, and the fields of FormerSupport
 
 
 class MessageError(ValueError):
@@ -34,27 +38,42 @@ class MessageError(ValueError):
 
 
 def _pack_array(array: Any, annotation: str, name: str) -> list[Any]:
-    code = "i" if annotation == "Ints" else "f"
+    code = _CODES[annotation][0]
     if not isinstance(array, np.ndarray) or array.dtype != _DTYPES[code] or not 1 <= array.ndim <= 2:
         raise MessageError(f"{name}: expected {_DTYPES[code].name} of one or two dimensions")
+    if annotation == "Ids" and _fit(array):
+        return ["h", list(array.shape), array.astype(_DTYPES["h"]).tobytes()]
     return [code, list(array.shape), array.tobytes()]
+
+
+def _fit(ids: Ids) -> bool:
+    """Whether 16 bits hold them all. One below 0 is refused elsewhere."""
+    return bool(np.maximum.reduce(ids, None, initial=0) < _BELOW)
 
 
 def _unpack_array(value: Any, annotation: str, name: str) -> npt.NDArray[Any]:
     if not isinstance(value, list) or len(value) != 3:
         raise MessageError(f"{name}: not an array")
     code, shape, data = value
-    if code not in ("i", "f") or not isinstance(data, bytes) or not isinstance(shape, list):
+    if not isinstance(code, str) or not isinstance(data, bytes) or not isinstance(shape, list):
         raise MessageError(f"{name}: not an array")
-    if not 1 <= len(shape) <= 2 or not all(type(size) is int and 0 <= size <= 1 << 28 for size in shape):
+    if not 1 <= len(shape) <= 2:
         raise MessageError(f"{name}: bad shape")
-    if code != ("i" if annotation == "Ints" else "f"):
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= 1 << 28:
+            raise MessageError(f"{name}: bad shape")
+    if len(code) != 1 or code not in _CODES[annotation]:
         raise MessageError(f"{name}: wrong dtype")
     dtype = _DTYPES[code]
     count = shape[0] * (shape[1] if len(shape) == 2 else 1)
     if count * dtype.itemsize != len(data):
         raise MessageError(f"{name}: {len(data)} bytes do not fit shape {shape!r:.60}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    array = np.frombuffer(data, dtype=dtype)
+    if code == "h":
+        array = array.astype(np.int32)
+    elif annotation == "Ids" and _fit(array):
+        raise MessageError(f"{name}: 32 bits an id, 16 hold them")
+    return array if len(shape) == 1 else array.reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +100,8 @@ class _Record:
     @classmethod
     def decode(cls, data: bytes) -> Self:
         """Raises MessageError, and nothing else, for anything that `encode` would not have written."""
-        wanted = cls._fields()
-        values = _unpack(data, cls.KIND, wanted)
-        record = cls(*(_coerce(value, field) for value, field in zip(values, wanted, strict=True)))
+        values = _unpack(data, cls.KIND, cls._fields())
+        record = cls(*[read(value) for read, value in zip(cls._readers(), values, strict=True)])
         record._check()
         return record
 
@@ -102,6 +120,12 @@ class _Record:
             )
             for field in fields(cls)  # type: ignore[arg-type]
         )
+
+    @classmethod
+    @cache
+    def _readers(cls) -> tuple[Callable[[Any], Any], ...]:
+        """A function for each field, made once: a record is decoded for every chunk, by three roles."""
+        return tuple(map(_reader, cls._fields()))
 
 
 def _unpack(data: bytes, kind: str, wanted: tuple[_Field, ...]) -> list[Any]:
@@ -148,15 +172,38 @@ def _at_most(lists: int, kind: str) -> Callable[[list[Any]], list[Any]]:
 def _pack(value: Any, field: _Field) -> Any:
     if field.optional and value is None:
         return None
-    pack = _pack_array if field.annotation in _ARRAYS else _scalar
+    pack = _pack_array if field.annotation in _CODES else _scalar
     return pack(value, field.annotation, field.label)
 
 
-def _coerce(value: Any, field: _Field) -> Any:
-    if field.optional and value is None:
-        return None
-    unpack = _unpack_array if field.annotation in _ARRAYS else _scalar
-    return unpack(value, field.annotation, field.label)
+def _reader(field: _Field) -> Callable[[Any], Any]:
+    """What turns an unpacked value into the field's; the ordinary value at once, any other with its error."""
+    annotation, label, optional = field.annotation, field.label, field.optional
+    if annotation in ("Ints", "Floats"):
+        code = _CODES[annotation]
+        dtype = _DTYPES[code]
+
+        def read_array(value: Any) -> Any:
+            if optional and value is None:
+                return None
+            if type(value) is list and len(value) == 3 and value[0] == code and type(value[2]) is bytes and value[2]:
+                shape, data = value[1], value[2]
+                if type(shape) is list and len(shape) == 1 and type(shape[0]) is int and shape[0] * 4 == len(data):
+                    return np.frombuffer(data, dtype)
+            return _unpack_array(value, annotation, label)
+
+        return read_array
+    if annotation == "Ids":
+        return lambda value: _unpack_array(value, annotation, label)
+
+    def read_scalar(value: Any) -> Any:
+        if (optional and value is None) or (annotation == "bytes" and type(value) is bytes):
+            return value
+        if annotation == "int" and type(value) is int and 0 <= value < 1 << 63:
+            return value
+        return _scalar(value, annotation, label)
+
+    return read_scalar
 
 
 def _scalar(value: Any, annotation: str, name: str) -> Any:
@@ -177,20 +224,33 @@ def _need(condition: bool, text: str) -> None:
         raise MessageError(text)
 
 
+# Arrays are checked for every chunk by every reader: by their extremes, without an array of answers, and without making
+# messages that nobody reads. A comparison with NaN is false.
+
+
 def _tokens(array: Ints, name: str) -> None:
-    _need(array.ndim == 1, f"{name}: expected one dimension")
-    _need(bool((array >= 0).all()), f"{name}: a negative token id")
+    if array.ndim != 1:
+        raise MessageError(f"{name}: expected one dimension")
+    if array.size and np.minimum.reduce(array, None) < 0:
+        raise MessageError(f"{name}: a negative token id")
 
 
-def _floats(array: Floats, shape: tuple[int, ...], name: str) -> None:
-    _need(array.shape == shape, f"{name}: shape {array.shape} instead of {shape}")
-    _need(bool(np.isfinite(array).all()), f"{name}: not finite")
+def _floats(array: Floats, shape: tuple[int, ...], name: str) -> float:
+    """Returns the greatest, -inf of none."""
+    if array.shape != shape:
+        raise MessageError(f"{name}: shape {array.shape} instead of {shape}")
+    if not array.size:
+        return -math.inf
+    least, greatest = np.minimum.reduce(array, None), np.maximum.reduce(array, None)
+    if not (least > -math.inf and greatest < math.inf):
+        raise MessageError(f"{name}: not finite")
+    return float(greatest)
 
 
 def _logprobs(array: Floats, shape: tuple[int, ...], name: str) -> None:
-    _floats(array, shape, name)
     # Rounding can put log-probabilities of float32 logits slightly above zero.
-    _need(bool((array <= 1e-3).all()), f"{name}: a log-probability above 0")
+    if _floats(array, shape, name) > 1e-3:
+        raise MessageError(f"{name}: a log-probability above 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,13 +284,15 @@ class ChunkTokens(_Record):
     policy_version: int
     finish: str | None  # eos | length on the last chunk
     writer: str  # the nonce of its owner at the time
-    digest: bytes  # of the chunk's ChunkSupport, so that this small record identifies a repeated chunk
+    digest: bytes  # of the chunk's support and log-probabilities: this small record identifies a repeated chunk
     tokens: Ints  # [n]
 
     def _check(self) -> None:
         _need(self.seq >= 0 and self.start >= 0 and self.policy_version >= 0, "tokens: negative number")
-        _need(self.finish in (None, "eos", "length"), f"tokens.finish: {self.finish!r:.40}")
-        _need(1 <= len(self.writer) <= 40 and self.writer.isalnum(), f"tokens.writer: {self.writer!r:.40}")
+        if self.finish not in (None, "eos", "length"):
+            raise MessageError(f"tokens.finish: {self.finish!r:.40}")
+        if not (1 <= len(self.writer) <= 40 and self.writer.isalnum()):
+            raise MessageError(f"tokens.writer: {self.writer!r:.40}")
         _need(len(self.digest) == 16, "tokens.digest: not 16 bytes")
         _tokens(self.tokens, "tokens.tokens")
         _need(len(self.tokens) >= 1, "tokens.tokens: empty")
@@ -238,24 +300,65 @@ class ChunkTokens(_Record):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkSupport(_Record):
-    """rollout worker → teacher worker, learner. The student's distribution on its own support."""
+    """rollout worker → teacher worker, learner. The student's support, and log-probabilities of what was sampled."""
 
     KIND: ClassVar[str] = "support"
-    support_ids: Ints  # [n, K]
-    support_logprobs: Floats  # [n, K + 1], column 0 is STOP; temperature 1, before top-p
-    tail_logprobs: Floats | None  # [n]; None: the support holds every outcome
+    support_ids: Ids  # [n, K]
     rollout_logprobs: Floats  # [n], of the sampled outcome, full distribution
     sampled_logprobs: Floats  # [n], of the sampled outcome, as sampled (temperature, top-p)
 
     def _check(self) -> None:
         _need(self.support_ids.ndim == 2, "support.support_ids: expected two dimensions")
-        n, k = self.support_ids.shape
-        _need(bool((self.support_ids >= 0).all()), "support.support_ids: a negative token id")
-        _logprobs(self.support_logprobs, (n, k + 1), "support.support_logprobs")
-        if self.tail_logprobs is not None:
-            _logprobs(self.tail_logprobs, (n,), "support.tail_logprobs")
+        n = len(self.support_ids)
+        if self.support_ids.size and np.minimum.reduce(self.support_ids, None) < 0:
+            raise MessageError("support.support_ids: a negative token id")
         _logprobs(self.rollout_logprobs, (n,), "support.rollout_logprobs")
         _logprobs(self.sampled_logprobs, (n,), "support.sampled_logprobs")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkLogprobs(_Record):
+    """rollout worker → teacher worker. The student's distribution on its own support.
+
+    Only the divergence is computed from it: it is removed when that is stored.
+    """
+
+    KIND: ClassVar[str] = "student"
+    support_logprobs: Floats  # [n, K + 1], column 0 is STOP; temperature 1, before top-p
+    tail_logprobs: Floats | None  # [n]; None: the support holds every outcome
+
+    def _check(self) -> None:
+        _need(self.support_logprobs.ndim == 2, "student.support_logprobs: expected two dimensions")
+        _logprobs(self.support_logprobs, self.support_logprobs.shape, "student.support_logprobs")
+        if self.tail_logprobs is not None:
+            _logprobs(self.tail_logprobs, (len(self.support_logprobs),), "student.tail_logprobs")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FormerSupport(_Record):
+    """ChunkSupport and ChunkLogprobs in one record, as they once were: only read, since a run goes on through an
+    upgrade."""
+
+    KIND: ClassVar[str] = "support"
+    support_ids: Ints
+    support_logprobs: Floats
+    tail_logprobs: Floats | None
+    rollout_logprobs: Floats
+    sampled_logprobs: Floats
+
+    @property
+    def support(self) -> ChunkSupport:
+        return ChunkSupport(self.support_ids, self.rollout_logprobs, self.sampled_logprobs)
+
+    @property
+    def logprobs(self) -> ChunkLogprobs:
+        return ChunkLogprobs(self.support_logprobs, self.tail_logprobs)
+
+    def _check(self) -> None:
+        self.support._check()
+        self.logprobs._check()
+        n, k = self.support_ids.shape
+        _need(self.support_logprobs.shape == (n, k + 1), "support.support_logprobs: not one more than the ids")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -269,7 +372,7 @@ class ScoreDivergence(_Record):
     def _check(self) -> None:
         _need(self.seq >= 0, "divergence.seq: negative")
         _floats(self.divergence, (self.divergence.size,), "divergence.divergence")
-        _need(bool((self.divergence >= 0).all()), "divergence.divergence: below 0")
+        _need(not (self.divergence < 0).any(), "divergence.divergence: below 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,9 +443,26 @@ def fired(*, stopped: bool, kept: int, written: int) -> bool:
     return stopped or kept < written
 
 
-def support_digest(encoded_support: bytes) -> bytes:
-    """16 bytes that name an encoded ChunkSupport."""
-    return hashlib.blake2b(encoded_support, digest_size=16).digest()
+def read_support(stored: bytes) -> ChunkSupport:
+    """The support of a chunk, as any version stored it. Raises MessageError."""
+    return FormerSupport.decode(stored).support if _is_former(stored) else ChunkSupport.decode(stored)
+
+
+def read_logprobs(stored: bytes, support: bytes) -> ChunkLogprobs:
+    """The student's log-probabilities of a chunk, which are in its stored support if a former version wrote it. Raises
+    MessageError."""
+    return FormerSupport.decode(support).logprobs if _is_former(support) else ChunkLogprobs.decode(stored)
+
+
+def _is_former(support: bytes) -> bool:
+    return support[:1] == _FORMER_HEAD
+
+
+def support_digest(encoded_support: bytes, encoded_logprobs: bytes) -> bytes:
+    """16 bytes that name an encoded ChunkSupport with its ChunkLogprobs (b"" after a FormerSupport)."""
+    digest = hashlib.blake2b(encoded_support, digest_size=16)
+    digest.update(encoded_logprobs)
+    return digest.digest()
 
 
 def row_digest(row: Ints | Floats) -> str:

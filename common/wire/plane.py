@@ -7,7 +7,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     rollout:{rid}    hash     the record of a rollout, whole:
                        head · entry (its id in `prompts`) · owner (nonce) · owners (every owner and its first chunk) ·
                        worker · chunks · length · scored · finish · settled (the learner is done with it)
-                       t:{seq} ChunkTokens · p:{seq} ChunkSupport · d:{seq} ScoreDivergence · q:{seq} ScoreSupport
+                       t:{seq} ChunkTokens · p:{seq} ChunkSupport · s:{seq} ChunkLogprobs (until it is scored) ·
+                       d:{seq} ScoreDivergence · q:{seq} ScoreSupport ·
                        threshold · verdict · counted (its writer's count) · attempts · report (the last one counted) ·
                        claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (attempts without
                        an end) · problem (of one that was sent back)
@@ -29,9 +30,12 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, facts about it
     roster:{role}    zset     as workers, only live ones of a role;  changes:{role}: string, its revision
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
+    place            string   of several data servers, which one this is ("1/3")
+    calibrated       string   of several data servers, the last call of that name
 
-`katana:runs` (hash) has the current id of every run. Pending entries of a group are being worked on; acknowledged ones
-are deleted; streams are never trimmed by length.
+With several data servers (`planes.py`) each has all of these for its own rollouts, but `policy` and `minima` are the
+home's; the others' `policy` has `generated` alone. `katana:runs` (hash) has the current id of every run. Pending
+entries of a group are being worked on; acknowledged ones are deleted; streams are never trimmed by length.
 """
 
 from __future__ import annotations
@@ -49,9 +53,10 @@ from typing import Any, TypeVar
 
 import redis
 
-from common import metrics
+from common import metrics, tracing
 from common.config import Config
 from common.footprint import RECORDS_AT_A_TIME
+from common.tracing import SpanKind
 from common.wire import scripts
 from common.wire.scripts import Call, Entry, Failed, SentBack
 
@@ -144,14 +149,16 @@ class Plane:
         wait_s: float,
         claim_pause_s: float,
         stop: threading.Event | None = None,
+        server: str = "Redis",
     ) -> None:
+        """`server`: its name in messages."""
         self.client: Any = client  # redis-py types every reply as one of several types, str and bytes alike
         self._reader = _reader(client)
         self.prefix = f"katana:{{{run_key}}}:"
         self.run_key = run_key
         self.shards = shards
         self.errors: Callable[[str], None] = lambda kind: None
-        self._wait_s, self._claim_pause_s = wait_s, claim_pause_s
+        self._wait_s, self._claim_pause_s, self._server = wait_s, claim_pause_s, server
         self._stop = stop or threading.Event()
         self._stalled_until = 0.0
         self.failed_calls = 0
@@ -161,6 +168,27 @@ class Plane:
 
     def key(self, name: str) -> str:
         return self.prefix + name
+
+    # --- the data servers ----------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Sequence[Plane]:
+        """The plane of each data server, the home first: of a single one this plane itself."""
+        return (self,)
+
+    @property
+    def places(self) -> range:
+        """The servers' places in `parts`."""
+        return range(len(self.parts))
+
+    def place_of(self, rid: str) -> int:
+        """The place of the server that has a rollout."""
+        return 0
+
+    def by_server(self, items: Iterable[T], rid_of: Callable[[T], str]) -> list[list[T]]:
+        """Items that belong to rollouts, those of one server together; no empty list."""
+        found = list(items)
+        return [found] if found else []
 
     # --- calls that wait for a Redis that does not answer ------------------------------------------------------
 
@@ -183,7 +211,7 @@ class Plane:
 
         replies = self.patiently(once, " ".join(dict.fromkeys(call.script for call in calls))) if calls else []
         if any(map(scripts.run_is_gone, replies)):
-            raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
+            raise self._gone()
         return [call.read(reply) for call, reply in zip(calls, replies, strict=True)]
 
     def trip(
@@ -213,14 +241,15 @@ class Plane:
                 self.client.script_load(self._scripts[script].script)  # a restarted Redis has none
         return answers
 
-    def patiently(self, action: Callable[[], T], what: str) -> T:
+    def patiently(self, action: Callable[[], T], what: str, kind: SpanKind = "redis") -> T:
         """Repeat an action that is safe to repeat until it succeeds; log while it does not."""
         began = time.monotonic()
         pause = 0.05
         while True:
             sent = time.monotonic()
             try:
-                result = action()
+                with tracing.span(what, kind):
+                    result = action()
             except (*_MAY_PASS, redis.exceptions.ResponseError) as error:
                 if not isinstance(error, _MAY_PASS) and _DISK_FULL not in str(error):
                     raise
@@ -230,10 +259,10 @@ class Plane:
                 waited = time.monotonic() - began
                 if waited > self._wait_s:
                     raise RedisUnavailable(
-                        f"Redis has not answered {what!r} for {waited:.0f} s ({error}); "
+                        f"{self._server} has not answered {what!r} for {waited:.0f} s ({error}); "
                         f"liveness.redis_wait_s is {self._wait_s:g}"
                     ) from error
-                log.warning("Redis did not answer %r (%s); trying again in %.2f s", what, error, pause)
+                log.warning("%s did not answer %r (%s); trying again in %.2f s", self._server, what, error, pause)
                 if self._stop.wait(pause):
                     raise Stopping from error
                 pause = min(pause * 2, 1.0)
@@ -270,8 +299,28 @@ class Plane:
     def _recreate_groups(self) -> None:
         """For a run whose groups were lost; a run that is lost altogether is not created again. Raises RunGone."""
         if not self.client.exists(self.key("run")):
-            raise RunGone(f"Redis does not know the run {self.run_key!r} any more: its data was lost or cleaned")
+            raise self._gone()
         self.create_groups()
+
+    def _gone(self) -> RunGone:
+        return RunGone(f"{self._server} does not know the run {self.run_key!r} any more: its data was lost or cleaned")
+
+    def place(self) -> str | None:
+        """Which of how many data servers this is in its run, from 0: "1/3"; None if it does not have the run."""
+
+        def once() -> Any:
+            pipe = self.client.pipeline(transaction=False)
+            pipe.get(self.key("run"))
+            pipe.get(self.key("place"))
+            return pipe.execute()
+
+        run, place = self.patiently(once, "place")
+        return (place or b"0/1").decode("ascii", "replace") if run is not None else None
+
+    def config(self) -> bytes | None:
+        """The run's config as stored, YAML; None if Redis does not have the run."""
+        value = self.patiently(lambda: self.client.get(self.key("config")), "config")
+        return value if isinstance(value, bytes) else None
 
     def state(self) -> str | None:
         value = self.patiently(lambda: self.client.get(self.key("run")), "state")
@@ -302,7 +351,7 @@ class Plane:
                 self._unsure.difference_update((stream, consumer) for stream in streams)
             return answer
 
-        found = self._entries(self.patiently(once, f"read {group}"))
+        found = self._entries(self.patiently(once, f"read {group}", "wait" if block_s > 0 else "redis"))
         self._last_read.update({(stream, consumer): entry for stream, (entry, _) in found})
         return found
 
@@ -424,13 +473,17 @@ class Plane:
 
     # --- the run's state ---------------------------------------------------------------------------------------
 
+    def requests_by_server(self, count: int) -> list[list[Entry]]:
+        """`requests`, of each data server."""
+        return [self.requests(count)]
+
     def open_rollouts(self) -> list[str]:
         """Rollouts that are admitted and not booked, by their ids."""
         return sorted(rid.decode() for rid in self.patiently(lambda: self.client.smembers(self.key("open")), "open"))
 
-    def cursor(self) -> int:
-        """Number of rollouts admitted so far."""
-        return int(self.patiently(lambda: self.client.get(self.key("cursor")), "cursor") or 0)
+    def cursors(self) -> list[int]:
+        """Number of rollouts admitted so far on each data server."""
+        return [int(self.patiently(lambda: self.client.get(self.key("cursor")), "cursor") or 0)]
 
     def ledger(self) -> dict[str, int]:
         ledger = self.patiently(lambda: self.client.hgetall(self.key("ledger")), "ledger")
@@ -589,7 +642,9 @@ def shown(fields: Mapping[bytes, bytes]) -> bytes:
     return repr({name[:40]: value[:100] for name, value in islice(fields.items(), 4)}).encode()[:256]
 
 
-def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None) -> Plane:
+def open_plane(
+    config: Config, client: redis.Redis, run_key: str, stop: threading.Event | None = None, server: str = "Redis"
+) -> Plane:
     return Plane(
         client,
         run_key,
@@ -597,6 +652,7 @@ def open_plane(config: Config, client: redis.Redis, run_key: str, stop: threadin
         wait_s=config.liveness.redis_wait_s,
         claim_pause_s=config.liveness.claim_s,
         stop=stop,
+        server=server,
     )
 
 

@@ -6,9 +6,10 @@ import re
 
 TOKENS = "t"  # ChunkTokens, by the rollout worker
 SUPPORT = "p"  # ChunkSupport, by the rollout worker
+LOGPROBS = "s"  # ChunkLogprobs, by the rollout worker, until the chunk is scored
 DIVERGENCE = "d"  # ScoreDivergence, by the teacher worker
 SCORES = "q"  # ScoreSupport, by the teacher worker
-_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{DIVERGENCE}{SCORES}]):([0-9]{{1,9}})".encode())
+_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{LOGPROBS}{DIVERGENCE}{SCORES}]):([0-9]{{1,9}})".encode())
 
 
 def tokens_field(seq: int) -> str:
@@ -17,6 +18,10 @@ def tokens_field(seq: int) -> str:
 
 def support_field(seq: int) -> str:
     return f"{SUPPORT}:{seq}"
+
+
+def logprobs_field(seq: int) -> str:
+    return f"{LOGPROBS}:{seq}"
 
 
 def divergence_field(seq: int) -> str:

@@ -4,6 +4,9 @@ Arguments have the order of the script's header, except for the lease: scripts t
 `Fenced`, and the lease adds its own arguments. A trip is a list of calls, and returns a list of typed replies
 (`Plane.call`, `Plane.call_all`, `Lease.call`, `Lease.call_all`). Stored data may be broken: fields of a record
 are passed on unchecked, and the code that uses them checks them.
+
+With several data servers each call goes to one of them, `Call.at`: that of a rollout, that of an entry (see
+`entries.py`), or by its place in `redis.data`.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
+import msgpack
 import redis
 
+from common.wire.entries import bare, tagged
+
 NAMES = (
-    *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "verdict"),
+    *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "look", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
-    *("seen", "gone", "sweep", "refused"),
+    *("seen", "gone", "sweep", "refused", "calibrate"),
 )
 Entry = tuple[bytes, dict[bytes, bytes]]
 Argument = str | int | bytes
@@ -34,11 +40,13 @@ class UnexpectedReply(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[R]):
-    """A script to run, and how to read its reply."""
+    """A script to run, and how to read its reply. `at`: the rollout (text), the entry (bytes) or the place of the
+    server that it is for; the home for a rollout without a name."""
 
     script: str
     args: tuple[Argument, ...]
     read: Callable[[list[Any]], R]
+    at: str | bytes | int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +57,15 @@ class Fenced(Generic[R]):
     args: tuple[Argument, ...]
     read: Callable[[list[Any]], R]
     names_role: bool = False
+    at: str | bytes | int = 0
 
     def by(self, role: str, token: str) -> Call[R | None]:
         """The holder's call; its reply is None if the lease has been lost, or if there is no `read`."""
         fence = (role, token) if self.names_role else (token,)
-        return Call(self.script, (*fence, *self.args), lambda reply: None if reply[0] == b"lost" else self.read(reply))
+        read = self.read
+        return Call(
+            self.script, (*fence, *self.args), lambda reply: None if reply[0] == b"lost" else read(reply), self.at
+        )
 
 
 def answered(answer: Any) -> list[Any]:
@@ -217,6 +229,20 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """What the arbiter reads of a rollout, as stored. `head`: True if chunks of it were read before; None: there is no
+    record. `scored`: tokens and divergence of each newly read chunk, in turn."""
+
+    head: bytes | Literal[True] | None
+    judged: bool
+    threshold: bytes | None
+    finish: bytes | None
+    chunks: bytes | None
+    length: bytes | None
+    scored: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """`attempts`: so far, of a rollout that may be tried again."""
 
@@ -246,23 +272,28 @@ class Sight:
 def admit(
     rid: str, head: bytes, cursor: int, threshold: str | bytes = b"", request: tuple[bytes, int] | None = None
 ) -> Fenced[Admitted]:
-    """`cursor`: after this rollout. `request`: its entry in `again` and its problem, if it was sent back."""
-    return Fenced("admit", (rid, head, cursor, threshold, *(request or ())), lambda reply: _word(Admitted, reply))
+    """`cursor`: of the rollout's server, after this rollout. `request`: its entry in `again`, on that server, and its
+    problem, if it was sent back."""
+    asked: tuple[Argument, ...] = (bare(request[0]), request[1]) if request else ()
+    return Fenced("admit", (rid, head, cursor, threshold, *asked), lambda reply: _word(Admitted, reply), at=rid)
 
 
 def book(rid: str, ledger_field: str, entries: Iterable[bytes]) -> Fenced[bool]:
     """Returns whether it was booked now, not before. `ledger_field` '' : only acknowledge."""
-    return Fenced("book", (rid, ledger_field, *entries), lambda reply: bool(_second(reply) == 1))
+    own: tuple[Argument, ...] = (rid, ledger_field, *map(bare, entries))
+    return Fenced("book", own, lambda reply: bool(_second(reply) == 1), at=rid)
 
 
-def restore(cursor: int, generated: int, alive: Sequence[str | bytes], ledger: Mapping[str, int]) -> Fenced[Done]:
-    """`generated`: tokens of booked rollouts."""
-    return Fenced("restore", (cursor, generated, len(alive), *alive, *_flat(ledger.items())), _done)
+def restore(
+    cursor: int, generated: int, alive: Sequence[str | bytes], ledger: Mapping[str, int], place: int = 0
+) -> Fenced[Done]:
+    """`generated`: tokens of booked rollouts. All four are of one server."""
+    return Fenced("restore", (cursor, generated, len(alive), *alive, *_flat(ledger.items())), _done, at=place)
 
 
-def close(groups: Iterable[tuple[str, str]]) -> Fenced[Done]:
+def close(groups: Iterable[tuple[str, str]], place: int = 0) -> Fenced[Done]:
     """`groups`: stream and group of each."""
-    return Fenced("close", _flat(groups), _done)
+    return Fenced("close", _flat(groups), _done, at=place)
 
 
 def sweep(silence_ms: int, groups: Iterable[tuple[str, str]]) -> Call[int]:
@@ -277,39 +308,48 @@ def reopen(config: str) -> Call[Done]:
 # --- feeder, arbiter, learner ----------------------------------------------------------------------------------
 
 
-def lease(role: str, token: str, ms: int, mode: Literal["take", "renew", "drop"]) -> Call[Leased]:
-    return Call("lease", (role, token, ms, mode), lambda reply: _word(Leased, reply))
+def lease(role: str, token: str, ms: int, mode: Literal["take", "renew", "drop"], place: int = 0) -> Call[Leased]:
+    return Call("lease", (role, token, ms, mode), lambda reply: _word(Leased, reply), at=place)
 
 
-def adopt(stream: str, group: str, most: int) -> Fenced[list[Entry]]:
+def adopt(stream: str, group: str, most: int, place: int = 0) -> Fenced[list[Entry]]:
     def read(reply: list[Any]) -> list[Entry]:
         _done(reply)
-        return [(entry, _pairs(fields)) for entry, fields in reply[1:]]
+        return [(tagged(entry, place), _pairs(fields)) for entry, fields in reply[1:]]
 
-    return Fenced("adopt", (stream, group, most), read, names_role=True)
+    return Fenced("adopt", (stream, group, most), read, names_role=True, at=place)
 
 
-def advance(what: Literal["step", "covered", "learning", "state"], value: str | int) -> Fenced[Done]:
-    return Fenced("advance", (what, value), _done, names_role=True)
+def advance(what: Literal["step", "covered", "learning", "state"], value: str | int, place: int = 0) -> Fenced[Done]:
+    return Fenced("advance", (what, value), _done, names_role=True, at=place)
 
 
 # --- rollout worker --------------------------------------------------------------------------------------------
 
 
-def take(consumer: str, nonce: str, count: int, idle_ms: int, claim_from: bytes) -> Call[Given]:
-    """`idle_ms` 0: claim nothing."""
+def take(consumer: str, nonce: str, count: int, idle_ms: int, claim_from: bytes, place: int = 0) -> Call[Given]:
+    """`idle_ms` 0: claim nothing. `claim_from`: as this server named it."""
 
     def read(reply: list[Any]) -> Given:
         if reply[0] == b"ended":
             return Given([], ended=True)
         claim_from = _second(reply)
-        return Given([Offer(*one) for one in reply[2:]], claim_from)
+        offers = [Offer(rid, tagged(entry, place), *counts) for rid, entry, *counts in reply[2:]]
+        return Given(offers, claim_from)
 
-    return Call("take", (consumer, nonce, count, idle_ms, claim_from), read)
+    return Call("take", (consumer, nonce, count, idle_ms, claim_from), read, at=place)
 
 
 def chunk(
-    rid: str, nonce: str, seq: int, tokens: bytes, support: bytes, shard: int, length: int, finish: str | None
+    rid: str,
+    nonce: str,
+    seq: int,
+    tokens: bytes,
+    support: bytes,
+    logprobs: bytes,
+    shard: int,
+    length: int,
+    finish: str | None,
 ) -> Call[Stored]:
     """`length`: total tokens."""
 
@@ -317,11 +357,11 @@ def chunk(
         word = _word(ChunkAnswer, reply)
         return Stored(word, reply[1] if word is ChunkAnswer.OK else None)
 
-    return Call("chunk", (rid, nonce, seq, tokens, support, shard, length, finish or ""), read)
+    return Call("chunk", (rid, nonce, seq, tokens, support, logprobs, shard, length, finish or ""), read, at=rid)
 
 
-def beat(consumer: str, last: bytes, done: Sequence[bytes], asked: Sequence[Written]) -> Call[Beat]:
-    """`last`: the last signal that it has read; `done`: signals that it has processed."""
+def beat(consumer: str, last: bytes, done: Sequence[bytes], asked: Sequence[Written], place: int = 0) -> Call[Beat]:
+    """`last`: the last signal that it has read; `done`: signals that it has processed. All are of one server."""
 
     def read(reply: list[Any]) -> Beat:
         _done(reply)
@@ -332,16 +372,21 @@ def beat(consumer: str, last: bytes, done: Sequence[bytes], asked: Sequence[Writ
             [_standing(word) for word in words],
         )
 
-    return Call("beat", (consumer, last, len(done), *done, *_flat(asked)), read)
+    return Call("beat", (consumer, last, len(done), *done, *_plain(asked)), read, at=place)
 
 
-def release(consumer: str, written: Iterable[Written]) -> Call[Done]:
-    return Call("release", (consumer, *_flat(written)), _done)
+def release(consumer: str, written: Sequence[Written]) -> Call[Done]:
+    """`written`: rollouts of one server."""
+    return Call("release", (consumer, *_plain(written)), _done, at=written[0].rid if written else 0)
+
+
+def _plain(written: Sequence[Written]) -> tuple[Argument, ...]:
+    return _flat((rid, bare(entry), nonce) for rid, entry, nonce in written)
 
 
 def count(rid: str, nonce: str, generated: int) -> Call[Counted]:
     """`generated`: total tokens."""
-    return Call("count", (rid, nonce, generated), lambda reply: _word(Counted, reply))
+    return Call("count", (rid, nonce, generated), lambda reply: _word(Counted, reply), at=rid)
 
 
 def refused(version: int) -> Call[Done]:
@@ -353,6 +398,8 @@ def refused(version: int) -> Call[Done]:
 
 
 def claim(stream: str, consumer: str, idle_ms: int, most: int) -> Call[Claimed]:
+    """Of the server that is asked; see `Plane.claim_chunks`."""
+
     def read(reply: list[Any]) -> Claimed:
         if reply[0] == b"lost":
             return Claimed([], lost=True)
@@ -364,7 +411,8 @@ def claim(stream: str, consumer: str, idle_ms: int, most: int) -> Call[Claimed]:
 
 def score(shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes) -> Call[ScoreAnswer]:
     """`support`: the teacher's log-probabilities."""
-    return Call("score", (shard, entry, rid, seq, divergence, support), lambda reply: _word(ScoreAnswer, reply))
+    own = (shard, bare(entry), rid, seq, divergence, support)
+    return Call("score", own, lambda reply: _word(ScoreAnswer, reply), at=rid)
 
 
 # --- workers and others ----------------------------------------------------------------------------------------
@@ -387,7 +435,7 @@ def gone(name: str, role: str, streams: Iterable[str]) -> Call[Done]:
 
 def attempt(rid: str, role: str, what: Literal["begin", "over"]) -> Call[int]:
     """Returns the number of attempts that started and did not end."""
-    return Call("attempt", (rid, role, what), lambda reply: int(_second(reply)))
+    return Call("attempt", (rid, role, what), lambda reply: int(_second(reply)), at=rid)
 
 
 def fail(
@@ -407,10 +455,21 @@ def fail(
         word = _word(Failed, reply)
         return Failure(word, int(reply[1]) if word is Failed.AGAIN else 0)
 
-    return Call("fail", (rid, stage, reason, max_attempts, shown, stream, group, entry, report), read)
+    own = (rid, stage, reason, max_attempts, shown, stream, group, bare(entry), report)
+    return Call("fail", own, read, at=rid or entry)
 
 
 # --- arbiter, learner, operator --------------------------------------------------------------------------------
+
+
+def look(most: int, asked: Sequence[tuple[str, int]]) -> Call[list[Look]]:
+    """`most`: chunks to read of each. `asked`: rollouts of one server, each with the first chunk to read."""
+
+    def read(reply: list[Any]) -> list[Look]:
+        rows = msgpack.unpackb(_second(reply), raw=True)
+        return [_look_of(row) for row in rows]
+
+    return Call("look", (most, *_flat(asked)), read, at=asked[0][0] if asked else 0)
 
 
 def verdict(
@@ -420,18 +479,29 @@ def verdict(
     stop: bool,
     minimum: float | None,
     buffer_size: int,
-    threshold: float | None,
+    threshold: float | Literal[""] | None,
     entries: Iterable[bytes],
 ) -> Fenced[Judged]:
-    """`verdict` b'' : none. `minimum` None: none for the buffer. `threshold` None: inactive from now on."""
-    minimum_text, threshold_text = "" if minimum is None else repr(minimum), _threshold(threshold)
-    args: tuple[Argument, ...] = (rid, verdict, train, int(stop), minimum_text, buffer_size, threshold_text, *entries)
-    return Fenced("verdict", args, lambda reply: _word(Judged, reply))
+    """`verdict` b'' : none. `minimum` None: none for the buffer. `threshold` None: inactive from now on; '' : as is."""
+    minimum_text = "" if minimum is None else repr(minimum)
+    threshold_text = "" if threshold == "" else _threshold(threshold)
+    args: tuple[Argument, ...] = (rid, verdict, train, int(stop), minimum_text, buffer_size, threshold_text)
+    return Fenced("verdict", (*args, *map(bare, entries)), lambda reply: _word(Judged, reply), at=rid)
 
 
-def settle(endings: Iterable[Ending]) -> Fenced[int]:
-    """Returns how many of them had not been settled before."""
-    return Fenced("settle", _flat(endings), lambda reply: int(_second(reply)))
+def calibrate(
+    number: int, buffer_size: int, threshold: float | None, minima: Sequence[float], place: int
+) -> Fenced[Done]:
+    """With several servers, after verdicts. `number`: of this call, rising; `threshold` as for `verdict`; `minima`: for
+    the buffer, at the home."""
+    args: tuple[Argument, ...] = (number, buffer_size, _threshold(threshold), *map(repr, minima))
+    return Fenced("calibrate", args, _done, at=place)
+
+
+def settle(endings: Sequence[Ending]) -> Fenced[int]:
+    """Returns how many of them had not been settled before. `endings`: of rollouts of one server."""
+    rows = _flat(one._replace(entry=bare(one.entry)) for one in endings)
+    return Fenced("settle", rows, lambda reply: int(_second(reply)), at=endings[0].rid if endings else 0)
 
 
 def publish(version: int, step: int, file: str, sha256: str) -> Fenced[Publication]:
@@ -444,7 +514,10 @@ def publish(version: int, step: int, file: str, sha256: str) -> Fenced[Publicati
 
 def again(entry: str | bytes, rid: str, problem: int | None) -> Call[SentBack]:
     """`entry`: in `dead`. `rid` '' : it names none. `problem` None: delete both."""
-    return Call("again", (entry, rid, "" if problem is None else problem), lambda reply: _word(SentBack, reply))
+    entry = entry.encode() if isinstance(entry, str) else entry
+    return Call(
+        "again", (bare(entry), rid, "" if problem is None else problem), lambda reply: _word(SentBack, reply), at=entry
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -481,6 +554,13 @@ def _standing(word: bytes | None) -> Standing:
 
 def _threshold(threshold: float | None) -> str:
     return "inactive" if threshold is None else repr(threshold)
+
+
+def _look_of(row: list[Any]) -> Look:
+    """Lua has false where Redis has nothing."""
+    head, judged, *others = row[:6]
+    threshold, finish, chunks, length = (None if value is False else value for value in others)
+    return Look(None if head is False else head, judged, threshold, finish, chunks, length, row[6:])
 
 
 def _text(part: bytes) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from actors.engine import Decoder
 from actors.engine.loaded import sampler
@@ -62,7 +61,7 @@ def make_decoder(config: Config, pair: Pair, weights: Continuer, *, dtype: str, 
     decoder = sampler(config, pair, weights.folder, dtype=dtype, device=device, temperature=temperature, top_p=top_p)
     if weights.file is not None:
         try:
-            decoder.swap(load_file(weights.file, device=device))
+            decoder.swap(decoder.read_weights(weights.file.read_bytes()))
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{weights.file}: cannot be loaded ({error})") from error
     return decoder

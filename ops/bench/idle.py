@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import zeros
 
+from actors.engine.adapters import unpacked
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker
 from common.config import Config, parse
@@ -35,7 +36,11 @@ class _NoEngine:
     """Replaces a decoder and a scorer that get no work."""
 
     busy: tuple[str, ...] = ()
-    slots = held = decoded_tokens = rebuilt_tokens = 0
+    slots = free = 32
+    held = decoded_tokens = rebuilt_tokens = 0
+
+    def read_weights(self, data: bytes) -> Any:
+        return unpacked(data)
 
     def swap(self, state: Any) -> None:
         pass

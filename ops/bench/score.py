@@ -43,7 +43,7 @@ def score(config: Config, repeats: int) -> dict[str, Any]:
                     vocab_size=pair.vocab_size,
                     prefill_tokens=config.teacher.prefill_tokens,
                 )
-                measured = _in_turn(scorer, config, prompts[:in_flight], pair.vocab_size, pair.stop_ids)
+                measured = score_speed(scorer, config, prompts[:in_flight], pair.vocab_size, pair.stop_ids)
                 if repeat:  # the first warms up
                     found[name].append(measured)
         rows[in_flight] = {
@@ -56,10 +56,11 @@ def score(config: Config, repeats: int) -> dict[str, Any]:
     return {"what": "scoring", "slots": slots, "rollouts_in_flight": rows, "machine": machine()}
 
 
-def _in_turn(
+def score_speed(
     scorer: Scorer, config: Config, prompts: list[Any], vocab_size: int, stop_ids: tuple[int, ...]
 ) -> tuple[float, float]:
-    """Tokens a second, and tokens forwarded again for each token scored."""
+    """Tokens a second, and tokens forwarded again for each token scored, of rollouts with these prompts: random tokens,
+    as long as the config allows, that come in turn, chunk by chunk. The scores are on the host when the clock stops."""
     rng, length, chunk = np.random.default_rng(0), config.rollout.max_completion_length, config.rollout.chunk_tokens
     allowed = np.setdiff1d(np.arange(vocab_size, dtype=np.int32), stop_ids)
     ids = allowed[: support_size(config.termination.teacher_top_k, vocab_size, len(stop_ids))]

@@ -3,9 +3,11 @@ product, and the whole loop with each role's busy share."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,12 +19,15 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from actors.engine import Decoder
+from actors.engine.compiled import is_wanted
 from actors.engine.head import Float32Head
+from actors.engine.loaded import compile_step
 from actors.engine.models import load_model
 from common.config import Config
 from common.pretrained import Pair, check_pair
 from common.runfiles.names import BUSY
 from common.runfiles.run import RunFolder, read_json
+from ops.bench.counts import TeacherCounts
 from ops.tasks.source import TaskSource
 
 _WRITTEN = 160  # tokens a row in one repeat of the engine's bench
@@ -70,21 +75,35 @@ def engine(config: Config, repeats: int) -> dict[str, Any]:
     )
     source = TaskSource(config)
     length = min(len(source.prompt(index)) for index in range(64))
-    prompts = np.stack([source.prompt(index)[:length] for index in range(config.rollout.slots)])
+    rows = config.most_slots
+    prompts = np.stack([source.prompt(index)[:length] for index in range(rows)])
     tokens = min(_WRITTEN, config.rollout.max_completion_length)
-    bare, ours = [], []
+    engines = {"engine": full_decoder(model, pair, config, prompts, tokens)}
+    began = time.monotonic()
+    if is_wanted(config.rollout.compile, model.device):
+        engines["compiled"] = full_decoder(model, pair, config, prompts, tokens)
+        compile_step(engines["compiled"], "on")
+    compile_s = time.monotonic() - began
+    found: dict[str, list[float]] = {name: [] for name in ("bare_forward_loop", *engines)}
     for repeat in range(repeats + 1):
-        a, b = _bare(model, prompts, tokens), _engine(model, pair, config, prompts, tokens)
+        speeds = {"bare_forward_loop": _bare(model, prompts, tokens)}
+        speeds |= {name: written_per_s(decoder, prompts, tokens) for name, decoder in engines.items()}
         if repeat:  # the first warms up
-            bare.append(a)
-            ours.append(b)
+            for name, speed in speeds.items():
+                found[name].append(speed)
+    bare, plain = found["bare_forward_loop"], found["engine"]
+    figures = {name: spread(speeds) for name, speeds in found.items()}
+    ratios = {"ratio": spread([b / a for a, b in zip(bare, plain, strict=True)])}
+    if (fast := found.get("compiled")) is not None:
+        ratios["compiled_ratio"] = spread([b / a for a, b in zip(bare, fast, strict=True)])
+        ratios["compiled_to_plain"] = spread([b / a for a, b in zip(plain, fast, strict=True)])
+        figures["compile_s"] = {"once": compile_s}
     return {
         "what": "decode, tokens/s",
-        "batch": config.rollout.slots,
+        "batch": rows,
         "tokens_a_row": tokens,
-        "engine": spread(ours),
-        "bare_forward_loop": spread(bare),
-        "ratio": spread([b / a for a, b in zip(bare, ours, strict=True)]),
+        **figures,
+        **ratios,
         "machine": machine(),
     }
 
@@ -104,8 +123,9 @@ def _bare(model: PreTrainedModel, prompts: Any, tokens: int) -> float:
     return float(tokens * len(prompts) / (time.perf_counter() - began))
 
 
-def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, tokens: int) -> float:
-    decoder = Decoder(
+def full_decoder(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, tokens: int) -> Decoder:
+    """A decoder with a slot for each row of `prompts` int32 [rows, m] and `tokens` more."""
+    return Decoder(
         model,
         slots=len(prompts),
         max_length=prompts.shape[1] + tokens,
@@ -117,6 +137,16 @@ def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, to
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
     )
+
+
+def decode_speed(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, tokens: int) -> float:
+    """`written_per_s` of a new decoder."""
+    return written_per_s(full_decoder(model, pair, config, prompts, tokens), prompts, tokens)
+
+
+def written_per_s(decoder: Decoder, prompts: Any, tokens: int) -> float:
+    """Tokens a second of a `full_decoder`, all of its slots full, until it has written `tokens` for each row. Every
+    step ends with what it has drawn on the host: the clock needs no wait."""
     added = 0
 
     def fill() -> None:
@@ -133,7 +163,11 @@ def _engine(model: PreTrainedModel, pair: Pair, config: Config, prompts: Any, to
     while decoder.decoded_tokens - before < tokens * len(prompts):
         decoder.step()
         fill()
-    return float((decoder.decoded_tokens - before) / (time.perf_counter() - began))
+    took = time.perf_counter() - began
+    written = decoder.decoded_tokens - before
+    for key in decoder.busy:
+        decoder.remove(key)
+    return float(written / took)
 
 
 # --- the head ----------------------------------------------------------------------------------------------------
@@ -172,8 +206,8 @@ def _seconds(layer: nn.Module, hidden: torch.Tensor) -> float:
 
 
 def loop(config: Config, repeats: int) -> dict[str, Any]:
-    """Tokens/s of whole runs, from the learner's first step to its last, and each role's busy share."""
-    results = [_one_run(config, repeat) for repeat in range(repeats)]
+    """Figures of whole runs (see `one_run`), and each role's busy share."""
+    results = [one_run(config) for _ in range(repeats)]
     names = [name for name in results[0] if name != "busy"]
     busy = sorted({role for result in results for role in result["busy"]})
     return {
@@ -185,36 +219,40 @@ def loop(config: Config, repeats: int) -> dict[str, Any]:
     }
 
 
-def _one_run(config: Config, repeat: int) -> dict[str, Any]:
-    from ops.run.local import run_locally
+def one_run(config: Config, warmup: int = 1) -> dict[str, Any]:
+    """A whole run without evaluation, in a folder of its own: tokens/s and steps/s from the end of the learner's first
+    `warmup` steps to that of its last, `tokens_forwarded_per_token_scored` by its teachers in that time
+    (`forwarded_with_start`: in the whole run), and `busy` by role.
 
+    The first step waits for models to load, and the next ones come too fast: workers have written ahead of the learner.
+    Raises RuntimeError for a run that fails.
+    """
     with tempfile.TemporaryDirectory(prefix="katana-bench-") as folder:
-        tree = config.model_dump() | {"name": f"bench-{repeat}", "runs_dir": folder}
+        tree = config.model_dump() | {"name": "bench", "runs_dir": folder}
         tree["eval"] |= {"every_steps": 0}
         here = Config.model_validate(tree)
-        code = _quietly(lambda: run_locally(here, resume=False, fresh=False))
-        if code != 0:
-            raise RuntimeError(f"the run to measure ended with {code}")
+        with TeacherCounts(here.run_dir) as counts:
+            run_quietly(here)
         run = RunFolder(here.run_dir)
-        steps, summary, busy = list(run.steps()), run.summary, read_json(run.path / BUSY)
-    assert summary is not None
-    # The first step waits for models to load and is left out.
-    seconds = steps[-1].unix_s - steps[0].unix_s
-    share = (len(steps) - 1) / len(steps)
-    generated = sum(arm.tokens_generated for arm in summary.arms.values())
+        steps, busy = list(run.steps()), read_json(run.path / BUSY)
+    first, last = steps[warmup - 1], steps[-1]
+    seconds = last.unix_s - first.unix_s
     return {
-        "generated_tokens_per_s": generated * share / seconds,
-        "trained_tokens_per_s": sum(step.tokens_trained for step in steps[1:]) / seconds,
-        "steps_per_s": (len(steps) - 1) / seconds,
+        "generated_tokens_per_s": ((last.tokens_generated or 0) - (first.tokens_generated or 0)) / seconds,
+        "trained_tokens_per_s": (last.tokens_trained_total - first.tokens_trained_total) / seconds,
+        "steps_per_s": (len(steps) - warmup) / seconds,
+        "tokens_forwarded_per_token_scored": counts.forwarded_per_scored(first.unix_s),
+        "forwarded_with_start": counts.forwarded_per_scored(),
         "busy": busy,
     }
 
 
-def _quietly(action: Any) -> int:
-    """Run with standard output sent to standard error: only JSON belongs on the former."""
-    import contextlib
-    import sys
+def run_quietly(config: Config) -> None:
+    """A whole run with standard output sent to standard error: only JSON belongs on the former. Raises RuntimeError."""
+    from ops.run.local import run_locally
+    from ops.run.nursery import begin_nursery
 
-    with contextlib.redirect_stdout(sys.stderr):
-        code: int = action()
-    return code
+    with contextlib.redirect_stdout(sys.stderr), begin_nursery(config) as nursery:
+        code = run_locally(config, nursery, resume=False, fresh=False)
+    if code != 0:
+        raise RuntimeError(f"the run to measure ended with {code}")

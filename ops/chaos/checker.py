@@ -23,16 +23,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import redis
 
 from actors.books import number_of, rid_of
+from actors.cursors import Cursors
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
@@ -41,7 +42,8 @@ from common.runfiles.names import CONFIG, LEDGER, ROLLOUTS, TRACES, TRAINED
 from common.runfiles.records import ENDS_BY_ITSELF, BookLine, Chunk, Trace
 from common.termination import Kat, kat_verdict
 from common.wire.messages import Floats, row_digest
-from common.wire.plane import Plane, open_plane
+from common.wire.plane import Plane
+from common.wire.planes import open_planes, place_among
 from ops.chaos.records import Records, Violation, read_records
 
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing
@@ -88,18 +90,21 @@ def check_folder(folder: Path, allowed: Allowed | None = None) -> list[Violation
     return found
 
 
-def check_redis(client: Any, run_key: str, folder: Path, allowed: Allowed | None = None) -> list[Violation]:
-    """Every violation that a finished run's keys in Redis show. `folder` is the run's, for its config and books.
+def check_redis(
+    clients: Sequence[redis.Redis], run_key: str, folder: Path, allowed: Allowed | None = None
+) -> list[Violation]:
+    """Every violation that a finished run's keys on its data servers show. `folder` is the run's, for its config and
+    books.
 
     Raises redis.exceptions.RedisError when Redis does not answer.
     """
     allowed, records = allowed or Allowed(), read_records(folder, CONFIG, ROLLOUTS)
     if records.config is None:
         return records.broken
-    plane = open_plane(records.config, client, run_key)
+    plane = open_planes(records.config, clients, run_key)
     return [
         *records.broken,
-        *_drained(plane, records, allowed),
+        *chain.from_iterable(_drained(part, records, allowed) for part in plane.parts),
         *_redis_ledger(plane, records),
         *_dead_letters(plane, allowed),
     ]
@@ -130,13 +135,15 @@ def _ended_once(records: Records, allowed: Allowed) -> Iterator[Violation]:
     ledger = records.ledger
     if ledger is None:
         return
-    admitted = ledger.admitted
-    missing = (rid for rid in map(rid_of, range(admitted)) if rid not in records.books)
-    for rid in islice(missing, _MOST_NAMED):
+    # Of several servers each admitted its own in their order; the numbers of all need not be without a gap.
+    servers = ledger.by_server or [ledger.admitted]
+    admitted = Cursors(servers, lambda number: place_among(len(servers), rid_of(number)))
+    missing = (rid_of(number) for number in range(admitted.end) if number in admitted)
+    for rid in islice((rid for rid in missing if rid not in records.books), _MOST_NAMED):
         yield Violation("ended_once", rid, "admitted, and never booked")
     for rid in records.books:
-        if not 0 <= number_of(rid) < admitted:
-            yield Violation("ended_once", rid, f"booked, and not among the {admitted} admitted")
+        if number_of(rid) not in admitted:
+            yield Violation("ended_once", rid, f"booked, and not among the {ledger.admitted} admitted")
     if ledger.open:
         yield Violation("ended_once", "", f"ledger.json: {ledger.open} rollouts are open")
     yield from _same_counts("ended_once", f"{LEDGER}: ", ledger.counts, records)
@@ -509,14 +516,13 @@ def _literal(key: str) -> str:
 
 
 def _redis_ledger(plane: Plane, records: Records) -> Iterator[Violation]:
-    ledger = {name.decode(): int(value) for name, value in plane.client.hgetall(plane.key("ledger")).items()}
-    yield from _same_counts("redis_ledger", "", ledger, records)
+    yield from _same_counts("redis_ledger", "", plane.ledger(), records)
 
 
 def _dead_letters(plane: Plane, allowed: Allowed) -> Iterator[Violation]:
     """A letter is about the rollout that it names: as its rid or, where that one's record is gone, in what is shown."""
     strange = []
-    for _, values in plane.client.xrange(plane.key("dead")):
+    for _, values in chain.from_iterable(part.client.xrange(part.key("dead")) for part in plane.parts):
         letter = {name.decode(): value.decode("utf-8", "replace") for name, value in values.items()}
         if not {letter.get("rid", ""), letter.get("shown", "")} & allowed.poisoned:
             strange.append(letter)

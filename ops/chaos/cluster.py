@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +29,31 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from actors.books import rid_of
+from actors.cursors import Cursors
 from common import own_packages
 from common.config import Config
 from common.runfiles.names import CONFIG
 from common.runfiles.records import Step
 from common.runfiles.run import RunFolder
-from common.wire.plane import Plane, open_plane
+from common.wire.plane import Plane
+from common.wire.planes import open_planes
 from ops.chaos.proxy import RedisProxy
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.left_over import SOCKETS, harness_folder
 from ops.reach.run import with_redis
+from ops.run.failures import mark_of
+from ops.run.ranks import TITLE
 
 ROLES = ("rollout", "teacher", "arbiter", "learner", "feeder")
 WORKERS = ("rollout", "teacher")
+RANK = TITLE
+"""Stands for a role where the processes of a learner beside its rank 0 are looked for."""
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 _SERVED_S = 60.0  # how long a fault waits for Redis to be started
-_RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends more than five times within a minute
+_RESTARTS_A_MINUTE = 3  # `katana run` gives a child up that ends six times in a row without progress
+_PROGRESS_S = 120.0  # without progress since it was last ended, until a role may be ended even so
 
 
 class RunEnded(RuntimeError):
@@ -66,15 +74,21 @@ class Stage:
 class Cluster:
     """`katana run` under test. Use as a context manager; leaving it ends everything that it started."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, servers: int = 1) -> None:
+        """`servers`: data servers; all but the first, the home, are reached without the proxy."""
         self.config = config
         self.folder = config.run_dir
         self.harness_folder = harness_folder(config.run_dir)
         self.redis = EmbeddedRedis(self.harness_folder, maxmemory_mb=config.redis.maxmemory_mb)
+        self.others = [
+            EmbeddedRedis(self.harness_folder / f"server-{place}", maxmemory_mb=config.redis.maxmemory_mb)
+            for place in range(1, servers)
+        ]
         self.clocks, self.poison = self.harness_folder / "clocks", self.harness_folder / "poison"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
-        self._wanted: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # faults that wait for Redis to be started
+        # Faults that wait for a server to be started.
+        self._wanted: queue.SimpleQueue[tuple[EmbeddedRedis, Future[None]]] = queue.SimpleQueue()
         self._sockets = Path(tempfile.gettempdir()) / f"{SOCKETS}{secrets.token_hex(8)}"  # made on entering
         self.proxy = RedisProxy(
             self._sockets / "redis.sock",
@@ -84,6 +98,7 @@ class Cluster:
         self.process: subprocess.Popen[bytes] | None = None
         self._extra: dict[int, subprocess.Popen[bytes]] = {}
         self._ended: dict[str, deque[float]] = defaultdict(deque)
+        self._marks: dict[str, Hashable] = {}  # a role's progress when it was last ended
         self._lock = threading.Lock()
         self._plane: Plane | None = None
 
@@ -95,7 +110,8 @@ class Cluster:
             self.clocks.mkdir(parents=True)
             self.poison.mkdir()
             self._sockets.mkdir(mode=0o700)
-            self.redis.start()
+            for server in (self.redis, *self.others):
+                server.start()
             self.proxy.start()
             self.launch("--fresh")
         except BaseException:
@@ -112,25 +128,29 @@ class Cluster:
             for pid in self.pids(role):
                 _signal(pid, signal.SIGKILL)
         if self._plane is not None:
-            self._plane.client.close()
+            for part in self._plane.parts:
+                part.client.close()
         self.proxy.close()
-        if self.redis.running():
-            _signal(self.redis.pid, signal.SIGCONT)
-        self.redis.stop()
+        for server in (self.redis, *self.others):
+            if server.running():
+                _signal(server.pid, signal.SIGCONT)
+            server.stop()
         shutil.rmtree(self._sockets, ignore_errors=True)
 
-    def restart_redis(self) -> None:
-        """Start Redis after a fault has killed it. Raises RunEnded once everything is being ended.
+    def restart_redis(self, server: EmbeddedRedis | None = None) -> None:
+        """Start a server, by default the home, after a fault has killed it. Raises RunEnded once everything is being
+        ended.
 
         The main thread does it (`serve`): a child that a short-lived thread starts does not end with the harness when
         that is killed, see `end_with_parent`.
         """
         self.check_open()
+        server = server or self.redis
         if threading.current_thread() is threading.main_thread():
-            self.redis.start()
+            server.start()
             return
         started: Future[None] = Future()
-        self._wanted.put(started)
+        self._wanted.put((server, started))
         deadline = time.monotonic() + _SERVED_S
         while not started.done():
             self.check_open()
@@ -144,14 +164,14 @@ class Cluster:
         try:
             while not until():
                 with contextlib.suppress(queue.Empty):
-                    self._start_for(self._wanted.get(timeout=0.05))
+                    self._start_for(*self._wanted.get(timeout=0.05))
         except BaseException:  # Ctrl-C: nothing serves any more, and a fault's thread may still be waiting
             self.closing.set()
             raise
 
-    def _start_for(self, started: Future[None]) -> None:
+    def _start_for(self, server: EmbeddedRedis, started: Future[None]) -> None:
         try:
-            self.redis.start()
+            server.start()
         except (RuntimeError, OSError) as error:
             started.set_exception(error)
         else:
@@ -168,6 +188,9 @@ class Cluster:
         if "--resume" not in flags:
             socket = self._sockets / "redis.sock"
             config = with_redis(self.config, f"unix://{socket}?db=0", f"unix://{socket}?db=1")
+            if self.others:
+                data = [str(config.redis.url), *(server.url for server in self.others)]
+                config = config.model_copy(update={"redis": config.redis.model_copy(update={"data": data})})
             source.write_text(config.to_yaml())
         sets = [part for key, value in (overrides or {}).items() for part in ("--set", f"{key}={json.dumps(value)}")]
         self.process = start(katana("run", str(source), *sets, *flags), self.log_path, self._environment())
@@ -211,16 +234,24 @@ class Cluster:
 
     def pids(self, role: str) -> list[int]:
         """Processes of a role that `katana run` started, the oldest first."""
-        found = []
+        return self._running("ops.cli", role, str(self.folder / CONFIG))
+
+    def nurseries(self) -> list[int]:
+        """The process that `katana run` has its roles forked from; none where it uses none, or just starts it again."""
+        return self._running("ops.cli.nursery", str(self.folder / CONFIG))
+
+    def _running(self, *words: str) -> list[int]:
+        """Processes whose command line, after the interpreter and `-m`, begins so; the oldest first."""
+        found, wanted = [], list(map(os.fsencode, words))
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in self._extra:
                 continue
             try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                shown = (entry / "cmdline").read_bytes().split(b"\0")
                 begun = int((entry / "stat").read_text().rpartition(")")[2].split()[19])
             except (OSError, IndexError):
                 continue
-            if words[2:5] == [b"ops.cli", role.encode(), os.fsencode(self.folder / CONFIG)]:
+            if shown[2 : 2 + len(wanted)] == wanted:
                 found.append((begun, int(entry.name)))
         return [pid for _, pid in sorted(found)]
 
@@ -252,25 +283,35 @@ class Cluster:
         wanted = dict.fromkeys(ROLES, 1) | {
             "rollout": self.config.rollout.workers,
             "teacher": self.config.teacher.workers,
+            RANK: self.config.learner.nproc_per_node - 1,
         }
         if any(len(self.pids(role)) < count for role, count in wanted.items()):
             return False
-        leases = [self.plane.client.exists(self.key(f"lease:{role}")) for role in ("feeder", "arbiter", "learner")]
+        leases = [
+            part.client.exists(self.key(f"lease:{role}"))
+            for role in ("feeder", "arbiter", "learner")
+            for part in self.plane.parts
+        ]
         return all(leases) and all(
             len(self.worker_names(role)) >= wanted[role] and set(self.worker_names(role)) <= set(self.pids(role))
             for role in WORKERS
         )
 
     def spend_restart(self, role: str, times: int = 1) -> None:
-        """Wait until a role may be ended once more without its supervisor giving it up."""
+        """Wait until a role may be ended once more without its supervisor giving it up: it has not ended too often
+        within a minute, and it has made progress between two ends, or has had the time for it."""
+        began = time.monotonic()
         while True:
             self.check_open()
+            mark = mark_of(role, self.plane, self.folder)
             with self._lock:
                 ended, now = self._ended[role], time.monotonic()
                 while ended and now - ended[0] > 60:
                     ended.popleft()
-                if len(ended) + times <= _RESTARTS_A_MINUTE + (times > 1):
+                fresh = mark is not None and mark != self._marks.get(role)
+                if len(ended) + times <= _RESTARTS_A_MINUTE + (times > 1) and (fresh or now - began > _PROGRESS_S):
                     ended.extend([now] * times)
+                    self._marks[role] = mark
                     return
             time.sleep(0.5)
 
@@ -298,30 +339,28 @@ class Cluster:
     def plane(self) -> Plane:
         if self._plane is None:
             # Its own reads and writes may be repeated: it retries until Redis is back.
-            client = redis.Redis.from_url(
-                self.redis.url, socket_timeout=30.0, retry=Retry(ConstantBackoff(0.1), 300), retry_on_error=[*_AWAY]
-            )
-            self._plane = open_plane(self.config, client, self.run_key)
+            clients = [
+                redis.Redis.from_url(
+                    server.url, socket_timeout=30.0, retry=Retry(ConstantBackoff(0.1), 300), retry_on_error=[*_AWAY]
+                )
+                for server in (self.redis, *self.others)
+            ]
+            self._plane = open_planes(self.config, clients, self.run_key)
         return self._plane
 
     def key(self, name: str) -> str:
         return self.plane.key(name)
 
     def stage(self) -> Stage | None:
-        """Progress of the work; None while Redis does not answer or does not know the run."""
-        client = self.plane.client
-        pipe = client.pipeline(transaction=False)
+        """Progress of the work; None while Redis does not answer or does not know the run. Of several servers the
+        newest notice of all."""
         shards = self.plane.shards
-        for name in (*(f"chunks:{shard}" for shard in range(shards)), "scores", "trajectories"):
-            pipe.xinfo_stream(self.key(name))
-        pipe.get(self.key("cursor"))
         try:
-            *streams, cursor = pipe.execute(raise_on_error=False)
+            parts = [self._notices(part) for part in self.plane.parts]
+            admitted = sum(int(part.client.get(self.key("cursor")) or 0) for part in self.plane.parts)
         except (redis.exceptions.RedisError, OSError):
             return None
-        if any(isinstance(one, Exception) for one in streams):
-            return None
-        last = [one["last-generated-id"] for one in streams]
+        last = [max(ids, key=order) for ids in zip(*parts, strict=True)]
         step = self._last_step()
         taken = step.unix_s if step else 0.0
         return Stage(
@@ -329,8 +368,21 @@ class Cluster:
             scores=last[shards],
             verdicts=last[shards + 1],
             trained=taken if taken < time.time() + 1 else 0.0,
-            admitted=int(cursor or 0),
+            admitted=admitted,
         )
+
+    def _notices(self, part: Plane) -> list[bytes]:
+        """The last notice of each stream that shows progress. Raises redis-py's errors."""
+        pipe = part.client.pipeline(transaction=False)
+        for name in (*(f"chunks:{shard}" for shard in range(part.shards)), "scores", "trajectories"):
+            pipe.xinfo_stream(self.key(name))
+        return [bytes(one["last-generated-id"]) for one in pipe.execute()]
+
+    def cursor(self) -> int:
+        """All rollouts with a lower number have been admitted."""
+        plane = self.plane
+        counts = [int(part.client.get(self.key("cursor")) or 0) for part in plane.parts]
+        return Cursors(counts, lambda number: plane.place_of(rid_of(number))).next
 
     def steps(self) -> int:
         step = self._last_step()
@@ -340,7 +392,7 @@ class Cluster:
         return [None, *RunFolder(self.folder).steps.last(65536)][-1]
 
     def open_rollouts(self) -> set[str]:
-        return {rid.decode() for rid in self.plane.client.smembers(self.key("open"))}
+        return {rid.decode() for part in self.plane.parts for rid in part.client.smembers(self.key("open"))}
 
     def trained_between(self, after: int, last: int) -> set[str]:
         """Rollouts of the steps behind `after`, up to `last`."""

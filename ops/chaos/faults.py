@@ -24,13 +24,15 @@ import numpy as np
 import redis
 
 from actors.books import rid_of
+from actors.cursors import Cursors
 from common.footprint import least_bytes, maxmemory_mb
 from common.runfiles.names import CHECKPOINTS, WEIGHTS
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import newest_version
-from ops.chaos.cluster import WORKERS, Cluster
+from ops.chaos.cluster import RANK, WORKERS, Cluster
 from ops.chaos.proxy import Hits
 from ops.chaos.recovery import continue_process, held_by
+from ops.reach.embedded import EmbeddedRedis
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
 _MOVES = {"rollout": "chunks", "teacher": "scores", "arbiter": "verdicts", "learner": "trained", "feeder": "admitted"}
@@ -60,27 +62,31 @@ Inject = Callable[[Cluster, random.Random, Scene, int], str]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again."""
+    """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again;
+    `several`: whether it is for several data servers (True), for a single one (False) or for both; `ranks`: whether it
+    is only for a learner of several processes."""
 
     name: str
     inject: Inject
     role: str | None = None
     moves: tuple[str, ...] = _ALL
+    several: bool | None = None
+    ranks: bool = False
 
     @property
     def others_take_over(self) -> bool:
         """Whether the rest of the run is whole, so that it recovers while the victim is still dead or stopped."""
-        return self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint"))
+        return self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint")) and not self.ranks
 
     @property
     def restarts(self) -> dict[str, int]:
         """By role, how often its supervisor will have to start a process anew."""
-        if self.name == "redis-lose":
+        if self.name in ("redis-lose", "data-server-lose"):
             return dict.fromkeys(("arbiter", "feeder", "learner"), 2)
-        return {self.role: 1} if self.role is not None and self._ends_process else {}
+        return {self.role: 1} if self.role is not None and self.ends_process else {}
 
     @property
-    def _ends_process(self) -> bool:
+    def ends_process(self) -> bool:
         ends = self.name.startswith(("kill-", "term-", "torn-checkpoint"))
         return ends or (self.name.startswith("pause-") and self.role not in WORKERS)
 
@@ -88,6 +94,15 @@ class Kind:
 def _kill(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
     os.kill(pid, signal.SIGKILL)
     return "kill -9"
+
+
+def _kill_rank(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    """A process of the learner beside rank 0, which must end with it, and leave nothing half done."""
+    ranks = cluster.pids(RANK)
+    if not ranks:
+        raise Missed("the learner had no other rank")
+    os.kill(rng.choice(ranks), signal.SIGKILL)
+    return f"kill -9 of one of {len(ranks)} beside rank 0"
 
 
 def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
@@ -148,6 +163,23 @@ def _pause_holder(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role
     return f"stopped {time.monotonic() - began:.1f} s, replaced"
 
 
+def _nursery_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
+    """The process that roles are forked from: it comes back, and no role ends with it."""
+    before = cluster.nurseries()
+    if not before:
+        raise Missed("there is no nursery, or it was just killed")
+    roles = {pid for role in _MOVES for pid in cluster.pids(role)}
+    os.kill(before[-1], signal.SIGKILL)
+    deadline = time.monotonic() + _TRY_S
+    while not set(cluster.nurseries()) - set(before):
+        cluster.check_alive()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no other nursery within {_TRY_S:.0f} s")
+        time.sleep(0.05)
+    left = {pid for role in _MOVES for pid in cluster.pids(role)}
+    return f"kill -9; {len(roles & left)} of {len(roles)} roles go on in the same process"
+
+
 def _redis_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
     with cluster.busy_redis:
         os.kill(cluster.redis.pid, signal.SIGKILL)
@@ -156,18 +188,42 @@ def _redis_kill(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
     return "down for 3 s, append-only file kept"
 
 
+def _data_server_kill(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    """One of several data servers, not the home: that one `redis-kill` kills."""
+    server, seconds = rng.choice(cluster.others), rng.uniform(1.0, 5.0)
+    with cluster.busy_redis:
+        os.kill(server.pid, signal.SIGKILL)
+        time.sleep(seconds)
+        cluster.restart_redis(server)
+    place = cluster.others.index(server) + 2
+    return f"server {place} of {len(cluster.others) + 1} down for {seconds:.1f} s, append-only file kept"
+
+
+def _data_server_lose(cluster: Cluster, rng: random.Random, scene: Scene, __: int) -> str:
+    """One of several data servers, not the home: the others' rollouts must go on."""
+    place = rng.randrange(1, len(cluster.others) + 1)
+    server = cluster.others[place - 1]
+    with cluster.busy_redis:
+        before = {rid for rid in _at_stake(cluster) if cluster.plane.place_of(rid) == place}
+        _lose(cluster, scene, server, before)
+    return f"server {place + 1} of {len(cluster.others) + 1} down for 1 s, nothing left on disk"
+
+
 def _redis_lose(cluster: Cluster, _: random.Random, scene: Scene, __: int) -> str:
     with cluster.busy_redis:
-        at_stake = _at_stake(cluster)
-        with scene.lock:
-            scene.lost |= at_stake
-        os.kill(cluster.redis.pid, signal.SIGKILL)
-        time.sleep(1.0)
-        for path in cluster.harness_folder.iterdir():
-            if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        cluster.restart_redis()
+        _lose(cluster, scene, cluster.redis, _at_stake(cluster))
     return "down for 1 s, nothing left on disk"
+
+
+def _lose(cluster: Cluster, scene: Scene, server: EmbeddedRedis, at_stake: set[str]) -> None:
+    with scene.lock:
+        scene.lost |= at_stake
+    os.kill(server.pid, signal.SIGKILL)
+    time.sleep(1.0)
+    for path in server.folder.iterdir():
+        if path.name.startswith(("appendonly", "dump.rdb", "temp-")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    cluster.restart_redis(server)
 
 
 def _at_stake(cluster: Cluster) -> set[str]:
@@ -175,9 +231,11 @@ def _at_stake(cluster: Cluster) -> set[str]:
 
     Without a cursor Redis has just lost the run, and the rollouts at stake were recorded then.
     """
-    learner, cursor = cluster.config.learner, cluster.plane.client.get(cluster.key("cursor"))
+    learner, plane = cluster.config.learner, cluster.plane
     soon = 2 * (learner.max_staleness + 1) * learner.batch_size
-    coming = range(int(cursor), int(cursor) + soon) if cursor is not None else range(0)
+    counts = [part.client.get(part.key("cursor")) for part in plane.parts]
+    cursors = Cursors([int(count or 0) for count in counts], lambda number: plane.place_of(rid_of(number)))
+    coming = range(cursors.next, cursors.end + soon) if any(counts) else range(0)
     return cluster.open_rollouts() | {rid_of(number) for number in coming}
 
 
@@ -459,19 +517,23 @@ def _kinds() -> Iterator[Kind]:
         yield Kind(f"kill-{role}", _kill, role, (what,))
         yield Kind(f"term-{role}", _terminate, role, (what,))
         yield Kind(f"pause-{role}", partial(pause, role=role), role, (what,))
+    yield Kind("kill-rank", _kill_rank, "learner", ("trained",), ranks=True)
+    yield Kind("nursery-kill", _nursery_kill)
     yield Kind("redis-kill", _redis_kill)
-    yield Kind("redis-lose", _redis_lose)
+    yield Kind("data-server-kill", _data_server_kill, several=True)
+    yield Kind("data-server-lose", _data_server_lose, several=True)
+    yield Kind("redis-lose", _redis_lose, several=False)
     yield Kind("redis-pause", _redis_pause)
-    yield Kind("redis-full", _redis_full)
-    yield Kind("redis-small", _redis_small)
+    yield Kind("redis-full", _redis_full, several=False)
+    yield Kind("redis-small", _redis_small, several=False)
     for what in ("delay", "duplicate", "swap", "cut"):
         yield Kind(f"net-{what}", partial(_network, what=what))
     for stream in _JUNK:
-        yield Kind(f"malformed-{stream}", partial(_malformed, stream=stream))
-    yield Kind("poison-rollout", _poison)
-    yield Kind("poison-write", partial(_unusable, what="write"))
-    yield Kind("poison-score", partial(_unusable, what="score"))
-    yield Kind("poison-step", partial(_unusable, what="step"))
+        yield Kind(f"malformed-{stream}", partial(_malformed, stream=stream), several=False)
+    yield Kind("poison-rollout", _poison, several=False)
+    yield Kind("poison-write", partial(_unusable, what="write"), several=False)
+    yield Kind("poison-score", partial(_unusable, what="score"), several=False)
+    yield Kind("poison-step", partial(_unusable, what="step"), several=False)
     yield Kind("slow-teacher", _slow_teacher, "teacher")
     yield Kind("torn-checkpoint", _torn_checkpoint, "learner", ("trained",))
     yield Kind("torn-weights", _torn_weights, "rollout")
@@ -479,3 +541,9 @@ def _kinds() -> Iterator[Kind]:
 
 
 KINDS = {kind.name: kind for kind in _kinds()}
+
+
+def kinds_for(servers: int, ranks: int) -> list[str]:
+    """The kinds of faults for a run on so many data servers, with a learner of so many processes."""
+    fitting = [kind for kind in KINDS.values() if kind.several in (None, servers > 1)]
+    return [kind.name for kind in fitting if ranks > 1 or not kind.ranks]

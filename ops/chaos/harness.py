@@ -25,7 +25,7 @@ from common.runfiles.making import move_aside
 from common.runfiles.names import CHAOS, RUN
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
 from ops.chaos.cluster import Cluster, RunEnded
-from ops.chaos.faults import KINDS, Kind, Missed, Scene
+from ops.chaos.faults import KINDS, Kind, Missed, Scene, kinds_for
 from ops.chaos.records import Violation
 from ops.chaos.recovery import Held, continue_process, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import ChaosResult, Fault, schedule
@@ -47,8 +47,10 @@ _OTHERS_FIRST = (
 _NEVER = 10_000_000  # steps: the run is ended by the harness
 
 
-def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_s: float = CALM_S) -> ChaosResult:
-    """Run, injure, check. The run's folder and `chaos.json` in it stay.
+def chaos(
+    config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_s: float = CALM_S, servers: int = 1
+) -> ChaosResult:
+    """Run on so many data servers, injure, check. The run's folder and `chaos.json` in it stay.
 
     Raises ConfigError and ModelError before anything is started.
     """
@@ -57,7 +59,7 @@ def chaos(config: Config, *, seed: int, faults: int, kinds: Sequence[str], calm_
     print(f"seed {seed}: {faults} faults, run in {config.run_dir}", flush=True)
     scene = Scene()
     began = time.monotonic()
-    with Cluster(config) as cluster:
+    with Cluster(config, servers) as cluster:
         try:
             begin(cluster)
             _inject_all(cluster, scene, result, began)
@@ -183,7 +185,7 @@ def _strike(cluster: Cluster, scene: Scene, fault: Fault, kind: Kind, began: flo
         fault.injected = True
         return
     holder = holder_of(cluster, kind.role)
-    replaced = (kind.role, holder) if kind.role and holder and kind.others_take_over else None
+    replaced = (kind.role, holder) if kind.role and holder and kind.ends_process else None
     stop = kind.role if kind.others_take_over else None
     struck, held = stop_holding(cluster, stop, pid) if stop else (time.monotonic(), Held())
     fault.at_s = struck - began
@@ -240,14 +242,14 @@ def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
     cluster.launch("--resume", overrides={"learner.max_steps": cluster.steps() + 4})
     if code := cluster.wait(_END_S):
         raise RunEnded(f"resumed, katana run ended with {code}: {cluster.last_words()}")
-    client = cluster.plane.client
-    return check_folder(cluster.folder, allowed) + check_redis(client, cluster.run_key, cluster.folder, allowed)
+    clients = [part.client for part in cluster.plane.parts]
+    return check_folder(cluster.folder, allowed) + check_redis(clients, cluster.run_key, cluster.folder, allowed)
 
 
 def _calm(cluster: Cluster, calm_s: float) -> tuple[int, set[str]]:
     """Wait for the rollouts open when the faults ended; returns the number admitted by then, and those still open."""
     wait_whole(cluster)
-    cursor = int(cluster.plane.client.get(cluster.key("cursor")) or 0)
+    cursor = cluster.cursor()
     waiting, deadline = cluster.open_rollouts(), time.monotonic() + calm_s
     while waiting and time.monotonic() < deadline:
         cluster.check_alive()
@@ -256,12 +258,22 @@ def _calm(cluster: Cluster, calm_s: float) -> tuple[int, set[str]]:
     return cursor, waiting
 
 
-def run_chaos(config: Config, *, seeds: Sequence[int], faults: int, kinds: Sequence[str], calm_s: float) -> int:
-    """`katana chaos`: a run for each seed, a table over all. Returns the exit code."""
+def run_chaos(
+    config: Config, *, seeds: Sequence[int], faults: int, kinds: Sequence[str], calm_s: float, servers: int
+) -> int:
+    """`katana chaos`: a run for each seed, a table over all. `kinds`: none: all. Returns the exit code."""
+    ranks = config.learner.nproc_per_node
+    fitting = kinds_for(servers, ranks)
+    kinds = kinds or fitting
+    if other := next((kind for kind in kinds if kind in KINDS and kind not in fitting), None):
+        if KINDS[other].ranks:
+            raise ConfigError(f"--kinds: {other} needs learner.nproc_per_node 2 or more, found {ranks}")
+        wanted = "--servers 2 or more" if KINDS[other].several else "--servers 1"
+        raise ConfigError(f"--kinds: {other} needs {wanted}, found --servers {servers}")
     results = []
     for seed in seeds:
         named = config.model_copy(update={"name": f"{config.name}-{seed}"})
-        results.append(chaos(named, seed=seed, faults=faults, kinds=kinds, calm_s=calm_s))
+        results.append(chaos(named, seed=seed, faults=faults, kinds=kinds, calm_s=calm_s, servers=servers))
     print(describe(results))
     for result in results:
         for one in result.violations[:50]:

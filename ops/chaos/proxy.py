@@ -48,6 +48,7 @@ _SESSION = frozenset((b"HELLO", b"AUTH", b"SELECT"))
 _UNCOUNTED = frozenset((b"SUBSCRIBE", b"PSUBSCRIBE", b"SSUBSCRIBE", b"MONITOR", b"SYNC", b"PSYNC", b"RESET"))
 _NOTED = _SESSION | _UNCOUNTED | {b"MULTI", b"EXEC", b"DISCARD", b"CLIENT"}
 
+_GATHER_S = 0.005  # a pipeline comes in parts: so long after one the next is waited for
 _LATE_S = (0.2, 2.0)
 _MAX_LATE = 256  # copies on their way at a time; the memory and the connections that they may take
 _LATE_TIMEOUT_S = 10.0
@@ -427,12 +428,30 @@ class _Link(Link):
             self._break(data)
             return
         if self._raw:
-            batch: list[Frame] = [data]
-        else:
-            self._batch += self._requests.feed(data)
-            if self._requests.partial and self._fault("swap") is not None:
-                return
-            batch, self._batch = self._batch, []
+            self._forward([data])
+            return
+        waits = bool(self._batch)
+        self._batch += self._requests.feed(data)
+        if self._fault("swap") is None:
+            self._gathered()
+        elif self._batch and not waits:  # the parts of a pipeline come one after another
+            asyncio.get_running_loop().call_later(_GATHER_S, self._gathered)
+
+    def _gathered(self) -> None:
+        """Send whole requests on; while they are to be swapped, not before the rest of their pipeline is here."""
+        if not self.client.open or self._cut is not None:
+            return
+        if self._requests.partial and self._fault("swap") is not None:
+            asyncio.get_running_loop().call_later(_GATHER_S, self._gathered)
+            return
+        batch, self._batch = self._batch, []
+        try:
+            self._forward(batch)
+        except ValueError as error:
+            log.warning("connection of process %d closed: %s", self.pid, error)
+            self.close()
+
+    def _forward(self, batch: list[Frame]) -> None:
         delay = self._fault("delay") if batch else None
         if delay is None:
             self._send(batch)

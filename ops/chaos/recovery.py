@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import redis
 
+from common.wire.entries import bare, place_in, tagged
 from ops.chaos.cluster import WORKERS, Cluster, RunEnded, Stage, order
 
 RECOVERY_TIMEOUT_S = 120.0
@@ -44,11 +45,11 @@ def held_by(cluster: Cluster, role: str, pid: int) -> Held:
             }
         )
     notices: dict[str, set[bytes]] = {}
-    for shard in range(plane.shards):
-        stream = f"chunks:{shard}"
-        entries = plane.client.xpending_range(plane.key(stream), "teacher", "-", "+", 1000, consumername=name)
-        if entries:
-            notices[stream] = {one["message_id"] for one in entries}
+    for place, part in enumerate(plane.parts):
+        for stream in (f"chunks:{shard}" for shard in range(plane.shards)):
+            entries = part.client.xpending_range(plane.key(stream), "teacher", "-", "+", 1000, consumername=name)
+            if entries:
+                notices.setdefault(stream, set()).update(tagged(one["message_id"], place) for one in entries)
     return Held(notices=notices)
 
 
@@ -60,8 +61,9 @@ def work_has_continued(cluster: Cluster, held: Held) -> bool:
         if chunks is not None and verdict is None and int(chunks) <= held.rollouts[rid]:
             return False
     for stream, entries in held.notices.items():
-        if any(plane.client.xrange(plane.key(stream), entry, entry) for entry in entries):
-            return False
+        for entry, server in ((bare(one), plane.parts[place_in(one)].client) for one in entries):
+            if server.xrange(plane.key(stream), entry, entry):
+                return False
     return True
 
 

@@ -6,7 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from ops.cli.arguments import Commands, add_config, command, load_config, positive_float
+from ops.cli.arguments import (
+    Commands,
+    add_config,
+    add_run_folder,
+    command,
+    load_config,
+    positive,
+    positive_float,
+)
 from ops.cli.run import ROLES
 
 
@@ -39,6 +47,14 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     watch.add_argument("rid", metavar="RID", help="id or number of the rollout")
     watch.add_argument("--follow", action="store_true", help="update until it has its verdict")
     watch.add_argument("--json", action="store_true", help="a JSON object: position, token, divergence, kept")
+
+    trace = command(commands, "trace", _trace, "what each process of a run did when, for a viewer or as a picture")
+    add_run_folder(trace)
+    trace.add_argument(
+        "--out", type=Path, metavar="FILE", help="file for ui.perfetto.dev or chrome://tracing (default RUN/trace.json)"
+    )
+    trace.add_argument("--png", type=Path, metavar="FILE", help="draw a few steps; writes no trace.json without --out")
+    trace.add_argument("--steps", type=positive, default=4, help="learner steps to draw (default 4)")
 
     panels = command(commands, "panels", _panels, "draw the dashboards' panels of one run from a running Prometheus")
     panels.add_argument("prometheus", metavar="PROMETHEUS", help="its address, for example http://127.0.0.1:9090")
@@ -82,6 +98,13 @@ def _watch(arguments: argparse.Namespace) -> int:
 
     config, rid = load_config(arguments), arguments.rid
     return watch(config, arguments.config, rid, as_json=arguments.json, follow=arguments.follow)
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from ops.trace.command import trace
+
+    print(trace(arguments.run, arguments.out, arguments.png, arguments.steps))
+    return 0
 
 
 def _panels(arguments: argparse.Namespace) -> int:

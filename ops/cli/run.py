@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from common.config import ConfigError, keys
-from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, load_config
+from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, load_config, positive
 
 ROLES = {
     "feeder": "opens the run, admits rollouts, sends worker tasks, keeps the books",
@@ -34,6 +34,14 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
     check = command(commands, "check", _check, "validate a config, its models and data, and show what would run")
     add_config(check, of_a_run=True, judges=True)
+    check.add_argument(
+        "--gpus", type=positive, metavar="N", help="estimate memory for a machine with N GPUs, not this one"
+    )
+    check.add_argument(
+        "--gpu-gb", type=positive, metavar="G", help="with --gpus: memory of each of them in GB (default 80)"
+    )
+
+    command(commands, "scaling", _scaling, "memory by role for Qwen3 0.6B to 14B, as the table in docs/scaling.md")
 
     add_run_folder(command(commands, "clean", _clean, "remove a run from Redis and from disk"))
 
@@ -64,9 +72,13 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ops.run.local import run_locally
+    from ops.run.nursery import begin_nursery
 
-    return run_locally(load_config(arguments), resume=arguments.resume, fresh=arguments.fresh)
+    config = load_config(arguments)
+    with begin_nursery(config) as nursery:
+        from ops.run.local import run_locally  # not before: the nursery imports at the same time
+
+        return run_locally(config, nursery, resume=arguments.resume, fresh=arguments.fresh)
 
 
 def _role(arguments: argparse.Namespace) -> int:
@@ -77,8 +89,13 @@ def _role(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from ops.run.check import check
+    from ops.run.memory import GB, Machine, machine_here
 
-    found = check(load_config(arguments))
+    asked = arguments.gpus
+    if asked is None and arguments.gpu_gb is not None:
+        raise ConfigError("--gpu-gb is the memory of each of the GPUs that --gpus names: give both")
+    machine = machine_here(sizes=True) if asked is None else Machine(asked, (arguments.gpu_gb or 80) * GB)
+    found = check(load_config(arguments), machine, examine=True)
     for line in found.lines:
         print(line)
     for text in found.unchecked:
@@ -90,6 +107,13 @@ def _check(arguments: argparse.Namespace) -> int:
         return 2
     unchecked = len(found.unchecked)
     print(f"nothing wrong in what could be checked; {unchecked} could not be (above)" if unchecked else "ok")
+    return 0
+
+
+def _scaling(_: argparse.Namespace) -> int:
+    from ops.run.memory import scaling_table
+
+    print("\n".join(scaling_table()))
     return 0
 
 

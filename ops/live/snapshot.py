@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from common.policies import unit_of
 from common.runfiles.records import BookLine, Trace
 from common.runfiles.run import RunFolder
 from common.wire.messages import MessageError, Verdict, read_rid
-from common.wire.plane import GROUPS, unix_s
+from common.wire.plane import Plane, unix_s
+from common.wire.planes import all_like_fullest
 from ops.live.growth import Folder, LiveSaving, Rate
 from ops.reach.ports import Served, scrape, targets
 from ops.reach.run import Away, Outlook, Run
@@ -229,12 +231,13 @@ class Observer:
         fresh = [rid for rid in moments if rid not in self._judged]
         if not fresh:
             return
-        pipe = run.client.pipeline(transaction=False)
-        for rid in fresh:
-            pipe.hmget(run.key(f"rollout:{rid}"), ["verdict", "length"])
-        for rid, answer in zip(fresh, pipe.execute(raise_on_error=False), strict=True):
-            if isinstance(answer, list) and answer[0] is not None:
-                self._note_verdict(rid, moments[rid], answer[0], _whole(answer[1]) or 0)
+        for rids in run.plane.by_server(fresh, lambda rid: rid):
+            pipe = run.plane.parts[run.plane.place_of(rids[0])].client.pipeline(transaction=False)
+            for rid in rids:
+                pipe.hmget(run.key(f"rollout:{rid}"), ["verdict", "length"])
+            for rid, answer in zip(rids, pipe.execute(raise_on_error=False), strict=True):
+                if isinstance(answer, list) and answer[0] is not None:
+                    self._note_verdict(rid, moments[rid], answer[0], _whole(answer[1]) or 0)
 
     def _note_verdict(self, rid: str, at_unix_s: float, encoded: bytes, length: int) -> None:
         try:
@@ -351,10 +354,37 @@ def _by_role(snapshot: Snapshot, role: str) -> float | None:
 
 
 def _read_facts(run: Run) -> dict[str, Any]:
-    """All that does not depend on what is found, in one round trip. What the operator may not read is left out."""
-    streams = [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(run.config.redis.shards))]
+    """All that does not depend on what is found, in one round trip to each data server. Of several the home has the
+    state and the workers; counts are sums, and the memory is as the feeder counts it."""
+    home, *others = [_read_part(part) for part in run.plane.parts]
+    for other in others:
+        for name in ("open", "dead"):
+            home[name] = None if None in (home[name], other[name]) else home[name] + other[name]
+        home["ledger"] = dict(Counter(home["ledger"]) + Counter(other["ledger"]))
+        home["trajectories"] += other["trajectories"]
+        home["streams"] = {name: _joined(home["streams"].get(name), one) for name, one in other["streams"].items()}
+        # A role whose lease is missing on one of them has lost it.
+        home["leases"] = {
+            role: min(lease, other["leases"][role], key=lambda one: (one[0], one[1] or 0.0))
+            for role, lease in home["leases"].items()
+        }
+    if others and all(one["memory"] for one in (home, *others)):
+        home["memory"] = all_like_fullest([one["memory"] for one in (home, *others)])
+    return home
+
+
+def _joined(one: Stream | None, other: Stream) -> Stream:
+    if one is None:
+        return other
+    ages = [age for age in (one.oldest_pending_s, other.oldest_pending_s) if age is not None]
+    return Stream(one.outstanding + other.outstanding, max(ages, default=None))
+
+
+def _read_part(part: Plane) -> dict[str, Any]:
+    """What the operator may not read is left out."""
+    streams = part.groups
     (seconds, micros), strings, policy, ledger, opened, minima, dead, memory, workers, newest, *rest = _ask(
-        run, streams
+        part, streams
     )
     now, leases = seconds + micros / 1e6, rest[: 2 * len(LEASED)]
     state, threshold = _or_empty(strings, [None, None])
@@ -379,9 +409,9 @@ def _read_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _ask(run: Run, streams: Sequence[tuple[str, str]]) -> list[Any]:
-    """Answers in the order in which `_read_facts` takes them apart; an error is the answer of its own command alone."""
-    pipe, key = run.client.pipeline(transaction=False), run.key
+def _ask(part: Plane, streams: Sequence[tuple[str, str]]) -> list[Any]:
+    """Answers in the order in which `_read_part` takes them apart; an error is the answer of its own command alone."""
+    pipe, key = part.client.pipeline(transaction=False), part.key
     pipe.time()
     pipe.mget([key(name) for name in ("run", "threshold")])
     pipe.hgetall(key("policy"))

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.books import number_of, rid_of
+from actors.cursors import Cursors
 from common.config import Config, ConfigError
 from common.wire.messages import MessageError, read_rid
 from ops.live.coloured import has_colours, legend, plain, text_of
@@ -81,20 +82,22 @@ class Watcher:
 
         Redis first: a record is deleted when its line is on disk, so a rollout that is gone from Redis is in the books.
         """
-        self.away, cursor = "", None
+        self.away, admitted = "", Cursors([0], lambda number: 0)
         try:
             run = self._outlook.look()
-            fields = run.client.hgetall(run.key(f"rollout:{self.rid}"))
+            plane, parts = run.plane, run.plane.parts
+            fields = parts[plane.place_of(self.rid)].client.hgetall(run.key(f"rollout:{self.rid}"))
             if fields:
                 return self._live(fields)
-            cursor = run.client.get(run.key("cursor"))
+            counts = [int(part.client.get(run.key("cursor")) or 0) for part in parts]
+            admitted = Cursors(counts, lambda number: plane.place_of(rid_of(number)))
         except Away as error:
             self.away = str(error)
         except (redis.exceptions.RedisError, OSError) as error:
             self.away = f"Redis does not answer ({error})"
         booked = self._booked()
         if booked is None:
-            raise ConfigError(self._unknown(int(cursor or 0)))
+            raise ConfigError(self._unknown(admitted))
         return booked
 
     def close(self) -> None:
@@ -114,13 +117,13 @@ class Watcher:
         reading = reading_of_line(line, self._config) if found is None else found
         return replace(reading, chunks=audited_chunks(self._folder, self.rid))
 
-    def _unknown(self, admitted: int) -> str:
+    def _unknown(self, admitted: Cursors) -> str:
         """The message for a rollout that was not found."""
         parts = [f"no rollout {self.rid} in run {self._config.name!r}"]
-        if 0 <= number_of(self.rid) < admitted:
+        if number_of(self.rid) in admitted:
             parts.append(f"it was admitted and has ended, but is not in the books in {self._folder}")
-        elif admitted:
-            parts.append(f"admitted are {rid_of(0)} … {rid_of(admitted - 1)}")
+        elif admitted.end:
+            parts.append(f"admitted are {rid_of(0)} … {rid_of(admitted.end - 1)}")
         else:
             ends = booked_ends(self._folder)
             parts.append(

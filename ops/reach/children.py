@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Protocol
 
 from common import own_packages
 
@@ -19,12 +20,28 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a child; what it prints is added to `log`, `environment` to this process's.
+class Child(Protocol):
+    """What is asked of a child that was started; `subprocess.Popen` has it. Codes are those of Popen."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+def start(
+    command: Sequence[str],
+    log: Path | IO[bytes],
+    environment: Mapping[str, str] | None = None,
+    *,
+    keep: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a child; what it prints is added to `log`, `environment` to this process's. `keep`: file descriptors that
+    it has too.
 
     It has its own session: Ctrl-C reaches only this process, which stops the others in order.
     """
-    with log.open("ab") as out:
+    with log.open("ab") if isinstance(log, Path) else contextlib.nullcontext(log) as out:
         return subprocess.Popen(
             command,
             stdout=out,
@@ -32,6 +49,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
             stdin=subprocess.DEVNULL,
             env=own_packages.environment() | dict(environment or {}),
             start_new_session=True,
+            pass_fds=keep,
             preexec_fn=end_with_parent(),
         )
 
@@ -41,9 +59,7 @@ def katana(*words: str) -> list[str]:
     return [sys.executable, "-m", "ops.cli", *words]
 
 
-def end(
-    children: Sequence[subprocess.Popen[bytes]], grace_s: float, *, at_once: Callable[[], bool] = lambda: False
-) -> None:
+def end(children: Sequence[Child], grace_s: float, *, at_once: Callable[[], bool] = lambda: False) -> None:
     """SIGTERM to all, then wait, `grace_s` for all together or until `at_once`; those still running are killed."""
     running = [child for child in children if child.poll() is None]
     for child in running:
@@ -68,9 +84,10 @@ def end_with_parent() -> Callable[[], None] | None:
     """
     if _LIBC is None or threading.current_thread() is not threading.main_thread():
         return None
-    return _ask_for_sigterm
+    return ask_for_signal
 
 
-def _ask_for_sigterm() -> None:
+def ask_for_signal(number: signal.Signals = signal.SIGTERM) -> None:
+    """This process gets the signal when its parent dies (Linux)."""
     assert _LIBC is not None
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)

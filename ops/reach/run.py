@@ -24,7 +24,8 @@ from common.runfiles.making import lock
 from common.runfiles.names import REDIS, RUN
 from common.runfiles.run import RunFolder
 from common.wire.connect import connect
-from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, current_run, open_plane
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, current_run
+from common.wire.planes import check_places, open_planes
 from ops.reach.embedded import EmbeddedRedis, socket_in, url_in
 from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach
@@ -92,19 +93,21 @@ class Outlook:
 
     def __init__(self, config: Config, source: Path) -> None:
         self._config, self._source = config, source
-        self._client: Any = None
+        self._clients: list[redis.Redis] = []
         self._url = ""
         self._known: tuple[bytes, Run] | None = None
 
     def look(self) -> Run:
         """Raises Away; ConfigError for errors that waiting does not fix."""
         url = self._find_url()
-        if self._client is None or url != self._url:
+        if not self._clients or url != self._url:
             self.close()
-            self._client, self._url = connect(url, **self._config.redis.access("operator")), url
+            urls, access = self._config.redis.servers or (url,), self._config.redis.access("operator")
+            self._clients, self._url = [connect(one, **access) for one in urls], url
         try:
             run_key = self._find_key()
-            raw = self._client.get(self._plane(run_key).key("config"))
+            plane = self._plane(run_key)
+            raw = plane.client.get(plane.key("config"))
         except (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError) as error:
             raise ConfigError(
                 f"redis.url {url!r}: Redis refuses the operator: check redis.username, redis.password_file and its ACL"
@@ -115,14 +118,14 @@ class Outlook:
             raise Away(f"Redis does not know the run {run_key!r}: it has not started, or was lost or cleaned")
         if self._known is None or self._known[0] != raw or self._known[1].run_key != run_key:
             config = working_config(raw, run_key, self._config)
-            self._known = raw, Run(config, open_plane(config, self._client, run_key))
+            self._known = raw, Run(config, open_planes(config, self._clients, run_key))
         return self._known[1]
 
     def close(self) -> None:
         self._known = None
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        for client in self._clients:
+            client.close()
+        self._clients = []
 
     def _find_url(self) -> str:
         """The config's Redis, or the embedded one of a `katana run` that is running in the folder."""
@@ -139,8 +142,9 @@ class Outlook:
     def _find_key(self) -> str:
         """By name also in a folder that has no run.json: what is there can be looked at."""
         known = (self._config.run_dir / RUN).is_file()
-        run_key = find_key(self._config, self._source, self._client) if known else None
-        run_key = run_key or current_run(self._client, self._config.name)
+        home = self._clients[0]
+        run_key = find_key(self._config, self._source, home) if known else None
+        run_key = run_key or current_run(home, self._config.name)
         if run_key is None:
             raise Away(f"Redis has no run named {self._config.name!r}")
         return run_key
@@ -148,7 +152,7 @@ class Outlook:
     def _plane(self, run_key: str) -> Plane:
         if self._known is not None and self._known[1].run_key == run_key:
             return self._known[1].plane
-        return open_plane(self._config, self._client, run_key)
+        return open_planes(self._config, self._clients, run_key)
 
 
 # --- acting on a run --------------------------------------------------------------------------------------------------
@@ -161,21 +165,23 @@ def opened(config: Config, source: Path) -> Iterator[Run]:
     Raises ConfigError: no such run, no Redis to be had, or it went away meanwhile.
     """
     with _awake(config) as config:
-        client = reach(config)
+        clients = reach(config)
         try:
-            run_key = find_key(config, source, client)
+            run_key = find_key(config, source, clients[0])
             if run_key is None:
                 raise ConfigError(f"{config.redis.url}: Redis has no run named {config.name!r}")
-            plane = open_plane(config, client, run_key)
-            raw = plane.patiently(lambda: client.get(plane.key("config")), "config")
+            plane = open_planes(config, clients, run_key)
+            check_places(config, plane)
+            raw = plane.config()
             if not isinstance(raw, bytes):
                 raise ConfigError(f"Redis does not know the run {run_key!r}: its data was lost or cleaned")
             config = working_config(raw, run_key, config)
-            yield Run(config, open_plane(config, client, run_key))
+            yield Run(config, open_planes(config, clients, run_key))
         except (RunGone, RedisUnavailable, redis.exceptions.RedisError) as error:
             raise ConfigError(str(error)) from error
         finally:
-            client.close()
+            for client in clients:
+                client.close()
 
 
 @contextlib.contextmanager
@@ -245,9 +251,10 @@ def wait_for_config(config: Config, plane: Plane, stop: threading.Event) -> byte
     deadline = time.monotonic() + config.liveness.redis_wait_s
     logged = False
     while True:
-        raw = plane.patiently(lambda: plane.client.get(plane.key("config")), "config")
-        if isinstance(raw, bytes):
-            return raw
+        check_places(config, plane)
+        configs = [part.config() for part in plane.parts]
+        if configs[0] is not None and None not in configs:
+            return configs[0]
         if not logged:
             log.warning("Redis does not know the run %r any more: waiting for its feeder", plane.run_key)
             logged = True

@@ -35,16 +35,24 @@ class Unreachable(ConfigError):
     """A Redis that does not answer: it may be there a moment later."""
 
 
-def reach(config: Config, role: str = "operator") -> redis.Redis:
-    """A client of the config's Redis, as a role. Raises ConfigError when there is none or no run can work on it, also
-    on the broker where the role needs that; Unreachable, which is one too, when it does not answer."""
+def reach(config: Config, role: str = "operator") -> list[redis.Redis]:
+    """A client of each of the config's data servers, as a role. Raises ConfigError when there is none or no run can
+    work on one, also on the broker where the role needs that; Unreachable, which is one too, when one does not
+    answer."""
     if config.redis.url is None:
         raise ConfigError("redis.url: not set; a single role needs the Redis of its run (katana run brings its own)")
-    client = answering("redis.url", config.redis.url, config, role)
+    clients = [answering(name, url, config, role) for name, url in data_servers(config)]
     if role in _ON_BROKER:
         with contextlib.suppress(Unreachable):  # the caller retries, and logs it
             answering(broker_name(config), config.redis.broker, config, role, wait_s=0.0).close()
-    return client
+    return clients
+
+
+def data_servers(config: Config) -> list[tuple[str, str]]:
+    """The data servers: what each is called in messages, and its URL."""
+    urls = config.redis.servers
+    names = ["redis.url"] if len(urls) == 1 else [f"redis.data[{place}]" for place in range(len(urls))]
+    return list(zip(names, urls, strict=True))
 
 
 def answering(name: str, url: str, config: Config, role: str, wait_s: float = 10.0) -> redis.Redis:
@@ -114,6 +122,12 @@ def _no_database(error: Exception) -> str | None:
     if not isinstance(error, redis.exceptions.ResponseError):
         return None
     return next((meaning for words, meaning in _NO_DATABASE.items() if words in str(error)), None)
+
+
+def memory_of(config: Config, url: str) -> str:
+    """What the memory for a run is called, where a server has its share: that of the server times their number."""
+    servers = len(config.redis.servers)
+    return f"maxmemory of {url}" + (f" times {servers} servers" if servers > 1 else "")
 
 
 def too_small(config: Config, limit: int, where: str) -> str | None:

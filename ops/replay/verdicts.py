@@ -5,17 +5,15 @@ Invariant: under the settings and the number of its record, a rollout has the ve
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from common import policies
 from common.config import ConfigError, Termination
 from common.policies import Progress, ScoredTokens, Situation
-from common.termination import Cut, MinimaBuffer
+from common.termination import Cut, MinimaBuffer, least_sum
 from common.wire.messages import Floats
 from ops.replay.record import Recording, Replayed
 
@@ -42,7 +40,7 @@ class Shape:
 class Windows:
     """The sums of a rollout's evaluated windows, exact: the rule of `common.termination.Kat`, whole rollouts at a time.
 
-    Kat takes half a microsecond a token, which is minutes for a sweep; numpy takes a hundredth.
+    Kat goes through the tokens in Python, which is minutes for a sweep; numpy takes a small part of that.
     """
 
     def __init__(self, divergence: Floats, shape: Shape) -> None:
@@ -79,7 +77,7 @@ class Windows:
     def cut(self, threshold: float, patience: int) -> Cut | None:
         """Where Kat of this threshold (nats) fires."""
         shape = self._shape
-        limit = _least_sum_of(-threshold if shape.inverse else threshold, shape.window)
+        limit = least_sum(-threshold if shape.inverse else threshold, shape.window)
         if self._least is None or self._least >= limit:
             return None
         below = self._high < limit >> _BITS
@@ -96,16 +94,6 @@ class Windows:
         begin = shape.grace_tokens + first * shape.stride
         trigger = begin + shape.window + (patience - 1) * shape.stride
         return Cut(trigger, begin, "kl_high" if shape.inverse else "kl_trap")
-
-
-@lru_cache(maxsize=4096)
-def _least_sum_of(mean: float, window: int) -> int:
-    """The least sum of a window, in units, whose mean is at least `mean`: as a float64, rounded, as Kat compares it."""
-    whole = window << 2 * _BITS
-    part, of = mean.as_integer_ratio()
-    high = -(-part * whole // of)  # not rounded, its mean is at least that; a little below, it is when rounded
-    low = high - (abs(high) >> 52) - 1
-    return low + bisect.bisect_left(range(low, high), mean, key=lambda total: total / whole)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common import policies, policy_names
+from common.compiler import has_cpp_compiler
 from common.config import Config, ConfigError, Data, Loss
 from common.pretrained import (
     HubUnavailable,
     ModelError,
     ModelFacts,
     Pair,
+    attention_of,
     check_pair,
     is_hub_id,
     load_tokenizer,
-    read_model_config,
-    weight_files,
 )
+from ops.run.check_lora import check_lora
 from ops.run.check_redis import check_redis
 from ops.run.devices import absent, devices_of, unknown
 from ops.run.findings import Findings
+from ops.run.heads import whole_logits
+from ops.run.memory import Machine, lines, machine_here, needs, shape_in
 from ops.run.tracking import missing
 from ops.tasks.rows import DataMissing
 from ops.tasks.source import TaskSource
 from ops.tasks.templates import Templates
 
-_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PROMPTS_READ = 256
-_MB = 1 << 20
 
 
-def check(config: Config) -> Findings:
-    """Models, tokenizers, stop set, lengths, prompts and memory. Never raises for what it can report."""
+def check(config: Config, machine: Machine | None = None, *, examine: bool = False) -> Findings:
+    """Models, tokenizers, stop set, lengths, prompts, devices and memory. Never raises for what it can report.
+
+    machine: what to estimate memory for; None: this one.
+    examine: also the student's output head, for which torch is loaded if the model is of an untested type.
+    """
     found = Findings()
     pair = _check_models(config, found)
     if pair is not None:
         _check_prompts(config, found)
-        _estimate_models(config, pair, found)
+        whole = whole_logits(pair.student.folder, pair.student.model_type) if examine else ""
+        if whole:
+            found.lines.append(f"warning    {pair.student.folder}: {whole}")
+        _estimate_memory(config, pair, machine or machine_here(), found, whole_logits=bool(whole))
+        check_lora(config, pair, found)
     check_redis(config, found)
     found.problems += missing(config.tracking)
     _check_devices(config, found)
+    _check_compiler(config, found)
     _add_summary(config, found)
     return found
 
@@ -71,6 +79,12 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
         f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
     ]
     found.lines += [f"warning    {text}" for text in ends_outside(pair, config.data)]
+    for who, facts in (("student", pair.student), ("teacher", pair.teacher)):
+        if attention_of(facts.folder) == "eager":
+            found.lines.append(
+                f"warning    {who}: {facts.model_type} has no sdpa attention and runs with eager attention: it holds "
+                "the scores of every query, head and token at once, which is slower and takes more memory in long texts"
+            )
     return pair
 
 
@@ -116,6 +130,13 @@ def _ends_of_turn(tokenizer: Any, data: Data) -> dict[str, int | None]:
     return found
 
 
+def _check_compiler(config: Config, found: Findings) -> None:
+    if config.rollout.compile == "on" and config.rollout.device == "cpu" and not has_cpp_compiler():
+        found.unchecked.append(
+            "rollout.compile is 'on', and no C++ compiler is here: a run on this machine needs g++, or CXX to name one"
+        )
+
+
 def _check_devices(config: Config, found: Findings) -> None:
     """A missing device is reported as unchecked, not as a problem: the config may be for another machine."""
     for key, device in devices_of(config):
@@ -148,6 +169,10 @@ def _check_prompts(config: Config, found: Findings) -> None:
             found.lines += [line for line in lines if line.replace(of, "") not in found.lines]
 
 
+def _ranks_text(ranks: int) -> str:
+    return f" of {ranks} ranks" if ranks > 1 else ""
+
+
 def _rows_text(config: Config, source: TaskSource, name: str | None) -> str:
     if source.count is None:
         return f"task {config.data.task!r}"
@@ -159,50 +184,12 @@ def _rows_text(config: Config, source: TaskSource, name: str | None) -> str:
     return f"{name}: {used} of {source.count} rows of {one.path}{skipped}, {one.k or config.eval.k} samples each"
 
 
-def _estimate_models(config: Config, pair: Pair, found: Findings) -> None:
-    shapes = {who: _shape(facts.folder) for who, facts in (("student", pair.student), ("teacher", pair.teacher))}
-    student, teacher = shapes["student"], shapes["teacher"]
-    rollout, scoring, learner = config.rollout, config.teacher, config.learner
-    cache = config.max_length
-    parts = {
-        "rollout": student.parameters * _SIZE[rollout.dtype]
-        + student.cache_bytes(rollout.slots, cache, rollout.dtype)
-        + 3 * 4 * rollout.slots * pair.vocab_size,
-        "teacher": teacher.parameters * _SIZE[scoring.dtype]
-        + teacher.cache_bytes(scoring.slots, cache, scoring.dtype)
-        + 3 * 4 * scoring.prefill_tokens * pair.vocab_size,
-        # Parameters, gradients and two moments; logits, their log-softmax and its gradient.
-        "learner": student.parameters * 4 * 4 + 3 * 4 * learner.micro_batch_tokens * pair.vocab_size,
-    }
-    found.lines.append(
-        "memory     (estimate, plus about 400 MB for Python and torch) "
-        + ", ".join(f"{role} {size / _MB:,.0f} MB" for role, size in parts.items())
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    parameters: int
-    layers: int
-    kv_width: int  # heads × their size
-
-    def cache_bytes(self, slots: int, length: int, dtype: str) -> int:
-        return 2 * self.layers * self.kv_width * slots * length * _SIZE[dtype]
-
-
-def _shape(folder: Path) -> _Shape:
-    text = read_model_config(folder)
-    heads = int(text.get("num_attention_heads", 1))
-    head_dim = int(text.get("head_dim") or int(text.get("hidden_size", 0)) // heads)
-    stored = _SIZE.get(str(text.get("dtype") or text.get("torch_dtype")), 4)
-    parameters = sum(path.stat().st_size for path in weight_files(folder)) // stored
-    layers, width = int(text.get("num_hidden_layers", 0)), int(text.get("hidden_size", 0))
-    kv_width = int(text.get("num_key_value_heads") or heads) * head_dim
-    if not parameters:  # weights not downloaded yet: attention, gated MLP and embeddings of the usual decoder
-        a_layer = 2 * width * (heads * head_dim + kv_width) + 3 * width * int(text.get("intermediate_size", 4 * width))
-        tied = 1 if text.get("tie_word_embeddings") else 2
-        parameters = layers * a_layer + tied * width * int(text.get("vocab_size", 0))
-    return _Shape(parameters=parameters, layers=layers, kv_width=kv_width)
+def _estimate_memory(
+    config: Config, pair: Pair, machine: Machine, found: Findings, *, whole_logits: bool = False
+) -> None:
+    student, teacher = shape_in(pair.student.folder), shape_in(pair.teacher.folder)
+    needed = needs(config, student, teacher, machine, vocab=pair.vocab_size, whole_logits=whole_logits)
+    found.lines += lines(needed, machine)
 
 
 def _add_summary(config: Config, found: Findings) -> None:
@@ -239,7 +226,8 @@ def _add_summary(config: Config, found: Findings) -> None:
         f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config.loss)}, "
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
-        f"processes  feeder, arbiter, learner, {config.rollout.workers} rollout, {config.teacher.workers} teacher"
+        f"processes  feeder, arbiter, learner{_ranks_text(learner.nproc_per_node)}, {config.rollout.workers} rollout, "
+        f"{config.teacher.workers} teacher"
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
     if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:

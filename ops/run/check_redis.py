@@ -1,40 +1,66 @@
-"""The Redis part of `katana check`: the data server and Celery's broker."""
+"""The Redis part of `katana check`: the data servers and Celery's broker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import redis
 
 from common.config import Config, ConfigError
 from common.footprint import most_bytes
-from ops.reach.server import Unreachable, answering, broker_name, facts_of, memory_warning, reach, too_small
+from ops.reach.server import (
+    Unreachable,
+    answering,
+    broker_name,
+    data_servers,
+    facts_of,
+    memory_of,
+    memory_warning,
+    too_small,
+)
 from ops.run.findings import Findings
 
 _MB = 1 << 20
 
 
 def check_redis(config: Config, found: Findings) -> None:
-    """Check both servers. One that does not answer is reported as unchecked."""
+    """Check all servers. One that does not answer is reported as unchecked."""
     settings = config.redis
-    found.lines.append(f"redis      at most {most_bytes(config) / _MB:,.0f} MB in flight")
+    several = f", on {len(settings.data)} data servers" if settings.data else ""
+    found.lines.append(f"redis      at most {most_bytes(config) / _MB:,.0f} MB in flight{several}")
     if settings.url is None:
         _check_memory(config, settings.maxmemory_mb * _MB, "redis.maxmemory_mb", found)
         return
     # Each is checked by itself: one server that does not answer must not hide a problem of the other.
-    data = _ask(found, lambda: reach(config))
+    servers = [
+        (url, _ask(found, partial(answering, name, url, config, "operator"))) for name, url in data_servers(config)
+    ]
     broker = _ask(found, lambda: answering(broker_name(config), settings.broker, config, "operator"))
-    if data is not None:
-        _check_data(config, facts_of(data), found)
+    for url, data in servers:
+        if data is not None:
+            _check_data(config, url, facts_of(data), found)
+    _check_apart(servers, found)
     if broker is not None:
         _check_broker(config, facts_of(broker), found)
-    if data is not None and broker is not None and _database(data) == _database(broker):
-        _warn(
-            found,
-            f"redis.broker_url: {settings.broker} is the same database as redis.url: flushing one flushes both; "
-            f"give Celery a separate database",
-        )
+    for name, (_, data) in zip(data_servers(config), servers, strict=True):
+        if data is not None and broker is not None and _database(data) == _database(broker):
+            _warn(
+                found,
+                f"redis.broker_url: {settings.broker} is the same database as {name[0]}: flushing one flushes both; "
+                f"give Celery a separate database",
+            )
+
+
+def _check_apart(servers: Sequence[tuple[str, redis.Redis | None]], found: Findings) -> None:
+    """Two names of the same database are a problem: each server has a part of the run under the same keys."""
+    known: dict[tuple[Any, int], str] = {}
+    for url, client in servers:
+        if client is not None and len(servers) > 1:
+            other = known.setdefault(_database(client), url)
+            if other != url:
+                found.problems.append(f"redis.data: {other} and {url} are the same database of one server")
 
 
 def _ask(found: Findings, connect: Callable[[], redis.Redis]) -> redis.Redis | None:
@@ -49,15 +75,14 @@ def _ask(found: Findings, connect: Callable[[], redis.Redis]) -> redis.Redis | N
         return None
 
 
-def _check_data(config: Config, facts: dict[str, Any], found: Findings) -> None:
-    url = config.redis.url
+def _check_data(config: Config, url: str, facts: dict[str, Any], found: Findings) -> None:
     policy = facts.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         found.problems.append(
             f"{url}: maxmemory-policy is {policy}, so a full Redis would evict data of the run; allowed: noeviction"
         )
     if "maxmemory" in facts:
-        _check_memory(config, int(facts["maxmemory"]), f"maxmemory of {url}", found)
+        _check_memory(config, int(facts["maxmemory"]) * len(config.redis.servers), memory_of(config, url), found)
     if facts.get("aof_enabled") == 0:
         _warn(
             found,

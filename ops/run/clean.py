@@ -9,9 +9,12 @@ from common.config import Config, ConfigError, parse
 from common.runfiles.making import lock
 from common.runfiles.names import CONFIG, RUN
 from common.runfiles.run import RunFolder
-from common.wire.plane import open_plane
+from common.wire.plane import RUNS
+from common.wire.planes import check_places, open_planes
 from ops.reach.left_over import left_by_harness
 from ops.reach.server import reach
+
+_LEASES = ("lease:feeder", "lease:arbiter", "lease:learner")
 
 
 def clean(folder: Path) -> str:
@@ -34,18 +37,19 @@ def clean(folder: Path) -> str:
     if config.redis.url is not None:
         removed = _remove_keys(config, RunFolder(folder).run_key)
     shutil.rmtree(folder)
-    return f"removed {folder}" + (f" and {removed} keys in {config.redis.url}" if config.redis.url else "")
+    servers = ", ".join(config.redis.servers)
+    return f"removed {folder}" + (f" and {removed} keys in {servers}" if servers else "")
 
 
 def _remove_keys(config: Config, run_key: str) -> int:
-    client = reach(config)
-    plane = open_plane(config, client, run_key)
-    live = client.exists(*(plane.key(f"lease:{role}") for role in ("feeder", "arbiter", "learner")))
-    if live:
+    plane = open_planes(config, reach(config), run_key)
+    check_places(config, plane)
+    if any(part.client.exists(*map(part.key, _LEASES)) for part in plane.parts):
         raise ConfigError(f"run {run_key}: its feeder, arbiter or learner is running; stop them first")
     removed = 0
-    for key in client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
-        removed += int(client.unlink(key))
-    if client.hget("katana:runs", config.name) == run_key.encode():
-        client.hdel("katana:runs", config.name)
+    for part in plane.parts:
+        for key in part.client.scan_iter(match=plane.prefix.replace("[", r"\[") + "*", count=1000):
+            removed += int(part.client.unlink(key))
+        if part.client.hget(RUNS, config.name) == run_key.encode():
+            part.client.hdel(RUNS, config.name)
     return removed

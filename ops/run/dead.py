@@ -23,6 +23,7 @@ import numpy as np
 from common.config import Config, ConfigError
 from common.pretrained import ModelError
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
     Ints,
@@ -33,21 +34,23 @@ from common.wire.messages import (
     Verdict,
     read_number,
     read_rid,
+    read_support,
 )
 from common.wire.plane import Plane
-from common.wire.record import DIVERGENCE, SCORES, SUPPORT, TOKENS, part_of
+from common.wire.record import DIVERGENCE, LOGPROBS, SCORES, SUPPORT, TOKENS, part_of
 from common.wire.scripts import SentBack
 from ops.reach.run import opened
 from ops.reading.rollouts import find_tokenizer
 
 Decoder = Callable[[list[int]], str]
 _AT_A_TIME = 500
-# The parts of a chunk: the record, and its array with one row per token.
-_PARTS: dict[str, tuple[Any, str]] = {
-    TOKENS: (ChunkTokens, "tokens"),
-    SUPPORT: (ChunkSupport, "sampled_logprobs"),
-    DIVERGENCE: (ScoreDivergence, "divergence"),
-    SCORES: (ScoreSupport, "sampled_logprobs"),
+# The parts of a chunk: what reads it, and its array with one row per token.
+_PARTS: dict[str, tuple[Callable[[bytes], Any], str]] = {
+    TOKENS: (ChunkTokens.decode, "tokens"),
+    SUPPORT: (read_support, "sampled_logprobs"),
+    LOGPROBS: (ChunkLogprobs.decode, "support_logprobs"),
+    DIVERGENCE: (ScoreDivergence.decode, "divergence"),
+    SCORES: (ScoreSupport.decode, "sampled_logprobs"),
 }
 _NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
 _TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
@@ -184,7 +187,7 @@ def _letters(plane: Plane) -> Iterator[tuple[Letter, dict[str, str]]]:
 
 def _letter(plane: Plane, entry: str) -> Letter:
     """Raises ConfigError when there is no such letter."""
-    if not re.fullmatch("[0-9]{1,19}-[0-9]{1,19}", entry):
+    if not re.fullmatch("[0-9]{1,19}-[0-9]{1,19}(@[0-9]{1,2})?", entry):
         raise ConfigError(f"{entry!r}: not an entry id, such as 1763841234567-0; see the list")
     found = plane.dead_letters(entry, entry, 1)
     if not found:
@@ -303,7 +306,7 @@ def _read_field(name: bytes, value: bytes) -> Any:
     if part is None:
         raise MessageError("not a field of a rollout")
     kind, seq = part
-    record = _PARTS[kind][0].decode(value)
+    record = _PARTS[kind][0](value)
     if getattr(record, "seq", seq) != seq:
         raise MessageError(f"belongs to chunk {record.seq}")
     return record
@@ -320,7 +323,11 @@ def _summary(value: Any) -> str:
         return f"{value.arm}, problem {value.problem}, prompt of {len(value.prompt)} tokens"
     if isinstance(value, ScoreDivergence):
         return f"{len(value.divergence)} divergences, mean {value.divergence.mean():.3g} nats"
-    if isinstance(value, ChunkSupport | ScoreSupport):
+    if isinstance(value, ChunkSupport):
+        return f"supports of {len(value.support_ids)} tokens"
+    if isinstance(value, ChunkLogprobs):
+        return f"log-probabilities of {len(value.support_logprobs)} tokens"
+    if isinstance(value, ScoreSupport):
         return f"log-probabilities of {len(value.sampled_logprobs)} tokens"
     return str(value)
 

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load
-
 from actors.engine.loaded import sampler
-from common import metrics
+from common import metrics, tracing
 from common.config import Config, ConfigError
 from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
 from common.runfiles.lines import append_lines, open_whole_lines
@@ -98,8 +96,8 @@ class Evaluator:
             one.source.prepare()
 
     def swap(self, weights: bytes) -> None:
-        """Swap in other weights, the bytes of a safetensors file. Raises ValueError if they do not fit the model."""
-        self.decoder.swap(load(weights))
+        """Swap in other weights, the bytes of a published file. Raises ValueError if they do not fit the model."""
+        self.decoder.swap(self.decoder.read_weights(weights))
 
     def measure(self, *, k: int | None = None, stop: threading.Event | None = None) -> Scores | None:
         """Sample and judge; None if stopped before the end. `k`: samples per problem, by default as in the config."""
@@ -184,10 +182,16 @@ def _overall(benchmarks: dict[str, Scores], k: int) -> Scores:
     )
 
 
-def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) -> None:
+def follow(
+    config: Config,
+    stop: threading.Event,
+    finished: Callable[[], bool],
+    begun: Callable[[], bool] = lambda: True,
+) -> None:
     """Evaluate every version that the learner puts into `eval/`, oldest first, until the run has ended.
 
-    It runs in a separate process at the lowest priority, to leave the CPU to the training.
+    It runs in a separate process at the lowest priority, to leave the CPU to the training. Nothing is evaluated before
+    `begun`: where Linux shares out the CPU by session, a priority does not keep one role back for another.
     """
     os.nice(19)
     evaluator: Evaluator | None = None
@@ -198,9 +202,9 @@ def follow(config: Config, stop: threading.Event, finished: Callable[[], bool]) 
         metrics.turned("evaluator")
         over = finished()  # checked before listing, so that nothing written before the end is missed
         waiting = run.to_evaluate
-        if not waiting:
-            if over:
-                return
+        if not waiting and over:
+            return
+        if not waiting or not (over or begun()):
             stop.wait(0.3)
             continue
         path = waiting[0]
@@ -227,7 +231,8 @@ def _evaluate_one(evaluator: Evaluator, note: ToEvaluate, folder: Path, results:
     except (BadWeights, ValueError) as error:
         log.warning("version not evaluated: %s", error)
         return True
-    scores = evaluator.measure(stop=stop)
+    with tracing.span("evaluating", step=note.step):
+        scores = evaluator.measure(stop=stop)
     if scores is None:
         return False
     found = Evaluation(note.version, note.step, note.tokens_trained, scores, time.monotonic() - began)

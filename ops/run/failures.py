@@ -45,24 +45,27 @@ def mark_of(role: str, plane: Plane, folder: Path) -> Hashable:
 
 
 def _of_policy(name: str) -> Callable[[Plane, Path], Hashable]:
-    return lambda plane, _: ("policy", name, plane.client.hget(plane.key("policy"), name))
+    return lambda plane, _: ("policy", name, *(part.client.hget(part.key("policy"), name) for part in plane.parts))
 
 
 def _of_stream(name: str) -> Callable[[Plane, Path], Hashable]:
-    """The last entry that was ever added; a removed entry counts too."""
+    """The last entry that was ever added, on each server; a removed entry counts too."""
+
+    def last(part: Plane) -> bytes:
+        if not part.client.exists(part.key(name)):
+            return b""
+        facts: Any = part.client.xinfo_stream(part.key(name))
+        return bytes(facts["last-generated-id"])
 
     def mark(plane: Plane, _: Path) -> Hashable:
-        if not plane.client.exists(plane.key(name)):
-            return ("stream", name, b"")
-        facts: Any = plane.client.xinfo_stream(plane.key(name))
-        return ("stream", name, facts["last-generated-id"])
+        return ("stream", name, *map(last, plane.parts))
 
     return mark
 
 
 def _of_feeder(plane: Plane, _: Path) -> Hashable:
-    ledger = plane.client.hgetall(plane.key("ledger"))
-    return ("feeder", plane.client.get(plane.key("cursor")), tuple(sorted(ledger.items())))
+    ledgers = [tuple(sorted(part.client.hgetall(part.key("ledger")).items())) for part in plane.parts]
+    return ("feeder", *(part.client.get(part.key("cursor")) for part in plane.parts), *ledgers)
 
 
 def _of_evaluator(_: Plane, folder: Path) -> Hashable:

@@ -9,6 +9,7 @@ import redis
 from common.config import Config, ConfigError
 from common.wire.connect import connect
 from ops.reach.ports import Target, scrape
+from ops.reach.server import data_servers
 
 _ANSWER_S = 3.0
 _ON_THE_BROKER = ("feeder", "rollout", "teacher")
@@ -42,11 +43,10 @@ def _loop_trouble(role: str, config: Config, within_s: float) -> list[str]:
 
 def _redis_trouble(role: str, config: Config) -> list[str]:
     found = []
-    urls = {"redis.url": config.redis.url}
+    urls = dict(data_servers(config))
     if role in _ON_THE_BROKER:
         urls["redis.broker_url"] = config.redis.broker
     for name, url in urls.items():
-        assert url is not None
         client = connect(url, **config.redis.access(role))
         try:
             client.ping()

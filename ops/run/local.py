@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,19 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors.placing import DEVICE
 from common.config import Config, ConfigError
 from common.files import write_json
 from common.runfiles.making import lock, open_folder
 from common.runfiles.names import BUSY, CONFIG, LOGS, REDIS, WALL
 from common.runfiles.records import Wall
 from common.runfiles.run import RunFolder
-from common.wire.plane import Plane, RedisUnavailable, create_run, open_plane
-from ops.reach.children import end, katana, start
+from common.wire.plane import Plane, RedisUnavailable
+from common.wire.planes import create_on, open_planes
+from ops.reach.children import Child, end, katana, start
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.run import with_redis
 from ops.reach.server import reach
-from ops.report.command import write_report
+from ops.run.devices import gpus_here, spread, uses_auto
 from ops.run.failures import MOST, Failures, mark_of
+from ops.run.nursery import Nursery, NurseryFailed
 from ops.run.progress import RunProgress, describe
 from ops.run.roles import RUN_KEY, WORKERS
 from ops.run.summary import write_summary
@@ -48,7 +50,7 @@ class _Child:
     role: str
     name: str
     threads: int
-    process: subprocess.Popen[bytes] | None = None
+    process: Child | None = None
     failures: Failures = field(default_factory=Failures)
     log_from: int = 0  # offset in its log at which the output of the current process begins
     done: bool = False
@@ -57,12 +59,13 @@ class _Child:
 class LocalRun:
     """Starts the roles, restarts those that die, ends them in order."""
 
-    def __init__(self, config: Config, run_key: str) -> None:
-        self._config, self._run_key = config, run_key
+    def __init__(self, config: Config, run_key: str, nursery: Nursery | None = None) -> None:
+        self._config, self._run_key, self._nursery = config, run_key, nursery
         self._folder = config.run_dir
         self._redis: EmbeddedRedis | None = None
         self._plane: Plane
         self._children = _children(config)
+        self._devices = spread(config, gpus_here() if uses_auto(config) else 0)
         self._interrupts = 0
         self._wake = threading.Event()
 
@@ -93,7 +96,7 @@ class LocalRun:
                     self._watch()
                     progress.update()
                     self._wake.wait(0.25)
-        except ChildFailed as failure:
+        except (ChildFailed, NurseryFailed) as failure:
             self._note_wall(began)
             print(f"katana: {failure}", file=sys.stderr)
             if failure.code != EXIT_BAD_INPUT:
@@ -110,6 +113,8 @@ class LocalRun:
             return EXIT_INTERRUPTED
         self._stop_children()
         write_json(self._folder / BUSY, progress.busy_shares())
+        from ops.report.command import write_report  # matplotlib: not while a run starts
+
         summary = write_summary(self._folder)
         write_report(self._folder)
         print(describe(summary, self._config))
@@ -121,9 +126,9 @@ class LocalRun:
             self._redis = EmbeddedRedis(self._folder / REDIS, maxmemory_mb=self._config.redis.maxmemory_mb)
             self._redis.start()
             self._config = with_redis(self._config, self._redis.url, self._redis.broker_url)
-        client = reach(self._config)
-        create_run(client, self._config, self._run_key)
-        plane = open_plane(self._config, client, self._run_key)
+        clients = reach(self._config)
+        create_on(clients, self._config, self._run_key)
+        plane = open_planes(self._config, clients, self._run_key)
         # The workers read the config from Redis, so changes by --resume are stored there. A finished run is reopened
         # if it has more steps to do now.
         plane.reopen(self._config.to_yaml())
@@ -142,11 +147,16 @@ class LocalRun:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
             RUN_KEY: self._run_key,
+            DEVICE: self._devices.get(child.name, "cpu"),
         }
         log_file = self._log_of(child)
         log_file.parent.mkdir(exist_ok=True)
         child.log_from = log_file.stat().st_size if log_file.exists() else 0
-        child.process = start(katana(child.role, str(config_file), *sets), log_file, environment)
+        words = [child.role, str(config_file), *sets]
+        if self._nursery is None:
+            child.process = start(katana(*words), log_file, environment)
+        else:
+            child.process = self._nursery.fork(words, log_file, environment, child.threads)
 
     def _log_of(self, child: _Child) -> Path:
         return self._folder / LOGS / f"{child.name}.log"
@@ -156,6 +166,8 @@ class LocalRun:
         if self._redis is not None and not self._redis.running():
             log.warning("redis-server ended; restarting it with its data")
             self._redis.start()
+        if self._nursery is not None:
+            self._nursery.attend()
         for child in self._children:
             if child.done or child.process is None or (code := child.process.poll()) is None:
                 continue
@@ -189,6 +201,8 @@ class LocalRun:
         return all(child.done for child in self._children if child.role not in WORKERS)
 
     def _stop_children(self) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
         running = [child.process for child in self._children if child.process]
         end(running, _GRACE_S, at_once=lambda: self._interrupts > 1)
 
@@ -215,8 +229,16 @@ def _children(config: Config) -> list[_Child]:
     return children
 
 
-def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
-    """`katana run`; returns the exit code. Raises ConfigError and ModelError before anything is started."""
+def roles_of(config: Config) -> list[str]:
+    """The role of every process of a run on one machine."""
+    return [child.role for child in _children(config)]
+
+
+def run_locally(config: Config, nursery: Nursery | None, *, resume: bool, fresh: bool) -> int:
+    """`katana run`; returns the exit code. Raises ConfigError and ModelError before any role is started.
+
+    `nursery`: what the roles are forked from; without one each is a process that imports for itself.
+    """
     from ops.run.check import check
 
     found = check(config)
@@ -227,7 +249,7 @@ def run_locally(config: Config, *, resume: bool, fresh: bool) -> int:
     print("\n".join(found.lines), flush=True)
     run_key = open_folder(config, resume=resume, fresh=fresh)
     try:
-        return LocalRun(config, run_key).run()
+        return LocalRun(config, run_key, nursery).run()
     except (RuntimeError, RedisUnavailable) as error:
         print(f"katana: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import redis
 
-from common import metrics
+from actors.placing import with_learner_here
+from common import metrics, tracing
 from common.config import Config, ConfigError
 from common.episode import Episode
 from common.runfiles.making import open_folder
 from common.runfiles.names import REPORT_LOCK, RUN
+from common.runfiles.run import RunFolder
 from common.wire.lease import LeaseLost
-from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping, create_run, open_plane
+from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
+from common.wire.planes import create_on, open_planes
 from ops.reach.run import wait_for_config, wait_for_key, working_config
-from ops.reach.server import Unreachable, facts_of, memory_warning, reach, too_small
+from ops.reach.server import Unreachable, facts_of, memory_of, memory_warning, reach, too_small
 from ops.run.devices import devices_of, problem_with
+from ops.run.ranks import Others, follow_torchrun, others_of_torchrun, rank_of_torchrun, ranks_beside
 
 log = logging.getLogger("katana.roles")
 RUN_KEY = "KATANA_RUN_KEY"
@@ -33,12 +40,21 @@ _DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the n
 def run_role(role: str, config: Config) -> int:
     """Run a role until its run is over or a signal stops it; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {role} %(levelname)s %(message)s")
+    if role == "learner" and (rank := rank_of_torchrun()) is not None:
+        if rank:
+            return follow_torchrun()
+        with others_of_torchrun() as others:
+            return _run(role, config, others)
+    return _run(role, config, None)
+
+
+def _run(role: str, config: Config, others: Others | None) -> int:
     stop = threading.Event()
     if role not in WORKERS:  # Celery has handlers of its own
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     try:
-        client = _connect(role, config)
+        clients = _connect(role, config)
     except Unreachable as error:
         if RUN_KEY not in os.environ:
             raise
@@ -47,16 +63,17 @@ def run_role(role: str, config: Config) -> int:
     if role in WORKERS:
         return _run_celery_worker(role, config)
     if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has checked it
-        _check_memory(config, client)
+        _check_memory(config, clients)
     try:
-        config, plane = _join(role, config, client, stop)
-        # The feeder runs again even so: it may have died before it booked the last rollouts.
-        if role != "feeder" and plane.state() == "ended":
+        config, plane = _join(role, config, clients, stop)
+        # These run again even so: they may have died before the last rollouts were booked, the last version evaluated.
+        if role not in ("feeder", "evaluator") and plane.state() == "ended":
             log.info("run %s has ended; its feeder reopens it when there are more steps to do", config.name)
             return 0
+        begin = _begin(role, config, others)  # it may fork: before any thread begins
         _serve_metrics(config)
-        with metrics.of_run(config.name, role, config.run_dir):
-            _START[role](config, plane, stop)
+        with metrics.of_run(config.name, role, config.run_dir), tracing.of_role(config, role):
+            begin(config, plane, stop)
             metrics.last_look(stop)
     except Stopping:
         log.info("stopped")
@@ -72,15 +89,17 @@ def run_role(role: str, config: Config) -> int:
     return 130 if stop.is_set() else 0
 
 
-def _check_memory(config: Config, client: redis.Redis) -> None:
+def _check_memory(config: Config, clients: Sequence[redis.Redis]) -> None:
     """Raises ConfigError if Redis is too small for the run; called before the run is opened."""
-    limit, where = facts_of(client).get("maxmemory"), f"maxmemory of {config.redis.url}"
-    if limit is None:
-        return
-    if problem := too_small(config, limit, where):
-        raise ConfigError(problem)
-    if warning := memory_warning(config, limit, where):
-        log.warning("%s", warning)
+    for client, url in zip(clients, config.redis.servers, strict=True):
+        limit, where = facts_of(client).get("maxmemory"), memory_of(config, url)
+        if limit is None:
+            continue
+        limit *= len(clients)
+        if problem := too_small(config, limit, where):
+            raise ConfigError(problem)
+        if warning := memory_warning(config, limit, where):
+            log.warning("%s", warning)
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -89,12 +108,28 @@ def _is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
-def _connect(role: str, config: Config) -> redis.Redis:
-    """A client of the run's Redis. Raises ConfigError, also if this machine lacks the role's device."""
-    for key, device in devices_of(config):
-        if key.startswith(f"{_DEVICE_OF.get(role, role)}.") and (problem := problem_with(device)):
-            raise ConfigError(f"{key}: {problem}")
+def _connect(role: str, config: Config) -> list[redis.Redis]:
+    """A client of each data server of the run. Raises ConfigError, also if this machine lacks the role's device."""
+    with _cuda_left_alone():
+        for key, device in devices_of(config):
+            if key.startswith(f"{_DEVICE_OF.get(role, role)}.") and (problem := problem_with(device)):
+                raise ConfigError(f"{key}: {problem}")
     return reach(config, role)
+
+
+@contextlib.contextmanager
+def _cuda_left_alone() -> Iterator[None]:
+    """A look for a GPU does not initialise CUDA: a learner that may fork its ranks could not do so then."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _serve_metrics(config: Config) -> None:
@@ -106,7 +141,7 @@ def _serve_metrics(config: Config) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event) -> tuple[Config, Plane]:
+def _join(role: str, config: Config, clients: Sequence[redis.Redis], stop: threading.Event) -> tuple[Config, Plane]:
     """The run's config and plane. The feeder opens the run; all other roles wait for it.
 
     All roles take the run's config from Redis. Only the addresses of Redis and of the metrics come from the role's
@@ -114,32 +149,37 @@ def _join(role: str, config: Config, client: redis.Redis, stop: threading.Event)
     """
     run_key = os.environ.get(RUN_KEY)  # set by `katana run`, which has opened the run
     if run_key is None:
-        run_key = _open_run(config, client) if role == "feeder" else wait_for_key(config, client, stop)
-    plane = _plane(config, client, run_key, stop)
-    if role == "feeder" and plane.state() is None:
+        run_key = _open_run(config, clients) if role == "feeder" else wait_for_key(config, clients[0], stop)
+    plane = _plane(config, clients, run_key, stop)
+    if role == "feeder" and any(part.state() is None for part in plane.parts):
         log.warning("Redis has lost this run: reopening it; what was in flight is booked as lost")
-        create_run(client, config, run_key)
+        create_on(clients, config, run_key)
     config = working_config(wait_for_config(config, plane, stop), run_key, config, own=("metrics",))
-    return config, _plane(config, client, run_key, stop)
+    config = with_learner_here(config) if role == "learner" else config
+    return config, _plane(config, clients, run_key, stop)
 
 
-def _plane(config: Config, client: redis.Redis, run_key: str, stop: threading.Event) -> Plane:
-    plane = open_plane(config, client, run_key, stop)
+def _plane(config: Config, clients: Sequence[redis.Redis], run_key: str, stop: threading.Event) -> Plane:
+    plane = open_planes(config, clients, run_key, stop)
     plane.errors = lambda kind: metrics.redis_errors.labels(kind).inc()
     return plane
 
 
-def _open_run(config: Config, client: redis.Redis) -> str:
+def _open_run(config: Config, clients: Sequence[redis.Redis]) -> str:
     """Open a run on a cluster, or resume it from its folder, as `katana run --resume` does. Raises ConfigError."""
     resume = (config.run_dir / RUN).exists()
     run_key = open_folder(config, resume=resume)
-    create_run(client, config, run_key)
-    plane = open_plane(config, client, run_key)
+    create_on(clients, config, run_key)
+    plane = open_planes(config, clients, run_key)
     budget = config.learner.max_generated_tokens
     spent = budget is not None and plane.generated() >= budget
     if plane.steps()[0] < config.learner.max_steps and not spent:
         plane.reopen(config.to_yaml())
     return run_key
+
+
+def _begin(role: str, config: Config, others: Others | None) -> Callable[[Config, Plane, threading.Event], None]:
+    return _START[role] if role != "learner" else partial(_learner, others=ranks_beside(config, others))
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
@@ -174,17 +214,20 @@ def _arbiter(config: Config, plane: Plane, stop: threading.Event) -> None:
         raise SystemExit(1) from error
 
 
-def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
+def _learner(config: Config, plane: Plane, stop: threading.Event, others: Others | None = None) -> None:
     from common.pretrained import check_pair
     from learner.checkpoint import TornCheckpointError
     from learner.culprits import StepImpossible
+    from learner.lora import make_student
+    from learner.ranks import RankFailed
     from learner.train import Learner
 
     try:
-        Learner(config, plane, check_pair(config), stop).run()
+        with others.lead(config, stop) if others else contextlib.nullcontext(make_student) as student:
+            Learner(config, plane, check_pair(config), stop, student).run()
     except TornCheckpointError as error:
         raise ConfigError(f"{error}; restore a good one, or remove them all to start over") from error
-    except StepImpossible as error:
+    except (StepImpossible, RankFailed) as error:
         log.error("error: %s", error)
         raise SystemExit(1) from error
 
@@ -192,7 +235,13 @@ def _learner(config: Config, plane: Plane, stop: threading.Event) -> None:
 def _evaluator(config: Config, plane: Plane, stop: threading.Event) -> None:
     from ops.run.evaluator import follow
 
-    follow(config, stop, lambda: plane.state() in ("trained", "ended", None))
+    folder = RunFolder(config.run_dir)
+
+    def begun() -> bool:
+        """The first step needs every core: the start is what a user waits for."""
+        return next(iter(folder.steps()), None) is not None
+
+    follow(config, stop, lambda: plane.state() in ("trained", "ended", None), begun)
     if not stop.is_set():
         _sum_up(config.run_dir)
 
@@ -229,7 +278,8 @@ def _set_environment(settings: dict[str, str | None]) -> None:
 
 def _run_celery_worker(role: str, config: Config) -> int:
     """Run a Celery worker of one queue in this process. SIGTERM ends its worker task, then the worker."""
-    _set_environment({"redis_url": config.redis.url, "broker_url": config.redis.broker, **config.redis.access(role)})
+    urls = " ".join(config.redis.servers)
+    _set_environment({"redis_url": urls, "broker_url": config.redis.broker, **config.redis.access(role)})
     _set_environment({"metrics_host": config.metrics.host, "metrics_port": str(config.metrics.port)})
     import torch  # noqa: F401  slow, so not left to the first worker task
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.config import Benchmark, Config, ConfigError, Data
 from common.files import write_atomically, write_json
-from common.pretrained import find_model, load_tokenizer, read_facts, text_of
+from common.pretrained import ModelError, find_model, load_tokenizer, read_facts, text_of
 from common.runfiles.making import versions
 from common.runfiles.names import DATA_ROWS, RUN
 from common.runfiles.run import read_json
@@ -82,8 +82,8 @@ class Encoder:
         self._leading_ids = [] if chat else _leading_ids(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        """Token ids of each text. Raises ModelError."""
+        found: list[list[int]] = _encoded(self._tokenizer, texts, add_special_tokens=False)
         front = self._leading_ids
         return [ids if ids[: len(front)] == front else front + ids for ids in found]
 
@@ -92,9 +92,20 @@ class Encoder:
         return [len(ids) for ids in self(texts)]
 
 
+def _encoded(tokenizer: Any, text: str | list[str], **how: Any) -> Any:
+    """`input_ids`. Raises ModelError: a tokenizer without a token for unknown text refuses by an error of its own."""
+    try:
+        return tokenizer(text, **how)["input_ids"]
+    except Exception as error:
+        if not isinstance(text, str):
+            for one in text:  # which of them it is
+                _encoded(tokenizer, one, **how)
+        raise ModelError(f"the student's tokenizer cannot encode {text!r:.200} ({error})") from error
+
+
 def _leading_ids(tokenizer: Any) -> list[int]:
-    bare: list[int] = tokenizer("1", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("1")["input_ids"]
+    bare: list[int] = _encoded(tokenizer, "1", add_special_tokens=False)
+    whole: list[int] = _encoded(tokenizer, "1")
     starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)
     return whole[: next(starts, 0)]
 

@@ -50,6 +50,22 @@ def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> 
 
 
 @pytest.mark.parametrize(
+    ("staleness", "mean", "long", "count"),
+    [
+        (4, 100, 100, 96),  # all alike: 32 · (4 - 1)
+        (4, 100, 200, 48),  # the longest takes the time of two
+        (8, 100, 400, 56),
+        (4, 100, 1000, 32),  # at least a batch
+        (0, 100, 100, 32),
+        (4, 0, 0, 32),  # lengths of nothing
+    ],
+)
+def test_the_longest_rollouts_are_trained_in_time(staleness: int, mean: float, long: float, count: int) -> None:
+    limits = LearnerSettings(batch_size=32, max_staleness=staleness, max_steps=100)
+    assert admission.in_time(limits, mean, long) == count
+
+
+@pytest.mark.parametrize(
     ("now", "count"),
     [
         ({}, 4),  # the first batch

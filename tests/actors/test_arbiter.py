@@ -235,7 +235,7 @@ def test_stops_whose_answer_is_lost_are_counted_once_each(
     before = stops._value.get()
     patiently, lost = run.plane.patiently, []
 
-    def losing(action: Callable[[], Any], what: str) -> Any:
+    def losing(action: Callable[[], Any], what: str, *kind: Any) -> Any:
         def once() -> Any:
             answer = action()
             if what == "verdict" and len(lost) < times:
@@ -243,7 +243,7 @@ def test_stops_whose_answer_is_lost_are_counted_once_each(
                 raise redis.exceptions.ConnectionError("the answer is lost")
             return answer
 
-        return patiently(once, what)
+        return patiently(once, what, *kind)
 
     monkeypatch.setattr(run.plane, "patiently", losing)
     judge(run)

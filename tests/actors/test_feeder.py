@@ -773,7 +773,7 @@ def test_a_redis_that_went_back_is_distinguished_from_one_that_lost_all(desk: De
     desk.waited(HOUSEKEEPING_S)
     desk.restart()
     assert {rid: line["reason"] for rid, line in desk.lines().items()} == {gone: "lost"}
-    assert run.plane.cursor() == 6
+    assert run.plane.cursors()[0] == 6
     assert run.client.scard(run.key("open")) == 5
 
 
@@ -795,7 +795,7 @@ def test_tokens_generated_are_restored_from_the_books_and_the_records_of_the_liv
     assert {rid: line["tokens_generated"] for rid, line in desk.lines().items()} == {whole: 3, booked: 3, cut: 9}
     assert run.plane.generated() == 3 + 3 + 9 + 4
     desk.waited(HOUSEKEEPING_S)
-    admitted = run.plane.cursor()
+    admitted = run.plane.cursors()[0]
     if how == "lost all":
         for name in list(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*")):
             run.client.delete(name)
@@ -807,7 +807,7 @@ def test_tokens_generated_are_restored_from_the_books_and_the_records_of_the_liv
         run.client.hset(run.key("policy"), "generated", 1)
     desk.restart()
     assert run.plane.generated() == 3 + 3 + 9 + (4 if how == "went back" else 0)
-    assert run.plane.cursor() == admitted
+    assert run.plane.cursors()[0] == admitted
 
 
 @pytest.mark.parametrize(
@@ -1083,7 +1083,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
     desk.settle(rid)
     patiently, lost = desk.run.plane.patiently, []
 
-    def losing(action: Any, what: str) -> Any:
+    def losing(action: Any, what: str, *kind: Any) -> Any:
         def once() -> Any:
             answer = action()
             if what == "book" and not lost:
@@ -1091,7 +1091,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
                 raise redis.exceptions.ConnectionError("the answer is lost")
             return answer
 
-        return patiently(once, what)
+        return patiently(once, what, *kind)
 
     monkeypatch.setattr(desk.run.plane, "patiently", losing)
     desk.go_on()

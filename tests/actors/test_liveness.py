@@ -16,6 +16,7 @@ from test_turns import Counting, announce
 
 import actors.weights
 from actors.engine import Scored, ScoreRequest
+from actors.engine.adapters import unpacked
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker, rendezvous
 from common.metrics import REGISTRY
@@ -74,6 +75,8 @@ class SlowScorer:
             )
             for one in requests
         ]
+
+    score_in_turn = score
 
 
 @pytest.fixture
@@ -139,17 +142,17 @@ def rollout_written_by_one_of_two(run: Run) -> Iterator[tuple[RolloutWorker, Slo
 def test_a_worker_that_reads_weights_for_long_continues_writing_and_keeps_its_rollouts(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = actors.weights.load
+    verified = actors.weights.verified
 
     reading = threading.Event()
 
-    def slowly(data: bytes) -> Any:
+    def slowly(*args: Any) -> bytes:
         reading.set()
         time.sleep(LONG_S)
-        return load(data)
+        return verified(*args)
 
     with rollout_written_by_one_of_two(run) as (first, decoder):
-        monkeypatch.setattr(actors.weights, "load", slowly)
+        monkeypatch.setattr(actors.weights, "verified", slowly)
         announce(run, 1)
         until(reading.is_set)
         chunks = int(run.field("r1", "chunks") or 0)
@@ -316,14 +319,12 @@ def test_weights_that_made_room_for_newer_ones_are_no_error(run: Run, monkeypatc
     assert (found[-1].version, refusals()) == (2, before)
 
 
-def test_weights_that_were_read_are_swapped_in_although_newer_ones_were_announced(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader = actors.weights.WeightsReader(run.config.run_dir / "weights")
-    announce(run, 1)
+def test_weights_that_were_read_are_swapped_in_although_newer_ones_were_announced(run: Run) -> None:
     gate = threading.Event()
-    load = actors.weights.load
-    monkeypatch.setattr(actors.weights, "load", lambda data: (gate.wait(20), load(data))[1])
+    reader = actors.weights.WeightsReader(
+        run.config.run_dir / "weights", read=lambda data: (gate.wait(20), unpacked(data))[1]
+    )
+    announce(run, 1)
     assert reader.newer(run.plane.policy(), 0) is None
     announce(run, 2)
     gate.set()

@@ -3,22 +3,26 @@ rollout's fault ends the process. The real worker and engine on the shipped teac
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from samples import Run, make_support, script
+from samples import Run, make_former_support, make_logprobs, make_support
 from shipped_engines import VOCAB, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
 from actors.blame import EngineBroken
 from actors.engine.score import Scorer
 from actors.teacher import TeacherWorker
+from common.wire import scripts
 from common.wire.messages import ChunkTokens, ScoreSupport, support_digest
+from common.wire.scripts import ChunkAnswer
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
@@ -51,15 +55,15 @@ def text(seed: int, n: int = N) -> list[int]:
 
 
 def write(run: Run, rid: str, tokens: list[int], *, seq: int = 0, start: int = 0, mark: float = 0.0) -> None:
-    """A chunk as its writer stores it; `mark` is a difference in its support, as another text before it makes one."""
-    support = make_support(len(tokens), K)
-    support.support_logprobs[0, 0] -= mark
-    body = support.encode()
-    chunk = ChunkTokens(seq, start, 0, None, "n1", support_digest(body), np.array(tokens, np.int32)).encode()
-    reply = run.plane.call(
-        script("chunk", rid, "n1", seq, chunk, body, run.plane.shard_of(rid), start + len(tokens), "")
-    )
-    assert reply[0] == b"ok"
+    """A chunk as its writer stores it; `mark` is a difference in its log-probabilities, as another text before it makes
+    one."""
+    support, student = make_support(len(tokens), K), make_logprobs(len(tokens), K)
+    student.support_logprobs[0, 0] -= mark
+    parts = support.encode(), student.encode()
+    chunk = ChunkTokens(seq, start, 0, None, "n1", support_digest(*parts), np.array(tokens, np.int32)).encode()
+    length = start + len(tokens)
+    reply = run.plane.call(scripts.chunk(rid, "n1", seq, chunk, *parts, run.plane.shard_of(rid), length, None))
+    assert reply.word is ChunkAnswer.OK
 
 
 def written(run: Run, *rids: str) -> None:
@@ -71,30 +75,30 @@ def written(run: Run, *rids: str) -> None:
 
 
 def spoil(scorer: Scorer, *slots_of: str, error: BaseException | None = None) -> list[list[str]]:
-    """Make every forward with one of these rollouts return logits that are not finite, there and in the cache, or
+    """Make every forward with one of these rollouts give states that are not finite, there and in the cache, or
     raise; returns the requests, call by call."""
     asked: list[list[str]] = []
-    score, forward = scorer.score, scorer._model.forward
+    score, inner = scorer.score, scorer._model.states
 
     def seen(requests: Any) -> Any:
         asked.append([one.key for one in requests])
         return score(requests)
 
     def spoilt(rows: Any, *args: Any) -> Any:
-        logits = forward(rows, *args)
+        states = inner(rows, *args)
         if any(scorer._slot.get(rid) in rows for rid in slots_of):
             if error is not None:
                 raise error
-            logits[[list(rows).index(scorer._slot[rid]) for rid in slots_of if scorer._slot.get(rid) in rows]] = np.nan
+            states[[list(rows).index(scorer._slot[rid]) for rid in slots_of if scorer._slot.get(rid) in rows]] = np.nan
             for layer in scorer._model._cache._slot_layers:
                 keys: Any = layer.keys
                 for rid in slots_of:
                     if rid in scorer._slot:
                         with torch.inference_mode():
                             keys[scorer._slot[rid]] = np.nan
-        return logits
+        return states
 
-    scorer.score, scorer._model.forward = seen, spoilt  # type: ignore[method-assign, assignment]
+    scorer.score, scorer._model.states = seen, spoilt  # type: ignore[method-assign, assignment]
     return asked
 
 
@@ -244,15 +248,16 @@ def test_a_storm_of_kills_blames_no_rollout_that_can_be_scored(run: Run, teacher
 # --- the cache and the text ---
 
 
-def alone(run: Run, teacher: PreTrainedModel, rid: str) -> np.ndarray[Any, Any]:
-    """The scores of a rollout's second chunk by a teacher that has seen nothing before."""
-    name = run.key(f"rollout:{rid}")
-    held = run.client.hmget(name, "d:1", "q:1")
-    run.client.hdel(name, "d:1", "q:1")
-    run.client.xadd(run.key(f"chunks:{run.plane.shard_of(rid)}"), {"rid": rid, "seq": 1})
+def alone(run: Run, teacher: PreTrainedModel, rid: str, seq: int = 1) -> np.ndarray[Any, Any]:
+    """The scores of a rollout's chunk by a teacher that has seen nothing before."""
+    name, fields = run.key(f"rollout:{rid}"), (f"d:{seq}", f"q:{seq}")
+    held = run.client.hmget(name, *fields)
+    run.client.hdel(name, *fields)
+    run.client.hset(name, f"s:{seq}", make_logprobs(N, K).encode())
+    run.client.xadd(run.key(f"chunks:{run.plane.shard_of(rid)}"), {"rid": rid, "seq": seq})
     steps(worker_of(run, scorer_of(run, teacher), "cold"), turns=2)
-    scores = ScoreSupport.decode(run.field(rid, "q:1") or b"").sampled_logprobs
-    run.client.hset(name, mapping=dict(zip(("d:1", "q:1"), held, strict=True)))
+    scores = ScoreSupport.decode(run.field(rid, f"q:{seq}") or b"").sampled_logprobs
+    run.client.hset(name, mapping=dict(zip(fields, held, strict=True)))
     return scores
 
 
@@ -277,6 +282,25 @@ def test_a_cache_of_another_run_is_not_scored_on(
     assert np.allclose(got, alone(other, teacher, "r1"), atol=1e-4)
 
 
+def test_a_chunk_that_a_former_version_wrote_is_scored_alike(run: Run, teacher: PreTrainedModel) -> None:
+    """A run goes on through an upgrade; support and log-probabilities were one record."""
+    worker = worker_of(run, scorer_of(run, teacher))
+    written(run, "r1", "r2")
+    for rid in ("r1", "r2"):
+        tokens = ChunkTokens.decode(run.field(rid, "t:0") or b"")
+        chunk = replace(tokens, tokens=np.array(text(7), np.int32))
+        if rid == "r2":
+            former = make_former_support(N, K).encode()
+            chunk = replace(chunk, digest=hashlib.blake2b(former, digest_size=16).digest())
+            run.client.hset(run.key("rollout:r2"), "p:0", former)
+            run.client.hdel(run.key("rollout:r2"), "s:0")
+        run.client.hset(run.key(f"rollout:{rid}"), "t:0", chunk.encode())
+    steps(worker, turns=2)
+    for field in ("d:0", "q:0"):
+        assert run.field("r1", field)
+        assert run.field("r2", field) == run.field("r1", field)
+
+
 def test_a_chunk_that_redis_lost_and_that_was_written_again_is_not_scored_on_the_old_one(
     run: Run, teacher: PreTrainedModel
 ) -> None:
@@ -287,7 +311,7 @@ def test_a_chunk_that_redis_lost_and_that_was_written_again_is_not_scored_on_the
     steps(worker, turns=2)
     name = run.key("rollout:r1")
     run.client.hset(name, mapping={"chunks": 0, "scored": 0, "length": 0})
-    run.client.hdel(name, "t:0", "p:0", "d:0", "q:0")
+    run.client.hdel(name, "t:0", "p:0", "s:0", "d:0", "q:0")
     write(run, "r1", text(50))
     steps(worker_of(run, scorer_of(run, teacher), "elsewhere"), turns=2)
     write(run, "r1", text(51), seq=1, start=N)

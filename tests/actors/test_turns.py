@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from samples import Run, fenced
 
+from actors.engine.adapters import unpacked
 from actors.engine.decode import NO_TOKENS, ClosedChunk
 from actors.rollout import RolloutWorker
 from common.metrics import REGISTRY
@@ -59,10 +60,18 @@ class Counting:
     def busy(self) -> tuple[str, ...]:
         return tuple(self._known)
 
+    @property
+    def free(self) -> int:
+        return self.slots - len(self._known)
+
     def known(self, key: str) -> int:
         return self._known[key]
 
-    def add(self, key: str, prompt: Ints, *, seed: int, max_new_tokens: int, generated: Ints = NO_TOKENS) -> None:
+    slots = SLOTS
+
+    def add(
+        self, key: str, prompt: Ints, *, seed: int, max_new_tokens: int, generated: Ints = NO_TOKENS, unwatched: int = 0
+    ) -> None:
         assert len(self._known) < SLOTS, "no free slot"
         self._known[key] = self._start[key] = len(generated)
 
@@ -77,6 +86,9 @@ class Counting:
     def release(self, key: str) -> None:
         assert key in self._known
         self._held.discard(key)
+
+    def read_weights(self, data: bytes) -> Any:
+        return unpacked(data)
 
     def swap(self, state: Any) -> None:
         self.swapped.append(state)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -49,7 +50,8 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run], student: PreTr
     ref = publish(run.config.run_dir / "weights", 0, lambda path: save_file(state, path))
     run.lease("learner").call(fenced("publish", 0, 0, ref.file, ref.sha256))
     for number, rid in enumerate(RIDS):
-        run.admit(rid, seed=number, max_new_tokens=12)
+        prompt = np.array([5, 6, 10 + number // 2], dtype=np.int32)  # two rollouts of each
+        run.admit(rid, seed=number, max_new_tokens=12, prompt=prompt)
     return run
 
 

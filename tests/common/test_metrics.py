@@ -13,7 +13,9 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+from prometheus_client import Histogram
 
 from common import metrics
 
@@ -102,6 +104,25 @@ def test_what_is_counted_is_served() -> None:
     found = re.findall(buckets, text)
     assert found == [(str(edge), "1.0" if edge >= 100 else "0.0") for edge in LENGTHS] + [("+Inf", "1.0")]
     assert "python_info" not in text
+
+
+def test_many_values_at_a_time_are_counted_as_one_by_one() -> None:
+    bounds = (0.001, 0.03, 1.0)
+    one_by_one = Histogram("one", "", registry=None, buckets=bounds)
+    at_once = metrics.HistogramOfMany("many", "", registry=None, buckets=bounds)
+    values = np.array([0.0, 0.001, 0.0010001, 0.03, 0.5, 1.0, 9.0, 9.0], np.float32)
+    for value in values.tolist():
+        one_by_one.observe(value)
+    at_once.observe_all(values)
+    at_once.observe_all(values[:0])
+
+    def counted(histogram: Histogram) -> list[tuple[str, dict[str, str], float]]:
+        [family] = histogram.collect()
+        kept = [one for one in family.samples if not one.name.endswith("_created")]
+        return [(one.name.partition("_")[2], one.labels, pytest.approx(one.value)) for one in kept]
+
+    assert counted(at_once) == counted(one_by_one)
+    assert len(counted(at_once)) == len(bounds) + 3
 
 
 def served(port: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.pretrained import (
     OTHER_NAMES,
@@ -37,6 +38,23 @@ def test_lengths_and_widths_are_those_of_transformers(tmp_path: Path, family: st
     for name in OTHER_NAMES:
         if hasattr(config, name):
             assert found[name] == getattr(config, name), name
+
+
+def test_every_name_that_a_decoder_of_transformers_uses_is_read() -> None:
+    """Those of encoder-decoders are not: they are refused."""
+    missed = {
+        (family, name, own)
+        for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if family in CONFIG_MAPPING
+        for name, own in CONFIG_MAPPING[family].attribute_map.items()
+        if name in OTHER_NAMES and own not in OTHER_NAMES[name] and "coder" not in own and family != "xlm"
+    }
+    assert not missed
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", *OTHER_NAMES["max_position_embeddings"]])
+def test_a_context_length_is_read_by_each_family_s_own_name(tmp_path: Path, name: str) -> None:
+    assert read_facts(put(tmp_path, **{name: 77})).max_position_embeddings == 77
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", True, [64]])

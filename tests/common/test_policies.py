@@ -26,6 +26,7 @@ from common.policies import (
     extremes,
     find,
     unit_of,
+    unwatched,
     written,
 )
 from common.policy_names import PolicyError
@@ -75,6 +76,32 @@ def test_chunking_changes_no_verdict(name: str, data: st.DataObject) -> None:
     assert fed(make(name, number, seed, **changes), values, sizes) == whole
     for cut in whole:
         assert 0 <= cut.keep <= cut.trigger <= len(values)
+
+
+@pytest.mark.parametrize("name", [*POLICIES])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_no_policy_fires_before_its_earliest_token(name: str, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 2).map(lambda halves: halves / 2), max_size=40))
+    number = data.draw(st.sampled_from({"scheduled": [None, 3.0, 5.0], "random_matched": [None, 1.0]}.get(name, [0.6])))
+    seed = data.draw(st.integers(0, 2**63 - 1))
+    changes = {"fixed_tokens": 3, "scheduled_tokens": 5, "patience": 2, "grace_tokens": 3, "ngram": 2}
+    earliest = unwatched(rule(name, **changes), arm="treated", seed=seed, max_tokens=40)
+    assert 1 <= earliest <= 40
+    assert not fed(make(name, number, seed, **changes), values[: earliest - 1], [])
+
+
+def test_the_earliest_token_by_hand() -> None:
+    def of(name: str, arm: str = "treated", **changes: Any) -> int:
+        return unwatched(rule(name, **changes), arm=arm, seed=7, max_tokens=40)
+
+    assert of("kat", grace_tokens=5, window=4, patience=3, stride=2) == 5 + 4 + 2 * 2
+    assert fed(make("kat", 1.0, grace_tokens=5, window=4, patience=3, stride=2), 13 * [0.0], [])[0].trigger == 13
+    assert of("fixed", fixed_tokens=9) == of("scheduled", fixed_tokens=9) == 10
+    assert of("repetition", ngram=3) == 4 and of("fixed", fixed_tokens=90) == 40
+    assert of("random") == 2 + int(fraction(7, "cut") * 40)
+    assert of("none") == of("kat", "control") == of("kat", apply="mask") == of("kat", shadow=True) == 40
+    assert of(OWN) == 1
 
 
 @pytest.mark.parametrize("number", range(0, 200, 5))

@@ -93,6 +93,69 @@ def test_the_rule_equals_a_slow_reference(
     assert found == slow_rule(values, window, patience, stride, grace_tokens, threshold)
 
 
+class OneByOne:
+    """The rule token by token, in whole units: each mean is compared as a float."""
+
+    def __init__(self, window: int, patience: int, stride: int, grace_tokens: int, threshold: float | None) -> None:
+        self.window, self.patience, self.stride, self.threshold = window, patience, stride, threshold
+        self.next, self.streak, self.first = grace_tokens + window, 0, 0
+        self.units: list[int] = []
+        self.cut: tuple[int, int] | None = None
+        self.least: float | None = None
+        self.least_of_all: float | None = None
+
+    def push(self, value: float) -> None:
+        self.units.append(int(math.ldexp(value, 60)))
+        if len(self.units) != self.next:
+            return
+        self.next += self.stride
+        mean = sum(self.units[-self.window :]) / (self.window << 60)
+        self.least_of_all = mean if self.least_of_all is None else min(self.least_of_all, mean)
+        if self.cut is not None:
+            return
+        self.least = self.least_of_all
+        if self.threshold is None or mean >= self.threshold:
+            self.streak = 0
+            return
+        self.first = len(self.units) if self.streak == 0 else self.first
+        self.streak += 1
+        if self.streak == self.patience:
+            self.cut = (len(self.units), self.first - self.window)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_chunks_at_a_time_are_judged_as_tokens_one_by_one(seed: int) -> None:
+    """Random streams, of any scale; the threshold is often the mean of one of their windows, or a float beside it."""
+    rng = np.random.default_rng(seed)
+    window, inverse = int(rng.integers(1, 20)), bool(rng.integers(2))
+    rule = {
+        "window": window,
+        "patience": int(rng.integers(1, 5)),
+        "stride": int(rng.choice([1, 1, 2, 7, 25])),
+        "grace_tokens": int(rng.choice([0, 0, 30])),
+    }
+    values = (rng.exponential(0.1, int(rng.integers(0, 150))) * 10.0 ** rng.choice([0, 0, -30, 4])).astype(np.float32)
+    threshold = [None, 0.0, 0.05, 0.2, math.inf, -math.inf][int(rng.integers(6))]
+    if len(values) > window and rng.random() < 0.6:
+        begin = int(rng.integers(0, len(values) - window))
+        units = sum(int(math.ldexp(float(value), 60)) for value in values[begin : begin + window])
+        threshold = math.nextafter(units / (window << 60), rng.choice([-math.inf, math.inf]))
+        threshold = threshold if rng.random() < 0.5 else units / (window << 60)
+    sign = -1 if inverse else 1
+    slow = OneByOne(threshold=None if threshold is None else sign * threshold, **rule)
+    quick = Kat(threshold=threshold, inverse=inverse, **rule)
+    place, cut = 0, None
+    while place < len(values):
+        part = values[place : place + int(rng.choice([1, 3, 12, 64, 200]))]
+        place += len(part)
+        for value in part.tolist():
+            slow.push(sign * value)
+        cut = quick.feed(part) or cut
+        assert (None if cut is None else (cut.trigger, cut.keep)) == slow.cut
+        for found, wanted in ((quick.min_window, slow.least), (quick.min_window_of_all, slow.least_of_all)):
+            assert found == (None if wanted is None else sign * wanted)
+
+
 def test_long_rollouts_do_not_drift() -> None:
     """After 200,000 tokens of 10 nats a window of 1e-7 is still 1e-7."""
     values = np.full(200_064, 10.0, np.float32)
@@ -139,11 +202,11 @@ def test_a_threshold_of_zero_never_fires() -> None:
     assert kat_verdict([0.0] * 9, window=2, patience=1, threshold=0.0) == (None, None, 0.0)
 
 
-def test_behind_a_cut_nothing_is_recorded() -> None:
+def test_after_a_cut_only_the_minimum_of_all_windows_is_recorded() -> None:
     detector = Kat(window=1, patience=1, stride=1, grace_tokens=0, threshold=0.5)
     assert detector.feed(np.array([0.25, 0.125])) == Cut(1, 0, "kl_trap")
     assert detector.feed(np.array([0.0])) is None
-    assert detector.min_window == 0.25
+    assert (detector.min_window, detector.min_window_of_all) == (0.25, 0.0)
 
 
 @pytest.mark.parametrize("name", ["window", "patience", "stride"])

@@ -55,6 +55,16 @@ def test_every_kind_of_fault_is_survived_with_nothing_lost(tmp_path: Path) -> No
     assert (harness_folder(tmp_path / "chaos-5") / "chaos.log").read_text().count("; restarted") >= 7
 
 
+def test_a_run_on_three_data_servers_survives_kills_of_any_of_them(tmp_path: Path) -> None:
+    kinds = ("data-server-kill", "redis-kill", "kill-feeder", "kill-arbiter")
+    few = [part for item in FEW for part in ("--set", item)]
+    code, output, result = injure(tmp_path, "--servers", "3", "--faults", "6", "--kinds", ",".join(kinds), *few)
+    assert code == 0, output
+    assert result["violations"] == []
+    assert [fault["kind"] for fault in result["faults"] if fault["injected"]].count("data-server-kill") >= 1
+    assert result["counts"]["trained"] > 0
+
+
 @pytest.mark.parametrize(
     ("sabotage", "statement", "kinds", "faults", "settings"),
     [

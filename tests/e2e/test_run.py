@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +56,25 @@ def test_a_run_is_interrupted_and_survives_a_lost_redis_and_a_torn_checkpoint(
     assert "torn checkpoint skipped" in (folder / "logs" / "learner.log").read_text()
 
 
+def test_without_a_nursery_each_role_is_a_process_that_imports_for_itself(tmp_path: Path) -> None:
+    """As elsewhere than on Linux."""
+    settings = [f"runs_dir={tmp_path}", *SMALL, "learner.max_steps=2", "eval.every_steps=0"]
+    code = f"""
+import sys
+from pathlib import Path
+from common.config import load
+from ops.run.local import run_locally
+sys.exit(run_locally(load(Path({str(DEMO)!r}), {settings!r}), None, resume=False, fresh=False))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=DEMO.parents[2], timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "demo"
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+    assert not children_of(folder), "a process was left behind"
+
+
 @pytest.mark.parametrize("who", ["student", "teacher"])
 def test_a_model_that_no_worker_can_load_ends_the_run_with_its_reason(tmp_path: Path, who: str) -> None:
     model = tmp_path / who
@@ -77,8 +98,11 @@ def test_a_worker_that_fails_slowly_is_given_up_with_its_last_error(tmp_path: Pa
     """Each failure takes longer than a fifth of a minute would allow: what counts is that it makes no progress."""
     shim = """
 import os, sys, time
-if "ops.cli" in " ".join(sys.orig_argv) and "teacher" in sys.orig_argv:
-    time.sleep(4); print("error: out of memory", file=sys.stderr, flush=True); os._exit(1)
+class Failing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "actors.app" and "teacher" in sys.argv:
+            time.sleep(4); print("error: out of memory", file=sys.stderr, flush=True); os._exit(1)
+sys.meta_path.insert(0, Failing())
 """
     (tmp_path / "shim").mkdir()
     (tmp_path / "shim" / "sitecustomize.py").write_text(shim)

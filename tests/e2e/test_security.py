@@ -221,7 +221,7 @@ def test_a_script_reaches_no_further_than_its_caller(guarded: Server) -> None:
 
 def test_an_operator_opens_looks_into_and_clears_a_run(guarded: Server, tmp_path: Path) -> None:
     config = make_config(tmp_path, redis=settings_of(guarded).model_dump(exclude_none=True) | {"shards": 4})
-    run = start_run(reach(config), config)
+    run = start_run(*reach(config), config)
     assert run.plane.state() == "open"
     assert run.plane.live(10) == {}
     assert run.plane.policy() == {}
@@ -405,7 +405,7 @@ def broker_waiting(config: Config) -> int:
 
 def test_data_and_broker_go_through_tls_with_the_right_authority(sealed: Server) -> None:
     config = sealed_config(sealed)
-    client: Any = reach(config)
+    [client] = reach(config)
     assert client.ping()
     run = start_run(client, config)
     assert run.plane.state() == "open"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from real_runs import check_books, children_of, finish, read, start
 from whole_run import EVALUATED_EVERY, NAME, STEPS, WholeRun
 
+from common.runfiles.tracing import read_traces
 from common.termination import kat_verdict
+from ops.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -75,3 +78,49 @@ def test_no_process_of_a_run_unpickles_anything(whole_run: WholeRun) -> None:
     started = {line[1] for line in lines if line[0] == "started" and len(line) > 1}
     assert {"run", "feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"} <= started
     assert [line for line in lines if line[0] != "started"] == []
+
+
+def test_the_trace_has_every_role_with_spans_that_nest(whole_run: WholeRun, tmp_path: Path) -> None:
+    found = {one.process.role: one for one in read_traces(whole_run.folder)}
+    assert set(found) == {"feeder", "rollout", "teacher", "arbiter", "learner", "evaluator"}
+    wanted = {
+        "feeder": {"admitting", "booking"},
+        "rollout": {"an engine step", "prefill", "exchange", "swapping weights"},
+        "teacher": {"scoring", "a forward"},
+        "arbiter": {"judging"},
+        "learner": {
+            *("waiting for a batch", "step", "a micro-batch", "the optimizer's step"),
+            *("publishing weights", "a checkpoint"),
+        },
+        "evaluator": {"evaluating"},
+    }
+    for role, one in found.items():
+        assert wanted[role] <= {span.span for span in one.spans}, role
+        assert not (one.damaged or one.full)
+        opened: list[int] = []  # ends of the spans around
+        for span in one.spans:
+            while opened and opened[-1] <= span.at_us:
+                opened.pop()
+            assert not opened or span.end_us <= opened[-1], (role, span)
+            opened.append(span.end_us)
+    steps = [span.facts["step"] for span in found["learner"].spans if span.span == "step"]
+    assert steps == list(range(1, STEPS + 1))
+    written = sum(span.facts["tokens"] for span in found["rollout"].spans if span.span == "an engine step")
+    assert written >= sum(line["tokens_generated"] for line in read(whole_run.folder / "rollouts.jsonl"))
+
+    stages: dict[str, list[tuple[int, str]]] = {}
+    for one in found.values():
+        for stage in one.stages:
+            stages.setdefault(stage.rid, []).append((stage.at_us, stage.stage))
+    booked = {line["rid"]: line for line in read(whole_run.folder / "rollouts.jsonl")}
+    assert set(stages) == set(booked)
+    for rid, line in booked.items():
+        if line["ending"] == "trained":
+            order = list(
+                dict.fromkeys(stage for _, stage in sorted(stages[rid]) if stage not in ("chunk", "scored", "seen"))
+            )
+            assert order == ["admitted", "taken", "verdict", "trained", "booked"]
+            assert {"chunk", "scored"} <= {stage for _, stage in stages[rid]}
+    assert main(["trace", str(whole_run.folder), "--out", str(tmp_path / "trace.json")]) == 0
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == len(found) + sum(len(one.spans) for one in found.values())

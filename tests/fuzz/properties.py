@@ -13,13 +13,25 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from samples import make_divergence, make_head, make_score_support, make_support, make_tokens, make_verdict
+from samples import (
+    make_divergence,
+    make_former_support,
+    make_head,
+    make_logprobs,
+    make_score_support,
+    make_support,
+    make_tokens,
+    make_verdict,
+    make_wide_support,
+)
 
 from common.config import Config, ConfigError, keys, parse
 from common.pretrained import PACKAGE_ROOT
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
+    FormerSupport,
     MessageError,
     RolloutHead,
     ScoreDivergence,
@@ -29,7 +41,16 @@ from common.wire.messages import (
     read_rid,
 )
 
-RECORDS: tuple[Any, ...] = (RolloutHead, ChunkTokens, ChunkSupport, ScoreDivergence, ScoreSupport, Verdict)
+RECORDS: tuple[Any, ...] = (
+    RolloutHead,
+    ChunkTokens,
+    ChunkSupport,
+    ChunkLogprobs,
+    FormerSupport,
+    ScoreDivergence,
+    ScoreSupport,
+    Verdict,
+)
 LEAST = "student: {model: s}\nteacher: {model: t}\n"
 
 
@@ -44,8 +65,11 @@ def records() -> list[bytes]:
         make_tokens(finish="eos"),
         make_tokens(list(range(64)), seq=300, start=70_000, policy_version=2**40),
         make_support(),
-        make_support(16, 64, tail=False),
-        make_support(1, 0, tail=False),
+        make_support(1, 0),
+        make_wide_support(16, 64),
+        make_logprobs(),
+        make_logprobs(16, 64, tail=False),
+        make_former_support(16, 64, tail=False),
         make_divergence(),
         make_divergence([], seq=2**33),
         make_score_support(),

@@ -87,6 +87,19 @@ def test_similar_lengths_share_a_micro_batch() -> None:
     assert [tuple(micro.input_ids.shape) for micro in micros] == [(1, 30), (2, 9), (2, 4)]
 
 
+def test_much_shorter_rows_are_not_padded_to_a_large_group() -> None:
+    def lengths(sizes: list[int], max_tokens: int) -> list[list[int]]:
+        batch = [trajectory(f"{place:02d}", [1] * (size - 1), [2]) for place, size in enumerate(sizes)]
+        groups = [micro.rids for micro in micro_batches(batch, max_tokens=max_tokens)]
+        return [[sizes[int(rid)] for rid in group] for group in groups]
+
+    # Six rows of 200 are 1,200 tokens: 150 is three quarters of the longest, 149 is less and begins a group.
+    assert lengths([200] * 6 + [150, 149, 20], 8192) == [[200] * 6 + [150], [149, 20]]
+    # Five rows are 1,000 tokens: too few for a micro-batch of their own.
+    assert lengths([200] * 5 + [100], 8192) == [[200] * 5 + [100]]
+    assert lengths([600, 600, 20], 1200) == [[600, 600], [20]]
+
+
 def test_no_trajectories_make_no_micro_batch() -> None:
     assert micro_batches([], max_tokens=8) == []
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from samples import make_head, make_score_support, make_support, make_tokens, make_verdict
 
-from common.wire.messages import support_digest
 from learner.batch import Trajectory
 from learner.drift import Drift, drift_of, repetition
 from learner.intake import read_trajectory
@@ -44,12 +43,11 @@ def read(**changes: Any) -> Trajectory:
     """A rollout of six tokens."""
     values = {"tokens": np.array([1, 2, 3, 1, 2, 3], np.int32), "divergence": np.ones(6, np.float32), "generated": 6}
     verdict = make_verdict(**(values | {"trigger": 6, "keep": 6, "train": 6, "cut": False} | changes))
-    support = make_support(6)
     record = {
         b"head": make_head(arm=verdict.arm).encode(),
         b"verdict": verdict.encode(),
-        b"t:0": make_tokens(verdict.tokens.tolist(), digest=support_digest(support.encode())).encode(),
-        b"p:0": support.encode(),
+        b"t:0": make_tokens(verdict.tokens.tolist()).encode(),
+        b"p:0": make_support(6).encode(),
         b"q:0": make_score_support(6).encode(),
     }
     return read_trajectory(record, vocab_size=64)

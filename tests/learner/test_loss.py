@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,27 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from trajectories import STOPS, VOCAB, WIDTH, random_batch, top_support
+from whole_logits import log_outcomes, on_support, sampled_logprobs, topk_overlap, whole_outcomes
 
-from learner.batch import MicroBatch, Trajectory, micro_batches
+from learner.batch import Trajectory, micro_batches
 from learner.loss import (
     LOG_FLOOR,
     Diagnostics,
     diagnostics,
-    keep_head_in_float32,
-    kept_logits,
-    log_outcomes,
     merged,
-    on_support,
     reverse_kl_sampled,
     reverse_kl_topk_tail,
-    sampled_logprobs,
     token_losses,
-    topk_overlap,
 )
-
-VOCAB, WIDTH = 12, 14
-STOPS = [5, 2, 9]
 
 
 def i32(values: list[Any]) -> npt.NDArray[np.int32]:
@@ -83,13 +74,6 @@ def coarse_kl(student: Tensor, teacher: Tensor, support: Tensor, stops: list[int
     q, q_tail = on_support(log_outcomes(teacher, stops, vocab), support, stops[0], has_tail=has_tail)
     p, p_tail = on_support(log_outcomes(student, stops, vocab), support, stops[0], has_tail=has_tail)
     return reverse_kl_topk_tail(p, p_tail, q, q_tail)
-
-
-def top_support(logits: Tensor, k: int, stops: list[int], vocab: int) -> Tensor:
-    """The k likeliest ids of each row that are no stop ids."""
-    masked = logits[:, :vocab].clone()
-    masked[:, stops] = -torch.inf
-    return masked.topk(k, dim=1).indices
 
 
 def random_case(seed: int, scale: float, rows: int = 6) -> tuple[Tensor, Tensor]:
@@ -345,184 +329,24 @@ def test_a_sample_that_has_become_impossible() -> None:
     assert log_p.grad[:2].tolist() == [0.0, 0.0]
 
 
-# ------------------------------------------------------------------------------ whole micro-batches
-
-
-def tiny(kind: str, *, tied: bool = True) -> Any:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "vocab_size": WIDTH,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if kind == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**shape))
-    return LlamaForCausalLM(LlamaConfig(**shape))
-
-
-def random_batch(seed: int, sizes: list[tuple[int, int]], support: int = 4) -> list[Trajectory]:
-    """Trajectories of (prompt, kept) sizes, with a random teacher; stop ids occur among the tokens."""
-    rng = np.random.default_rng(seed)
-    batch = []
-    for index, (m, n) in enumerate(sizes):
-        teacher = torch.from_numpy(rng.normal(size=(n, WIDTH)).astype(np.float32))
-        support_ids = top_support(torch.from_numpy(rng.normal(size=(n, WIDTH))), support, STOPS, VOCAB)
-        tokens = rng.integers(0, VOCAB, n).astype(np.int32)
-        outcomes = log_outcomes(teacher, STOPS, VOCAB)
-        logprobs, tail = on_support(outcomes, support_ids, STOPS[0], has_tail=True)
-        assert tail is not None
-        batch.append(
-            Trajectory(
-                rid=f"r{index}",
-                arm="treated",
-                prompt=rng.integers(0, VOCAB, m).astype(np.int32),
-                tokens=tokens,
-                support_ids=support_ids.numpy().astype(np.int32),
-                teacher_logprobs=logprobs.numpy(),
-                teacher_tail=tail.numpy(),
-                teacher_sampled=sampled_logprobs(outcomes, torch.from_numpy(tokens).long(), STOPS).numpy(),
-                rollout_logprobs=rng.uniform(-3, -1, n).astype(np.float32),
-                sampling_logprobs=rng.uniform(-3, -1, n).astype(np.float32),
-                oldest_version=0,
-            )
-        )
-    return batch
-
-
-SIZES = [(3, 5), (1, 9), (4, 2), (2, 2), (6, 7), (1, 1)]
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_kept_logits_are_those_of_each_sequence_alone(kind: str, tied: bool) -> None:
-    """Padding, batching and selecting before the head change nothing: compared with each row alone."""
-    model = tiny(kind, tied=tied).double()
-    batch = {row.rid: row for row in random_batch(0, SIZES)}
-    for micro in micro_batches(list(batch.values()), max_tokens=30):
-        logits = kept_logits(model, micro)
-        assert logits.shape == (micro.kept_tokens, WIDTH)
-        expected = []
-        for row in (batch[rid] for rid in micro.rids):
-            ids = torch.from_numpy(np.concatenate([row.prompt, row.tokens])).long()
-            alone = model(input_ids=ids[None]).logits[0]
-            expected.append(alone[len(row.prompt) - 1 : len(ids) - 1])
-        torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-10, atol=1e-10)
-
-
-def test_the_head_computes_only_the_rows_that_are_kept() -> None:
-    model = tiny("qwen3")
-    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
-    rows = []
-    model.lm_head.register_forward_hook(lambda _module, _inputs, output: rows.append(tuple(output.shape)))
-    kept_logits(model, micro)
-    assert rows == [(26, WIDTH)]  # 5 + 9 + 2 + 2 + 7 + 1
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_head_computes_in_float32_under_autocast(tied: bool) -> None:
-    model = tiny("qwen3", tied=tied)
-    keep_head_in_float32(model)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
-    entered: list[Tensor] = []
-    model.lm_head.register_forward_pre_hook(lambda _module, inputs: entered.append(inputs[0]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = kept_logits(model, micro)
-    (hidden,) = entered
-    exact = hidden.detach().double() @ model.lm_head.weight.detach().double().T
-    torch.testing.assert_close(logits.detach().double(), exact, rtol=1e-5, atol=1e-5)
-    # Gradients too: the head's own is exact, the trunk's is what bfloat16 leaves of it.
-    passed = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
-    hidden.retain_grad()
-    logits.backward(passed)
-    assert hidden.grad is not None and all(one.grad is not None for one in model.parameters())
-    if not tied:
-        expected = passed.double().T @ hidden.detach().double()
-        torch.testing.assert_close(model.lm_head.weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_without_autocast_a_widened_head_changes_no_bit() -> None:
-    model, same = tiny("qwen3"), tiny("qwen3")
-    keep_head_in_float32(model)
-    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
-    assert torch.equal(kept_logits(model, micro), kept_logits(same, micro))
-
-
-def test_a_model_that_cannot_select_gives_the_same() -> None:
-    model = tiny("qwen3")
-
-    class Plain(torch.nn.Module):
-        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-            return SimpleNamespace(logits=model(input_ids=input_ids, use_cache=use_cache).logits)
-
-    (micro,) = micro_batches(random_batch(0, SIZES), max_tokens=1000)
-    torch.testing.assert_close(kept_logits(Plain(), micro), kept_logits(model, micro))
-
-
-def batch_gradient(model: Any, micros: list[MicroBatch], mode: Any) -> tuple[float, list[Tensor]]:
-    """The batch's loss and its gradient, summed over micro-batches."""
-    model.zero_grad()
-    total = 0.0
-    for micro in micros:
-        losses = token_losses(mode, log_outcomes(kept_logits(model, micro), STOPS, VOCAB), micro, stop_ids=STOPS)
-        loss = (micro.weights * losses).sum()
-        loss.backward()
-        total += loss.item()
-    return total, [parameter.grad.clone() for parameter in model.parameters()]
-
-
-@pytest.mark.parametrize("mode", ["reverse_kl_topk_tail", "reverse_kl_sampled"])
-@pytest.mark.parametrize("denominator", ["kept", "sequence"])
-def test_micro_batched_gradient_equals_the_unbatched_one(mode: Any, denominator: Any) -> None:
-    """Cut small, cut whole, or each trajectory run alone and averaged by hand: the same gradient."""
-    model = tiny("qwen3").double()
-    batch = random_batch(5, SIZES)
-    cuts = [micro_batches(batch, max_tokens=limit, denominator=denominator) for limit in (1, 20, 10_000)]
-    assert [len(cut) for cut in cuts] == [6, 3, 1]
-    results = [batch_gradient(model, cut, mode) for cut in cuts]
-
-    model.zero_grad()
-    kept = sum(n for _, n in SIZES)
-    loss = torch.zeros((), dtype=torch.float64)
-    for row in batch:
-        (alone,) = micro_batches([row], max_tokens=1)
-        outcomes = log_outcomes(kept_logits(model, alone), STOPS, VOCAB)
-        losses = token_losses(mode, outcomes, alone, stop_ids=STOPS)
-        loss = loss + (losses.sum() / kept if denominator == "kept" else losses.mean() / len(batch))
-    loss.backward()
-    for value, gradients in results:
-        assert value == pytest.approx(loss.item(), rel=1e-6)
-        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
+# ------------------------------------------------------------------------------ micro-batches
 
 
 def test_token_losses_by_mode() -> None:
     (micro,) = micro_batches(random_batch(2, [(1, 6)]), max_tokens=100)
-    outcomes = log_outcomes(random_case(2, 2.0)[0], STOPS, VOCAB)
-    logprobs, tail = on_support(outcomes, micro.support_ids, STOPS[0], has_tail=True)
+    student = whole_outcomes(random_case(2, 2.0)[0], micro, STOPS, VOCAB)
     torch.testing.assert_close(
-        token_losses("reverse_kl_topk_tail", outcomes, micro, stop_ids=STOPS),
-        reverse_kl_topk_tail(logprobs, tail, micro.teacher_logprobs, micro.teacher_tail),
+        token_losses("reverse_kl_topk_tail", student, micro),
+        reverse_kl_topk_tail(student.logprobs, student.tail, micro.teacher_logprobs, micro.teacher_tail),
     )
-    merged_targets = [STOPS[0] if token in STOPS else token for token in micro.targets.tolist()]
-    log_p = outcomes[torch.arange(6), merged_targets]
+    log_p = student.sampled
     ratio = (log_p - micro.sampling_logprobs).exp().clamp_max(0.7)
     torch.testing.assert_close(
-        token_losses("reverse_kl_sampled", outcomes, micro, stop_ids=STOPS, ratio_clip=0.7),
+        token_losses("reverse_kl_sampled", student, micro, ratio_clip=0.7),
         ratio * (log_p - micro.teacher_sampled),
     )
     with pytest.raises(ValueError, match="loss mode is 'forward_kl', expected one of reverse_kl_topk_tail"):
-        token_losses("forward_kl", outcomes, micro, stop_ids=STOPS)  # type: ignore[arg-type]
+        token_losses("forward_kl", student, micro)  # type: ignore[arg-type]
 
 
 def test_diagnostics_by_hand() -> None:
@@ -542,7 +366,7 @@ def test_diagnostics_by_hand() -> None:
     (micro,) = micro_batches([row], max_tokens=8)
     # Outcomes in both rows: STOP (0 and 3) 5/8, 1: 1/4, 2: 1/8.
     logits = torch.tensor([[1.0, 2.0, 1.0, 4.0]]).log().expand(2, 4).clone().requires_grad_()
-    found = diagnostics(log_outcomes(logits, [3, 0], 4), micro, stop_ids=[3, 0])
+    found = diagnostics(whole_outcomes(logits, micro, [3, 0], 4), micro)
 
     entropy = -(0.625 * math.log(0.625) + 0.25 * math.log(0.25) + 0.125 * math.log(0.125))
     # Row 0 agrees with the teacher. Row 1: STOP 5/8 : 1/4, outcome 2 1/8 : 1/4, tail 1/4 : 1/2.

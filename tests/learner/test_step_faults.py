@@ -14,7 +14,7 @@ from samples import Run, fenced, make_verdict
 from torch import Tensor
 
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
-from learner import train
+from learner import gradients
 from learner.culprits import StepImpossible
 from learner.train import Learner
 from ops.reach.embedded import EmbeddedRedis
@@ -76,18 +76,18 @@ def learner_of(run: Run) -> Learner:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *rids: str, how: Callable[[Tensor], Tensor]) -> None:
-    """Make the model apply `how` to the logits of every micro-batch that contains one of these."""
-    kept = train.kept_logits
+    """Apply `how` to what enters the head for every micro-batch that contains one of these."""
+    kept = gradients.kept_rows
 
-    def spoilt(model: Any, micro: Any) -> Tensor:
-        logits = kept(model, micro)
-        return how(logits) if set(rids) & set(micro.rids) else logits
+    def spoilt(model: Any, head: Any, micro: Any) -> Tensor:
+        rows = kept(model, head, micro)
+        return how(rows) if set(rids) & set(micro.rids) else rows
 
-    monkeypatch.setattr(train, "kept_logits", spoilt)
+    monkeypatch.setattr(gradients, "kept_rows", spoilt)
 
 
-def not_a_number(logits: Tensor) -> Tensor:
-    return logits * torch.nan
+def not_a_number(rows: Tensor) -> Tensor:
+    return rows * torch.nan
 
 
 def fails(error: BaseException) -> Callable[[Tensor], Tensor]:
@@ -108,9 +108,9 @@ def trained(run: Run) -> list[list[str]]:
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
-    state = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
-    for name, parameter in learner.model.named_parameters():
-        for key, value in learner.optimizer.state[parameter].items():
+    state = {name: tensor.clone() for name, tensor in learner.student.model.state_dict().items()}
+    for name, parameter in learner.student.model.named_parameters():
+        for key, value in learner.student.optimizer.state[parameter].items():
             state[f"{name}/{key}"] = value.clone()
     return state
 
@@ -166,12 +166,12 @@ def test_a_loss_that_is_not_finite_takes_no_step_although_its_gradient_is(
 ) -> None:
     """Otherwise it would fail only when its line in metrics.jsonl is written, after the step."""
     run = begin(9)
-    losses = train.token_losses
+    losses = gradients.token_losses
 
-    def infinite(mode: Any, outcomes: Tensor, micro: Any, **options: Any) -> Tensor:
-        return losses(mode, outcomes, micro, **options) + (torch.inf if "r1" in micro.rids else 0.0)
+    def infinite(mode: Any, student: Any, micro: Any, **options: Any) -> Tensor:
+        return losses(mode, student, micro, **options) + (torch.inf if "r1" in micro.rids else 0.0)
 
-    monkeypatch.setattr(train, "token_losses", infinite)
+    monkeypatch.setattr(gradients, "token_losses", infinite)
     learner_of(run).run(until_idle=True)
     assert endings(run)["r1"] == "dead"
     assert len(trained(run)) == 2
@@ -181,7 +181,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_set_nothing_aside(begin:
     run = begin(4)
     learner = learner_of(run)
     with torch.no_grad():
-        next(learner.model.parameters()).fill_(torch.nan)
+        next(learner.student.model.parameters()).fill_(torch.nan)
     with pytest.raises(StepImpossible, match=r"step 1: .*; a trajectory that always works fails too"):
         learner.run(until_idle=True)
     assert (endings(run), run.entries("dead")) == ({}, [])
@@ -192,14 +192,14 @@ def test_a_batch_that_fails_only_as_a_whole_ends_the_run_and_sets_nothing_aside(
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begin(4)
-    kept = train.kept_logits
+    kept = gradients.kept_rows
 
-    def together(model: Any, micro: Any) -> Tensor:
+    def together(model: Any, head: Any, micro: Any) -> Tensor:
         if len(micro.rids) > 1:
             raise RuntimeError("no such kernel")
-        return kept(model, micro)
+        return kept(model, head, micro)
 
-    monkeypatch.setattr(train, "kept_logits", together)
+    monkeypatch.setattr(gradients, "kept_rows", together)
     with pytest.raises(StepImpossible, match="no such kernel; none of its 4 trajectories fails alone"):
         learner_of(run).run(until_idle=True)
     assert (endings(run), run.entries("dead")) == ({}, [])
@@ -219,15 +219,15 @@ def test_out_of_memory_is_avoided_by_smaller_micro_batches_and_sets_nothing_asid
     begin: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = begin(8, micro_batch_tokens=64)
-    kept, sizes = train.kept_logits, []
+    kept, sizes = gradients.kept_rows, []
 
-    def small(model: Any, micro: Any) -> Tensor:
+    def small(model: Any, head: Any, micro: Any) -> Tensor:
         if micro.input_ids.numel() > 14:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         sizes.append(micro.input_ids.numel())
-        return kept(model, micro)
+        return kept(model, head, micro)
 
-    monkeypatch.setattr(train, "kept_logits", small)
+    monkeypatch.setattr(gradients, "kept_rows", small)
     learner_of(run).run(until_idle=True)
     assert set(endings(run).values()) == {"trained"}
     logged = [record.message.partition(":")[0] for record in caplog.records if "micro-batch" in record.message]

@@ -21,6 +21,7 @@ from common.metrics import REGISTRY
 from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from common.wire.weights import read_pointer, verified
 from learner.checkpoint import load_newest
+from learner.head import LinearHead
 from learner.train import Learner
 from ops.reach.embedded import EmbeddedRedis
 
@@ -200,12 +201,12 @@ def test_killed_before_the_checkpoint_it_trains_the_same_again_to_the_same_weigh
     first = make_learner(run)
     first.start()
     take_step(first)
-    after_one = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+    after_one = {name: tensor.clone() for name, tensor in first.student.model.state_dict().items()}
     second = make_learner(run)
     second.start()
     assert steps_on_record(run) == [], "steps that will be done again stand in metrics.jsonl"
     take_step(second)
-    assert all(torch.equal(after_one[name], tensor) for name, tensor in second.model.state_dict().items())
+    assert all(torch.equal(after_one[name], tensor) for name, tensor in second.student.model.state_dict().items())
     take_step(second)
     assert steps_on_record(run) == [1, 2]
     assert endings(run) == [(f"r{number}", "trained") for number in range(4)]
@@ -269,8 +270,8 @@ def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> Non
     assert run.plane.state() == "trained"
     assert steps_on_record(run) == [1, 2, 3, 4]
     saved = load_file(run.config.run_dir / "model" / "model.safetensors")
-    assert saved.keys() <= learner_.model.state_dict().keys()
-    assert all(torch.equal(tensor, learner_.model.state_dict()[name]) for name, tensor in saved.items())
+    assert saved.keys() <= learner_.student.model.state_dict().keys()
+    assert all(torch.equal(tensor, learner_.student.model.state_dict()[name]) for name, tensor in saved.items())
     assert (run.config.run_dir / "model" / "tokenizer.json").exists()
     lines = [json.loads(line) for line in (run.config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss"] >= 0 and line["learning_rate"] == pytest.approx(1e-3) for line in lines)
@@ -280,20 +281,25 @@ def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> Non
 def test_in_bfloat16_the_head_alone_computes_in_float32(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     half = run.config.learner.model_copy(update={"dtype": "bfloat16"})
     run.config = run.config.model_copy(update={"learner": half})
-    kept, seen = learner.train.kept_logits, []
-    monkeypatch.setattr(learner.train, "kept_logits", lambda *args: seen.append(kept(*args)) or seen[-1])
+    made, trunk = [], []
+
+    def logits(self: LinearHead, rows: torch.Tensor, out: torch.Tensor) -> None:
+        make(self, rows, out)
+        made.append((out.clone(), rows.double() @ self.layer.weight[: out.shape[1]].double().T))
+
+    make = LinearHead.logits
+    monkeypatch.setattr(LinearHead, "logits", logits)
     for number in range(2):
         trajectory(run, number)
     learner_ = make_learner(run)
-    exact, trunk = [], []
-    head = learner_.model.lm_head
-    head.register_forward_pre_hook(lambda own, inputs: exact.append(inputs[0].double() @ own.weight.double().T))
-    learner_.model.model.layers[0].mlp.register_forward_hook(lambda *args: trunk.append(args[-1].dtype))
+    learner_.student.model.model.layers[0].mlp.register_forward_hook(lambda *args: trunk.append(args[-1].dtype))
     learner_.start()
+    made.clear()
     take_step(learner_)
-    assert len(seen) == len(exact) > 0 and set(trunk) == {torch.bfloat16}
-    for logits, expected in zip(seen, exact, strict=True):
-        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert made and set(trunk) == {torch.bfloat16}
+    for found, expected in made:
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_trajectory_that_cannot_be_read_dies_with_its_reason_and_the_rest_is_trained(run: Run) -> None:
@@ -348,14 +354,14 @@ def test_a_record_broken_after_its_verdict_dies_and_the_rest_is_trained(
 
 @pytest.fixture
 def budget(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Callable[..., Run]:
-    def begin(tokens: int, **learner: Any) -> Run:
+    def begin(tokens: int, every_s: float | None = None, **learner: Any) -> Run:
         steps = {"batch_size": 2, "max_steps": 9, "max_staleness": 8, "learning_rate": 1e-3}
         return start(
             embedded_redis,
             student={"model": MODELS["student"]},
             teacher={"model": MODELS["teacher"]},
             learner=steps | {"max_generated_tokens": tokens} | learner,
-            checkpoints={"every_steps": 4, "keep": 2},
+            checkpoints={"every_steps": 4, "every_s": every_s, "keep": 2},
             eval={"every_steps": 5},
         )
 
@@ -375,6 +381,21 @@ def one_step(run: Run, learner_: Learner, number: int) -> None:
 
 def evaluated(run: Run) -> list[int]:
     return sorted(json.loads(path.read_text())["step"] for path in (run.config.run_dir / "eval").glob("*.json"))
+
+
+@pytest.mark.parametrize(("every_s", "held"), [(1e-6, [1, 2, 3, 4]), (3600.0, [0, 0, 0, 4]), (None, [0, 0, 0, 4])])
+def test_checkpoints_come_by_time_and_by_steps(
+    budget: Callable[..., Run], every_s: float | None, held: list[int]
+) -> None:
+    """The step of the newest checkpoint after each of four steps, one of which ends what `every_steps` says."""
+    run = budget(1000, every_s)
+    learner_ = make_learner(run)
+    learner_.start()
+    for number, expected in enumerate(held):
+        one_step(run, learner_, number)
+        state = load_newest(run.config.run_dir / "checkpoints")
+        assert (state.step if state else 0) == expected
+        assert len(endings(run)) == 2 * expected
 
 
 def test_the_run_ends_with_the_step_at_which_its_tokens_are_spent(budget: Callable[..., Run]) -> None:
@@ -430,7 +451,7 @@ def test_what_is_written_while_a_learner_is_down_changes_no_step_that_is_done_ag
     first.start()
     for number in range(2):
         one_step(run, first, number)
-    before, weights = lines_of(run), {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
+    before, weights = lines_of(run), {name: tensor.clone() for name, tensor in first.student.model.state_dict().items()}
     # 6 of 12, then (6 + 6) of 12: the second step reaches the base.
     assert [line["learning_rate"] for line in before] == pytest.approx([0.5e-3, 1e-3])
     for number in range(4, 12):
@@ -444,7 +465,7 @@ def test_what_is_written_while_a_learner_is_down_changes_no_step_that_is_done_ag
     for line, former in zip(lines_of(run), before, strict=True):
         for name in ("step", "learning_rate", "tokens_generated", "loss"):
             assert line[name] == former[name]
-    assert all(torch.equal(weights[name], tensor) for name, tensor in second.model.state_dict().items())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in second.student.model.state_dict().items())
     assert not second.done
     take_step(second)
     assert (second.done, second.step_count, second.tokens_generated) == (True, 3, 36)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from samples import make_head, make_score_support, make_support, make_tokens, make_verdict
+from samples import make_former_support, make_head, make_score_support, make_support, make_tokens, make_verdict
 
 from common.config import Loss
-from common.wire.messages import support_digest
 from learner.batch import Trajectory, micro_batches, token_weights, uniform
 from learner.intake import read_trajectory
 from learner.weighting import by_position, random_drop, shares_of
@@ -83,8 +84,9 @@ def test_a_batch_without_kept_tokens_has_no_weight() -> None:
         assert rows[0].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("support", [make_support(5), make_former_support(5)])
 @pytest.mark.parametrize(("cut", "generated"), [(True, 3), (False, 5)])
-def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generated: int) -> None:
+def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generated: int, support: Any) -> None:
     """Trigger 3 of 5 scored tokens, keep 2; more tokens may have been scored when the cut was found."""
     verdict = make_verdict(
         keep=2,
@@ -95,11 +97,10 @@ def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generate
         tokens=np.arange(5, dtype=np.int32),
         divergence=np.ones(5, np.float32),
     )
-    support = make_support(5)
     record = {
         b"head": make_head().encode(),
         b"verdict": verdict.encode(),
-        b"t:0": make_tokens(range(5), digest=support_digest(support.encode())).encode(),
+        b"t:0": make_tokens(range(5)).encode(),
         b"p:0": support.encode(),
         b"q:0": make_score_support(5).encode(),
     }

@@ -425,7 +425,7 @@ class Cluster:
     def _check(self, client: Any) -> list[Violation]:
         run_key, folder = current_run(client, "network"), self.outcome.folder
         assert run_key is not None
-        return check_folder(folder) + check_redis(client, run_key, folder)
+        return check_folder(folder) + check_redis([client], run_key, folder)
 
     def _state(self) -> str:
         steps = len(self.outcome.steps) if (self.outcome.folder / "metrics.jsonl").exists() else 0

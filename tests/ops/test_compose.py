@@ -222,6 +222,20 @@ def test_plain_up_is_the_cpu_cluster_and_the_gpu_profile_is_the_same_roles() -> 
     assert SERVICES["feeder-gpu"]["environment"]["KATANA_DEVICE"] == "cuda"
 
 
+def test_a_learner_of_two_ranks_is_one_variable(role_arguments: Any) -> None:
+    """The feeder hands their number to the learner with the run's config; on GPUs the container gets as many."""
+    assert load(ROOT / "ops" / "experiments" / "demo.yaml", role_arguments("feeder")[3::2]).learner.nproc_per_node == 1
+    two = role_arguments("feeder", KATANA_LEARNER_RANKS="2", KATANA_DEVICE="cuda")
+    learner = load(ROOT / "ops" / "experiments" / "demo.yaml", two[3::2]).learner
+    assert [learner.device_of(rank) for rank in range(learner.nproc_per_node)] == ["cuda", "cuda:1"]
+    text = TEXT.replace("${KATANA_LEARNER_RANKS:-}", "2").replace("${KATANA_LEARNER_RANKS:-1}", "2")
+    services = _compose(text)["services"]
+    assert services["feeder"]["environment"]["KATANA_LEARNER_RANKS"] == 2
+    for name in ("learner-gpu", "evaluator-gpu"):
+        [device] = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert int(device["count"]) == (2 if name == "learner-gpu" else 1)
+
+
 def _in_profile(profile: str) -> list[str]:
     return [name for name, service in SERVICES.items() if profile in service.get("profiles", [profile])]
 

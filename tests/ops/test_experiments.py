@@ -26,6 +26,14 @@ def test_none_is_the_demo_without_termination() -> None:
     assert none == demo
 
 
+def test_the_demo_with_lora_is_the_demo_with_adapters_and_a_higher_rate() -> None:
+    demo, lora = (yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text()) for name in ("demo", "demo-lora"))
+    assert lora.pop("name") == "demo-lora" and demo.pop("name") == "demo"
+    assert lora["learner"].pop("lora")["rank"] == 16
+    assert lora["learner"].pop("learning_rate") > demo["learner"].pop("learning_rate")
+    assert lora == demo
+
+
 def test_qwen3_math_has_the_paper_s_setting() -> None:
     config = load(EXPERIMENTS / "qwen3-math.yaml")
     rule, learner, rollout = config.termination, config.learner, config.rollout

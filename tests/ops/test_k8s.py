@@ -32,7 +32,7 @@ KUBERNETES = "1.31"  # the oldest that is meant: podFailurePolicy is stable from
 ENDING, SERVING = ["feeder", "arbiter", "learner", "evaluator"], ["rollout", "teacher"]
 ROLES = [*ENDING, *SERVING]
 SERVERS = ["redis-data", "redis-broker"]
-OVERLAYS = ["base", "gpu", "autoscaled", "gpu-autoscaled"]
+OVERLAYS = ["base", "gpu", "autoscaled", "gpu-autoscaled", "gpu-ranks"]
 CUSTOM = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
 
 
@@ -431,7 +431,34 @@ def test_gpus_go_to_those_who_compute_and_the_feeder_tells_them(overlay: str) ->
         (inside,) = one["containers"]
         computes = gpu and name not in ("feeder", "arbiter")
         assert inside["image"] == ("katana:gpu" if computes else "katana:cpu")
-        assert inside["resources"]["limits"].get("nvidia.com/gpu") == (1 if computes else None)
+        gpus = 2 if (overlay, name) == ("gpu-ranks", "learner") else 1
+        assert inside["resources"]["limits"].get("nvidia.com/gpu") == (gpus if computes else None)
         assert ("tolerations" in one) == computes
         told = {"name": "KATANA_DEVICE", "value": "cuda"} in inside["env"]
         assert told == (gpu and name == "feeder")
+
+
+@pytest.mark.slow
+def test_a_learner_of_two_ranks_has_what_they_need_and_the_feeder_tells_it() -> None:
+    found = rendered("gpu-ranks")
+    (feeder,) = found["Job", "feeder"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "KATANA_LEARNER_RANKS", "value": "2"} in feeder["env"]
+    pod = found["Job", "learner"]["spec"]["template"]["spec"]
+    (learner,) = pod["containers"]
+    assert learner["resources"]["requests"]["cpu"] == "2"
+    mounted = {mount["mountPath"]: mount["name"] for mount in learner["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_component_of_ranks_patches_what_is_there() -> None:
+    """Without kubectl: the paths of its patches exist in the manifests of the base."""
+    component = yaml.safe_load((K8S / "components" / "ranks" / "kustomization.yaml").read_text())
+    for patch in component["patches"]:
+        assert patch["target"]["kind"] == PODS[patch["target"]["name"]]["kind"]
+        for change in yaml.safe_load(patch["patch"]):
+            *parents, last = change["path"].strip("/").split("/")
+            node: Any = PODS[patch["target"]["name"]]
+            for word in parents:
+                node = node[int(word) if isinstance(node, list) else word]
+            assert last == "-" or last in node

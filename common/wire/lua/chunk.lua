@@ -1,9 +1,9 @@
--- rollout worker. rid, nonce, seq, encoded tokens, encoded support, shard, tokens in all, finish ('' while open)
+-- rollout worker. rid, nonce, seq, encoded tokens, encoded support, encoded log-probabilities, shard, tokens in all, finish ('' while open)
 -- -> ok + scored chunks | ended | lost | full
 -- A chunk and its notice are one script. The same chunk again (same encoded tokens, which hold the digest of the
--- support) is a success. Its tokens, after those stored before, count as generated.
+-- support and the log-probabilities) is a success. Its tokens, after those stored before, count as generated.
 local rid, nonce, seq = ARGV[2], ARGV[3], tonumber(ARGV[4])
-local tokens, support, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+local tokens, support, logprobs, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local h = rollout(rid)
 local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry', 'length')
 if run_state ~= 'open' or state[1] then return {'ended'} end
@@ -18,7 +18,7 @@ end
 if seq > stored then return {'lost'} end
 if crowded(0.85) then return {'full'} end
 if finish ~= '' then finish_entry('prompts', 'rollout', state[5]) end
-redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 'chunks', seq + 1, 'length', length)
+redis.call('HSET', h, 't:' .. seq, tokens, 'p:' .. seq, support, 's:' .. seq, logprobs, 'chunks', seq + 1, 'length', length)
 redis.call('HDEL', h, 'attempts', 'claims', 'begun:rollout')
 if finish ~= '' then redis.call('HSET', h, 'finish', finish) end
 local before = count_in(state[6])

@@ -1,6 +1,6 @@
 -- teacher worker. shard, entry, rid, seq, encoded divergence, encoded teacher log-probabilities
 -- -> ok | duplicate | ended
--- The first score stored wins. The first score of a rollout fixes the threshold that it is judged by.
+-- The first score stored wins; nobody reads the student's log-probabilities after it. The first score of a rollout fixes the threshold that it is judged by.
 local shard, entry, rid, seq, divergence, support = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
 local h = rollout(rid)
 finish_entry('chunks:' .. shard, 'teacher', entry)
@@ -11,6 +11,6 @@ if state[3] then return {'duplicate'} end
 redis.call('HSETNX', h, 'threshold', redis.call('GET', key('threshold')) or 'inactive')
 redis.call('HSET', h, 'd:' .. seq, divergence, 'q:' .. seq, support)
 redis.pcall('HINCRBY', h, 'scored', 1)  -- if it is not a number, the writer finds out in its heartbeat
-redis.call('HDEL', h, 'attempts')
+redis.call('HDEL', h, 'attempts', 's:' .. seq)
 redis.call('XADD', key('scores'), '*', 'rid', rid)
 return {'ok'}

@@ -1,6 +1,6 @@
 -- arbiter. lease token, rid, encoded verdict ('' when there is none to give: only acknowledge), tokens to train,
--- stop (1: signal the writer), window minimum for the buffer ('' : none), buffer size, threshold from now on,
--- then the rollout's pending score entries -> ok | duplicate | absent (the rollout was booked and taken off) | lost
+-- stop (1: signal the writer), window minimum for the buffer ('' : none), buffer size, threshold from now on ('' : as it
+-- is), then the rollout's pending score entries -> ok | duplicate | absent (the rollout was booked and taken off) | lost
 -- A rollout has exactly one verdict; the entries that waited for it are removed with it.
 local token, rid, verdict, train = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 local stop, minimum, size, threshold = ARGV[6], ARGV[7], tonumber(ARGV[8]), ARGV[9]
@@ -27,5 +27,5 @@ if minimum ~= '' then
   redis.call('RPUSH', key('minima'), minimum)
   redis.call('LTRIM', key('minima'), -size, -1)
 end
-redis.call('SET', key('threshold'), threshold)
+if threshold ~= '' then redis.call('SET', key('threshold'), threshold) end
 return {'ok'}

@@ -30,21 +30,21 @@ def _spoil_scores(score: Any) -> None:
 
     def spoilt(self: Any, batch: Any) -> None:
         rows = [row for row, run in enumerate(batch.runs) if _marked("score", run.key)]
-        forward = self._model.forward
+        inner_states = self._model.states
 
         def infinite(*args: Any) -> Any:
-            logits = forward(*args)
-            logits[rows] = math.nan
+            states = inner_states(*args)
+            states[rows] = math.nan
             for layer in self._model._cache._slot_layers:
                 layer.keys[batch.rows[rows]] = math.nan
-            return logits
+            return states
 
         if rows:
-            self._model.forward = infinite
+            self._model.states = infinite
         try:
             inner(self, batch)
         finally:
-            self._model.__dict__.pop("forward", None)
+            self._model.__dict__.pop("states", None)
 
     score.Scorer._score = spoilt
 
@@ -75,14 +75,14 @@ def _spoil_writes(decode: Any) -> None:
     decode.Decoder._decode = spoilt
 
 
-def _spoil_steps(train: Any) -> None:
-    inner = train.kept_logits
+def _spoil_steps(gradients: Any) -> None:
+    inner = gradients.kept_rows
 
-    def spoilt(model: Any, micro: Any) -> Any:
-        logits = inner(model, micro)
-        return logits * math.nan if any(_marked("step", rid) for rid in micro.rids) else logits
+    def spoilt(model: Any, head: Any, micro: Any) -> Any:
+        rows = inner(model, head, micro)
+        return rows * math.nan if any(_marked("step", rid) for rid in micro.rids) else rows
 
-    train.kept_logits = spoilt
+    gradients.kept_rows = spoilt
 
 
 class _After:
@@ -112,6 +112,6 @@ def begin() -> None:
     for name, act in (
         ("actors.engine.decode", _spoil_writes),
         ("actors.engine.score", _spoil_scores),
-        ("learner.train", _spoil_steps),
+        ("learner.gradients", _spoil_steps),
     ):
         sys.meta_path.insert(0, _After(name, act))

@@ -22,14 +22,12 @@ from transformers import (
     FalconConfig,
     FalconForCausalLM,
     FalconMambaConfig,
-    Gemma2Config,
     Gemma3ForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPTNeoConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     HunYuanDenseV1Config,
@@ -46,18 +44,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from actors.engine.attention import UnsupportedModelError, check_attention
 from actors.engine.decode import ClosedChunk, Decoder
 from actors.engine.outcomes import uniforms
+from actors.engine.proof import self_test
 from actors.engine.score import Scored, Scorer, ScoreRequest
 from actors.engine.slots import (
     SlotCache,
     SlotLayer,
     SlotModel,
-    UnsupportedModelError,
-    check_full_attention,
     padded,
     rectangles,
-    self_test,
 )
 
 VOCAB, WIDTH = 23, 24  # the output head is one wider than the vocabulary
@@ -371,6 +368,25 @@ def test_a_rollout_may_be_held_before_its_first_step(student: PreTrainedModel) -
     assert whole(drain(engine)["r"]) == whole(alone(student, prompt_of(6), 1, limit=3))
 
 
+@pytest.mark.parametrize(
+    ("unwatched", "generated", "lengths"),
+    [
+        *[(0, 0, [5, 5]), (5, 0, [5, 5]), (6, 0, [6, 5]), (13, 0, [13, 5]), (13, 7, [6, 5]), (13, 10, [5, 5])],
+        *[(64, 0, [64, 5]), (70, 0, [64, 6]), (72, 3, [64, 5]), (80, 0, [64, 16])],
+    ],
+)
+def test_a_chunk_ends_where_a_stop_may_come(unwatched: int, generated: int, lengths: list[int]) -> None:
+    long: Any = {"max_length": 120, "temperature": 0}
+    expected = whole(alone(MODELS["student"], prompt_of(2), 9, limit=85, **long))
+    assert len(expected) == 85, "it must be long enough to show it"
+    before = np.array(expected[:generated], dtype=np.int32)
+    engine = decoder(MODELS["student"], **long)
+    engine.add("r", prompt_of(2), seed=9, max_new_tokens=85, generated=before, unwatched=unwatched)
+    chunks = drain(engine)["r"]
+    assert [len(chunk.tokens) for chunk in chunks[:2]] == lengths
+    assert [*before, *whole(chunks)] == expected
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.integers(0, 25)), st.integers(1, 7), st.integers(1, 12))
 def test_where_chunks_close_and_prompts_are_cut_changes_nothing(
@@ -592,14 +608,14 @@ def test_padding_and_idle_rows_leave_the_cache_alone(student: PreTrainedModel) -
     tokens = np.stack([ids, ids, ids])
     slots.forward(None, tokens, np.zeros(3, np.int64), np.array([8, 5, 2]), [])
     layers: list[Any] = list(slots._cache.layers)
-    held = [(layer.keys[:, :8].clone(), layer.values[:, :8].clone()) for layer in layers]
+    held = [(layer.keys[:, :, :8].clone(), layer.values[:, :, :8].clone()) for layer in layers]
     # Row 0 is at the very end, row 1 idle, row 2 padded up to and beyond the capacity.
     slots.forward(None, tokens, np.array([7, 5, 2]), np.array([1, 0, 1]), [0])
     for layer, (keys, values) in zip(layers, held, strict=True):
         for row, until in ((0, 7), (1, 8), (2, 2)):
-            assert torch.equal(layer.keys[row, :until], keys[row, :until])
-            assert torch.equal(layer.values[row, :until], values[row, :until])
-        assert torch.equal(layer.keys[2, 3:8], keys[2, 3:])
+            assert torch.equal(layer.keys[row, :, :until], keys[row, :, :until])
+            assert torch.equal(layer.values[row, :, :until], values[row, :, :until])
+        assert torch.equal(layer.keys[2, :, 3:8], keys[2, :, 3:])
 
 
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(1, 50))
@@ -615,27 +631,28 @@ def test_padded() -> None:
     assert padded(pieces).tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
 
 
-SLIDING = {"use_sliding_window": True, "sliding_window": 8}
-
-
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (Qwen3Config(**SHAPE | SLIDING | {"max_window_layers": 1}), "layer 1 is 'sliding_attention'"),
-        (MistralConfig(**SHAPE | {"sliding_window": 8}), "layer 0 is 'sliding_attention'"),
-        (Gemma2Config(**SHAPE | {"head_dim": 8}), "layer 0 is 'sliding_attention'"),
-        (FalconMambaConfig(**SHAPE), "layer 0 is 'linear_attention'"),
+        (FalconMambaConfig(**SHAPE), "layer 0 is 'linear_attention', which keeps a running state"),
+        (Llama4TextConfig(**SHAPE), "layer 0 is 'chunked_attention', which sees its own chunk of the text only"),
+        (
+            Qwen3Config(**SHAPE | {"layer_types": ["full_attention", "sliding_attention"]}),
+            "layers and no sliding_window",
+        ),
         (GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]), "layer 1 is 'local'"),
+        (Gemma3nTextConfig(**SHAPE | {"num_kv_shared_layers": 1}), "num_kv_shared_layers: 1 layers read the keys of"),
     ],
 )
-def test_models_without_full_attention_are_refused(config: Any, says: str) -> None:
+def test_models_with_other_attention_are_refused_with_the_reason(config: Any, says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
-        check_full_attention(config)
+        check_attention(config)
 
 
-def test_a_window_that_is_not_in_use_is_no_reason(student: PreTrainedModel) -> None:
-    check_full_attention(Qwen3Config(**SHAPE | {"sliding_window": 8, "use_sliding_window": False}))
-    check_full_attention(MistralConfig(**SHAPE | {"sliding_window": None}))
+def test_windows_and_full_attention_are_accepted() -> None:
+    check_attention(Qwen3Config(**SHAPE | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}))
+    check_attention(MistralConfig(**SHAPE | {"sliding_window": 8}))
+    check_attention(MistralConfig(**SHAPE | {"sliding_window": None}))
 
 
 # --- positions that change with the length of the text ---
@@ -762,9 +779,6 @@ def test_other_positions_that_slots_do_not_have_are_refused() -> None:
         self_test(nested("dynamic"), vocab_size=VOCAB)
     with pytest.raises(UnsupportedModelError, match=r"FalconConfig: alibi: .* rotary or learned"):
         self_test(falcon(), vocab_size=VOCAB)
-    with pytest.raises(UnsupportedModelError, match="GptOssForCausalLM has no sdpa attention"):  # attention sinks
-        sinks = GptOssConfig(**SHAPE, head_dim=8, layer_types=FULL, num_local_experts=2, num_experts_per_tok=1)
-        SlotModel(GptOssForCausalLM(sinks), slots=1, capacity=8)
 
 
 @pytest.mark.parametrize("make", [qwen3, llama, gemma, granite])

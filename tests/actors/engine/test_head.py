@@ -189,10 +189,10 @@ def test_torch_is_asked_once_for_a_product_with_a_wide_result(monkeypatch: pytes
         asked.append((a.dtype, b.dtype, tuple(b.shape)))
         return multiply(a.to(out_dtype), b.to(out_dtype))
 
-    head._multiplies_into_float32.cache_clear()
+    head._tried_once.cache_clear()
     try:
         assert not head._multiplies_into_float32(torch.device("cpu"), torch.bfloat16)
-        head._multiplies_into_float32.cache_clear()
+        head._tried_once.cache_clear()
         monkeypatch.setattr(torch, "mm", mm)
         model = make("phi, bias")
         widen_head(model)
@@ -203,7 +203,7 @@ def test_torch_is_asked_once_for_a_product_with_a_wide_result(monkeypatch: pytes
         half = torch.bfloat16
         assert asked == [(half, half, (8, 8)), (half, half, (32, VOCAB)), (half, half, (32, VOCAB))]
     finally:
-        head._multiplies_into_float32.cache_clear()
+        head._tried_once.cache_clear()
 
 
 # --- divergences ---

@@ -35,12 +35,56 @@ def leaf(config: Config, dotted: str) -> Any:
 
 
 def test_everything_but_the_two_models_has_a_default() -> None:
-    config = parse(LEAST)
+    config, with_lora = parse(LEAST), parse(LEAST + "learner: {lora: {}}")
     assert {name for name, default, _ in keys() if default == "required"} == {"student.model", "teacher.model"}
     for name, default, meaning in keys():
         assert meaning.endswith((".", "…", ")")), f"{name} has no meaning"
         if default != "required":
-            assert leaf(config, name) == yaml.safe_load(default), name
+            of = with_lora if name.startswith("learner.lora.") else config
+            assert leaf(of, name) == yaml.safe_load(default), name
+
+
+def test_an_optional_section_is_made_by_setting_one_of_its_keys() -> None:
+    assert parse(LEAST).learner.lora is None
+    for text in (LEAST, LEAST + "learner: {lora: null}"):
+        lora = parse(text, ["learner.lora.alpha=1e1"]).learner.lora
+        assert lora is not None and (lora.rank, lora.alpha, lora.target_modules) == (16, 10.0, "all-linear")
+    assert parse(LEAST, ["learner.lora.rank=8", "learner.lora=null"]).learner.lora is None
+    named = parse(LEAST, ["learner.lora.target_modules=[q_proj, v_proj]"])
+    assert parse(named.to_yaml()) == named
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lora.rank=0", "learner.lora.rank: Input should be greater than or equal to 1"),
+        ("learner.lora.dropout=1", "learner.lora.dropout: Input should be less than 1"),
+        ("learner.lora.r=8", "unknown key 'learner.lora.r'; the nearest known one is 'learner.lora."),
+        ("learner.lora.target_modules=q_proj", "target_modules: expected all-linear, or a list of names of layers"),
+        ("learner.lora.target_modules=[]", "target_modules: expected all-linear, or a list of names of layers"),
+    ],
+)
+def test_what_lora_refuses(override: str, message: str) -> None:
+    assert message in refusal(LEAST, override)
+
+
+def test_dropout_is_refused_where_the_loss_needs_the_student_that_wrote() -> None:
+    text = refusal(LEAST, "learner.lora.dropout=0.1", "loss.mode=reverse_kl_sampled")
+    assert "learner.lora.dropout is 0.1; with loss.mode reverse_kl_sampled only 0 is allowed" in text
+
+
+def test_adapters_are_trained_by_one_process() -> None:
+    text = refusal(LEAST, "learner.lora.rank=8", "learner.nproc_per_node=2")
+    assert "learner.nproc_per_node is 2; with learner.lora only 1 is allowed" in text
+
+
+def test_a_resumed_run_keeps_its_adapters() -> None:
+    before = parse(LEAST, ["learner.lora.rank=8"])
+    for change in ("learner.lora.rank=16", "learner.lora.alpha=8", "learner.lora.target_modules=[q_proj]"):
+        with pytest.raises(ConfigError, match=r"learner\.lora: .* cannot become .* on --resume"):
+            check_resume(before, parse(LEAST, ["learner.lora.rank=8", change]))
+    with pytest.raises(ConfigError, match=r"learner\.lora: .* cannot become None on --resume"):
+        check_resume(before, parse(LEAST))
 
 
 def test_the_papers_values_are_the_defaults() -> None:
@@ -402,7 +446,9 @@ def test_a_resumed_run_may_change_where_and_how_long_it_runs() -> None:
     ],
 )
 def test_a_resumed_run_may_not_change_what_is_on_record(item: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=r"Keys that may change: checkpoints\.every_steps") as caught:
+    with pytest.raises(
+        ConfigError, match=r"Keys that may change: checkpoints\.every_s, checkpoints\.every_steps"
+    ) as caught:
         check_resume(parse(LEAST), parse(LEAST, [item]))
     assert words in str(caught.value)
 
@@ -412,6 +458,8 @@ def test_a_resumed_run_may_not_change_what_is_on_record(item: str, words: str) -
     [
         ("learner.weight_sync_steps=2", "learner.weight_sync_steps is 2; with deterministic only 1 is allowed"),
         ("teacher.device=cuda", "teacher.device is 'cuda'; with deterministic only 'cpu' is allowed"),
+        ("rollout.device=auto", "rollout.device is 'auto'; with deterministic only 'cpu' is allowed"),
+        ("checkpoints.every_s=60", "checkpoints.every_s is 60; with deterministic only null is allowed"),
         (
             "learner.max_generated_tokens=9",
             "learner.max_generated_tokens is 9; with deterministic only null is",
@@ -425,7 +473,9 @@ def test_what_deterministic_does_not_go_with(item: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["rollout.threads", "learner.threads", "learner.micro_batch_tokens"])
+@pytest.mark.parametrize(
+    "key", ["rollout.threads", "learner.threads", "learner.micro_batch_tokens", "learner.nproc_per_node"]
+)
 def test_a_deterministic_run_may_not_change_the_order_of_its_sums(key: str) -> None:
     check_resume(parse(LEAST), parse(LEAST, [f"{key}=3"]))
     before = parse(LEAST, ["deterministic=true"])
@@ -438,10 +488,13 @@ def test_a_deterministic_run_may_not_change_the_order_of_its_sums(key: str) -> N
 
 def test_what_decides_an_order_of_sums_is_not_resumable_where_runs_are_deterministic() -> None:
     assert resumable(deterministic=False) - resumable(deterministic=True) == {
+        "learner.nproc_per_node",
         "rollout.threads",
         "teacher.threads",
         "learner.threads",
         "learner.micro_batch_tokens",
+        "learner.gradient_checkpointing",
+        "learner.compile",
     }
 
 

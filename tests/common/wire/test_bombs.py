@@ -10,13 +10,24 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from samples import make_divergence, make_head, make_score_support, make_support, make_tokens, make_verdict
+from samples import (
+    make_divergence,
+    make_former_support,
+    make_head,
+    make_logprobs,
+    make_score_support,
+    make_support,
+    make_tokens,
+    make_verdict,
+)
 
 from common.config import ConfigError, parse
 from common.pretrained import PACKAGE_ROOT
 from common.wire.messages import (
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
+    FormerSupport,
     MessageError,
     RolloutHead,
     ScoreDivergence,
@@ -24,8 +35,17 @@ from common.wire.messages import (
     Verdict,
 )
 
-KINDS = (RolloutHead, ChunkTokens, ChunkSupport, ScoreDivergence, ScoreSupport, Verdict)
-SAMPLES = (make_head(), make_tokens(), make_support(), make_divergence(), make_score_support(), make_verdict())
+KINDS = (RolloutHead, ChunkTokens, ChunkSupport, ChunkLogprobs, FormerSupport, ScoreDivergence, ScoreSupport, Verdict)
+SAMPLES = (
+    make_head(),
+    make_tokens(),
+    make_support(),
+    make_logprobs(),
+    make_former_support(),
+    make_divergence(),
+    make_score_support(),
+    make_verdict(),
+)
 SIZE = 1 << 20
 LIMIT = 10 << 20
 
@@ -85,7 +105,9 @@ def bombs(kind: type, sample: bytes) -> dict[str, bytes]:
     return made
 
 
-@pytest.mark.parametrize(("kind", "sample"), list(zip(KINDS, SAMPLES, strict=True)), ids=[kind.KIND for kind in KINDS])
+@pytest.mark.parametrize(
+    ("kind", "sample"), list(zip(KINDS, SAMPLES, strict=True)), ids=[kind.__name__ for kind in KINDS]
+)
 def test_a_bomb_is_refused_in_little_memory(kind: type[RolloutHead], sample: RolloutHead) -> None:
     for name, data in bombs(kind, sample.encode()).items():
         tracemalloc.start()

@@ -12,11 +12,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from samples import make_divergence, make_head, make_score_support, make_support, make_tokens, make_verdict
+from samples import (
+    make_divergence,
+    make_former_support,
+    make_head,
+    make_logprobs,
+    make_score_support,
+    make_support,
+    make_tokens,
+    make_verdict,
+    make_wide_support,
+)
 
 from common.wire.messages import (
     ARMS,
     MAX_RECORD_BYTES,
+    ChunkLogprobs,
     ChunkSupport,
     ChunkTokens,
     MessageError,
@@ -24,8 +35,10 @@ from common.wire.messages import (
     ScoreDivergence,
     ScoreSupport,
     Verdict,
+    read_logprobs,
     read_number,
     read_rid,
+    read_support,
     support_digest,
 )
 
@@ -33,6 +46,9 @@ SAMPLES: dict[str, Any] = {
     "head": make_head(),
     "tokens": make_tokens(finish="eos"),
     "support": make_support(),
+    "wide": make_wide_support(3, 2),
+    "student": make_logprobs(),
+    "former": make_former_support(),
     "divergence": make_divergence(),
     "teacher": make_score_support(),
     "verdict": make_verdict(),
@@ -87,12 +103,20 @@ def tokens(draw: Any) -> ChunkTokens:
 @st.composite
 def supports(draw: Any) -> ChunkSupport:
     n, k = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    narrow = arrays(np.int32, (n, k), elements=st.integers(0, 2**16))
     return ChunkSupport(
-        support_ids=draw(int_array((n, k))),
-        support_logprobs=draw(float_array((n, k + 1))),
-        tail_logprobs=draw(maybe(float_array(n))),
+        support_ids=draw(int_array((n, k)) | narrow),
         rollout_logprobs=draw(float_array(n)),
         sampled_logprobs=draw(float_array(n)),
+    )
+
+
+@st.composite
+def logprobs_of_chunks(draw: Any) -> ChunkLogprobs:
+    n, k = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    return ChunkLogprobs(
+        support_logprobs=draw(float_array((n, k + 1))),
+        tail_logprobs=draw(maybe(float_array(n))),
     )
 
 
@@ -136,7 +160,7 @@ def verdicts(draw: Any) -> Verdict:
     )
 
 
-records = st.one_of(heads(), tokens(), supports(), scores(), score_supports(), verdicts())
+records = st.one_of(heads(), tokens(), supports(), logprobs_of_chunks(), scores(), score_supports(), verdicts())
 
 
 @given(records)
@@ -178,7 +202,7 @@ def test_every_truncation_is_refused(kind: str) -> None:
 def test_another_kind_or_number_of_fields_is_refused(kind: str) -> None:
     record = SAMPLES[kind]
     values = msgpack.unpackb(record.encode())
-    for other in [*(set(KINDS) - {kind}), "", None, 1, [kind], kind.encode()]:
+    for other in [*(set(KINDS) - {record.KIND}), "", None, 1, [kind], kind.encode()]:
         with pytest.raises(MessageError, match="another kind"):
             type(record).decode(msgpack.packb([other, *values[1:]]))
     for changed in (values[:-1], [*values, None]):
@@ -243,13 +267,19 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("tokens", {"tokens": array([], np.int32)}),
     ("support", {"support_ids": array([1, 2, 3], np.int32)}),
     ("support", {"support_ids": array(np.full((3, 2), -1), np.int32)}),
-    ("support", {"support_ids": array(np.zeros((3, 3)), np.int32)}),
-    ("support", {"support_logprobs": array(np.full((3, 3), np.nan))}),
-    ("support", {"support_logprobs": array(np.full((3, 3), -np.inf))}),
-    ("support", {"support_logprobs": array(np.full((3, 3), 0.01))}),
-    ("support", {"support_logprobs": np.full((3, 3), -1e300)}),
-    ("support", {"tail_logprobs": array([-1, -1])}),
-    ("support", {"tail_logprobs": array([-1, -1, 0.5])}),
+    ("support", {"support_ids": array(np.zeros((2, 2)), np.int32)}),
+    ("support", {"support_ids": array(np.zeros((3, 2)), np.uint16)}),
+    ("student", {"support_logprobs": array([-1, -1, -1])}),
+    ("student", {"support_logprobs": array(np.full((3, 3), np.nan))}),
+    ("student", {"support_logprobs": array(np.full((3, 3), -np.inf))}),
+    ("student", {"support_logprobs": array(np.full((3, 3), 0.01))}),
+    ("student", {"support_logprobs": np.full((3, 3), -1e300)}),
+    ("student", {"tail_logprobs": array([-1, -1])}),
+    ("student", {"tail_logprobs": array([-1, -1, 0.5])}),
+    ("former", {"support_ids": array(np.zeros((3, 3)), np.int32)}),
+    ("former", {"support_logprobs": array(np.full((3, 3), np.nan))}),
+    ("former", {"tail_logprobs": array([-1, -1])}),
+    ("former", {"rollout_logprobs": array([-1, -1])}),
     ("support", {"rollout_logprobs": array([-1, -1, np.nan])}),
     ("support", {"sampled_logprobs": array([-1, -1])}),
     ("divergence", {"seq": -1}),
@@ -320,7 +350,7 @@ nested = st.recursive(
 @settings(max_examples=200, deadline=None)
 def test_any_msgpack_raises_message_error_only(kind: str, values: list[Any]) -> None:
     count = len(fields(SAMPLES[kind]))
-    data = msgpack.packb([kind, *(values * count)[:count]])
+    data = msgpack.packb([SAMPLES[kind].KIND, *(values * count)[:count]])
     with pytest.raises(MessageError):
         type(SAMPLES[kind]).decode(data)
 
@@ -346,10 +376,44 @@ def test_a_record_above_the_limit_is_refused_unread() -> None:
             Verdict.decode(odd)  # type: ignore[arg-type]
 
 
-def test_the_digest_of_a_support_is_16_bytes_of_blake2b() -> None:
-    data = make_support().encode()
-    assert support_digest(data) == hashlib.blake2b(data, digest_size=16).digest()
-    assert make_tokens().digest == support_digest(data)
+def test_the_digest_of_a_support_and_its_log_probabilities_is_16_bytes_of_blake2b() -> None:
+    support, student = make_support().encode(), make_logprobs().encode()
+    assert support_digest(support, student) == hashlib.blake2b(support + student, digest_size=16).digest()
+    assert make_tokens().digest == support_digest(support, student)
+
+
+@pytest.mark.parametrize(("highest", "bytes_an_id"), [(0, 2), (2**16 - 1, 2), (2**16, 4), (2**31 - 1, 4)])
+def test_ids_take_16_bits_where_all_of_them_fit(highest: int, bytes_an_id: int) -> None:
+    ids_ = np.array([[0, 1, highest], [2, 3, 4]], np.int32)
+    support = replace(make_support(2), support_ids=ids_)
+    data = support.encode()
+    stored = msgpack.unpackb(data)[1]
+    assert (stored[1], len(stored[2])) == ([2, 3], bytes_an_id * 6)
+    back = ChunkSupport.decode(data)
+    assert back.support_ids.dtype == np.int32
+    assert np.array_equal(back.support_ids, ids_)
+
+
+def test_ids_are_not_read_from_32_bits_where_16_hold_them() -> None:
+    """One record has one encoding: a digest names it."""
+    values = msgpack.unpackb(make_support(3, 2).encode())
+    values[1] = ["i", [3, 2], np.arange(6, dtype="<i4").tobytes()]
+    with pytest.raises(MessageError, match="16 hold them"):
+        ChunkSupport.decode(msgpack.packb(values))
+
+
+def test_what_a_former_version_stored_is_read_as_what_this_one_stores() -> None:
+    former = make_former_support().encode()
+    assert read_support(former).encode() == make_support().encode()
+    assert read_logprobs(b"", former).encode() == make_logprobs().encode()
+    new = make_support().encode(), make_logprobs().encode()
+    assert read_support(new[0]).encode() == new[0]
+    assert read_logprobs(new[1], new[0]).encode() == new[1]
+    for broken in (b"", former[:-1], new[0][:-1], b"\x96"):
+        with pytest.raises(MessageError):
+            read_support(broken)
+        with pytest.raises(MessageError):
+            read_logprobs(b"", broken)
 
 
 @pytest.mark.parametrize("value", [b"0", b"7", b"9007199254740991", b"007"])

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from common.wire import record, scripts
@@ -45,8 +46,20 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
         {1: "how many signals it is done with"},
     ),
     "book": (scripts.book("rid", "ledger field", [b"rollout's pending entries"]), None, {}),
+    "calibrate": (
+        scripts.calibrate(1, 2, 0.25, [0.5], place=0),
+        None,
+        {
+            1: "number of this call",
+            2: "buffer size",
+            "0.25": "threshold from now on",
+            "0.5": "window minima for the buffer",
+        },
+    ),
     "chunk": (
-        scripts.chunk("rid", "nonce", 1, b"encoded tokens", b"encoded support", 2, 3, "finish"),
+        scripts.chunk(
+            "rid", "nonce", 1, b"encoded tokens", b"encoded support", b"encoded log-probabilities", 2, 3, "finish"
+        ),
         scripts.ChunkAnswer,
         {1: "seq", 2: "shard", 3: "tokens in all"},
     ),
@@ -62,6 +75,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "gone": (scripts.gone("name", "role", ["streams that it read as one of the role's group"]), None, {}),
     "lease": (scripts.lease("role", "token", 1, "take"), scripts.Leased, {1: "ms", "take": "mode"}),
+    "look": (scripts.look(2, [("rid", 1)]), None, {2: "most chunks of each", 1: "first chunk"}),
     "publish": (scripts.publish(1, 2, "file", "sha256"), scripts.Published, {1: "version", 2: "step"}),
     "refused": (scripts.refused(1), None, {1: "version of the weights that it could not take"}),
     "release": (scripts.release("consumer", RELEASED), None, {}),
@@ -165,6 +179,14 @@ def test_words_are_those_of_the_header(name: str) -> None:
         ("fail", [b"again", 2], scripts.Failure(scripts.Failed.AGAIN, 2)),
         ("fail", [b"dead"], scripts.Failure(scripts.Failed.DEAD)),
         ("lease", [b"held"], scripts.Leased.HELD),
+        (
+            "look",
+            [b"ok", msgpack.packb([[b"h", False, b"0.5", False, b"2", b"9", b"t", b"d"], [False] * 6])],
+            [
+                scripts.Look(b"h", False, b"0.5", None, b"2", b"9", [b"t", b"d"]),
+                scripts.Look(None, False, None, None, None, None, []),
+            ],
+        ),
         ("publish", [b"ok"], scripts.Publication(scripts.Published.OK, 1)),
         ("publish", [b"old", 7], scripts.Publication(scripts.Published.OLD, 7)),
         ("score", [b"duplicate"], scripts.ScoreAnswer.DUPLICATE),
@@ -198,7 +220,7 @@ def test_a_heartbeat_is_read() -> None:
 
 def test_a_holder_that_has_lost_its_lease_is_told_so_whatever_it_called() -> None:
     fenced = [call for call, _, _ in CASES.values() if isinstance(call, Fenced)]
-    assert len(fenced) == 9
+    assert len(fenced) == 10
     assert all(call.by("learner", "x").read([b"lost"]) is None for call in fenced)
     assert scripts.advance("step", 3).by("learner", "x").args == ("learner", "x", "step", 3)
     assert scripts.settle([]).by("learner", "x").args == ("x",)
@@ -211,8 +233,8 @@ def test_a_word_that_no_header_names_is_an_error(name: str) -> None:
 
 
 def test_what_is_left_out_goes_as_an_empty_argument() -> None:
-    assert scripts.chunk("r", "n", 0, b"t", b"s", 0, 3, None).args[-1] == ""
-    assert scripts.again("1-1", "r", None).args == ("1-1", "r", "")
+    assert scripts.chunk("r", "n", 0, b"t", b"p", b"s", 0, 3, None).args[-1] == ""
+    assert scripts.again("1-1", "r", None).args == (b"1-1", "r", "")
     assert scripts.admit("r", b"h", 1).args == ("r", b"h", 1, b"")
     assert scripts.verdict("r", b"", 0, False, None, 4, None, []).args == ("r", b"", 0, 0, "", 4, "inactive")
 
@@ -220,10 +242,15 @@ def test_what_is_left_out_goes_as_an_empty_argument() -> None:
 def test_fields_of_a_chunk_are_those_that_the_scripts_write() -> None:
     text = "".join(path.read_text() for path in LUA.glob("*.lua"))
     named = {f"{kind}:" for kind in re.findall(r"'([a-z]):' \.\. seq", text)}
-    functions = (record.tokens_field, record.support_field, record.divergence_field, record.scores_field)
+    kinds = (record.TOKENS, record.SUPPORT, record.LOGPROBS, record.DIVERGENCE, record.SCORES)
+    functions = (
+        record.tokens_field,
+        record.support_field,
+        record.logprobs_field,
+        record.divergence_field,
+        record.scores_field,
+    )
     assert {field(7) for field in functions} == {f"{kind}7" for kind in named}
-    assert [record.part_of(field(7).encode()) for field in functions] == [
-        (kind, 7) for kind in (record.TOKENS, record.SUPPORT, record.DIVERGENCE, record.SCORES)
-    ]
+    assert [record.part_of(field(7).encode()) for field in functions] == [(kind, 7) for kind in kinds]
     assert [record.part_of(name) for name in (b"head", b"t:", b"t:x", b"xt:7", b"t:1234567890")] == [None] * 5
     assert [record.holds_tokens(name) for name in (b"t:7", b"t:x", b"d:7", b"threshold")] == [True, True, False, False]

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from samples import Run, fenced, make_head, make_score_support, make_verdict, script
+from samples import Run, fenced, make_head, make_logprobs, make_score_support, make_verdict, script
 
+from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
 from common.wire.plane import Plane, RunGone, create_run, current_run
+from common.wire.scripts import Look
 from ops.reach.embedded import EmbeddedRedis
 
 
@@ -52,6 +54,37 @@ def test_a_run_that_is_trained_admits_nothing(run: Run) -> None:
     run.lease("learner").advance("state", "trained")
     assert run.admit("r1") == b"ended"
     assert run.plane.rollout("r1") == {}
+
+
+# --- look ---
+
+
+def looked(run: Run, *asked: tuple[str, int]) -> list[Look]:
+    return run.plane.call(scripts.look(2, asked))
+
+
+def test_a_look_reads_scored_chunks_in_turn_up_to_the_first_that_is_not_scored(run: Run) -> None:
+    for rid in ("r1", "r2"):
+        run.admit(rid)
+    run.take("w1", "n1")
+    for seq in range(4):
+        run.chunk("r1", "n1", seq=seq, start=3 * seq, tokens=(seq, 2, 3))
+        if seq != 3:
+            run.score("r1", seq=seq)
+    stored = {name: run.field("r1", name) for name in ("head", "t:0", "d:0", "t:1", "d:1", "t:2", "d:2")}
+    first, unwritten = looked(run, ("r1", 0), ("r2", 0))
+    assert first.scored == [stored["t:0"], stored["d:0"], stored["t:1"], stored["d:1"]]  # two, as asked
+    assert (first.head, first.judged, first.threshold, first.finish) == (stored["head"], False, b"inactive", None)
+    assert (first.chunks, first.length) == (b"4", b"12")
+    assert (unwritten.head, unwritten.threshold, unwritten.scored) == (run.field("r2", "head"), None, [])
+    [further] = looked(run, ("r1", 2))
+    assert (further.head, further.scored) == (True, [stored["t:2"], stored["d:2"]])
+
+
+def test_a_look_says_what_has_a_verdict_and_what_is_gone(run: Run) -> None:
+    run.judged("r1")
+    over, gone = looked(run, ("r1", 0), ("r7", 0))
+    assert (over.judged, gone.judged, gone.head) == (True, False, None)
 
 
 # --- take ---
@@ -405,7 +438,9 @@ def test_the_first_score_wins_and_a_second_sends_no_notice(run: Run) -> None:
     run.admit("r1")
     run.take()
     run.chunk()
+    assert run.field("r1", "s:0") == make_logprobs(3).encode()
     assert run.score(values=(0.5, 0.25, 0.0)) == b"ok"
+    assert run.field("r1", "s:0") is None, "the divergence is computed, and nothing else needs it"
     first = run.field("r1", "d:0")
     assert run.score(values=(0.5, 0.25, 0.125)) == b"duplicate"
     assert run.field("r1", "d:0") == first
@@ -876,6 +911,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "claim": ("chunks:0", "t", 0, 1),
         "attempt": ("r1", "teacher", "begin"),
         "score": (0, "1-1", "r1", 0, b"", b""),
+        "look": (4, "r1", 0),
         "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive"),
         "settle": ("t",),
         "book": ("t", "r1", ""),
@@ -891,6 +927,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "gone": ("w", "teacher", "chunks:0"),
         "sweep": (1000, "prompts", "rollout"),
         "refused": (7,),
+        "calibrate": ("t", 1, 1, "inactive"),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))

@@ -774,7 +774,7 @@ def book(run: Run, rid: str, ending: str, reason: str = "") -> None:
 
 
 def left(run: Run, allowed: Allowed | None = None) -> list[tuple[str, str]]:
-    found = check_redis(run.client, run.plane.run_key, run.config.run_dir, allowed)
+    found = check_redis([run.client], run.plane.run_key, run.config.run_dir, allowed)
     return [(violation.statement, violation.rid) for violation in found]
 
 

@@ -24,7 +24,7 @@ from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
 from ops.chaos.cluster import Cluster, RunEnded, Stage
-from ops.chaos.faults import KINDS, Kind, Scene
+from ops.chaos.faults import KINDS, Kind, Scene, kinds_for
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
 from ops.chaos.recovery import moved
@@ -77,14 +77,22 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {f"net-{what}" for what in ("delay", "duplicate", "swap", "cut")}
     wanted |= {f"malformed-{stream}" for stream in ("prompts", "chunks", "scores", "trajectories", "finished")}
     wanted |= {f"poison-{what}" for what in ("rollout", "write", "score", "step")}
-    wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift"}
+    wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift", "nursery-kill", "kill-rank"}
+    several = {"data-server-kill", "data-server-lose"}
+    wanted |= several
     assert set(KINDS) == wanted
+    assert set(KINDS) - set(kinds_for(1, ranks=2)) == several
+    assert set(kinds_for(1, ranks=2)) - set(kinds_for(1, ranks=1)) == {"kill-rank"}
+    assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(3, ranks=1)) < set(KINDS)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (("--kinds", "kill-rolout"), "unknown kind 'kill-rolout'; known: kill-rollout"),
+        (("--kinds", "kill-rank"), "kill-rank needs learner.nproc_per_node 2 or more, found 1"),
+        (("--kinds", "data-server-kill"), "data-server-kill needs --servers 2 or more, found --servers 1"),
+        (("--servers", "3", "--kinds", "redis-lose"), "redis-lose needs --servers 1, found --servers 3"),
         (("--set", "redis.url=redis://localhost:1/0"), "leave it unset"),
         (("--set", "checkpoints.keep=2"), "checkpoints.keep"),
     ],

@@ -54,13 +54,14 @@ for alone in (False, True):
 STEP = """
 from types import SimpleNamespace
 import torch
-from learner import train
+from learner import gradients
+from learner.head import WholeHead
 class Model:
     def forward(self, input_ids): ...
     def __call__(self, **_): return SimpleNamespace(logits=torch.zeros(2, 3))
 for rids in (("r1", "r3"), ("r1", "r2")):
     micro = SimpleNamespace(rids=rids, input_ids=None, logit_mask=None)
-    print(bool(train.kept_logits(Model(), micro).isfinite().all()))
+    print(bool(gradients.kept_rows(Model(), WholeHead(), micro).isfinite().all()))
 """
 
 

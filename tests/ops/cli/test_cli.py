@@ -185,7 +185,10 @@ def test_tokenizers_that_differ_are_refused_with_the_first_id(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer 1 is 'sliding_attention'"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layer 1 is 'linear_attention', which keeps a running",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' changes with the length"),
         (None, "no *.safetensors"),
     ],
@@ -394,13 +397,13 @@ def test_check_checks_the_memory_of_the_redis_in_the_config(
     try:
         assert main(["check", DEMO, *url]) == 0
         capsys.readouterr()
-        client.config_set("maxmemory", 20 << 20)
+        client.config_set("maxmemory", 18 << 20)
         told = refused(capsys, "check", DEMO, *url, "--set", "learner.batch_size=512")
-        assert f"maxmemory of {embedded_redis.url}: 20 MB, and a run of this config needs at least 36 MB" in told
+        assert f"maxmemory of {embedded_redis.url}: 18 MB, and a run of this config needs at least 30 MB" in told
         assert main(["check", DEMO, *url]) == 0
         told = capsys.readouterr().out
         assert f"warning    maxmemory of {embedded_redis.url}: up to" in told
-        assert "above 75 % of 20 MB: the run will wait for memory" in told and "Raise it to 24 MB" in told
+        assert "above 75 % of 18 MB: the run will wait for memory" in told and "Raise it to 20 MB" in told
         client.config_set("maxmemory", 0)
         assert main(["check", DEMO, *url]) == 0
         assert "is not set: when the machine is full the server is killed" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_all_come_to_the_same_run_by_the_config_that_it_has(own_redis: EmbeddedR
         outlook.close()
     with opened(given, ELSEWHERE) as acted_on:
         pass
-    joined = roles._join("arbiter", given, run.client, stop)
+    joined = roles._join("arbiter", given, [run.client], stop)
     for config, plane in ((seen.config, seen.plane), (acted_on.config, acted_on.plane), joined):
         assert plane.run_key == run.plane.run_key
         assert plane.shards == config.redis.shards == 4

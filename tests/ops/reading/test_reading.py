@@ -13,7 +13,7 @@ import pytest
 from data_sets import put_rows, put_tiny_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import Run, make_config, make_divergence, make_support, make_tokens, make_verdict, script
+from samples import Run, make_config, make_divergence, make_logprobs, make_support, make_tokens, make_verdict, script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -200,7 +200,9 @@ def test_one_that_was_handed_on_names_the_last_writer_alone(run: Run) -> None:
     run.take("w2", "n2", idle_ms=1)
     later = make_tokens(seq=1, start=3, writer="n2").encode()
     shard = run.plane.shard_of("r1")
-    stored = run.plane.call(script("chunk", "r1", "n2", 1, later, make_support().encode(), shard, 6, ""))
+    stored = run.plane.call(
+        script("chunk", "r1", "n2", 1, later, make_support().encode(), make_logprobs().encode(), shard, 6, "")
+    )
     assert stored[0] == b"ok"
     first, second = reading_from_hash(hash_of(run), spelled).chunks
     assert (first.writer, first.worker) == ("n1", "")

@@ -41,7 +41,7 @@ def test_check_leaves_a_missing_device_unchecked_and_a_run_refuses_it() -> None:
     assert found.problems == []
     assert [line.partition(":")[0] for line in found.unchecked] == ["learner.device"]
     with pytest.raises(ConfigError, match=r"^learner\.device"):
-        run_locally(config, resume=False, fresh=False)
+        run_locally(config, None, resume=False, fresh=False)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,28 @@ def test_each_version_has_one_line_that_the_report_reads(config: Config) -> None
     assert [one.step for one in read_run(config.run_dir).evaluations] == [1]
 
 
+@pytest.mark.slow
+def test_nothing_is_evaluated_before_the_first_step(config: Config) -> None:
+    note = config.run_dir / "eval" / "v00000000.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps({"version": 0, "step": 0, "tokens_trained": 0, "sha256": "0"}))
+    stop, asked = threading.Event(), 0
+
+    def begun() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            stop.set()
+        return False
+
+    follow(config, stop, lambda: False, begun)
+    assert asked == 3 and note.exists()
+    follow(
+        config, threading.Event(), lambda: True, begun
+    )  # a run that has ended without a step is evaluated all the same
+    assert asked == 3 and not note.exists()
+
+
 def test_a_data_set_without_benchmarks_cannot_be_evaluated(config: Config) -> None:
     bare = config.model_copy(update={"eval": config.eval.model_copy(update={"data": {}})})
     with pytest.raises(ConfigError, match=r"eval.data: names no benchmark"):

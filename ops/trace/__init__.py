@@ -1,0 +1,1 @@
+"""`katana trace`: what each process of a run did when."""
