@@ -40,7 +40,8 @@ from common.failing import brief, out_of_memory
 from common.files import write_json
 from common.pretrained import ModelFacts, Pair
 from learner.batch import Trajectory
-from ops.bench.learner import measure_steps, peak_mb
+from ops.bench.learner import measure_steps
+from ops.bench.resident import peak_mb
 from ops.bench.score import score_speed
 from ops.bench.speed import decode_speed, full_decoder, machine, one_run, spread, written_per_s
 from ops.cli.arguments import positive

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,9 @@ from actors.engine.models import load_model
 from common.config import Config
 from learner.batch import Trajectory
 from ops.bench.learner import measure_steps
+from ops.bench.resident import forget_peak, peak_mb
 
 VOCAB, SUPPORT, LENGTH = 8_000, 16, 128
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def write(model: Any, case: dict[str, Any]) -> None:
@@ -109,16 +108,9 @@ def growth(work: Callable[[], None]) -> int:
     """Bytes by which resident memory grew at most while `work` ran."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    _RESET.write_text("5")
-    before = _kilobytes("VmRSS")
+    before = forget_peak("cpu")
     work()
-    return 1024 * (_kilobytes("VmHWM") - before)
-
-
-def _kilobytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
+    return int((peak_mb("cpu") - before) * (1 << 20))
 
 
 if __name__ == "__main__":

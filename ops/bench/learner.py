@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from learner.drift import repetition
 from learner.intake import Received
 from learner.train import Learner
 from ops.bench.recorded import RecordedRollout, record
+from ops.bench.resident import peak_mb
 from ops.bench.speed import machine, spread
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.run import with_redis
@@ -139,10 +139,3 @@ def _measure(config: Config, trajectories: list[Trajectory], repeats: int) -> li
 def _wait(config: Config) -> None:
     if config.learner.device.startswith("cuda"):
         torch.cuda.synchronize(config.learner.device)
-
-
-def peak_mb(device: str) -> float:
-    """The most memory so far, in MB: of the process (CPU), or allocated on the device (CUDA)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / (1 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -6,13 +6,11 @@ Each measurement is a process of its own, so that its most memory is its own. Mo
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,7 @@ from learner.batch import MicroBatch
 from learner.head import LinearHead, UncastHead
 from learner.loss import LOG_FLOOR, StudentOutcomes, diagnostics, token_losses
 from learner.pieces import PIECE_ROWS, backward_in_pieces
-from ops.bench.learner import peak_mb
+from ops.bench.resident import forget_peak, peak_mb
 from ops.bench.speed import machine, spread
 
 _STOPS, _SUPPORT = (3, 7), 64
@@ -234,26 +232,9 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 def _most_memory(work: Callable[[], object], device: str) -> tuple[float, float]:
     """MB above what is in use before, and seconds."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / (1 << 20)
-    else:
-        before = _forget_peak()
+    before = forget_peak(device)
     seconds = _seconds(work, device)
     return max(0.0, peak_mb(device) - before), seconds
-
-
-def _forget_peak() -> float:
-    """Let the process's most memory so far be what it has now, which is returned, in MB.
-
-    Elsewhere than on Linux it is the most so far: what was freed before is then not counted again.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        found = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return peak_mb("cpu")
-    return int(found[1]) / 1024 if found else peak_mb("cpu")
 
 
 def _main(what: str, shape: str, repeats: str) -> None:
