@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -259,5 +260,31 @@ def follow_torchrun() -> int:
 def _meet_by_torchrun() -> tuple[Any, int, int]:
     from torch.distributed.rendezvous import rendezvous
 
-    met: tuple[Any, int, int] = next(rendezvous("env://", timeout=timedelta(seconds=_MEET_S)))
-    return met
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=_MEET_S)))
+    return unused_part(store, rank, size), rank, size
+
+
+def unused_part(store: Any, rank: int, size: int) -> Any:
+    """A part of a store which nobody but these processes has written to: torchrun keeps its store when it starts the
+    ranks anew, with the addresses of those that died. All ranks call this. Raises torch's DistError if one does not.
+
+    The others say hello by names of their own, which no rank 0 before has answered; rank 0 answers until all heard.
+    """
+    from torch.distributed import DistStoreError, PrefixStore  # type: ignore[attr-defined]
+
+    hello, answer, heard = "katana/hello/{}", "katana/answer/{}", "katana/heard/{}"
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(hello.format(rank), own)
+        meeting = store.get(answer.format(own)).decode()
+        store.add(heard.format(meeting), 1)
+        return PrefixStore(f"katana/{meeting}", store)
+    deadline = time.monotonic() + _MEET_S
+    while store.add(heard.format(own), 0) < size - 1:
+        if time.monotonic() > deadline:
+            raise DistStoreError(f"the {size} ranks of the learner have not met within {_MEET_S:.0f} s")
+        for other in range(1, size):
+            if store.check([hello.format(other)]):
+                store.set(answer.format(store.get(hello.format(other)).decode()), own)
+        time.sleep(0.05)
+    return PrefixStore(f"katana/{own}", store)

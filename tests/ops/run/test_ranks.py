@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
+from torch.distributed import DistStoreError, HashStore
 
 from common.config import ConfigError, load
 from common.pretrained import PACKAGE_ROOT
 from ops.run import ranks
 from ops.run.check import check
 from ops.run.devices import devices_of
-from ops.run.ranks import Others, rank_of_torchrun, ranks_beside
+from ops.run.ranks import Others, rank_of_torchrun, ranks_beside, unused_part
 
 DEMO = PACKAGE_ROOT / "ops" / "experiments" / "demo.yaml"
 EXACT = ("deterministic=true", "learner.weight_sync_steps=1")
@@ -62,3 +66,25 @@ def test_a_rank_is_told_by_torchruns_variables(monkeypatch: pytest.MonkeyPatch) 
     assert rank_of_torchrun() == 1
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert rank_of_torchrun() is None
+
+
+def test_ranks_that_torchrun_starts_anew_read_nothing_of_those_before_them() -> None:
+    """torchrun keeps one store over its restarts: ranks that read the addresses of dead ones there do not meet."""
+    store = HashStore()
+    for start in range(3):
+        store.set("katana/hello/2", "dead")  # of a rank that died before the others came
+        with ThreadPoolExecutor(3) as ranks_at_once:
+            parts = list(ranks_at_once.map(lambda rank: unused_part(store, rank, 3), range(3)))
+        assert not parts[0].check(["address"])
+        parts[1].set("address", str(start))
+        assert [part.get("address") for part in parts] == [str(start).encode()] * 3
+
+
+def test_a_rank_that_does_not_come_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_MEET_S", 0.2)
+    store = HashStore()
+    with pytest.raises(DistStoreError, match=r"the 2 ranks of the learner have not met within 0 s"):
+        unused_part(store, 0, 2)
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(DistStoreError):
+        unused_part(store, 1, 2)
