@@ -57,6 +57,10 @@ CASES: list[dict[str, Any]] = [
     {"role": "scorer", "dtype": "float32", "slots": 8, "prefill": 512},
     {"role": "scorer", "dtype": "bfloat16", "slots": 4, "prefill": 512},
     {"role": "learner", "settings": {"dtype": "float32", "micro_batch_tokens": 512}},
+    {"role": "learner", "settings": {"dtype": "bfloat16", "micro_batch_tokens": 512}},
+    {"role": "learner", "settings": {"dtype": "float32", "micro_batch_tokens": 512, "gradient_checkpointing": True}},
+    {"role": "learner", "settings": {"dtype": "float32", "micro_batch_tokens": 512, "lora": {"rank": 8}}},
+    {"role": "learner", "settings": {"dtype": "bfloat16", "micro_batch_tokens": 512, "lora": {"rank": 8}}},
 ]
 
 
