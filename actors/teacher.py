@@ -448,8 +448,14 @@ def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
     divergence = coarse_reverse_kl(
         one.logprobs.support_logprobs, scored.teacher_logprobs, one.logprobs.tail_logprobs, scored.tail_logprobs
     )
+    # The divergence, on which verdicts depend, is on the student's support; the record is for the loss.
+    own = scored.own
     support = ScoreSupport(
-        teacher_logprobs=scored.teacher_logprobs, tail_logprobs=scored.tail_logprobs, sampled_logprobs=scored.sampled
+        teacher_logprobs=scored.teacher_logprobs,
+        tail_logprobs=own.tail_logprobs if own else scored.tail_logprobs,
+        sampled_logprobs=scored.sampled,
+        own_ids=own.ids if own else None,
+        own_logprobs=own.logprobs if own else None,
     )
     return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
 

@@ -35,15 +35,16 @@ def growth_bytes(config: Config, length: int) -> int:
 
     A token has, for K outcomes and STOP: ids 4 K (half of that if 16 bits hold them), log-probabilities 4 (K + 1), six
     more numbers of 4 bytes, and two in each copy of the verdict, in its record and on the way to the books. The
-    log-probabilities are the student's until the teacher's take their place. Tokens that the teacher has not scored yet
-    count as not written.
+    log-probabilities are the student's until the teacher's take their place; the teacher's own K' outcomes come with
+    them. Tokens that the teacher has not scored yet count as not written.
     """
     rollout = config.rollout
     scored = max(0, length - rollout.max_unscored_chunks * rollout.chunk_tokens)
     left = max(0, rollout.max_completion_length - scored)
     # New weights close every open chunk: at most as often as a trajectory's allowed staleness.
     chunks = -(-left // rollout.chunk_tokens) + config.learner.max_staleness + 1
-    written = (8 * config.termination.teacher_top_k + 28) * left + 16 * rollout.max_completion_length
+    outcomes = config.termination.teacher_top_k + rollout.teacher_support
+    written = (8 * outcomes + 28) * left + 16 * rollout.max_completion_length
     return int(_ROUNDED_UP * written) + chunks * _CHUNK_BYTES + 4 * config.data.max_prompt_length + _RECORD_BYTES
 
 

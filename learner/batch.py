@@ -38,7 +38,7 @@ class Trajectory:
     rid: the rollout's id; arm: "treated" or "control".
     prompt: int32 [m], m >= 1.
     tokens: int32 [n], n >= 1, the kept tokens only.
-    support_ids: int32 [n, K], the outcomes of the support besides STOP.
+    support_ids: int32 [n, K], the outcomes of the support besides STOP: the student's, then those the teacher added.
     teacher_logprobs: float32 [n, K+1] nats; column 0 is STOP, column k+1 belongs to support_ids[:, k].
     teacher_tail: float32 [n] nats; None if support and STOP are all outcomes.
     teacher_sampled: float32 [n] nats, the teacher's log-probability of the sampled outcome (STOP's for a

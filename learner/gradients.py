@@ -40,7 +40,7 @@ def add_gradients(
     """
 
     def losses(student: StudentOutcomes, micro: MicroBatch) -> Tensor:
-        return token_losses(config.loss.mode, student, micro, ratio_clip=config.loss.ratio_clip)
+        return token_losses(config.loss, student, micro)
 
     loss, parts = 0.0, []
     for micro in micros:
@@ -49,7 +49,13 @@ def add_gradients(
             tracing.note(rows=len(micro.rids), tokens=micro.kept_tokens)
             rows = rows_of_one(micro)
             part, student = backward_in_pieces(
-                head, rows, micro, losses, stop_ids=pair.stop_ids, vocab_size=pair.vocab_size
+                head,
+                rows,
+                micro,
+                losses,
+                stop_ids=pair.stop_ids,
+                vocab_size=pair.vocab_size,
+                students=config.termination.teacher_top_k,
             )
             loss += float(part)
             if micro.rids:

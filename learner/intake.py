@@ -19,6 +19,8 @@ from common.wire.lease import Lease
 from common.wire.messages import (
     ChunkSupport,
     ChunkTokens,
+    Floats,
+    Ints,
     MessageError,
     RolloutHead,
     ScoreSupport,
@@ -197,8 +199,10 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
     tails = [teacher.tail_logprobs for teacher in teachers]
     if len({tail is None for tail in tails}) > 1:
         raise MessageError("some chunks have a tail and some have none")
+    if len({teacher.own_ids is None for teacher in teachers}) > 1:
+        raise MessageError("some chunks have outcomes of the teacher's own and some have none")
     try:
-        ids = np.concatenate([support.support_ids for support in supports])[:keep]
+        ids = np.concatenate([_ids(*pair) for pair in zip(supports, teachers, strict=True)])[:keep]
         tokens = np.concatenate([chunk.tokens for chunk in chunks])[:keep]
         if max(tokens.max(), ids.max(initial=0), head.prompt.max()) >= vocab_size:
             raise MessageError(f"a token id is outside the vocabulary of {vocab_size}")
@@ -208,7 +212,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             prompt=head.prompt,
             tokens=tokens,
             support_ids=ids,
-            teacher_logprobs=np.concatenate([teacher.teacher_logprobs for teacher in teachers])[:keep],
+            teacher_logprobs=np.concatenate([_logprobs(teacher) for teacher in teachers])[:keep],
             teacher_tail=(
                 None if tails[0] is None else np.concatenate([tail for tail in tails if tail is not None])[:keep]
             ),
@@ -225,3 +229,17 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
         )
     except ValueError as error:
         raise MessageError(str(error)) from error
+
+
+def _ids(support: ChunkSupport, teacher: ScoreSupport) -> Ints:
+    """The support of the loss in a chunk: the student's outcomes, then those that the teacher added."""
+    if teacher.own_ids is None:
+        return support.support_ids
+    return np.concatenate([support.support_ids, teacher.own_ids], axis=1)
+
+
+def _logprobs(teacher: ScoreSupport) -> Floats:
+    """The teacher's log-probabilities of STOP and of `_ids`."""
+    if teacher.own_logprobs is None:
+        return teacher.teacher_logprobs
+    return np.concatenate([teacher.teacher_logprobs, teacher.own_logprobs], axis=1)

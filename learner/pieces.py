@@ -19,8 +19,9 @@ from torch import Tensor
 
 from common.footprint import LEARNER_PIECE_ROWS
 from learner.batch import MicroBatch
+from learner.divergences import LOG_FLOOR
 from learner.head import OutputHead
-from learner.loss import LOG_FLOOR, StudentOutcomes
+from learner.loss import StudentOutcomes
 
 PIECE_ROWS = LEARNER_PIECE_ROWS
 
@@ -29,12 +30,20 @@ Losses = Callable[[StudentOutcomes, MicroBatch], Tensor]
 
 
 def backward_in_pieces(
-    head: OutputHead, rows: Tensor, micro_batch: MicroBatch, losses: Losses, *, stop_ids: Sequence[int], vocab_size: int
+    head: OutputHead,
+    rows: Tensor,
+    micro_batch: MicroBatch,
+    losses: Losses,
+    *,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    students: int | None = None,
 ) -> tuple[Tensor, StudentOutcomes]:
     """Add the gradients of sum(weights * losses) over a micro-batch; returns that sum, and the student's outcomes [N].
 
     rows: [N, H] from `head.kept_rows`, with its graph. Logits, their reduction and their gradients are float32 (float64
-    for a model in float64). Raises ValueError if `stop_ids` is empty, has duplicates or ids outside the vocabulary.
+    for a model in float64). students: how many ids of the support, the first ones, are the student's own; None: all.
+    Raises ValueError if `stop_ids` is empty, has duplicates or ids outside the vocabulary.
     """
     _check(stop_ids, vocab_size)
     source = rows.detach()
@@ -50,7 +59,7 @@ def backward_in_pieces(
         logits, scratch = held[:, : len(piece_rows)]
         with torch.no_grad():
             head.logits(piece_rows, logits)
-            piece = _Piece(logits, scratch, micro, stops)
+            piece = _Piece(logits, scratch, micro, stops, students)
         leaves = piece.outcomes.leaves()
         with torch.enable_grad():
             part = (micro.weights * losses(leaves, micro)).sum()
@@ -67,7 +76,7 @@ def backward_in_pieces(
 class _Piece:
     """The outcomes of n rows, from their logits [n, V], which are overwritten; `scratch` is of the same shape."""
 
-    def __init__(self, logits: Tensor, scratch: Tensor, micro: MicroBatch, stops: Tensor) -> None:
+    def __init__(self, logits: Tensor, scratch: Tensor, micro: MicroBatch, stops: Tensor, students: int | None) -> None:
         self._held, self._scratch, self._stops, self._ids = logits, scratch, stops, micro.support_ids
         self._targets, self._is_stop = micro.targets, torch.isin(micro.targets, stops)
         top = logits.amax(dim=1, keepdim=True)
@@ -83,7 +92,7 @@ class _Piece:
         sampled = torch.where(self._is_stop, stop, logprobs.gather(1, self._targets[:, None])[:, 0])
 
         logprobs.index_fill_(1, stops, -torch.inf)
-        overlap = _overlap(logprobs, self._support)
+        overlap = _overlap(logprobs, self._support[:, :students])
         logprobs.scatter_(1, self._ids, -torch.inf)
         # A log-sum-exp of what is outside, never log(1 - sum) of what is inside: with rounded values that difference
         # can be zero or negative if the distribution is sharp. With the floor, e^-10000 = 0, it is always finite.

@@ -120,6 +120,12 @@ def make_score_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ScoreSup
     return ScoreSupport(student.support_logprobs, student.tail_logprobs, make_support(n, k).sampled_logprobs)
 
 
+def make_own_support(n: int = 3, k: int = 2, own: int = 2) -> ScoreSupport:
+    """Scores with outcomes that the teacher added."""
+    ids = np.arange(k + 10, k + 10 + n * own, dtype=np.int32).reshape(n, own)
+    return replace(make_score_support(n, k), own_ids=ids, own_logprobs=np.full((n, own), -2.5, np.float32))
+
+
 def make_verdict(rid: str = "r1", **changes: Any) -> Verdict:
     values: dict[str, Any] = {
         "rid": rid,

@@ -41,4 +41,5 @@ def scorer_of(run: Run, model: PreTrainedModel) -> Scorer:
         stop_ids=STOPS,
         vocab_size=VOCAB,
         prefill_tokens=256,
+        teacher_support=run.config.rollout.teacher_support,
     )

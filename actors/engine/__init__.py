@@ -9,13 +9,15 @@ Users of the engine import from here.
 from actors.engine.attention import UnsupportedModelError
 from actors.engine.decode import ClosedChunk, Decoder, Finish
 from actors.engine.proof import self_test
-from actors.engine.score import Scored, Scorer, ScoreRequest
+from actors.engine.score import Scorer
+from actors.engine.scored import OwnSupport, Scored, ScoreRequest
 from actors.engine.slots import SlotCache, SlotModel
 
 __all__ = [
     "ClosedChunk",
     "Decoder",
     "Finish",
+    "OwnSupport",
     "ScoreRequest",
     "Scored",
     "Scorer",

@@ -67,6 +67,7 @@ class Engines:
             stop_ids=self.pair.stop_ids,
             vocab_size=self.pair.vocab_size,
             prefill_tokens=teacher.prefill_tokens,
+            teacher_support=config.rollout.teacher_support,
         )
 
     def _load(self, folder: Path, role: Rollout | Teacher, device_map: str | None = None) -> PreTrainedModel:

@@ -87,13 +87,25 @@ def on_support(
     """Another model's log-probabilities on the student's support.
 
     `log_outcomes` [N, V], `support_ids` int64 [N, K]. Returns float32 [N, K+1], column 0 STOP's, and the log
-    of the mass outside, float32 [N], or None where there is nothing outside. Overwrites `log_outcomes`.
+    of the mass outside, float32 [N], or None where there is nothing outside. Overwrites `log_outcomes`: what is
+    outside stays (see `beside_support`), all else is -inf.
     """
     logprobs = torch.cat([log_outcomes[:, stop_id, None], log_outcomes.gather(1, support_ids)], dim=1)
     if log_outcomes.shape[1] - stop_count <= support_ids.shape[1]:
         return logprobs, None
     log_outcomes[:, stop_id] = -torch.inf
     return logprobs, _tail(log_outcomes, support_ids)
+
+
+def beside_support(rest: Tensor, k: int, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k most probable of the `left` outcomes outside a support, k <= left, and the mass of all others.
+
+    `rest` [N, V] as `on_support` leaves it where there is a tail. Returns ids int64 [N, k], most probable first; their
+    log-probabilities float32 [N, k]; and the log of the mass outside both, float32 [N], None where nothing is left.
+    Overwrites `rest`.
+    """
+    top, ids = rest.topk(k, dim=1)
+    return ids, top, None if k == left else _tail(rest, ids)
 
 
 def _tail(rest: Tensor, support_ids: Tensor) -> Tensor:

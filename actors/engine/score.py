@@ -18,42 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.outcomes import PIECE_ROWS, log_outcomes, on_support
+from actors.engine.outcomes import PIECE_ROWS, beside_support, log_outcomes, on_support
+from actors.engine.scored import OwnSupport, Scored, ScoreRequest
 from actors.engine.slots import IntArray, padded, rectangles
 from actors.engine.texts import TextSlots
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """A chunk to score.
-
-    key: the rollout. prompt: int32 [m], m >= 1. start: index of the chunk's first token in the completion.
-    tokens: int32 [n], n >= 1. support_ids: int32 [n, K]. prefix: int32 [start], the completion's tokens
-    before the chunk, or None where `cached(key) == start` or start is 0.
-    """
-
-    key: str
-    prompt: NDArray[np.int32]
-    start: int
-    tokens: NDArray[np.int32]
-    support_ids: NDArray[np.int32]
-    prefix: NDArray[np.int32] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """The teacher's scores of a chunk.
-
-    teacher_logprobs: float32 [n, K+1] on the student's support, column 0 STOP's. tail_logprobs: float32 [n],
-    or None where the support is everything. sampled: float32 [n], of the token that was drawn (of STOP where
-    it is a stop id).
-    """
-
-    key: str
-    start: int
-    teacher_logprobs: NDArray[np.float32]
-    tail_logprobs: NDArray[np.float32] | None
-    sampled: NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -67,23 +35,30 @@ class _Run:
     slot: int = -1
     support: IntArray = field(init=False)  # [n, K]
     outcomes: IntArray = field(init=False)  # [n], with every stop id as STOP
-    scores: NDArray[np.float32] = field(init=False)  # [n, K+3]: sampled, tail, support
+    scores: NDArray[np.float32] = field(init=False)  # [n, K+3]: sampled, tail, support; [n, K+3+K'+1]: own, its tail
+    own_ids: IntArray = field(init=False)  # [n, K']
 
     @property
     def key(self) -> str:
         return self.requests[0][1].key
 
     @property
+    def support_size(self) -> int:
+        """K."""
+        return int(self.requests[0][1].support_ids.shape[1])
+
+    @property
     def end(self) -> int:
         last = self.requests[-1][1]
         return last.start + len(last.tokens)
 
-    def prepare(self, stop_ids: tuple[int, ...]) -> None:
-        """Fill what scoring reads and writes."""
+    def prepare(self, stop_ids: tuple[int, ...], own: int) -> None:
+        """Fill what scoring reads and writes. own: K'."""
         self.support = np.concatenate([request.support_ids for _, request in self.requests]).astype(np.int64)
         tokens = self.text[self.begin :]
         self.outcomes = np.where(np.isin(tokens, stop_ids), stop_ids[0], tokens)
-        self.scores = np.empty((len(tokens), self.support.shape[1] + 3), dtype=np.float32)
+        self.scores = np.empty((len(tokens), self.support.shape[1] + 3 + (own + 1 if own else 0)), dtype=np.float32)
+        self.own_ids = np.empty((len(tokens), own), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +80,15 @@ class Scorer(TextSlots):
     `max_slots` and as far as memory allows.
 
     max_length: tokens of prompt and completion together. stop_ids: U. prefill_tokens: most tokens, padding
-    included, that one forward takes. Raises UnsupportedModelError, ValueError.
+    included, that one forward takes. teacher_support: K', how many of the model's own likeliest outcomes to add to each
+    support, fewer where there are not so many. Raises UnsupportedModelError, ValueError.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_slots: int = 0, **settings: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, max_slots: int = 0, teacher_support: int = 0, **settings: Any
+    ) -> None:
         super().__init__(model, **settings)
+        self._teacher_support = teacher_support
         # `_slot` is in the order of use, the least recent first.
         self._max_slots = max(self.slots, max_slots)
         self._evicted: dict[str, None] = {}  # the last ones; which come back are rebuilt
@@ -169,7 +148,7 @@ class Scorer(TextSlots):
             wave, runs = self._wave(runs)
             for run in wave:
                 self._seat(run)
-                run.prepare(self._stop_ids)
+                run.prepare(self._stop_ids, min(self._teacher_support, self._outside(run.support_size)))
             wave.sort(key=lambda run: run.slot)  # slots that follow each other are read without a copy
             followers = self._followers(wave)
             self._prefill([run for run in wave if run.slot not in followers])
@@ -399,35 +378,60 @@ class Scorer(TextSlots):
             )
         )
         pieces = zip(*(torch.split(values, PIECE_ROWS) for values in (states, drawn, support)), strict=True)
-        scores: NDArray[np.float32] = torch.cat([self._scores(*piece) for piece in pieces]).cpu().numpy()
+        found = zip(*(self._scores(*piece) for piece in pieces), strict=True)
+        scores, own_ids = (torch.cat(parts).cpu().numpy() for parts in found)
         ends = batch.lengths.cumsum()
-        for (run, first, last), rows in zip(spans, np.split(scores, ends[:-1]), strict=True):
-            run.scores[first:last] = rows
+        rows = zip(*(np.split(values, ends[:-1]) for values in (scores, own_ids)), strict=True)
+        for (run, first, last), (of_run, ids_of_run) in zip(spans, rows, strict=True):
+            run.scores[first:last], run.own_ids[first:last] = of_run, ids_of_run
 
-    def _scores(self, states: Tensor, drawn: Tensor, support: Tensor) -> Tensor:
-        """float32 [n, K+3]: sampled, tail (0 where absent), support."""
+    def _scores(self, states: Tensor, drawn: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [n, K+3]: sampled, tail (0 where absent), support; with own outcomes [n, K+3+K'+1]: these, their tail
+        (0 where absent). And int64 [n, K'], their ids."""
         log_probs = log_outcomes(self._model.logits(states), self._stops, self._vocab_size)
         sampled = log_probs.gather(1, drawn[:, None])
         logprobs, tail = on_support(log_probs, support, self._stop_ids[0], stop_count=len(self._stop_ids))
-        absent = torch.zeros_like(sampled) if tail is None else tail[:, None]
-        return torch.cat([sampled, absent, logprobs], dim=1)
+        columns = [sampled, _or_zero(tail, sampled), logprobs]
+        left = self._outside(support.shape[1])
+        own = min(self._teacher_support, left)
+        if not own:
+            return torch.cat(columns, dim=1), support[:, :0]
+        own_ids, own_logprobs, own_tail = beside_support(log_probs, own, left)
+        return torch.cat([*columns, own_logprobs, _or_zero(own_tail, sampled)], dim=1), own_ids
+
+    def _outside(self, support: int) -> int:
+        """How many outcomes there are besides STOP and a support of this size."""
+        return max(0, self._vocab_size - len(self._stop_ids) - support)
 
     def _answers(self, run: _Run) -> Iterator[tuple[int, Scored]]:
         """A run's scores, cut into its chunks."""
         if not np.isfinite(run.scores).all():
             raise FloatingPointError(f"{run.key}: the teacher's logits are not finite")
-        everything = self._vocab_size - len(self._stop_ids) <= run.support.shape[1]
+        left, size, own = self._outside(run.support_size), run.support_size + 3, run.own_ids.shape[1]
         first = 0
         for place, request in run.requests:
-            scores = run.scores[first : first + len(request.tokens)]
-            first += len(request.tokens)
+            of_chunk = slice(first, first + len(request.tokens))
+            scores = run.scores[of_chunk]
+            first = of_chunk.stop
             yield (
                 place,
                 Scored(
                     key=request.key,
                     start=request.start,
-                    teacher_logprobs=scores[:, 2:].copy(),
-                    tail_logprobs=None if everything else scores[:, 1].copy(),
+                    teacher_logprobs=scores[:, 2:size].copy(),
+                    tail_logprobs=scores[:, 1].copy() if left else None,
                     sampled=scores[:, 0].copy(),
+                    own=OwnSupport(
+                        ids=run.own_ids[of_chunk].astype(np.int32),
+                        logprobs=scores[:, size : size + own].copy(),
+                        tail_logprobs=scores[:, -1].copy() if left > own else None,
+                    )
+                    if own
+                    else None,
                 ),
             )
+
+
+def _or_zero(tail: Tensor | None, like: Tensor) -> Tensor:
+    """A tail [n] as a column, of zeros where there is none; like: [n, 1]."""
+    return torch.zeros_like(like) if tail is None else tail[:, None]

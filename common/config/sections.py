@@ -21,6 +21,7 @@ MOST_EVAL_SLOTS = 64  # the same, of the evaluator
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 TemplateColumn = Literal["tools", "documents", "chat_template_kwargs"]
+LossMode = Literal["reverse_kl_topk_tail", "forward_kl_topk_tail", "jsd_topk_tail", "mixed", "reverse_kl_sampled"]
 
 # A key that `--resume` may change: where and how long things run. The record of a run depends on all others.
 _RESUMABLE: dict[str, JsonValue] = {"resumable": "always"}
@@ -176,6 +177,12 @@ class Rollout(Section):
     )
     max_unscored_chunks: int = Field(2, ge=1, description="Chunks a rollout may be ahead of the teacher.")
     max_completion_length: int = Field(192, ge=1, description="Most tokens of a rollout.")
+    teacher_support: int = Field(
+        0,
+        ge=0,
+        description="K': outcomes that the teacher thinks likeliest beside the student's support, added to it in the "
+        "loss, not in what a policy sees (docs/losses.md).",
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass.")
     stop_set: Literal["union", "student"] = Field(
@@ -284,8 +291,20 @@ class Termination(Section):
 
 
 class Loss(Section):
-    mode: Literal["reverse_kl_topk_tail", "reverse_kl_sampled"] = Field(
-        "reverse_kl_topk_tail", description="Loss on a kept token."
+    mode: LossMode = Field(
+        "reverse_kl_topk_tail",
+        description="Loss on a kept token: reverse KL, forward KL, generalised JSD or a mixture of both KLs, over "
+        "STOP, support and tail; or reverse KL estimated from the sampled token alone (docs/losses.md).",
+    )
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="`jsd_topk_tail`: β, the teacher's share in the mixture that both are compared with; 0 is the "
+        "forward KL, 1 the reverse KL.",
+    )
+    forward_weight: float = Field(
+        0.5, ge=0, le=1, description="`mixed`: weight w of the forward KL; the reverse KL has 1 - w."
     )
     denominator: Literal["kept", "sequence", "generated"] = Field(
         "kept",

@@ -1,9 +1,9 @@
 """Every record on the wire, with its producer and consumer. msgpack; arrays as raw little-endian bytes.
 
 A decoder accepts exactly what its encoder writes: known fields, sizes that fit each other, finite floats, token ids
-from 0 to 2^31 - 1 (those of a support in 16 bits if all of them fit). Anything else raises `MessageError`; no other
-exception is ever raised. Reading stops at the first list that no field needs, so decoding costs little more memory than
-the size of the record.
+from 0 to 2^31 - 1 (those of a support in 16 bits if all of them fit). Fields that were added later, with a default of
+None, are left out where all of them are None. Anything else raises `MessageError`; no other exception is ever raised.
+Reading stops at the first list that no field needs, so decoding costs little more memory than the size of the record.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class _Field:
     label: str  # for messages
     annotation: str
     optional: bool
+    late: bool  # added later, at the end of the record
 
 
 class _Record:
@@ -93,6 +94,9 @@ class _Record:
     def encode(self) -> bytes:
         """Raises MessageError if the record is not valid: a broken record is not sent."""
         packed = [_pack(getattr(self, field.name), field) for field in self._fields()]
+        first = _first_late(self._fields())
+        if all(value is None for value in packed[first:]):
+            packed = packed[:first]
         self._check()
         data: bytes = msgpack.packb([self.KIND, *packed], use_bin_type=True)
         return data
@@ -117,6 +121,7 @@ class _Record:
                 label=f"{cls.KIND}.{field.name}",
                 annotation=str(field.type).removesuffix(" | None"),
                 optional=str(field.type).endswith(" | None"),
+                late=field.default is None,
             )
             for field in fields(cls)  # type: ignore[arg-type]
         )
@@ -149,9 +154,17 @@ def _unpack(data: bytes, kind: str, wanted: tuple[_Field, ...]) -> list[Any]:
         raise MessageError(f"{kind}: not msgpack ({type(error).__name__})") from error
     if not isinstance(value, list) or not value or value[0] != kind:
         raise MessageError(f"{kind}: another kind of record")
-    if len(value) != len(wanted) + 1:
-        raise MessageError(f"{kind}: {len(value) - 1} fields instead of {len(wanted)}")
-    return value[1:]
+    values, first = value[1:], _first_late(wanted)
+    if len(values) == first:
+        return values + [None] * (len(wanted) - first)
+    if len(values) != len(wanted) or all(one is None for one in values[first:]):
+        raise MessageError(f"{kind}: {len(values)} fields instead of {len(wanted)}")
+    return values
+
+
+def _first_late(wanted: tuple[_Field, ...]) -> int:
+    """How many fields a record has at least."""
+    return sum(not field.late for field in wanted)
 
 
 def _at_most(lists: int, kind: str) -> Callable[[list[Any]], list[Any]]:
@@ -194,7 +207,7 @@ def _reader(field: _Field) -> Callable[[Any], Any]:
 
         return read_array
     if annotation == "Ids":
-        return lambda value: _unpack_array(value, annotation, label)
+        return lambda value: None if optional and value is None else _unpack_array(value, annotation, label)
 
     def read_scalar(value: Any) -> Any:
         if (optional and value is None) or (annotation == "bytes" and type(value) is bytes):
@@ -381,8 +394,10 @@ class ScoreSupport(_Record):
 
     KIND: ClassVar[str] = "teacher"
     teacher_logprobs: Floats  # [n, K + 1] on the student's support, column 0 is STOP
-    tail_logprobs: Floats | None  # [n]
+    tail_logprobs: Floats | None  # [n], of all outcomes that are in neither list of ids
     sampled_logprobs: Floats  # [n], of the sampled outcome, which may lie outside the support
+    own_ids: Ids | None = None  # [n, K'], the teacher's likeliest outcomes outside the student's support
+    own_logprobs: Floats | None = None  # [n, K'], the teacher's of them
 
     def _check(self) -> None:
         n = len(self.sampled_logprobs) if self.sampled_logprobs.ndim == 1 else -1
@@ -391,6 +406,15 @@ class ScoreSupport(_Record):
         if self.tail_logprobs is not None:
             _logprobs(self.tail_logprobs, (n,), "teacher.tail_logprobs")
         _logprobs(self.sampled_logprobs, (n,), "teacher.sampled_logprobs")
+        if self.own_ids is None or self.own_logprobs is None:
+            both = self.own_ids is None and self.own_logprobs is None
+            _need(both, "teacher: own_ids without own_logprobs, or the other way around")
+            return
+        if self.own_ids.ndim != 2 or len(self.own_ids) != n or not self.own_ids.shape[1]:
+            raise MessageError(f"teacher.own_ids: shape {self.own_ids.shape} instead of ({n}, 1 or more)")
+        if self.own_ids.size and np.minimum.reduce(self.own_ids, None) < 0:
+            raise MessageError("teacher.own_ids: a negative token id")
+        _logprobs(self.own_logprobs, self.own_ids.shape, "teacher.own_logprobs")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

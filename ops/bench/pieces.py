@@ -20,10 +20,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.engine import Scorer, ScoreRequest
 from common import own_packages
-from common.config import Config
+from common.config import Config, Loss
 from learner.batch import MicroBatch
+from learner.divergences import LOG_FLOOR
 from learner.head import LinearHead, UncastHead
-from learner.loss import LOG_FLOOR, StudentOutcomes, diagnostics, token_losses
+from learner.loss import StudentOutcomes, diagnostics, token_losses
 from learner.pieces import PIECE_ROWS, backward_in_pieces
 from ops.bench.resident import forget_peak, peak_mb
 from ops.bench.speed import machine, spread
@@ -199,7 +200,7 @@ class _Step:
 
 
 def _losses(student: StudentOutcomes, micro: MicroBatch) -> Tensor:
-    return token_losses("reverse_kl_topk_tail", student, micro)
+    return token_losses(Loss(), student, micro)
 
 
 def _log_outcomes(logits: Tensor) -> Tensor:

@@ -502,8 +502,8 @@ _DRIFT = PanelRow(
         ),
         Panel(
             "Mass on the support",
-            "Mean probability of STOP and the K recorded outcomes, under the current student and under the "
-            "teacher. All other outcomes are one bucket in the loss.",
+            "Mean probability of STOP and the recorded outcomes, also those that the teacher added, under the current "
+            "student and under the teacher. All other outcomes are one bucket in the loss.",
             "percentunit",
             (_drift("support_mass", "student"), _drift("support_mass_teacher", "teacher")),
             top=1.0,

@@ -223,7 +223,7 @@ def _add_summary(config: Config, found: Findings) -> None:
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config.loss)}, "
+        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config)}, "
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner{_ranks_text(learner.nproc_per_node)}, {config.rollout.workers} rollout, "
@@ -235,11 +235,30 @@ def _add_summary(config: Config, found: Findings) -> None:
             "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens outside the nucleus "
             "are never sampled, so their share of the gradient is missing"
         )
+    found.lines += _unread_keys(config.loss)
+    if config.loss.mode == "reverse_kl_sampled" and config.rollout.teacher_support:
+        found.lines.append(
+            f"warning    rollout.teacher_support is {config.rollout.teacher_support}, and loss.mode reverse_kl_sampled "
+            f"reads the sampled token alone: it only costs memory"
+        )
     if config.loss.weighting == "random_drop" and config.loss.retention == 1:
         found.lines.append(
             "warning    loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
             "loss.retention to the share of kept tokens that should count"
         )
+
+
+_READ_BY = {"beta": "jsd_topk_tail", "forward_weight": "mixed", "ratio_clip": "reverse_kl_sampled"}
+"""Keys of the section `loss` that one mode reads."""
+
+
+def _unread_keys(loss: Loss) -> list[str]:
+    """A warning for each key that was set and that the loss mode does not read."""
+    return [
+        f"warning    loss.{key} is set, and loss.mode {loss.mode} does not read it: only {mode} does"
+        for key, mode in _READ_BY.items()
+        if loss.mode != mode and getattr(loss, key) != Loss.model_fields[key].default
+    ]
 
 
 def _is_calibrated(policy: str) -> bool:
@@ -251,9 +270,16 @@ def _is_calibrated(policy: str) -> bool:
         return False
 
 
-def _loss_text(loss: Loss) -> str:
+def _loss_text(config: Config) -> str:
     """The loss mode and every setting that differs from the default."""
+    loss = config.loss
     parts: list[str] = [loss.mode]
+    if config.rollout.teacher_support:
+        parts.append(f"teacher support {config.rollout.teacher_support}")
+    if loss.mode == "jsd_topk_tail":
+        parts.append(f"β {loss.beta:g}")
+    if loss.mode == "mixed":
+        parts.append(f"forward weight {loss.forward_weight:g}")
     if loss.denominator != "kept":
         parts.append(f"denominator {loss.denominator}")
     if loss.weighting == "random_drop":

@@ -41,7 +41,7 @@ _LAST_EVALUATION_S = 1800.0
 _STEP = {
     "train": (
         *("loss", "kl", "entropy", "grad_norm", "learning_rate", "staleness_mean", "staleness_max"),
-        *("support_mass", "ratio_mean", "ratio_max", "policy_version"),
+        *("support_mass", "support_mass_teacher", "topk_overlap", "ratio_mean", "ratio_max", "policy_version"),
     ),
     "perf": ("step_s", "idle_ratio", "tokens_trained", "tokens_trained_total"),
 }
@@ -179,7 +179,12 @@ class _Rollouts:
 
 
 def _train_point(step: Step) -> TrackedPoint:
-    values = {f"{group}/{name}": float(getattr(step, name)) for group, names in _STEP.items() for name in names}
+    values = {
+        f"{group}/{name}": float(value)
+        for group, names in _STEP.items()
+        for name in names
+        if (value := getattr(step, name)) is not None  # lines of older versions lack some
+    }
     return TrackedPoint("train", step.step, values, step.unix_s)
 
 

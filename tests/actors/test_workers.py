@@ -13,15 +13,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from samples import Run, fenced
+from samples import Run, fenced, make_verdict, write_whole
 from shipped_engines import STOPS, VOCAB, decoder_of, load_shipped, scorer_of
 from transformers import PreTrainedModel
 
 from actors.engine import Decoder, Scored, Scorer, ScoreRequest
 from actors.rollout import RolloutWorker
 from actors.teacher import TeacherWorker, rendezvous
-from common.wire.messages import ChunkLogprobs, ChunkSupport, ChunkTokens, ScoreDivergence, ScoreSupport
+from common.wire.messages import (
+    ChunkLogprobs,
+    ChunkSupport,
+    ChunkTokens,
+    MessageError,
+    ScoreDivergence,
+    ScoreSupport,
+)
 from common.wire.weights import publish
+from learner.intake import read_trajectory
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = pytest.mark.slow
@@ -651,3 +659,69 @@ def test_shards_move_only_from_or_to_the_teacher_that_joins_or_leaves() -> None:
     moved = {shard for shard in before if before[shard] != after[shard]}
     assert {after[shard] for shard in moved} == {"d"}
     assert 32 < len(moved) < 96
+
+
+def test_the_teachers_own_outcomes_reach_the_learner_and_change_no_divergence(
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run], student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    """From the scorer over the record to the trajectory, beside a run without them that writes the same text."""
+    found = {}
+    for own in (0, 5):
+        run = start(
+            embedded_redis,
+            rollout={"chunk_tokens": CHUNK, "max_completion_length": LENGTH, "slots": 4, "teacher_support": own},
+            data={"max_prompt_length": 16},
+            termination={"teacher_top_k": 4},
+        )
+        admit(run, "r1", seed=long_seed(run, student))
+        announce(run, student, 0)
+        writer, scorer = rollout_worker(run, student), teacher_worker(run, teacher)
+        step_until(writer, wrote(run, "r1", 2))
+        while int(run.field("r1", "scored") or 0) < 2:
+            scorer.step(block_s=0.01)
+        record = run.plane.rollout("r1")
+        tokens, divergence = np.array(tokens_of(run, "r1"), np.int32), np.zeros(2 * CHUNK, np.float32)
+        kept = 2 * CHUNK - 3
+        counts = {"trigger": kept, "keep": kept, "train": kept}
+        verdict = make_verdict(tokens=tokens, divergence=divergence, **counts)
+        found[own] = record, read_trajectory({**record, b"verdict": verdict.encode()}, VOCAB)
+    (plain, without), (wider, trajectory) = found[0], found[5]
+    for seq in range(2):
+        assert plain[b"d:%d" % seq] == wider[b"d:%d" % seq], "what a policy sees"
+        assert plain[b"p:%d" % seq] == wider[b"p:%d" % seq]
+    assert without.support_ids.shape == (13, 4) and trajectory.support_ids.shape == (13, 9)
+    np.testing.assert_array_equal(trajectory.support_ids[:, :4], without.support_ids)
+    np.testing.assert_array_equal(trajectory.teacher_logprobs[:, :5], without.teacher_logprobs)
+    np.testing.assert_array_equal(trajectory.teacher_sampled, without.teacher_sampled)
+
+    network: Any = teacher
+    with torch.no_grad():
+        text = torch.from_numpy(np.concatenate([PROMPT, trajectory.tokens]).astype(np.int64))[None]
+        log_q = network(text).logits[0].double().log_softmax(-1).numpy()[len(PROMPT) - 1 :]
+    for row, listed in enumerate(trajectory.support_ids):
+        outside = [v for v in range(VOCAB) if v not in STOPS and v not in listed[:4]]
+        likeliest = sorted(outside, key=lambda v: -log_q[row, v])
+        assert listed[4:].tolist() == likeliest[:5]
+        np.testing.assert_allclose(trajectory.teacher_logprobs[row, 5:], log_q[row, likeliest[:5]], atol=1e-4)
+        assert trajectory.teacher_tail is not None and without.teacher_tail is not None
+        rest = np.log(np.exp(log_q[row, likeliest[5:]]).sum())
+        assert trajectory.teacher_tail[row] == pytest.approx(rest, abs=1e-4)
+
+
+def test_chunks_with_and_without_the_teachers_own_outcomes_are_no_trajectory(run: Run) -> None:
+    run.admit("r1")
+    run.take()
+    assert write_whole(run, "r1") == b"ok"
+    record = run.plane.rollout("r1")
+    n = len(ChunkTokens.decode(record[b"t:0"]).tokens)
+    own = replace(
+        ScoreSupport.decode(record[b"q:0"]),
+        own_ids=np.ones((n, 1), np.int32),
+        own_logprobs=np.zeros((n, 1), np.float32),
+    )
+    tokens = np.arange(LENGTH, dtype=np.int32)
+    counts = {"trigger": LENGTH, "keep": LENGTH, "train": LENGTH}
+    verdict = make_verdict(tokens=tokens, divergence=np.zeros(LENGTH, np.float32), **counts)
+    broken = {**record, b"verdict": verdict.encode(), b"q:0": own.encode()}
+    with pytest.raises(MessageError, match="some chunks have outcomes of the teacher's own and some have none"):
+        read_trajectory(broken, 1 << 20)

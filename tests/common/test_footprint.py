@@ -70,6 +70,14 @@ def test_a_rollout_takes_up_no_more_than_the_formula_says_and_not_much_less(
     assert left <= growth_bytes(run.config, half)
 
 
+def test_what_a_teacher_adds_takes_as_much_as_what_the_student_lists(tmp_path: Path) -> None:
+    def size(outcomes: int, own: int) -> int:
+        rollout = {"teacher_support": own}
+        return rollout_bytes(make_config(tmp_path, rollout=rollout, termination={"teacher_top_k": outcomes}))
+
+    assert size(8, 8) == size(16, 0) > size(8, 0)
+
+
 def test_what_is_written_may_grow_by_less(tmp_path: Any) -> None:
     config = make_config(tmp_path, rollout={"max_completion_length": 640, "chunk_tokens": 16})
     lengths = [growth_bytes(config, length) for length in range(0, 641, 16)]

@@ -18,6 +18,7 @@ from samples import (
     make_former_support,
     make_head,
     make_logprobs,
+    make_own_support,
     make_score_support,
     make_support,
     make_tokens,
@@ -74,6 +75,8 @@ def records() -> list[bytes]:
         make_divergence([], seq=2**33),
         make_score_support(),
         make_score_support(16, 64, tail=False),
+        make_own_support(),
+        make_own_support(16, 64, 32),
         make_verdict(),
         make_verdict(finish_reason="length", generated=400, threshold=None, min_window=None, cut=False),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +16,17 @@ from torch import Tensor
 from trajectories import STOPS, VOCAB, WIDTH, random_batch, top_support
 from whole_logits import log_outcomes, on_support, sampled_logprobs, topk_overlap, whole_outcomes
 
+from common.config import Loss
 from learner.batch import Trajectory, micro_batches
-from learner.loss import (
+from learner.divergences import (
     LOG_FLOOR,
-    Diagnostics,
-    diagnostics,
-    merged,
-    reverse_kl_sampled,
+    forward_kl_topk_tail,
+    jsd_topk_tail,
+    mixed_kl_topk_tail,
     reverse_kl_topk_tail,
-    token_losses,
 )
+from learner.loss import Diagnostics, diagnostics, merged, token_losses
+from learner.sampled import reverse_kl_sampled
 
 
 def i32(values: list[Any]) -> npt.NDArray[np.int32]:
@@ -335,18 +336,28 @@ def test_a_sample_that_has_become_impossible() -> None:
 def test_token_losses_by_mode() -> None:
     (micro,) = micro_batches(random_batch(2, [(1, 6)]), max_tokens=100)
     student = whole_outcomes(random_case(2, 2.0)[0], micro, STOPS, VOCAB)
-    torch.testing.assert_close(
-        token_losses("reverse_kl_topk_tail", student, micro),
-        reverse_kl_topk_tail(student.logprobs, student.tail, micro.teacher_logprobs, micro.teacher_tail),
-    )
-    log_p = student.sampled
-    ratio = (log_p - micro.sampling_logprobs).exp().clamp_max(0.7)
-    torch.testing.assert_close(
-        token_losses("reverse_kl_sampled", student, micro, ratio_clip=0.7),
-        ratio * (log_p - micro.teacher_sampled),
-    )
-    with pytest.raises(ValueError, match="loss mode is 'forward_kl', expected one of reverse_kl_topk_tail"):
-        token_losses("forward_kl", student, micro)  # type: ignore[arg-type]
+    coarse = (student.logprobs, student.tail, micro.teacher_logprobs, micro.teacher_tail)
+    found = {
+        settings.mode: token_losses(settings, student, micro)
+        for settings in (
+            Loss(),
+            Loss(mode="forward_kl_topk_tail"),
+            Loss(mode="jsd_topk_tail", beta=0.3),
+            Loss(mode="mixed", forward_weight=0.3),
+            Loss(mode="reverse_kl_sampled", ratio_clip=0.7),
+        )
+    }
+    ratio = (student.sampled - micro.sampling_logprobs).exp().clamp_max(0.7)
+    expected = {
+        "reverse_kl_topk_tail": reverse_kl_topk_tail(*coarse),
+        "forward_kl_topk_tail": forward_kl_topk_tail(*coarse),
+        "jsd_topk_tail": jsd_topk_tail(*coarse, beta=0.3),
+        "mixed": mixed_kl_topk_tail(*coarse, forward_weight=0.3),
+        "reverse_kl_sampled": ratio * (student.sampled - micro.teacher_sampled),
+    }
+    assert found.keys() == expected.keys() == set(get_args(Loss.model_fields["mode"].annotation))
+    for mode, losses in found.items():
+        torch.testing.assert_close(losses, expected[mode], msg=mode)
 
 
 def test_diagnostics_by_hand() -> None:

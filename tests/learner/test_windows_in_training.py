@@ -20,6 +20,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from common.config import Loss
 from learner.batch import MicroBatch, micro_batches
 from learner.head import keep_head_in_float32, output_head
 from learner.loss import StudentOutcomes, token_losses
@@ -62,7 +63,7 @@ def tiny(name: str) -> Any:
 
 def gradients(model: Any, micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
     def losses(student: StudentOutcomes, micro: MicroBatch) -> Tensor:
-        return token_losses("reverse_kl_topk_tail", student, micro)
+        return token_losses(Loss(), student, micro)
 
     model.zero_grad()
     head = output_head(model)

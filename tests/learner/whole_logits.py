@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from learner.batch import MicroBatch
+from learner.divergences import LOG_FLOOR
 from learner.head import WholeHead
-from learner.loss import LOG_FLOOR, StudentOutcomes
+from learner.loss import StudentOutcomes
 
 
 def kept_logits(model: Any, micro: MicroBatch) -> Tensor:

@@ -27,7 +27,8 @@ from transformers import (
 
 from actors.engine import outcomes
 from actors.engine.apart import Apart
-from actors.engine.score import Scorer, ScoreRequest
+from actors.engine.score import Scorer
+from actors.engine.scored import ScoreRequest
 
 VOCAB = 60
 SHAPE: dict[str, Any] = {

@@ -48,7 +48,8 @@ from actors.engine.attention import UnsupportedModelError, check_attention
 from actors.engine.decode import ClosedChunk, Decoder
 from actors.engine.outcomes import uniforms
 from actors.engine.proof import self_test
-from actors.engine.score import Scored, Scorer, ScoreRequest
+from actors.engine.score import Scorer
+from actors.engine.scored import Scored, ScoreRequest
 from actors.engine.slots import (
     SlotCache,
     SlotLayer,

@@ -39,7 +39,8 @@ from transformers import (
 from actors.engine import head
 from actors.engine.decode import ClosedChunk, Decoder
 from actors.engine.head import Float32Head, widen_head
-from actors.engine.score import Scorer, ScoreRequest
+from actors.engine.score import Scorer
+from actors.engine.scored import ScoreRequest
 from actors.engine.slots import SlotModel
 from common.divergence import coarse_reverse_kl
 

@@ -17,6 +17,7 @@ from samples import (
     make_former_support,
     make_head,
     make_logprobs,
+    make_own_support,
     make_score_support,
     make_support,
     make_tokens,
@@ -51,6 +52,7 @@ SAMPLES: dict[str, Any] = {
     "former": make_former_support(),
     "divergence": make_divergence(),
     "teacher": make_score_support(),
+    "own": make_own_support(),
     "verdict": make_verdict(),
 }
 KINDS = sorted(SAMPLES)
@@ -127,11 +129,13 @@ def scores(draw: Any) -> ScoreDivergence:
 
 @st.composite
 def score_supports(draw: Any) -> ScoreSupport:
-    n, k = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    n, k, own = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.integers(0, 3))
     return ScoreSupport(
         teacher_logprobs=draw(float_array((n, k + 1))),
         tail_logprobs=draw(maybe(float_array(n))),
         sampled_logprobs=draw(float_array(n)),
+        own_ids=draw(int_array((n, own))) if own else None,
+        own_logprobs=draw(float_array((n, own))) if own else None,
     )
 
 
@@ -291,6 +295,13 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("teacher", {"tail_logprobs": array([-1, -1])}),
     ("teacher", {"sampled_logprobs": array([[-1]])}),
     ("teacher", {"sampled_logprobs": array([-1, -1, 1])}),
+    ("own", {"own_ids": None}),
+    ("own", {"own_logprobs": None}),
+    ("own", {"own_ids": array(np.zeros((2, 2)), np.int32)}),
+    ("own", {"own_ids": array(np.full((3, 2), -1), np.int32)}),
+    ("own", {"own_ids": array(np.zeros((3, 0)), np.int32), "own_logprobs": array(np.zeros((3, 0)))}),
+    ("own", {"own_logprobs": array(np.full((3, 1), -1))}),
+    ("own", {"own_logprobs": array(np.full((3, 2), 0.5))}),
     ("verdict", {"arm": "x"}),
     ("verdict", {"problem": -1}),
     ("verdict", {"keep": -1}),
@@ -400,6 +411,16 @@ def test_ids_are_not_read_from_32_bits_where_16_hold_them() -> None:
     values[1] = ["i", [3, 2], np.arange(6, dtype="<i4").tobytes()]
     with pytest.raises(MessageError, match="16 hold them"):
         ChunkSupport.decode(msgpack.packb(values))
+
+
+def test_fields_that_were_added_later_are_in_the_record_only_where_they_hold_something() -> None:
+    plain, own = make_score_support(), make_own_support()
+    values = msgpack.unpackb(plain.encode())
+    assert len(values) == 4, "as former versions wrote it and read it"
+    assert ScoreSupport.decode(plain.encode()).own_ids is None
+    assert len(msgpack.unpackb(own.encode())) == 6
+    with pytest.raises(MessageError, match="5 fields instead of 5"):
+        ScoreSupport.decode(msgpack.packb([*values, None, None]))
 
 
 def test_what_a_former_version_stored_is_read_as_what_this_one_stores() -> None:

@@ -19,7 +19,8 @@ import sys
 import numpy as np
 from pathlib import Path
 from actors.engine.models import load_model
-from actors.engine.score import Scorer, ScoreRequest
+from actors.engine.score import Scorer
+from actors.engine.scored import ScoreRequest
 model = load_model(Path(sys.argv[2]), dtype="float32", device="cpu", vocab_size=37)
 scorer = Scorer(model, slots=4, max_length=64, stop_ids=(1,), vocab_size=37, prefill_tokens=256)
 tokens, support = np.array([5, 6, 7], np.int32), np.tile(np.arange(2, 6, dtype=np.int32), (3, 1))
