@@ -47,6 +47,7 @@ class Trajectory:
     sampling_logprobs: float32 [n] nats, the same after temperature and top-p, as it was sampled.
     oldest_version: the oldest policy version among the kept tokens.
     generated: tokens that its verdict saw, up to the trigger if it was cut; n or more; 0 means n.
+    to_go: float32 [n] nats, what the tokens after each one cost (`learner.returns`); None: the loss does not read it.
     finish_reason, threshold: as in the verdict. fired: whether the policy fired, applied or not (control arm, mask,
         shadow). repetition: of all its tokens, see `learner.drift`. These four are only for metrics.
 
@@ -70,6 +71,7 @@ class Trajectory:
     fired: bool = False
     threshold: float | None = None
     repetition: float = 0.0
+    to_go: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         self._check("prompt", np.int32, None)
@@ -86,6 +88,8 @@ class Trajectory:
         self._check("teacher_sampled", np.float32, n)
         self._check("rollout_logprobs", np.float32, n)
         self._check("sampling_logprobs", np.float32, n)
+        if self.to_go is not None:
+            self._check("to_go", np.float32, n)
         if 0 < self.generated < n:
             raise ValueError(f"trajectory {self.rid}: {self.generated} tokens generated, {n} kept")
 
@@ -123,6 +127,7 @@ class MicroBatch:
     targets: int64 [N], the kept tokens.
     support_ids: int64 [N, K]; teacher_logprobs: float32 [N, K+1]; teacher_tail: float32 [N] or None.
     teacher_sampled, rollout_logprobs, sampling_logprobs: float32 [N] nats.
+    to_go: float32 [N] nats, 0 where the loss does not read it.
     weights: float32 [N], each token's weight in the mean of the *whole batch*: the batch's loss is the
         sum of `(weights * token_losses).sum()` over its micro-batches, however it was split.
     """
@@ -137,6 +142,7 @@ class MicroBatch:
     teacher_sampled: Tensor
     rollout_logprobs: Tensor
     sampling_logprobs: Tensor
+    to_go: Tensor
     weights: Tensor
 
     @property
@@ -268,5 +274,10 @@ def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[npt.NDArray[np.fl
         teacher_sampled=flat("teacher_sampled"),
         rollout_logprobs=flat("rollout_logprobs"),
         sampling_logprobs=flat("sampling_logprobs"),
+        to_go=torch.from_numpy(np.concatenate([_to_go(trajectory) for trajectory in rows])),
         weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
     )
+
+
+def _to_go(trajectory: Trajectory) -> npt.NDArray[np.float32]:
+    return np.zeros(len(trajectory.tokens), np.float32) if trajectory.to_go is None else trajectory.to_go

@@ -51,4 +51,5 @@ def witness(like: Trajectory) -> Trajectory:
         rollout_logprobs=np.full(1, share),
         sampling_logprobs=np.full(1, share),
         generated=0,
+        to_go=None,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.config import Loss
 from learner.batch import MicroBatch
 from learner.divergences import forward_kl_topk_tail, jsd_topk_tail, mixed_kl_topk_tail, reverse_kl_topk_tail
-from learner.sampled import importance_ratio, reverse_kl_sampled
+from learner.sampled import clipped_sampled, importance_ratio, k1_sampled, k2_sampled, k3_sampled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +66,7 @@ def token_losses(settings: Loss, student: StudentOutcomes, micro_batch: MicroBat
     depends on its own outcomes alone.
     """
     if settings.mode == "reverse_kl_sampled":
-        return reverse_kl_sampled(
-            student.sampled,
-            micro_batch.teacher_sampled,
-            micro_batch.sampling_logprobs,
-            ratio_clip=settings.ratio_clip,
-        )
+        return _sampled(settings, student.sampled, micro_batch)
     coarse = (student.logprobs, student.tail, micro_batch.teacher_logprobs, micro_batch.teacher_tail)
     if settings.mode == "forward_kl_topk_tail":
         return forward_kl_topk_tail(*coarse)
@@ -80,6 +75,19 @@ def token_losses(settings: Loss, student: StudentOutcomes, micro_batch: MicroBat
     if settings.mode == "mixed":
         return mixed_kl_topk_tail(*coarse, forward_weight=settings.forward_weight)
     return reverse_kl_topk_tail(*coarse)
+
+
+def _sampled(settings: Loss, log_p: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """By `loss.estimator`."""
+    teacher, drawn, to_go = micro_batch.teacher_sampled, micro_batch.sampling_logprobs, micro_batch.to_go
+    if settings.estimator == "clipped":
+        written = micro_batch.rollout_logprobs
+        return clipped_sampled(log_p, teacher, drawn, written, clip_range=settings.clip_range, to_go=to_go)
+    if settings.estimator == "k2":
+        return k2_sampled(log_p, teacher, drawn, ratio_clip=settings.ratio_clip)
+    if settings.estimator == "k3":
+        return k3_sampled(log_p, teacher, drawn, ratio_clip=settings.ratio_clip)
+    return k1_sampled(log_p, teacher, drawn, ratio_clip=settings.ratio_clip, to_go=to_go)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class Diagnostics:
         both: 1 for the student that sampled, lower the further the learner has moved from it. Without what the
         teacher added.
     ratio_mean, ratio_max: p / p_rollout of the sampled outcomes, both at temperature 1: how far the student has moved
-        from the one that sampled. (The weights of `reverse_kl_sampled` are p / p_sampled.)
+        from the one that sampled. (The weights of a sampled token's loss are p / p_sampled.)
     """
 
     tokens: int

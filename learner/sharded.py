@@ -30,6 +30,7 @@ from learner.gradients import Busy, add_gradients, rows_of
 from learner.head import OutputHead
 from learner.loss import Diagnostics, merged
 from learner.ranks import Ranks
+from learner.returns import with_returns
 from learner.student import TrainableStudent, adamw
 from learner.weighting import shares_of
 
@@ -76,7 +77,7 @@ class ShardedStudent(TrainableStudent):
         """As of one process; `max_tokens` are those of a rank's micro-batch."""
         config = self._config
         own, *others = balanced(
-            batch,
+            with_returns(batch, config.loss),
             self._ranks.size,
             max_tokens=max_tokens,
             denominator=config.loss.denominator,

@@ -20,6 +20,7 @@ from learner.gradients import Busy, add_gradients, rows_of
 from learner.head import OutputHead, keep_head_in_float32, output_head
 from learner.layers import checkpoint_layers, compile_layers
 from learner.loss import Diagnostics, merged
+from learner.returns import with_returns
 from learner.weighting import shares_of
 
 
@@ -66,7 +67,7 @@ class TrainableStudent:
         """
         config = self._config
         micros = micro_batches(
-            batch,
+            with_returns(batch, config.loss),
             max_tokens=max_tokens,
             denominator=config.loss.denominator,
             shares=shares_of(config.loss, config.seed),

@@ -320,9 +320,53 @@ class Loss(Section):
     position_half_life: float = Field(
         64.0, gt=0, description="`position`: tokens after which the weight of a token has halved."
     )
+    estimator: Literal["k1", "k2", "k3", "clipped"] = Field(
+        "k1",
+        description="`reverse_kl_sampled`: how the divergence is estimated: `k1` and `k2` (the same gradient, other "
+        "values), `k3` (in effect forward KL), `clipped` (k1 as PPO's clipped surrogate).",
+    )
     ratio_clip: float | None = Field(
         None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_sampled; null: not clipped."
     )
+    clip_range: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Estimator `clipped`: a token has no gradient once p_θ/p_rollout is beyond 1 ± this in the "
+        "direction in which it is pushed.",
+    )
+    horizon: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0,
+        description="`reverse_kl_sampled`, k1 and clipped: later tokens, `all` or none (0), whose cost is added to a "
+        "token's own (return-to-go).",
+    )
+    discount: float = Field(
+        1.0, gt=0, le=1, description="Return-to-go: factor by which a later token counts less for each token between."
+    )
+
+    @field_validator("horizon", mode="before")
+    @classmethod
+    def _tokens_or_all(cls, value: object) -> object:
+        """One sentence, not one for each type that it may have."""
+        if value == "all" or (type(value) is int and value >= 0):
+            return value
+        raise ValueError(f"expected a whole number of tokens, 0 for none, or all, found {value!r:.40}")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode != "reverse_kl_sampled":
+            return self  # none of these is read then
+        if self.horizon != 0 and self.estimator not in ("k1", "clipped"):
+            raise ValueError(
+                f"horizon is {self.horizon!r}; with estimator {self.estimator} only 0 is allowed: its slope is not an "
+                f"advantage to which the cost of later tokens could be added"
+            )
+        if self.ratio_clip is not None and self.estimator == "clipped":
+            raise ValueError(
+                f"ratio_clip is {self.ratio_clip:g}; with estimator clipped only null is allowed: clip_range is its "
+                f"limit"
+            )
+        return self
 
 
 class Lora(Section):

@@ -173,6 +173,7 @@ class _Step:
                 teacher_sampled=even,
                 rollout_logprobs=even,
                 sampling_logprobs=even,
+                to_go=torch.zeros(tokens),
                 weights=torch.full((tokens,), 1.0 / tokens),
             )
 

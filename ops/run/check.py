@@ -230,35 +230,47 @@ def _add_summary(config: Config, found: Findings) -> None:
         f"{config.teacher.workers} teacher"
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
-    if config.loss.mode == "reverse_kl_sampled" and config.rollout.top_p < 1:
-        found.lines.append(
-            "warning    loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens outside the nucleus "
-            "are never sampled, so their share of the gradient is missing"
-        )
-    found.lines += _unread_keys(config.loss)
-    if config.loss.mode == "reverse_kl_sampled" and config.rollout.teacher_support:
-        found.lines.append(
-            f"warning    rollout.teacher_support is {config.rollout.teacher_support}, and loss.mode reverse_kl_sampled "
-            f"reads the sampled token alone: it only costs memory"
-        )
-    if config.loss.weighting == "random_drop" and config.loss.retention == 1:
-        found.lines.append(
-            "warning    loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
-            "loss.retention to the share of kept tokens that should count"
-        )
+    found.lines += _loss_warnings(config)
 
 
-_READ_BY = {"beta": "jsd_topk_tail", "forward_weight": "mixed", "ratio_clip": "reverse_kl_sampled"}
+_READ_BY = {
+    "beta": "jsd_topk_tail",
+    "forward_weight": "mixed",
+    **dict.fromkeys(("estimator", "ratio_clip", "clip_range", "horizon", "discount"), "reverse_kl_sampled"),
+}
 """Keys of the section `loss` that one mode reads."""
 
 
-def _unread_keys(loss: Loss) -> list[str]:
-    """A warning for each key that was set and that the loss mode does not read."""
-    return [
-        f"warning    loss.{key} is set, and loss.mode {loss.mode} does not read it: only {mode} does"
-        for key, mode in _READ_BY.items()
-        if loss.mode != mode and getattr(loss, key) != Loss.model_fields[key].default
-    ]
+def _loss_warnings(config: Config) -> list[str]:
+    """Of settings that have no effect, and of a bias that another setting causes."""
+    loss, rollout, found = config.loss, config.rollout, []
+    for key, mode in _READ_BY.items():
+        if loss.mode != mode and getattr(loss, key) != Loss.model_fields[key].default:
+            found.append(f"loss.{key} is set, and loss.mode {loss.mode} does not read it: only {mode} does")
+    if loss.mode == "reverse_kl_sampled":
+        if rollout.top_p < 1:
+            found.append(
+                "loss.mode reverse_kl_sampled is biased with rollout.top_p below 1: tokens outside the nucleus are "
+                "never sampled, so their share of the gradient is missing"
+            )
+        if rollout.teacher_support:
+            found.append(
+                f"rollout.teacher_support is {rollout.teacher_support}, and loss.mode reverse_kl_sampled reads the "
+                f"sampled token alone: it only costs memory"
+            )
+        if loss.horizon != 0 and (rollout.temperature != 1 or rollout.top_p < 1):
+            found.append(
+                "loss.horizon adds the cost of what was sampled, and with a rollout.temperature other than 1 or a "
+                "rollout.top_p below 1 that is not the text of the student whose divergence is lowered"
+            )
+        if loss.horizon == 0 and loss.discount != 1:
+            found.append("loss.discount is set, and without loss.horizon no later token counts")
+    if loss.weighting == "random_drop" and loss.retention == 1:
+        found.append(
+            "loss.weighting random_drop drops nothing with loss.retention 1: it is the same as uniform; set "
+            "loss.retention to the share of kept tokens that should count"
+        )
+    return [f"warning    {one}" for one in found]
 
 
 def _is_calibrated(policy: str) -> bool:
@@ -280,6 +292,12 @@ def _loss_text(config: Config) -> str:
         parts.append(f"β {loss.beta:g}")
     if loss.mode == "mixed":
         parts.append(f"forward weight {loss.forward_weight:g}")
+    if loss.mode == "reverse_kl_sampled" and loss.estimator != "k1":
+        parts.append(f"estimator {loss.estimator}")
+    if loss.mode == "reverse_kl_sampled" and loss.horizon != 0:
+        parts.append(
+            f"return-to-go over {loss.horizon} later tokens" + (f" × {loss.discount:g}" * (loss.discount != 1))
+        )
     if loss.denominator != "kept":
         parts.append(f"denominator {loss.denominator}")
     if loss.weighting == "random_drop":

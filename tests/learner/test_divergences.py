@@ -127,6 +127,7 @@ def micro_of(teacher: Tensor, support: Tensor, stops: list[int], dtype: torch.dt
         teacher_sampled=nothing,
         rollout_logprobs=nothing,
         sampling_logprobs=nothing,
+        to_go=nothing,
         weights=torch.linspace(0.5, 1.5, rows, dtype=dtype),
     )
 

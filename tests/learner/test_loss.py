@@ -26,7 +26,7 @@ from learner.divergences import (
     reverse_kl_topk_tail,
 )
 from learner.loss import Diagnostics, diagnostics, merged, token_losses
-from learner.sampled import reverse_kl_sampled
+from learner.sampled import k1_sampled
 
 
 def i32(values: list[Any]) -> npt.NDArray[np.int32]:
@@ -257,7 +257,7 @@ def test_sampled_loss_by_hand() -> None:
     rollout = torch.tensor([0.25, 0.2]).log()
     # rho = 2 and 1/2; A = log 1/2 and log 4. Value -rho A, gradient with respect to log p the same number.
     expected = [2 * math.log(2), -0.5 * math.log(4)]
-    losses = reverse_kl_sampled(log_p, teacher, rollout)
+    losses = k1_sampled(log_p, teacher, rollout)
     losses.sum().backward()
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert log_p.grad is not None
@@ -268,14 +268,14 @@ def test_a_truncated_ratio_keeps_its_gradient() -> None:
     log_p = torch.tensor([0.5, 0.1]).log().requires_grad_()
     teacher = torch.tensor([0.25, 0.4]).log()
     rollout = torch.tensor([0.25, 0.2]).log()
-    losses = reverse_kl_sampled(log_p, teacher, rollout, ratio_clip=1.5)
+    losses = k1_sampled(log_p, teacher, rollout, ratio_clip=1.5)
     losses.sum().backward()
     expected = [1.5 * math.log(2), -0.5 * math.log(4)]  # 2 became 1.5; 1/2 stays
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
     assert log_p.grad is not None
     assert log_p.grad.tolist() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="ratio_clip is 0"):
-        reverse_kl_sampled(log_p, teacher, rollout, ratio_clip=0.0)
+        k1_sampled(log_p, teacher, rollout, ratio_clip=0.0)
 
 
 def test_sampled_gradient_is_the_full_gradient_in_expectation() -> None:
@@ -294,7 +294,7 @@ def test_sampled_gradient_is_the_full_gradient_in_expectation() -> None:
         sampled_logprobs(log_outcomes(row.expand(count, WIDTH), STOPS, VOCAB), targets, STOPS)
         for row in (ours, teacher[1], behaviour[1])
     ]
-    losses = reverse_kl_sampled(sampled[0], sampled[1], sampled[2])
+    losses = k1_sampled(sampled[0], sampled[1], sampled[2])
     expectation = (sampled[2].exp() * losses).sum()
     expectation.backward()
     torch.testing.assert_close(expectation, kl)
@@ -316,14 +316,14 @@ def test_sampled_gradient_is_unbiased_at_every_temperature(temperature: float) -
         sampled_logprobs(log_outcomes(row.expand(len(targets), WIDTH), STOPS, VOCAB), targets, STOPS)
         for row in (ours, teacher[0])
     )
-    (drawn.exp() * reverse_kl_sampled(log_p, log_q, drawn)).sum().backward()
+    (drawn.exp() * k1_sampled(log_p, log_q, drawn)).sum().backward()
     torch.testing.assert_close(ours.grad, exact.grad)
 
 
 def test_a_sample_that_has_become_impossible() -> None:
     log_p = torch.tensor([-math.inf, -300.0, -0.5], requires_grad=True)
     rollout = torch.tensor([-1.0, -1.0, -500.0])  # the last ratio would overflow
-    losses = reverse_kl_sampled(log_p, torch.tensor([-1.0, LOG_FLOOR, -1.0]), rollout)
+    losses = k1_sampled(log_p, torch.tensor([-1.0, LOG_FLOOR, -1.0]), rollout)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert log_p.grad is not None and torch.isfinite(log_p.grad).all()

@@ -114,6 +114,16 @@ def test_the_tree_survives_yaml() -> None:
     assert again.student.model == "true"
 
 
+def test_a_horizon_needs_an_estimator_that_weighs_by_advantages() -> None:
+    sampled = LEAST + "loss: {mode: reverse_kl_sampled, estimator: %s, horizon: %s}"
+    assert parse(sampled % ("clipped", "all")).loss.horizon == "all"
+    assert "loss: horizon is 8; with estimator k2 only 0 is allowed" in refusal(sampled % ("k2", "8"))
+    assert "loss: horizon is 'all'; with estimator k3 only 0 is allowed" in refusal(sampled % ("k3", "all"))
+    clipped = LEAST + "loss: {mode: reverse_kl_sampled, estimator: clipped, ratio_clip: 2}"
+    assert "loss: ratio_clip is 2; with estimator clipped only null is allowed" in refusal(clipped)
+    parse(LEAST + "loss: {estimator: k2, horizon: 8}")  # not read by the default mode
+
+
 def test_a_config_is_frozen() -> None:
     config = parse(LEAST)
     with pytest.raises(ValueError, match="frozen"):
@@ -204,6 +214,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("loss: {beta: -0.1}", "loss.beta", "-0.1"),
         ("loss: {beta: 1.1}", "loss.beta", "1.1"),
         ("loss: {forward_weight: 2}", "loss.forward_weight", "2.0"),
+        ("loss: {estimator: k4}", "loss.estimator", "'k4'"),
+        ("loss: {clip_range: 0}", "loss.clip_range", "0.0"),
+        ("loss: {clip_range: 1}", "loss.clip_range", "1.0"),
+        ("loss: {horizon: -1}", "loss.horizon", "-1"),
+        ("loss: {horizon: some}", "loss.horizon", "'some'"),
+        ("loss: {horizon: true}", "loss.horizon", "True"),
+        ("loss: {discount: 0}", "loss.discount", "0.0"),
+        ("loss: {discount: 1.1}", "loss.discount", "1.1"),
         ("rollout: {top_p: 0}", "rollout.top_p", "0.0"),
         ("termination: {eta: 1}", "termination.eta", "1.0"),
         ("termination: {control_fraction: -0.1}", "termination.control_fraction", "-0.1"),

@@ -96,6 +96,22 @@ def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
             "",
         ),
         (["loss.mode=mixed", "loss.ratio_clip=2"], "does not read it: only reverse_kl_sampled does", "loss.beta"),
+        (
+            ["loss.mode=reverse_kl_sampled", "loss.estimator=clipped", "loss.horizon=all", "loss.discount=0.5"],
+            "estimator clipped, return-to-go over all later tokens × 0.5, AdamW",
+            "warning",
+        ),
+        (
+            ["loss.mode=reverse_kl_sampled", "loss.horizon=3", "rollout.temperature=0.5"],
+            "warning    loss.horizon adds",
+            "",
+        ),
+        (
+            ["loss.mode=reverse_kl_sampled", "loss.discount=0.5"],
+            "without loss.horizon no later token counts",
+            "estimator",
+        ),
+        (["loss.horizon=4"], "does not read it: only reverse_kl_sampled does", "return-to-go"),
         (["rollout.teacher_support=4"], "teacher support 4", "warning"),
         (["rollout.teacher_support=4", "loss.mode=reverse_kl_sampled"], "warning    rollout.teacher_support is 4", ""),
         (["termination.apply=mask"], "; mask: no rollout is stopped; the cut tokens are left out of the loss", ""),
