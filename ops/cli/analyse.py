@@ -79,6 +79,20 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="LABEL:A.B=C,D.E=F",
         help="one more row: the config with these keys changed; may be repeated",
     )
+    compare.add_argument(
+        "--loss",
+        action=Once,
+        default="",
+        metavar="MODE,MODE",
+        help="values of loss.mode: each row with each of them; the same as --sweep loss.mode=MODE,MODE",
+    )
+    compare.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="A.B=C,D",
+        help="a key with several values: each row with each of them; repeat it for all combinations",
+    )
     compare.add_argument("--seeds", action=Once, default="0-4", help="for example 0-4 or 0,2,7-9 (default 0-4)")
     compare.add_argument(
         "--budget",
@@ -167,6 +181,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         arguments.overrides,
         arguments.jobs,
         arguments.config.parent,
+        arguments.loss,
+        arguments.sweep,
     )
     return compare.compare(config, name, request)
 

@@ -19,6 +19,7 @@ from common.policies import check_policy
 from common.runfiles.making import lock
 from common.runfiles.names import CONFIG
 from ops.compare import grid as grids
+from ops.compare.axes import crossed, read_axes
 from ops.compare.data import FIGURES, CellResult, read_result
 from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid
 from ops.compare.runs import Interrupts, Process, last_words, run_cells, start_run
@@ -37,6 +38,8 @@ class Request:
     overrides: Sequence[str] = ()  # in the config already
     jobs: int = 1
     folder: Path = Path()  # of the config, where files of custom policies are looked for
+    losses: str = ""
+    sweeps: Sequence[str] = ()
 
 
 def grid_folder(config: Config, name: str | None) -> Path:
@@ -55,7 +58,8 @@ def compare(base: Config, name: str | None, request: Request) -> int:
     if tokens is not None and any(item.partition("=")[0].strip() == "learner.max_steps" for item in request.overrides):
         raise ConfigError("--set learner.max_steps: with --budget tokens:N it is the tokens that end a run")
     grids.check_base(base, tokens)
-    rows, added = grids.with_source_of_match(grids.read_rows(request.policies, request.variants, request.folder))
+    named = grids.read_rows(request.policies, request.variants, request.folder)
+    rows, added = grids.with_source_of_match(crossed(named, read_axes(request.losses, request.sweeps)))
     asked = Grid(rows, grids.read_seeds(request.seeds), request.budget)
     _, work, todo = _planned(folder, base, asked, tokens)
     work.check_rows(todo)

@@ -137,7 +137,7 @@ def _policy_row(name: str, folder: Path = Path()) -> GridRow:
         raise ConfigError(f"--policies {name!r:.80}: {error}") from error
     where, class_name = policy_names.split(name)
     label = f"{Path(where).stem}.{class_name}" if policy_names.in_file(name) else name.replace(":", ".")
-    return GridRow(_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
+    return GridRow(check_label(label, f"--policies {name!r:.80}"), (_located(f"termination.policy={name}", folder),))
 
 
 def _located(change: str, folder: Path) -> str:
@@ -156,17 +156,22 @@ def _variant_row(text: str, folder: Path) -> GridRow:
     if not rest.strip():
         raise ConfigError(f"{where}: expected LABEL:section.key=value, for example kat_early:termination.eta=0.1")
     for change in changes:
-        key = change.partition("=")[0].strip()
-        if key in _OWN_KEYS:
-            raise ConfigError(f"{where}: {key} is the grid's own and cannot differ by row")
+        check_key(change.partition("=")[0].strip(), where)
     if label == MATCHED:
         raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
     if label in policy_names.BUILT_IN:
         raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
-    return GridRow(_label(label, where), tuple(_located(change, folder) for change in changes))
+    return GridRow(check_label(label, where), tuple(_located(change, folder) for change in changes))
 
 
-def _label(text: str, where: str) -> str:
+def check_key(key: str, where: str) -> None:
+    """Raises ConfigError for a key that no row may change."""
+    if key in _OWN_KEYS:
+        raise ConfigError(f"{where}: {key} is the grid's own and cannot differ by row")
+
+
+def check_label(text: str, where: str) -> str:
+    """A row's name, as it was given. Raises ConfigError."""
     if not _LABEL.fullmatch(text):
         raise ConfigError(
             f"{where}: {text!r:.80} is not a name for a row; allowed: up to 40 letters, digits, '.', '_', '-'"
@@ -199,7 +204,7 @@ def read_grid(folder: Path) -> Grid:
     found = read_json(path)
     try:
         rows = tuple(
-            GridRow(_label(label, str(path)), tuple(map(str, changes))) for label, changes in found["rows"].items()
+            GridRow(check_label(label, str(path)), tuple(map(str, changes))) for label, changes in found["rows"].items()
         )
         seeds = tuple(sorted(int(seed) for seed in found["seeds"]))
         read_budget(found["budget"])

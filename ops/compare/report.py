@@ -89,10 +89,17 @@ def _write(path: Path, text: str) -> None:
 def all_tables(comparison: Comparison) -> list[Table]:
     """The sections of a comparison, in order."""
     tables = [_results(comparison), _cutting(comparison), _left_out(comparison), _drift(comparison)]
-    tables += [_pairs(comparison, one) for one in REFERENCES if comparison.of(one) and len(comparison.labels) > 1]
+    if len(comparison.labels) > 1:
+        tables += [_pairs(comparison, one) for one in _references(comparison)]
     if comparison.matches:
         tables.append(_matches(comparison))
     return tables
+
+
+def _references(comparison: Comparison) -> list[str]:
+    """What the others are compared with: rows that are made for it, or the first row."""
+    there = [label for label in comparison.labels if comparison.of(label)]
+    return [one for one in REFERENCES if one in there] or there[:1]
 
 
 def _results(comparison: Comparison) -> Table:

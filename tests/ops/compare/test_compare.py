@@ -17,6 +17,7 @@ from run_folders import evaluation, line, step_line, write_lines
 from common.config import Config, load
 from common.runfiles.making import lock
 from common.runfiles.records import Scores, ToEvaluate
+from common.runfiles.run import RunFolder
 from ops.cli.main import main
 from ops.compare import command as compare
 from ops.compare.grid import Cell
@@ -144,6 +145,23 @@ def test_a_cell_waits_for_the_one_it_needs() -> None:
     assert next_ready([matched], [kat]) is None
     assert next_ready([matched, kat], []) == kat
     assert next_ready([matched], []) == matched  # kat is done or has failed
+
+
+def test_loss_modes_and_staleness_are_axes_and_rows_of_the_report(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = ("--loss", "reverse_kl_topk_tail,forward_kl_topk_tail", "--sweep", "learner.max_staleness=1,4")
+    assert call(*axes, policies="kat", seeds="0-2") == 0
+    labels = [f"kat.{mode}.max_staleness-{most}" for mode in ("reverse_kl", "forward_kl") for most in (1, 4)]
+    assert runner.started == [f"{label}-s{seed}" for seed in range(3) for label in labels]
+    config = RunFolder(tmp_path / "grid" / f"{labels[2]}-s1").config
+    assert (config.loss.mode, config.learner.max_staleness) == ("forward_kl_topk_tail", 1)
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert all(f"| {label} |" in text for label in labels)
+    assert f"Row minus `{labels[0]}`" in text
+    capsys.readouterr()
+    assert call(*axes, policies="kat", seeds="0-2") == 0
+    assert len(runner.started) == 12  # all are done
 
 
 def test_the_grid_is_run_seed_by_seed_and_reported(

@@ -13,6 +13,7 @@ from samples import make_config
 
 from common.config import Config, ConfigError
 from ops.compare import grid as grids
+from ops.compare.axes import crossed, read_axes
 from ops.compare.grid import Cell, Grid, GridRow
 from ops.run.summary import summarize
 
@@ -324,3 +325,55 @@ def test_another_config_in_a_cell_is_refused_by_key(base: Config, tmp_path: Path
 def test_random_matched_needs_its_kat_done(base: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="random_matched-s0 is made from kat-s0, which is not done"):
         grids.cell_config(base, Cell("random_matched", 0), tmp_path)
+
+
+# --- axes ---
+
+
+def test_rows_are_crossed_with_loss_modes_and_other_values() -> None:
+    rows = grids.read_rows("none,kat", [])
+    axes = read_axes("forward_kl_topk_tail,mixed", ["learner.max_staleness=0, 4"])
+    assert axes == [("loss.mode", ["forward_kl_topk_tail", "mixed"]), ("learner.max_staleness", ["0", "4"])]
+    found = crossed(rows, axes)
+    assert [one.label for one in found[:4]] == [
+        "none.forward_kl.max_staleness-0",
+        "none.forward_kl.max_staleness-4",
+        "none.mixed.max_staleness-0",
+        "none.mixed.max_staleness-4",
+    ]
+    assert [one.label.split(".")[0] for one in found[4:]] == ["kat"] * 4
+    assert found[-1].changes == ("termination.policy=kat", "loss.mode=mixed", "learner.max_staleness=4")
+    assert crossed(rows, read_axes("", [])) == rows
+
+
+def test_a_crossed_grid_is_written_read_and_made_into_configs(tmp_path: Path) -> None:
+    rows = crossed(grids.read_rows("none", []), read_axes("jsd_topk_tail", ["loss.beta=0.1,0.9"]))
+    grids.write_grid(tmp_path, Grid(rows, (0,), "steps"))
+    assert grids.read_grid(tmp_path).rows == rows
+    base = make_config(tmp_path, eval={"every_steps": 5})
+    configs = [grids.row_config(base, one, None) for one in rows]
+    assert [(one.loss.mode, one.loss.beta) for one in configs] == [("jsd_topk_tail", 0.1), ("jsd_topk_tail", 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sweeps", "said"),
+    [
+        ("a,,b", [], "expected section.key=VALUE,VALUE"),
+        ("", ["loss.mode"], "expected section.key=VALUE,VALUE"),
+        ("", ["=1"], "expected section.key=VALUE,VALUE"),
+        ("a", ["loss.mode=b"], "loss.mode is given twice"),
+        ("", ["seed=1,2"], "seed is the grid's own"),
+        ("", ["termination.policy=fixed"], "the row 'none' sets termination.policy already"),
+        ("", ["loss.beta=" + "1" * 40], "is not a name for a row"),
+        ("", ["loss.beta={a}"], "is not a name for a row"),
+        ("", ["loss.beta=" + ",".join(map(str, range(300)))], "300 rows; at most 200"),
+    ],
+)
+def test_axes_that_are_refused(losses: str, sweeps: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        crossed(grids.read_rows("none", []), read_axes(losses, sweeps))
+
+
+def test_a_matched_row_cannot_be_crossed() -> None:
+    with pytest.raises(ConfigError, match="compare it without --sweep and --loss"):
+        crossed(grids.read_rows("none,random_matched", []), read_axes("mixed", []))
