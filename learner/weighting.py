@@ -1,9 +1,10 @@
-"""Weights of kept tokens: baselines with which cutting is compared. Pure functions.
+"""Weights of kept tokens: baselines with which cutting is compared, and what papers propose beside it. Pure functions.
 
-    uniform       all kept tokens have the same weight
-    random_drop   a random share of the kept tokens, `retention`, counts, at any position: with `policy: none` and the
-                  retention of a KAT run it trains on as many tokens as KAT, but not on the first ones
-    position      the weight is 2^(-t / half_life), t = 0 at the first token: earlier tokens count more
+    uniform               all kept tokens have the same weight
+    random_drop           a random share of the kept tokens, `retention`, counts, at any position: with `policy: none`
+                          and the retention of a KAT run it trains on as many tokens as KAT, but not on the first ones
+    position              the weight is 2^(-t / half_life), t = 0 at the first token: earlier tokens count more
+    importance_position   the weight falls with what student and teacher have already disagreed on in this rollout
 
 A draw is a function of the run's seed, rollout and position: a repeated batch has the same weights.
 """
@@ -25,6 +26,8 @@ def shares_of(settings: Loss, seed: int) -> Shares:
         return lambda trajectory: random_drop(trajectory, settings.retention, seed)
     if settings.weighting == "position":
         return lambda trajectory: by_position(len(trajectory.tokens), settings.position_half_life)
+    if settings.weighting == "importance_position":
+        return lambda trajectory: by_disagreement(trajectory, settings.importance_gamma)
     return uniform
 
 
@@ -39,3 +42,17 @@ def random_drop(trajectory: Trajectory, retention: float, seed: int) -> npt.NDAr
 def by_position(count: int, half_life: float) -> npt.NDArray[np.float64]:
     """2^(-t / half_life) for t = 0 … count - 1, float64 [count]; half_life in tokens, above 0."""
     return np.exp2(-np.arange(count) / half_life)
+
+
+def by_disagreement(trajectory: Trajectory, gamma: float) -> npt.NDArray[np.float64]:
+    """1 + gamma x (1 - the share of the rollout's disagreement before the token), float64 [n]: from 1 + gamma at the
+    first token down to 1.
+
+    A token's disagreement is |log q - log p_rollout| of the sampled outcome, over the kept tokens. This is our reading
+    of IW-OPD (arXiv 2606.22600), where a weight depends on the accumulated discrepancy of both models and gamma is its
+    amplification, 0.5; there it multiplies the advantages of a loss on sampled tokens, here it is the weight of any
+    loss in the batch's mean. Without any disagreement all weights are 1 + gamma.
+    """
+    gaps = np.abs(trajectory.teacher_sampled.astype(np.float64) - trajectory.rollout_logprobs)
+    before = np.cumsum(gaps) - gaps
+    return 1.0 + gamma * (1.0 - before / (gaps.sum() or 1.0))

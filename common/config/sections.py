@@ -311,14 +311,17 @@ class Loss(Section):
         description="Mean over the batch's kept tokens; mean over sequences of their means; or the sum over kept "
         "tokens divided by the tokens generated (up to the trigger, for stopped rollouts).",
     )
-    weighting: Literal["uniform", "random_drop", "position"] = Field(
+    weighting: Literal["uniform", "random_drop", "position", "importance_position"] = Field(
         "uniform",
-        description="Weight of kept tokens: all equal; a random share of them (`retention`); or decreasing with "
-        "position.",
+        description="Weight of kept tokens: all equal; a random share of them (`retention`); decreasing with position; "
+        "or decreasing with what both models have disagreed on before (IW-OPD).",
     )
     retention: float = Field(1.0, gt=0, le=1, description="`random_drop`: share of kept tokens that count.")
     position_half_life: float = Field(
         64.0, gt=0, description="`position`: tokens after which the weight of a token has halved."
+    )
+    importance_gamma: float = Field(
+        0.5, ge=0, description="`importance_position`: γ; the first token counts 1 + γ, the last at least 1."
     )
     estimator: Literal["k1", "k2", "k3", "clipped"] = Field(
         "k1",

@@ -304,6 +304,8 @@ def _loss_text(config: Config) -> str:
         parts.append(f"weighting random_drop (retention {loss.retention:g})")
     elif loss.weighting == "position":
         parts.append(f"weighting position (half-life {loss.position_half_life:g} tokens)")
+    elif loss.weighting == "importance_position":
+        parts.append(f"weighting importance_position (γ {loss.importance_gamma:g})")
     return ", ".join(parts)
 
 

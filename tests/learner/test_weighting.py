@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from samples import make_former_support, make_head, make_score_support, make_sup
 from common.config import Loss
 from learner.batch import Trajectory, micro_batches, token_weights, uniform
 from learner.intake import read_trajectory
-from learner.weighting import by_position, random_drop, shares_of
+from learner.weighting import by_disagreement, by_position, random_drop, shares_of
 
 
 def trajectory(rid: str, count: int) -> Trajectory:
@@ -39,6 +40,19 @@ def test_position_weights_halve_at_the_half_life() -> None:
     assert [row.tolist() for row in rows] == [[0.4, 0.2], [0.4]]
 
 
+def test_weights_fall_with_what_both_models_have_disagreed_on() -> None:
+    """Gaps of 0, 1, 2 and 1 nats, of either sign: before the tokens 0, 0, 1/4 and 3/4 of the sum."""
+    teacher = np.array([-1, -2, -0.5, -3], np.float32)
+    written = np.array([-1, -1, -2.5, -2], np.float32)
+    one = replace(trajectory("a", 4), teacher_sampled=teacher, rollout_logprobs=written)
+    assert by_disagreement(one, 0.5).tolist() == [1.5, 1.5, 1.375, 1.125]
+    assert by_disagreement(one, 0.0).tolist() == [1.0] * 4
+    alike = by_disagreement(trajectory("b", 3), 0.5)  # nothing to disagree on
+    assert alike.tolist() == [1.5] * 3
+    rows = token_weights([one, trajectory("b", 3)], "sequence", lambda row: by_disagreement(row, 0.5))
+    assert [row.sum() for row in rows] == pytest.approx([0.5, 0.5])
+
+
 def test_random_drop_keeps_its_retention_at_every_position() -> None:
     shares = np.stack([random_drop(trajectory(f"r{number}", 200), 0.3, seed=5) for number in range(100)])
     assert set(np.unique(shares)) == {0.0, 1.0}
@@ -63,6 +77,8 @@ def test_each_name_in_the_config_gives_its_weighting() -> None:
     assert (drop(one) == random_drop(one, 0.5, 3)).all()
     fading = shares_of(Loss(weighting="position", position_half_life=3.0), 3)
     assert (fading(one) == by_position(9, 3.0)).all()
+    apart = shares_of(Loss(weighting="importance_position", importance_gamma=2.0), 3)
+    assert (apart(one) == by_disagreement(one, 2.0)).all()
 
 
 @pytest.mark.parametrize("denominator", ["kept", "sequence"])

@@ -214,6 +214,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ("loss: {beta: -0.1}", "loss.beta", "-0.1"),
         ("loss: {beta: 1.1}", "loss.beta", "1.1"),
         ("loss: {forward_weight: 2}", "loss.forward_weight", "2.0"),
+        ("loss: {importance_gamma: -0.5}", "loss.importance_gamma", "-0.5"),
         ("loss: {estimator: k4}", "loss.estimator", "'k4'"),
         ("loss: {clip_range: 0}", "loss.clip_range", "0.0"),
         ("loss: {clip_range: 1}", "loss.clip_range", "1.0"),
