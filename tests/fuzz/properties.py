@@ -76,7 +76,7 @@ def records() -> list[bytes]:
         make_score_support(),
         make_score_support(16, 64, tail=False),
         make_own_support(),
-        make_own_support(16, 64, 32),
+        make_own_support(16, 2, 32),
         make_verdict(),
         make_verdict(finish_reason="length", generated=400, threshold=None, min_window=None, cut=False),
     ]
