@@ -71,7 +71,7 @@ def k2_sampled(
 ) -> Tensor:
     """Return rho l^2 / 2 per token [N], with slope rho l, that of k1. Arguments as there.
 
-    The value is never negative and above the KL by the third and higher powers of l.
+    The value is never negative; its mean differs from the KL by the third and higher powers of l.
     """
     log_p, cost, rho = _cost(log_p, teacher_sampled, sampling_logprobs, ratio_clip)
     return with_slope(rho * cost.square() / 2, rho * cost, log_p)
@@ -116,7 +116,7 @@ def clipped_sampled(
     moved = importance_ratio(log_p, rollout_logprobs)
     allowed = moved.clamp(1 - clip_range, 1 + clip_range)
     clipped = allowed * whole > moved * whole
-    value = torch.where(clipped, allowed * (rollout_logprobs - sampling_logprobs).exp(), rho) * cost
+    value = torch.where(clipped, allowed * importance_ratio(rollout_logprobs, sampling_logprobs), rho) * cost
     return with_slope(value, rho * whole * ~clipped, log_p)
 
 

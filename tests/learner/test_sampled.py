@@ -116,8 +116,9 @@ def test_clipping_takes_the_gradient_of_tokens_that_have_moved_far_enough() -> N
 def test_an_impossible_sample_gives_finite_numbers() -> None:
     log_p = torch.tensor([-math.inf, -300.0, -0.5], requires_grad=True)
     teacher, drawn = torch.tensor([-1.0, LOG_FLOOR, -1.0]), torch.tensor([-1.0, -1.0, -500.0])
+    written = torch.tensor([-1.0, -1.0, -1.0])
     for name, estimator in ESTIMATORS.items():
-        losses = estimator(log_p, teacher, drawn, drawn)
+        losses = estimator(log_p, teacher, drawn, written)
         (gradient,) = torch.autograd.grad(losses.sum(), log_p)
         assert torch.isfinite(losses).all() and torch.isfinite(gradient).all(), name
     assert importance_ratio(log_p, drawn).max() == pytest.approx(math.exp(20))
