@@ -135,12 +135,13 @@ def test_pieces_change_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(one.tail_logprobs, other.tail_logprobs, rtol=1e-5)
 
 
-def test_a_teacher_never_holds_a_tenth_of_the_logits() -> None:
+@pytest.mark.parametrize("own", [0, 16])
+def test_a_teacher_never_holds_a_tenth_of_the_logits(own: int) -> None:
     rows, tokens, vocab = 64, 64, 5000
     torch.manual_seed(0)
     small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": vocab}
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE | small, head_dim=2)).train(False).requires_grad_(False)
-    engine = scorer(model, vocab, slots=rows, prefill_tokens=rows * tokens)
+    engine = scorer(model, vocab, slots=rows, prefill_tokens=rows * tokens, teacher_support=own)
     asked = [request(tokens, str(row), vocab) for row in range(rows)]
     engine.score(asked[:1])  # the cache has its place now
     assert peak_bytes(lambda: engine.score(asked)) < 0.1 * 4 * rows * tokens * vocab
@@ -155,3 +156,5 @@ def test_supports_are_taken_without_another_matrix() -> None:
     ):
         log_probs = outcomes.log_outcomes(logits, [3, 7], 5000)
         assert peak_bytes(lambda: take(log_probs)) < 1.2 * log_probs.nbytes  # noqa: B023
+    # As `on_support` has left it.
+    assert peak_bytes(lambda: outcomes.beside_support(log_probs, 16, 4990)) < 1.2 * log_probs.nbytes
