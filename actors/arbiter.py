@@ -1,4 +1,4 @@
-"""The arbiter: reads divergences, gives every rollout exactly one verdict, signals its writer to stop. No torch.
+"""The arbiter: reads scores, gives every rollout exactly one verdict, signals its writer to stop. No torch.
 
 Invariant: the pending entries of `scores` are this process's state. A rollout's notices are acknowledged with its
 verdict and not before, so that a new arbiter reads the same notices and gives the same verdicts.
@@ -24,7 +24,17 @@ from common.policies import Policy, Progress, ScoredTokens, Situation
 from common.termination import Cut, Kat, MinimaBuffer
 from common.wire import scripts
 from common.wire.lease import Lease
-from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence, Verdict, read_number, read_rid
+from common.wire.messages import (
+    ChunkTokens,
+    Floats,
+    MessageError,
+    RolloutHead,
+    ScoreDivergence,
+    ScoreView,
+    Verdict,
+    read_number,
+    read_rid,
+)
 from common.wire.plane import Plane, shown, unix_s
 from common.wire.scripts import Fenced, Judged, Look
 from common.wire.weights import BadWeights, read_pointer
@@ -52,6 +62,16 @@ def _read_threshold(value: bytes | None) -> float | None:
     return threshold
 
 
+def _read_view(tokens: ChunkTokens, stored: bytes) -> Floats:
+    """The view of a chunk, float32 [3, n]. Raises MessageError."""
+    if not stored:
+        raise MessageError(f"chunk {tokens.seq}: its score has no view; a teacher of an earlier version stored it")
+    view = ScoreView.decode(stored).view
+    if view.shape[1] != len(tokens.tokens):
+        raise MessageError(f"chunk {tokens.seq}: tokens and view do not match")
+    return view
+
+
 @dataclass(slots=True)
 class _Track:
     """A rollout without a verdict: what has been read of it."""
@@ -64,6 +84,7 @@ class _Track:
     cut: Cut | None = None
     chunks: list[ChunkTokens] = field(default_factory=list)
     divergence: list[ScoreDivergence] = field(default_factory=list)
+    views: list[Floats] = field(default_factory=list)  # if they are read
     scored: int = 0  # tokens
     shared: bool = False  # detector and minimum are one
 
@@ -94,6 +115,7 @@ class Arbiter:
         self._careful = False
         self._minima = MinimaBuffer(self._settings.buffer_size)
         self._policy = policies.find(self._settings.policy)
+        self._views = bool(self._policy.reads) or config.feeder.record_views
         self.version = self._step = 0
         self._refused: dict[str, str] = {}  # the last malformed policy pointer that was reported
         # Calls to send at the end of this pass, each with its verdict and last notice (None: only acknowledge).
@@ -222,7 +244,7 @@ class Arbiter:
             asked = [(rid, len(self._tracks[rid].chunks)) for rid in left]
             together = self._plane.by_server(asked, lambda one: one[0])
             parts = [some[at : at + _AT_ONCE] for some in together for at in range(0, len(some), _AT_ONCE)]
-            looks = self._plane.call_all([scripts.look(_AHEAD, part) for part in parts])
+            looks = self._plane.call_all([scripts.look(_AHEAD, part, views=self._views) for part in parts])
             found = zip(chain.from_iterable(parts), chain.from_iterable(looks), strict=True)
             left = [rid for (rid, _), look in found if self._read_on(rid, look)]
             self._send_due()
@@ -244,7 +266,7 @@ class Arbiter:
             self._blame_policy(rid, track, error)
             return False
         if due is None:
-            return len(look.scored) == 2 * _AHEAD
+            return len(look.scored) == (3 if self._views else 2) * _AHEAD
         self._give(track, due, body)
         return False
 
@@ -252,17 +274,22 @@ class Arbiter:
         if track.head is None:
             self._begin(track, look)
         assert track.detector is not None and track.minimum is not None
-        for tokens_bytes, divergence_bytes in zip(look.scored[::2], look.scored[1::2], strict=True):
-            tokens, scores = ChunkTokens.decode(tokens_bytes), ScoreDivergence.decode(divergence_bytes)
+        parts = 3 if self._views else 2
+        for place in range(0, len(look.scored), parts):
+            tokens, scores = ChunkTokens.decode(look.scored[place]), ScoreDivergence.decode(look.scored[place + 1])
             if len(tokens.tokens) != len(scores.divergence) or tokens.start != track.scored:
                 raise MessageError(f"chunk {tokens.seq}: tokens and divergences do not match")
+            view = _read_view(tokens, look.scored[place + 2]) if self._views else None
             track.chunks.append(tokens)
             track.divergence.append(scores)
+            if view is not None:
+                track.views.append(view)
             track.scored += len(tokens.tokens)
+            fed = ScoredTokens(tokens.tokens, scores.divergence, view)
             if track.cut is not None or not track.shared:
-                track.minimum.feed(scores.divergence)
+                track.minimum.feed(fed.row(self._policy.windows_of))
             if track.cut is None:
-                track.cut = track.detector.feed_tokens(ScoredTokens(tokens.tokens, scores.divergence))
+                track.cut = track.detector.feed_tokens(fed)
 
     def _begin(self, track: _Track, look: Look) -> None:
         track.head = RolloutHead.decode(look.head if isinstance(look.head, bytes) else b"")
@@ -377,6 +404,7 @@ class Arbiter:
             last_version=max(versions),
             tokens=tokens,
             divergence=np.concatenate([scores.divergence for scores in track.divergence]),
+            view=np.concatenate(track.views, axis=1) if self._views else None,
         )
 
     def _calibrates(self, verdict: Verdict) -> bool:

@@ -21,7 +21,7 @@ from actors.engine.outcomes import support_size
 from actors.pace import Pace
 from common import metrics, tracing
 from common.config import Config
-from common.divergence import coarse_reverse_kl
+from common.divergence import coarse_entropy, coarse_reverse_kl
 from common.failing import brief, out_of_memory
 from common.pulse import Pulse
 from common.wire import scripts
@@ -34,6 +34,7 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     read_logprobs,
     read_number,
     read_rid,
@@ -398,12 +399,12 @@ class TeacherWorker:
             if answer is None:
                 continue
             try:
-                divergence, support = _records(one, answer)
+                records = _records(one, answer, with_view=self._config.stores_view)
             except ValueError as error:
                 self._give_up(work, str(error))
                 continue
             good.append(one)
-            calls.append(scripts.score(work.shard, work.entry, work.rid, work.seq, divergence, support))
+            calls.append(scripts.score(work.shard, work.entry, work.rid, work.seq, *records))
         for one, reply in zip(good, self._plane.call_all(calls), strict=True):
             self._scored_tokens += len(one.tokens.tokens)
             if reply is ScoreAnswer.OK:
@@ -443,8 +444,9 @@ def _wanted(seq: int) -> list[str]:
     return ["head", "verdict", *(field(seq) for field in of_chunk), tokens_field(seq - 1)]
 
 
-def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
-    """Divergence and log-probabilities of a chunk, encoded. Raises ValueError if they are not finite."""
+def _records(one: _Loaded, scored: Scored, *, with_view: bool) -> tuple[bytes, bytes, bytes]:
+    """Divergence, log-probabilities and view of a chunk, encoded; no view: b"". Raises ValueError if they are not
+    finite."""
     divergence = coarse_reverse_kl(
         one.logprobs.support_logprobs, scored.teacher_logprobs, one.logprobs.tail_logprobs, scored.tail_logprobs
     )
@@ -457,7 +459,12 @@ def _records(one: _Loaded, scored: Scored) -> tuple[bytes, bytes]:
         own_ids=own.ids if own else None,
         own_logprobs=own.logprobs if own else None,
     )
-    return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode()
+    view = b""
+    if with_view:
+        entropy = coarse_entropy(one.logprobs.support_logprobs, one.logprobs.tail_logprobs)
+        rows = np.stack((entropy, one.support.rollout_logprobs, scored.sampled))
+        view = ScoreView(seq=one.work.seq, view=rows).encode()
+    return ScoreDivergence(seq=one.work.seq, divergence=divergence).encode(), support.encode(), view
 
 
 def rendezvous(shard: int, teachers: list[str]) -> str:

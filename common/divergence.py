@@ -1,5 +1,7 @@
 """Divergence of student and teacher on one token: exact KL between two coarse distributions. Pure numpy.
 
+And the entropy of the student's coarse distribution, H_t = - Σ_{v∈S} p(v) log p(v) - p_tail log p_tail.
+
 S is STOP and the student's top K other outcomes; the rest of each distribution is folded into one tail:
 
     d_t = Σ_{v∈S} p(v) log(p(v)/q(v)) + p_tail log(p_tail/q_tail)
@@ -46,3 +48,22 @@ def coarse_reverse_kl(
     terms = p * (log_p - log_q) - p + q
     divergence: Floats = np.maximum(terms, 0.0).sum(axis=1).astype(np.float32)
     return divergence
+
+
+def coarse_entropy(logprobs: Floats, tail: Floats | None) -> Floats:
+    """Entropy per token of a distribution over STOP, the support and the tail bucket: never above the full
+    vocabulary's, and equal to it if the tail is empty or one outcome.
+
+    Args:
+        logprobs: on the support, float32 [n, K + 1] (column 0 is STOP), nats.
+        tail: of all other outcomes together, float32 [n]; None where the support holds every outcome.
+
+    Returns:
+        float32 [n], nats, ≥ 0.
+    """
+    log_p = logprobs.astype(np.float64)
+    if tail is not None:
+        log_p = np.concatenate([log_p, tail.astype(np.float64)[:, None]], axis=1)
+    # Rounding can put a log-probability slightly above zero, and the sum of a sharp case below.
+    entropy: Floats = np.maximum(-(np.exp(log_p) * log_p).sum(axis=1), 0.0).astype(np.float32)
+    return entropy

@@ -20,6 +20,7 @@ ALLOWED_SHARE = 0.75  # of maxmemory: above it nothing is admitted (lua/admit.lu
 RECORDS_AT_A_TIME = 16  # whole rollouts that are read in one round trip: Redis holds them twice meanwhile
 _SERVER_BYTES = 2 << 20  # a server with nothing in it, its clients' buffers, the run's groups and scripts
 _CHUNK_BYTES = 560  # a chunk beyond its numbers: names, entries of the hash, other fields of its records
+_VIEW_BYTES = 96  # of those, its view's
 _RECORD_BYTES = 1536  # a rollout beyond its chunks: prompt and verdict beyond their numbers, notices, owners
 _ROUNDED_UP = 1.25
 _MB = 1 << 20
@@ -36,7 +37,8 @@ def growth_bytes(config: Config, length: int) -> int:
     A token has, for K outcomes and STOP: ids 4 K (half of that if 16 bits hold them), log-probabilities 4 (K + 1), six
     more numbers of 4 bytes, and two in each copy of the verdict, in its record and on the way to the books. The
     log-probabilities are the student's until the teacher's take their place; the teacher's own K' outcomes come with
-    them. Tokens that the teacher has not scored yet count as not written.
+    them. A view (`Config.stores_view`) is three more numbers, and three in each copy of the verdict. Tokens that the
+    teacher has not scored yet count as not written.
     """
     rollout = config.rollout
     scored = max(0, length - rollout.max_unscored_chunks * rollout.chunk_tokens)
@@ -45,7 +47,11 @@ def growth_bytes(config: Config, length: int) -> int:
     chunks = -(-left // rollout.chunk_tokens) + config.learner.max_staleness + 1
     outcomes = config.termination.teacher_top_k + rollout.teacher_support
     written = (8 * outcomes + 28) * left + 16 * rollout.max_completion_length
-    return int(_ROUNDED_UP * written) + chunks * _CHUNK_BYTES + 4 * config.data.max_prompt_length + _RECORD_BYTES
+    of_chunk = _CHUNK_BYTES
+    if config.stores_view:
+        written += 12 * left + 24 * rollout.max_completion_length
+        of_chunk += _VIEW_BYTES
+    return int(_ROUNDED_UP * written) + chunks * of_chunk + 4 * config.data.max_prompt_length + _RECORD_BYTES
 
 
 def most_bytes(config: Config) -> int:

@@ -26,6 +26,8 @@ OF_WINDOWS = ("kat", "kat_absolute", "kat_inverse")
 """Judged by means of windows of the divergence."""
 CALIBRATED = ("kat", "kat_inverse")
 """Judged by a quantile of those of earlier rollouts, and not active before there are enough."""
+READS_VIEW: tuple[str, ...] = ()
+"""Those that read more of a token than its id and its divergence."""
 _FORMS = "path/to/file.py:ClassName, or package.module:ClassName"
 _FILE = re.compile(r"(?:.*/)?[^/]+\.py:[A-Za-z_][A-Za-z0-9_]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -42,6 +44,11 @@ def check(name: str) -> None:
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     hint = f" (the nearest is {near[0]!r})" if near else ""
     raise PolicyError(f"no such policy{hint}; allowed: {', '.join(BUILT_IN)}, {_FORMS}; found {name[:80]!r}")
+
+
+def may_read_view(name: str) -> bool:
+    """Whether a policy of this name may read the view of a token: a custom one may."""
+    return name in READS_VIEW or name not in BUILT_IN
 
 
 def split(name: str) -> tuple[str, str]:

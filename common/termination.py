@@ -142,6 +142,7 @@ class Kat:
     """The KAT rule, streaming. `threshold` None: inactive; window minima are recorded, and it never fires.
 
     `inverse` mirrors it: it fires where means stay *above* the threshold, and `min_window` is the greatest mean.
+    `reason`: of its cut. The values may be anything of a token in nats; of KAT they are divergences.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Kat:
         grace_tokens: int,
         threshold: float | None,
         inverse: bool = False,
+        reason: str | None = None,
     ) -> None:
         if window < 1 or patience < 1 or stride < 1 or grace_tokens < 0:
             raise ValueError(
@@ -173,7 +175,7 @@ class Kat:
         self._seen = self._streak = self._first = 0
         self._ends = [0]  # sums of all tokens up to each of the last `window` tokens, and up to the one before
         self._cut: Cut | None = None
-        self._reason = "kl_high" if inverse else "kl_trap"
+        self._reason = reason or ("kl_high" if inverse else "kl_trap")
 
     @property
     def min_window(self) -> float | None:

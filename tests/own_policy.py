@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.config import Termination
-from common.policies import Policy, ScoredTokens, Situation
+from common.policies import KatPolicy, Policy, ScoredTokens, Situation
 from common.termination import Cut
 
 
@@ -43,6 +43,52 @@ class Marked(Policy):
             return Cut(trigger=self._seen, keep=self._seen - 1, reason="marked")
         self._seen += len(tokens.ids)
         return None
+
+
+class Sure(Policy):
+    """Reads the student's entropy: cuts in front of `patience` tokens in a row that lie below `options.nats`."""
+
+    reads = frozenset({"entropy"})
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        self._floor, self._patience = settings.options["nats"], settings.patience
+        self._seen = self._low = 0
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        for entropy in tokens.entropy.tolist():
+            self._seen += 1
+            self._low = self._low + 1 if entropy < self._floor else 0
+            if self._low == self._patience:
+                return Cut(trigger=self._seen, keep=self._seen - self._patience, reason="sure")
+        return None
+
+
+class SureOfWindows(KatPolicy):
+    """KAT's rule on the student's entropy: calibrated on the window means of the entropy."""
+
+    reads = frozenset({"entropy"})
+    windows_of = "entropy"
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        return self.feed(tokens.entropy)
+
+
+class Undeclared(Sure):
+    """Does not say what it reads."""
+
+    reads = frozenset()
+
+
+class Misread(Sure):
+    """Says that it reads what there is not."""
+
+    reads = frozenset({"entropie"})
+
+
+class MisreadWindows(Sure):
+    """Is calibrated on what it does not read."""
+
+    windows_of = "teacher_logprobs"
 
 
 class Unfinished(Policy):

@@ -22,6 +22,7 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
     support_digest,
 )
@@ -113,6 +114,13 @@ def make_tokens(tokens: Sequence[int] = (1, 2, 3), **changes: Any) -> ChunkToken
 
 def make_divergence(values: Sequence[float] = (0.5, 0.25, 0.0), seq: int = 0) -> ScoreDivergence:
     return ScoreDivergence(seq=seq, divergence=np.array(values, np.float32))
+
+
+def make_view(values: Sequence[float] = (0.5, 0.25, 0.0), seq: int = 0) -> ScoreView:
+    """Of tokens with these divergences: the entropy is their distance from 1, the margin three times below 0."""
+    divergence = np.array(values, np.float32)
+    student = np.full(len(divergence), -2.0, np.float32)
+    return ScoreView(seq, np.stack((np.abs(1 - divergence), student, student - 3 * divergence)))
 
 
 def make_score_support(n: int = 3, k: int = 2, *, tail: bool = True) -> ScoreSupport:
@@ -241,7 +249,8 @@ class Run:
         support = make_score_support(len(values)).encode()
         entry = self.notice(rid, seq)
         shard = self.plane.shard_of(rid)
-        return bytes(self.raw(scripts.score(shard, entry, rid, seq, divergence, support))[0])
+        view = make_view(values, seq).encode() if self.config.stores_view else b""
+        return bytes(self.raw(scripts.score(shard, entry, rid, seq, divergence, support, view))[0])
 
     # --- arbiter ---
 
@@ -330,7 +339,8 @@ def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n
             return bytes(reply[0])
         scored = ScoreSupport(student.support_logprobs, student.tail_logprobs, support.sampled_logprobs).encode()
         divergence = make_divergence([0.5] * n, seq).encode()
-        score = scripts.score(shard, run.notice(rid, seq), rid, seq, divergence, scored)
+        view = make_view([0.5] * n, seq).encode() if run.config.stores_view else b""
+        score = scripts.score(shard, run.notice(rid, seq), rid, seq, divergence, scored, view)
         assert run.raw(score) == [b"ok"]
         at, seq = at + n, seq + 1
     return b"ok"

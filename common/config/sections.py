@@ -562,6 +562,11 @@ class FeederSettings(Section):
         "can be trained before the longest are stale.",
     )
     record_traces: bool = Field(True, description="Write tokens and divergences of every rollout to traces.jsonl.")
+    record_views: bool = Field(
+        False,
+        description="Write student entropy and log-probabilities of the sampled tokens to traces.jsonl too, so that "
+        "`katana replay` can judge by policies that read them. What the run's own policy reads is written in any case.",
+    )
     record_audit: bool = Field(False, description="Write the writer of each chunk to audit.jsonl, for the checker.")
 
 
@@ -878,6 +883,11 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def stores_view(self) -> bool:
+        """Whether teachers store the view of each chunk: something may read it. They import no custom policy."""
+        return policy_names.may_read_view(self.termination.policy) or self.feeder.record_views
 
     @property
     def max_length(self) -> int:

@@ -1,7 +1,7 @@
 """The records in a run's folder: the contents of each file, and their meaning.
 
 rollouts.jsonl  BookLine     feeder → all readers: a rollout that ended
-traces.jsonl    Trace        feeder → report, replay, audit, checker: tokens and divergences of a verdict
+traces.jsonl    Trace        feeder → report, replay, audit, checker: tokens, divergences and view of a verdict
 audit.jsonl     Audit        feeder → checker: the writer of each chunk
 ledger.json     Ledger       feeder → itself, top, report, checker: number of rollouts by ending
 metrics.jsonl   Step         learner → all readers: figures of an optimizer step
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.runfiles.fields import Object, Record, an_object, decoded, encoded, stored
-from common.wire.messages import ARMS, Floats, Ints, Verdict, fired
+from common.wire.messages import ARMS, VIEW, Floats, Ints, Verdict, fired
 
 UNFINISHED = frozenset({"run_end", "lost"})
 """Reasons of rollouts that the run dropped before they ended by themselves or by their policy."""
@@ -125,6 +125,7 @@ class Trace(Record):
     version: int  # policy version that wrote its first token
     token_bytes: bytes = field(metadata=stored("tokens"))  # int32, little-endian, [n]; bytes compare
     divergence_bytes: bytes = field(metadata=stored("divergence"))  # float32, little-endian, [n], nats
+    view_bytes: bytes = field(metadata=stored("view", sparse=True), default=b"")  # float32, little-endian, [3, n], nats
 
     @property
     def tokens(self) -> Ints:
@@ -133,6 +134,11 @@ class Trace(Record):
     @property
     def divergence(self) -> Floats:
         return np.frombuffer(self.divergence_bytes, dtype="<f4")
+
+    @property
+    def view(self) -> Floats | None:
+        """Rows as in VIEW; None: not recorded."""
+        return np.frombuffer(self.view_bytes, dtype="<f4").reshape(len(VIEW), -1) if self.view_bytes else None
 
     @property
     def written(self) -> int:
@@ -159,6 +165,7 @@ class Trace(Record):
             version=verdict.first_version,
             token_bytes=verdict.tokens.astype("<i4").tobytes(),
             divergence_bytes=verdict.divergence.astype("<f4").tobytes(),
+            view_bytes=b"" if verdict.view is None else verdict.view.astype("<f4").tobytes(),
         )
 
     @classmethod
@@ -169,10 +176,14 @@ class Trace(Record):
         tokens, divergence = len(trace.token_bytes), len(trace.divergence_bytes)
         if tokens != divergence or tokens % 4 or not tokens:
             raise ValueError(f"{tokens / 4:g} tokens with {divergence / 4:g} divergences")
+        if len(trace.view_bytes) not in (0, len(VIEW) * tokens):
+            raise ValueError(f"{tokens / 4:g} tokens with a view of {len(trace.view_bytes)} bytes")
         if not trace.keep <= trace.trigger <= trace.written:
             raise ValueError(f"rollout {trace.rid}: keep {trace.keep}, trigger {trace.trigger}, {trace.written} tokens")
         if not (trace.divergence >= 0).all() or np.isinf(trace.divergence).any():
             raise ValueError(f"rollout {trace.rid}: a divergence is not finite, or below 0")
+        if trace.view is not None and not np.isfinite(trace.view).all():
+            raise ValueError(f"rollout {trace.rid}: a number of its view is not finite")
         return trace
 
 

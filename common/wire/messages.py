@@ -30,6 +30,9 @@ _CODES = {"Ints": "i", "Floats": "f", "Ids": "ih"}  # by annotation: how an arra
 _DTYPES: dict[str, np.dtype[Any]] = {"i": np.dtype("<i4"), "f": np.dtype("<f4"), "h": np.dtype("<u2")}
 _BELOW = 1 << 16
 ARMS = ("treated", "control")
+VIEW = ("entropy", "student_logprobs", "teacher_logprobs")
+"""The rows of a view, nats: the student's entropy on the support (STOP, the support and the tail as one distribution),
+and the log-probabilities of the sampled outcome under the student (temperature 1, before top-p) and the teacher."""
 _FORMER_HEAD = b"\x96"  # a list of six: the kind, and the fields of FormerSupport
 
 
@@ -266,6 +269,12 @@ def _logprobs(array: Floats, shape: tuple[int, ...], name: str) -> None:
         raise MessageError(f"{name}: a log-probability above 0")
 
 
+def _view(array: Floats, n: int, name: str) -> None:
+    _floats(array, (len(VIEW), n), name)
+    _need(not (array[0] < 0).any(), f"{name}: an entropy below 0")
+    _logprobs(array[1:], (len(VIEW) - 1, n), name)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutHead(_Record):
     """feeder → rollout worker, teacher worker, arbiter, learner. The task of a rollout."""
@@ -389,6 +398,26 @@ class ScoreDivergence(_Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ScoreView(_Record):
+    """teacher worker → arbiter, learner. What a policy may read of a token beside its id and divergence, and what a
+    weighting reads of it. Stored where something may read it (`Config.stores_view`)."""
+
+    KIND: ClassVar[str] = "view"
+    seq: int
+    view: Floats  # [3, n], rows as in VIEW
+
+    def _check(self) -> None:
+        _need(self.seq >= 0, "view.seq: negative")
+        _view(self.view, self.view.shape[-1], "view.view")
+
+    @property
+    def entropy(self) -> Floats:
+        """The student's, on the support, float32 [n], nats."""
+        entropy: Floats = self.view[0]
+        return entropy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoreSupport(_Record):
     """teacher worker → learner. The payload for the loss."""
 
@@ -437,6 +466,7 @@ class Verdict(_Record):
     last_version: int
     tokens: Ints  # [n], all scored tokens
     divergence: Floats  # [n]
+    view: Floats | None = None  # [3, n]; None: the policy reads none, and none is recorded
 
     @property
     def stopped(self) -> bool:
@@ -452,6 +482,8 @@ class Verdict(_Record):
         _tokens(self.tokens, "verdict.tokens")
         n = len(self.tokens)
         _floats(self.divergence, (n,), "verdict.divergence")
+        if self.view is not None:
+            _view(self.view, n, "verdict.view")
         _need(0 <= self.keep <= self.trigger <= n, "verdict: keep ≤ trigger ≤ tokens does not hold")
         _need(0 <= self.train <= n, "verdict.train: out of range")
         _need(self.generated is None or self.generated >= n, "verdict.generated: fewer than were scored")

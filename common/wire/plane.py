@@ -8,7 +8,7 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        head · entry (its id in `prompts`) · owner (nonce) · owners (every owner and its first chunk) ·
                        worker · chunks · length · scored · finish · settled (the learner is done with it)
                        t:{seq} ChunkTokens · p:{seq} ChunkSupport · s:{seq} ChunkLogprobs (until it is scored) ·
-                       d:{seq} ScoreDivergence · q:{seq} ScoreSupport ·
+                       d:{seq} ScoreDivergence · q:{seq} ScoreSupport · v:{seq} ScoreView (where it is read) ·
                        threshold · verdict · counted (its writer's count) · attempts · report (the last one counted) ·
                        claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (attempts without
                        an end) · problem (of one that was sent back)

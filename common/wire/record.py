@@ -9,7 +9,8 @@ SUPPORT = "p"  # ChunkSupport, by the rollout worker
 LOGPROBS = "s"  # ChunkLogprobs, by the rollout worker, until the chunk is scored
 DIVERGENCE = "d"  # ScoreDivergence, by the teacher worker
 SCORES = "q"  # ScoreSupport, by the teacher worker
-_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{LOGPROBS}{DIVERGENCE}{SCORES}]):([0-9]{{1,9}})".encode())
+VIEWED = "v"  # ScoreView, by the teacher worker, in runs that read it
+_FIELD = re.compile(rf"([{TOKENS}{SUPPORT}{LOGPROBS}{DIVERGENCE}{SCORES}{VIEWED}]):([0-9]{{1,9}})".encode())
 
 
 def tokens_field(seq: int) -> str:
@@ -30,6 +31,10 @@ def divergence_field(seq: int) -> str:
 
 def scores_field(seq: int) -> str:
     return f"{SCORES}:{seq}"
+
+
+def view_field(seq: int) -> str:
+    return f"{VIEWED}:{seq}"
 
 
 def part_of(field: bytes) -> tuple[str, int] | None:

@@ -231,7 +231,8 @@ class Claimed:
 @dataclass(frozen=True, slots=True)
 class Look:
     """What the arbiter reads of a rollout, as stored. `head`: True if chunks of it were read before; None: there is no
-    record. `scored`: tokens and divergence of each newly read chunk, in turn."""
+    record. `scored`: tokens and divergence of each newly read chunk, in turn, each followed by its view where views are
+    read, b"" if it has none."""
 
     head: bytes | Literal[True] | None
     judged: bool
@@ -409,9 +410,11 @@ def claim(stream: str, consumer: str, idle_ms: int, most: int) -> Call[Claimed]:
     return Call("claim", (stream, consumer, idle_ms, most), read)
 
 
-def score(shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes) -> Call[ScoreAnswer]:
-    """`support`: the teacher's log-probabilities."""
-    own = (shard, bare(entry), rid, seq, divergence, support)
+def score(
+    shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes, view: bytes = b""
+) -> Call[ScoreAnswer]:
+    """`support`: the teacher's log-probabilities. `view` b'' : none is stored."""
+    own = (shard, bare(entry), rid, seq, divergence, support, view)
     return Call("score", own, lambda reply: _word(ScoreAnswer, reply), at=rid)
 
 
@@ -462,14 +465,15 @@ def fail(
 # --- arbiter, learner, operator --------------------------------------------------------------------------------
 
 
-def look(most: int, asked: Sequence[tuple[str, int]]) -> Call[list[Look]]:
-    """`most`: chunks to read of each. `asked`: rollouts of one server, each with the first chunk to read."""
+def look(most: int, asked: Sequence[tuple[str, int]], *, views: bool = False) -> Call[list[Look]]:
+    """`most`: chunks to read of each. `asked`: rollouts of one server, each with the first chunk to read. `views`:
+    whether the views of the chunks are read too."""
 
     def read(reply: list[Any]) -> list[Look]:
         rows = msgpack.unpackb(_second(reply), raw=True)
         return [_look_of(row) for row in rows]
 
-    return Call("look", (most, *_flat(asked)), read, at=asked[0][0] if asked else 0)
+    return Call("look", (most, int(views), *_flat(asked)), read, at=asked[0][0] if asked else 0)
 
 
 def verdict(

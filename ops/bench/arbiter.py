@@ -14,7 +14,7 @@ from actors.arbiter import Arbiter
 from actors.books import rid_of
 from common.config import Config
 from common.draws import rollout_seed, uniform_bits
-from common.policies import Calibrated, Policy, Progress, ScoredTokens, Situation, extremes, find
+from common.policies import Calibrated, Policy, Progress, Situation, extremes, find
 from common.termination import MinimaBuffer
 from common.wire import scripts
 from common.wire.connect import connect
@@ -26,6 +26,7 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     support_digest,
 )
 from common.wire.plane import Plane, create_run, new_run_key, open_plane
@@ -76,7 +77,7 @@ def _threshold(config: Config, recorded: list[RecordedRollout]) -> float | None:
     for rollout in recorded:
         rule = extremes(settings)
         for one in rollout.chunks:
-            rule.feed(one.divergence)
+            rule.feed(one.read.row(policy.windows_of))
         if rule.min_window is not None:
             found.append(rule.min_window)
     minima = MinimaBuffer(max(len(found), settings.min_calibration))
@@ -100,7 +101,7 @@ def _judge_alone(config: Config, recorded: list[RecordedRollout], threshold: flo
         judge: Policy = policy(settings, situation)
         for one in rollout.chunks:
             tokens += len(one.divergence)
-            if judge.feed_tokens(ScoredTokens(one.chunk.tokens, one.divergence)) is not None:
+            if judge.feed_tokens(one.read) is not None:
                 break
     return tokens / (time.process_time() - began)
 
@@ -193,4 +194,5 @@ class _Stage:
     def _score_call(self, rid: str, entry: bytes, seq: int, one: RecordedChunk) -> scripts.Call[scripts.ScoreAnswer]:
         divergence = ScoreDivergence(seq, one.divergence).encode()
         teacher = ScoreSupport(one.scored.teacher_logprobs, one.scored.tail_logprobs, one.scored.sampled).encode()
-        return scripts.score(self._plane.shard_of(rid), entry, rid, seq, divergence, teacher)
+        view = ScoreView(seq, one.view).encode() if self._config.stores_view else b""
+        return scripts.score(self._plane.shard_of(rid), entry, rid, seq, divergence, teacher, view)

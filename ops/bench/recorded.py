@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from actors.engine import ClosedChunk, Scored, ScoreRequest
 from actors.engine.loaded import Engines
 from common.config import Config
-from common.divergence import coarse_reverse_kl
+from common.divergence import coarse_entropy, coarse_reverse_kl
 from common.draws import rollout_seed
+from common.policies import ScoredTokens
 from common.wire.messages import Floats, Ints
 from ops.tasks.source import TaskSource
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedChunk:
-    """A chunk as the student's engine closed it, the teacher's scores of it, and its divergences, float32 [n], nats."""
+    """A chunk as the student's engine closed it, the teacher's scores of it, its divergences, float32 [n], and its
+    view, float32 [3, n], nats."""
 
     chunk: ClosedChunk
     scored: Scored
     divergence: Floats
+    view: Floats
+
+    @property
+    def read(self) -> ScoredTokens:
+        """As a policy reads it."""
+        return ScoredTokens(self.chunk.tokens, self.divergence, self.view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,9 @@ def record(config: Config, count: int) -> list[RecordedRollout]:
             divergence = coarse_reverse_kl(
                 chunk.support_logprobs, scored.teacher_logprobs, chunk.tail_logprobs, scored.tail_logprobs
             )
-            rollouts[_number(chunk)].chunks.append(RecordedChunk(chunk, scored, divergence))
+            entropy = coarse_entropy(chunk.support_logprobs, chunk.tail_logprobs)
+            view = np.stack((entropy, chunk.rollout_logprobs, scored.sampled))
+            rollouts[_number(chunk)].chunks.append(RecordedChunk(chunk, scored, divergence, view))
             if chunk.finish:
                 scorer.drop(chunk.key)
                 ended += 1

@@ -257,6 +257,9 @@ def _verdict_replayed(records: Records, allowed: Allowed) -> Iterator[Violation]
 
 def _rule_holds(trace: Trace, line: BookLine | None, config: Config) -> Iterator[Violation]:
     settings = config.termination
+    if policies.find(settings.policy).reads and trace.view is None:
+        yield Violation("verdict_replayed", trace.rid, f"its trace lacks what policy {settings.policy} reads")
+        return
     rule = _replay(trace, config)
     total = len(trace.tokens)
     stopped = settings.stops(trace.arm) and rule.trigger is not None
@@ -312,17 +315,19 @@ def _replay(trace: Trace, config: Config) -> _Rule:
     settings = config.termination
     policy = policies.find(settings.policy)
     sign, stopped = -1 if policy.looks_high else 1, settings.stops(trace.arm)
-    if settings.policy in OF_WINDOWS:
+    tokens = policies.ScoredTokens(trace.tokens, trace.divergence, trace.view)
+    values = sign * tokens.row(policy.windows_of)
+    if settings.policy in OF_WINDOWS and issubclass(policy, policies.OfWindows):
         number = None if trace.threshold is None else sign * trace.threshold
-        trigger, keep, minimum, doubt = _kat(sign * trace.divergence, settings, number)
+        trigger, keep, minimum, doubt = _kat(values, settings, number)
         if not stopped and trigger is not None:
             # Its minimum is taken over the whole rollout: nothing stopped it.
-            _, _, minimum, doubt = _kat(sign * trace.divergence, settings, None)
-        return _Rule(trigger, keep, "kl_high" if policy.looks_high else "kl_trap", _signed(minimum, sign), doubt)
+            _, _, minimum, doubt = _kat(values, settings, None)
+        return _Rule(trigger, keep, policy.reason, _signed(minimum, sign), doubt)
     seed = rollout_seed(config.seed, number_of(trace.rid))
     judge = policy(settings, policies.Situation(trace.threshold, seed, config.rollout.max_completion_length))
-    fired = judge.feed_tokens(policies.ScoredTokens(trace.tokens, trace.divergence))
-    _, _, minimum, doubt = _kat(sign * trace.divergence, settings, None)
+    fired = judge.feed_tokens(tokens)
+    _, _, minimum, doubt = _kat(values, settings, None)
     minimum = judge.min_window if stopped and isinstance(judge, Kat) else _signed(minimum, sign)
     if fired is None:
         return _Rule(None, None, "", minimum, doubt)
@@ -334,15 +339,15 @@ def _signed(value: float | None, sign: int) -> float | None:
 
 
 def _kat(
-    divergence: Floats, settings: Termination, threshold: float | None
+    values: Floats, settings: Termination, threshold: float | None
 ) -> tuple[int | None, int | None, float | None, float]:
-    """`kat_verdict` and the possible error of its min_window. All divergences negative: the mirrored rule.
+    """`kat_verdict` and the possible error of its min_window. All values negative: the mirrored rule.
 
     kat_verdict takes a microsecond a token, ten seconds for ten million: windows are averaged by numpy, and the rule
     itself is asked where one of them lies so near the threshold that rounding could decide.
     """
     window, patience, stride = settings.window, settings.patience, settings.stride
-    sums = np.concatenate(([0.0], np.cumsum(divergence, dtype=np.float64)))
+    sums = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
     ends = np.arange(settings.grace_tokens + window, len(sums), stride)
     if not len(ends):
         return None, None, None, 0.0
@@ -353,7 +358,7 @@ def _kat(
         return None, None, float(means.min()), doubt
     if float(np.abs(means - threshold).min()) <= doubt:
         trigger, keep, minimum = kat_verdict(
-            divergence,
+            values,
             window=window,
             patience=patience,
             stride=stride,

@@ -126,8 +126,9 @@ def _swept(sweeps: Sequence[str], taken: set[str]) -> list[list[tuple[str, str]]
 
 
 def _own(record: Recording) -> list[Setting]:
-    """The run's own settings: by the numbers on record, and by numbers that are computed anew."""
+    """The run's own settings: by the numbers on record, and by numbers that are computed anew. Raises ConfigError."""
     settings = record.config.termination.model_copy(update={"shadow": False, "apply": "stop"})
+    _check_views(record, settings)
     own = [Setting("as recorded", (), record.config.termination, recorded=True)]
     return own if _why_not_replayable(record, settings) else [*own, Setting(_COMPUTED, (), settings)]
 
@@ -143,6 +144,7 @@ def _chosen(
         config = load(folder / CONFIG, overrides)
         check_policy(config, source=str(folder / CONFIG))
         settings = config.termination
+        _check_views(record, settings)
         changes = tuple((key.removeprefix("termination."), value) for key, value in combination or pairs)
         name = ", ".join(f"{key} {value}" for key, value in changes)
         if why := _why_not_replayable(record, settings):
@@ -151,6 +153,16 @@ def _chosen(
             raise ConfigError(why if named else f"{name}: {why}")
         chosen.append(Setting(name, changes, settings))
     return chosen
+
+
+def _check_views(record: Recording, settings: Termination) -> None:
+    """Raise ConfigError if the policy reads what the record lacks."""
+    reads = policies.find(settings.policy).reads
+    if reads and any(one.view is None for one in record.rollouts):
+        raise ConfigError(
+            f"policy {settings.policy} reads {' and '.join(sorted(reads))}, which this record lacks; record a run with "
+            f"feeder.record_views: true"
+        )
 
 
 def _why_not_replayable(record: Recording, settings: Termination) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from actors.books import number_of
 from common.config import Config, ConfigError
 from common.draws import rollout_seed, uniform_bits
+from common.policies import ScoredTokens
 from common.runfiles.records import BookLine, Trace
 from common.runfiles.run import RunFolder
 from common.wire.messages import Floats, Ints
@@ -22,7 +23,8 @@ class Replayed:
 
     threshold, trigger, keep, stopped: as recorded. known: verdicts given before it was admitted. version, step: how far
     the run was at its verdict. lot: what its arm was drawn by, 0 to 1. free: nothing could have stopped it, so that its
-    divergence (float32 [n], nats) is whole. counts: the figures are about it.
+    divergence (float32 [n], nats) is whole. counts: the figures are about it. view: float32 [3, n], rows as in VIEW;
+    None: not on record.
     """
 
     rid: str
@@ -42,6 +44,12 @@ class Replayed:
     counts: bool
     tokens: Ints
     divergence: Floats
+    view: Floats | None
+
+    @property
+    def scored(self) -> ScoredTokens:
+        """As a policy reads it."""
+        return ScoredTokens(self.tokens, self.divergence, self.view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
                 counts=not bound and wanted in ("all", line.arm) and replace(line, active=True).compared,
                 tokens=trace.tokens,
                 divergence=trace.divergence,
+                view=trace.view,
             )
         )
     return rollouts

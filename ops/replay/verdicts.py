@@ -1,4 +1,4 @@
-"""Verdicts once more, from recorded divergences and other settings: as the arbiter would have given them, in its order.
+"""Verdicts once more, from recorded tokens and other settings: as the arbiter would have given them, in its order.
 
 Invariant: under the settings and the number of its record, a rollout has the verdict of its record.
 """
@@ -12,29 +12,31 @@ import numpy as np
 
 from common import policies
 from common.config import ConfigError, Termination
-from common.policies import Progress, ScoredTokens, Situation
+from common.policies import Progress, Situation
+from common.policy_names import OF_WINDOWS
 from common.termination import Cut, MinimaBuffer, least_sum
 from common.wire.messages import Floats
 from ops.replay.record import Recording, Replayed
 
 _BITS = 30  # a sum is high · 2^30 + low, in the units of 2^-60 nats that common.termination counts in
 _LOW = (1 << _BITS) - 1
-_KAT = (policies.KatPolicy, policies.KatAbsolutePolicy, policies.KatInversePolicy)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the window means of a rollout depend on; `inverse`: mirrored, so that the greatest is the least."""
+    """What the window means of a rollout depend on; `inverse`: mirrored, so that the greatest is the least; `row`: what
+    the means are of, the divergence or a row of the view."""
 
     window: int
     stride: int
     grace_tokens: int
     inverse: bool
+    row: str = "divergence"
 
     @classmethod
     def of(cls, settings: Termination) -> Shape:
-        high = policies.find(settings.policy).looks_high
-        return cls(settings.window, settings.stride, settings.grace_tokens, high)
+        policy = policies.find(settings.policy)
+        return cls(settings.window, settings.stride, settings.grace_tokens, policy.looks_high, policy.windows_of)
 
 
 class Windows:
@@ -43,14 +45,14 @@ class Windows:
     Kat goes through the tokens in Python, which is minutes for a sweep; numpy takes a small part of that.
     """
 
-    def __init__(self, divergence: Floats, shape: Shape) -> None:
-        """`divergence`: float32 [n], nats, finite, below 2^20."""
+    def __init__(self, values: Floats, shape: Shape) -> None:
+        """`values`: divergences, or what else the means are of; float32 [n], nats, finite, between -2^20 and 2^20."""
         self._shape = shape
         # As Kat: what lies below a unit is cut off towards zero. float32 leaves room for both steps in float64.
-        scaled = divergence.astype(np.float64) * (-(1 << _BITS) if shape.inverse else 1 << _BITS)
+        scaled = values.astype(np.float64) * (-(1 << _BITS) if shape.inverse else 1 << _BITS)
         high = np.trunc(scaled)
         low = np.trunc((scaled - high) * (1 << _BITS))
-        ends = np.arange(shape.grace_tokens + shape.window, len(divergence) + 1, shape.stride)
+        ends = np.arange(shape.grace_tokens + shape.window, len(values) + 1, shape.stride)
         sums = [np.concatenate(([0], np.cumsum(part.astype(np.int64)))) for part in (high, low)]
         self._high, rest = (one[ends] - one[ends - shape.window] for one in sums)
         self._high += rest >> _BITS
@@ -74,8 +76,8 @@ class Windows:
         mean = least / (shape.window << 2 * _BITS)
         return (-mean if shape.inverse else mean) + 0.0  # no negative zero
 
-    def cut(self, threshold: float, patience: int) -> Cut | None:
-        """Where Kat of this threshold (nats) fires."""
+    def cut(self, threshold: float, patience: int, reason: str) -> Cut | None:
+        """Where Kat of this threshold (nats) fires; `reason`: of its cut."""
         shape = self._shape
         limit = least_sum(-threshold if shape.inverse else threshold, shape.window)
         if self._least is None or self._least >= limit:
@@ -93,7 +95,7 @@ class Windows:
             return None
         begin = shape.grace_tokens + first * shape.stride
         trigger = begin + shape.window + (patience - 1) * shape.stride
-        return Cut(trigger, begin, "kl_high" if shape.inverse else "kl_trap")
+        return Cut(trigger, begin, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,18 +159,18 @@ class Replay:
 
     def _cut(self, settings: Termination, rollout: Replayed, windows: Windows, number: float | None) -> Cut | None:
         policy = policies.find(settings.policy)
-        if policy in _KAT:
-            return None if number is None else windows.cut(number, settings.patience)
+        if settings.policy in OF_WINDOWS and issubclass(policy, policies.OfWindows):
+            return None if number is None else windows.cut(number, settings.patience, policy.reason)
         limit = self._record.config.rollout.max_completion_length
         judge = policy(settings, Situation(number, rollout.seed, limit))
-        return _checked(judge.feed_tokens(ScoredTokens(rollout.tokens, rollout.divergence)), rollout)
+        return _checked(judge.feed_tokens(rollout.scored), rollout)
 
     def _windows_of(self, settings: Termination) -> Sequence[Windows]:
         """Of one shape at a time: those of a long run take as much memory as its traces, four times over."""
         shape = Shape.of(settings)
         if shape != self._shape:
             self._windows = []
-            self._windows = [Windows(one.divergence, shape) for one in self._record.rollouts]
+            self._windows = [Windows(one.scored.row(shape.row), shape) for one in self._record.rollouts]
             self._shape = shape
         return self._windows
 

@@ -31,13 +31,14 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
     read_number,
     read_rid,
     read_support,
 )
 from common.wire.plane import Plane
-from common.wire.record import DIVERGENCE, LOGPROBS, SCORES, SUPPORT, TOKENS, part_of
+from common.wire.record import DIVERGENCE, LOGPROBS, SCORES, SUPPORT, TOKENS, VIEWED, part_of
 from common.wire.scripts import SentBack
 from ops.reach.run import opened
 from ops.reading.rollouts import find_tokenizer
@@ -51,6 +52,7 @@ _PARTS: dict[str, tuple[Callable[[bytes], Any], str]] = {
     LOGPROBS: (ChunkLogprobs.decode, "support_logprobs"),
     DIVERGENCE: (ScoreDivergence.decode, "divergence"),
     SCORES: (ScoreSupport.decode, "sampled_logprobs"),
+    VIEWED: (ScoreView.decode, "entropy"),
 }
 _NUMBERS = (b"chunks", b"length", b"scored", b"attempts", b"claims", b"problem")
 _TEXTS = (b"entry", b"owner", b"owners", b"worker", b"finish", b"settled", b"threshold", b"report")
@@ -327,6 +329,8 @@ def _summary(value: Any) -> str:
         return f"supports of {len(value.support_ids)} tokens"
     if isinstance(value, ChunkLogprobs):
         return f"log-probabilities of {len(value.support_logprobs)} tokens"
+    if isinstance(value, ScoreView):
+        return f"view of {len(value.entropy)} tokens, mean entropy {value.entropy.mean():.3g} nats"
     if isinstance(value, ScoreSupport):
         return f"log-probabilities of {len(value.sampled_logprobs)} tokens"
     return str(value)

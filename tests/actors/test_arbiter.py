@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from samples import Run, fenced, make_divergence
+from samples import Run, fenced, make_divergence, make_view
 
 from actors.arbiter import Arbiter, PolicyBroken
 from actors.books import line_of, rid_of
@@ -346,6 +346,7 @@ POLICIES = {
     "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
     "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1 … 9
+    "own_policy:Sure": (HIGH, {"options": {"nats": 0.5}}, None, Cut(6, 4, "sure")),
     "own_policy:Summed": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "summed")),  # numpy's integers
 }
 
@@ -438,6 +439,38 @@ def test_a_cut_that_a_policy_cannot_have_made_ends_the_rollout_and_not_the_arbit
     assert run.field("r1", "verdict") == b"dead"
 
 
+READS = {"policy": "own_policy:Sure", "options": {"nats": 0.5}}
+
+
+def test_views_are_read_by_a_policy_that_reads_them_and_recorded_with_its_verdicts(begin: Callable[..., Run]) -> None:
+    for termination, recorded, wanted in ((READS, False, True), ({}, False, False), ({}, True, True)):
+        run = begin(termination=termination, feeder={"record_views": recorded})
+        Writing(run, "r1", HIGH).whole(5)
+        judge(run)
+        found = verdict(run, "r1")
+        assert (found.view is not None) == wanted
+        if found.view is not None:
+            # Stopped at 6 by the second chunk; the verdict has what was scored by then.
+            np.testing.assert_array_equal(found.view, make_view(HIGH[: len(found.tokens)]).view, strict=True)
+
+
+def test_a_view_that_is_not_there_or_does_not_fit_ends_the_rollout_with_the_reason(begin: Callable[..., Run]) -> None:
+    reasons = {
+        "no view": (b"", "its score has no view; a teacher of an earlier version stored it"),
+        "short": (make_view([0.5]).encode(), "tokens and view do not match"),
+        "broken": (b"\xc1", "view: not msgpack"),
+    }
+    for stored, reason in reasons.values():
+        run = begin(termination=READS)
+        case = Writing(run, "r1", HIGH)
+        case.go_on(5)
+        name = run.key("rollout:r1")
+        run.client.hset(name, "v:0", stored) if stored else run.client.hdel(name, "v:0")
+        judge(run)
+        assert run.field("r1", "verdict") == b"dead"
+        assert all(reason in letter["reason"] for letter in run.entries("dead"))
+
+
 @pytest.mark.parametrize("how", [{}, {"apply": "mask"}, {"shadow": True}], ids=["stop", "mask", "shadow"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_checker_replays_every_verdict_and_sees_a_changed_one(
@@ -458,6 +491,9 @@ def test_the_checker_replays_every_verdict_and_sees_a_changed_one(
     assert (cuts > 0) == (name != "none")
     possible = {"verdict_replayed": 0, "within_verdict": 0}
     assert statements(run, verdicts) == possible
+    if any(one.view is not None for one in verdicts):
+        lacking = [replace(one, view=None) for one in verdicts]
+        assert statements(run, lacking)["verdict_replayed"] == len(verdicts)
     fired = next((place for place, one in enumerate(verdicts) if one.cut or 0 < one.keep < len(one.tokens)), 1)
     verdicts[fired] = replace(verdicts[fired], keep=verdicts[fired].keep - 1)
     assert statements(run, verdicts)["verdict_replayed"] == 1

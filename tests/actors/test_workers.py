@@ -27,6 +27,7 @@ from common.wire.messages import (
     MessageError,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
 )
 from common.wire.weights import publish
 from learner.intake import read_trajectory
@@ -269,9 +270,12 @@ def test_a_closing_worker_releases_its_rollouts_and_the_next_one_loses_no_token(
     assert run.field("r1", "claims") is None, "being handed back is no failure"
 
 
+@pytest.mark.parametrize("viewed", [False, True])
 def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_cache(
-    run: Run, student: PreTrainedModel, teacher: PreTrainedModel
+    run: Run, student: PreTrainedModel, teacher: PreTrainedModel, viewed: bool
 ) -> None:
+    feeder = run.config.feeder.model_copy(update={"record_views": viewed})
+    run = replace(run, config=run.config.model_copy(update={"feeder": feeder}))
     admit(run, "r1", long_seed(run, student))
     announce(run, student, 0)
     writer, one, two = rollout_worker(run, student), teacher_worker(run, teacher), teacher_worker(run, teacher, "t2")
@@ -306,6 +310,12 @@ def test_scores_equal_a_plain_forward_also_after_another_teacher_rebuilds_the_ca
             p_tail = np.exp(float(student.tail_logprobs[row]))
             expected = (p * (np.log(p) - q[ids])).sum() + p_tail * (np.log(p_tail) - np.log(q_tail))
             assert divergence[row] == pytest.approx(expected, abs=2e-4, rel=1e-3)
+            if viewed:
+                view = ScoreView.decode(record[b"v:%d" % seq])
+                entropy = -(p * np.log(p)).sum() - p_tail * np.log(p_tail)
+                assert view.entropy[row] == pytest.approx(entropy, abs=1e-5)
+                assert view.view[1:, row].tolist() == [support.rollout_logprobs[row], scores.sampled_logprobs[row]]
+        assert (b"v:%d" % seq in record) == viewed
 
 
 # --- deterministic ---

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from common.divergence import coarse_reverse_kl
+from common.divergence import coarse_entropy, coarse_reverse_kl
 from common.wire.messages import ScoreDivergence
 
 VOCABULARY, STOPS = 40, (3, 7, 11)
@@ -31,22 +31,26 @@ def full_kl(log_p: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64]) -> n
     return result
 
 
-def coarse(log_p: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float32]:
-    """Support of STOP and the student's top K, both tails as log-sum-exps in float32, as workers send them."""
-    order = 1 + np.argsort(-log_p[:, 1:], axis=1)
-    chosen = np.concatenate([np.zeros((len(log_p), 1), np.int64), order[:, :k]], axis=1)
+Side = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]
+
+
+def sides(k: int, student: npt.NDArray[np.float64], *others: npt.NDArray[np.float64]) -> list[Side]:
+    """Support of STOP and the student's top K, and the tail as log-sum-exp, in float32, as workers send them."""
+    order = 1 + np.argsort(-student[:, 1:], axis=1)
+    chosen = np.concatenate([np.zeros((len(student), 1), np.int64), order[:, :k]], axis=1)
     rest = order[:, k:]
 
-    def pick(log: npt.NDArray[np.float64], where: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return np.take_along_axis(log, where, axis=1)
+    def side(log: npt.NDArray[np.float64]) -> Side:
+        support = np.take_along_axis(log, chosen, axis=1).astype(np.float32)
+        tail = np.logaddexp.reduce(np.take_along_axis(log, rest, axis=1), axis=1).astype(np.float32)
+        return support, tail if rest.shape[1] else None
 
-    tails = [
-        np.logaddexp.reduce(pick(log, rest), axis=1).astype(np.float32) if rest.shape[1] else None
-        for log in (log_p, log_q)
-    ]
-    return coarse_reverse_kl(
-        pick(log_p, chosen).astype(np.float32), pick(log_q, chosen).astype(np.float32), tails[0], tails[1]
-    )
+    return [side(log) for log in (student, *others)]
+
+
+def coarse(log_p: npt.NDArray[np.float64], log_q: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.float32]:
+    (student, student_tail), (teacher, teacher_tail) = sides(k, log_p, log_q)
+    return coarse_reverse_kl(student, teacher, student_tail, teacher_tail)
 
 
 def random_pair(scale: float, n: int = 200) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -155,3 +159,27 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_no_tokens_give_no_numbers() -> None:
     empty = np.zeros((0, 3), np.float32)
     assert coarse_reverse_kl(empty, empty, None, None).shape == (0,)
+
+
+# --- entropy ---
+
+
+def test_entropy_is_that_of_the_coarse_distribution_and_never_above_the_whole() -> None:
+    log_p, _ = random_pair(3.0)
+    whole = -(np.exp(log_p) * log_p).sum(axis=1)
+    [part], [all_of_it] = sides(8, log_p), sides(log_p.shape[1] - 1, log_p)
+    found = coarse_entropy(*part)
+    assert found.dtype == np.float32
+    assert (found <= whole + 1e-6).all() and (found > 0).all() and found.mean() < 0.99 * whole.mean()
+    assert all_of_it[1] is None
+    assert coarse_entropy(*all_of_it).tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+
+
+def test_entropy_by_hand() -> None:
+    # (1/2, 1/4 | 1/4): 1/2 ln 2 + 2 · 1/4 ln 4 = 3/2 ln 2; without a tail (3/4, 1/4): 2 ln 2 - 3/4 ln 3.
+    assert coarse_entropy(logs([0.5, 0.25]), logs([0.25])[0]).tolist() == pytest.approx([1.5 * math.log(2)], rel=1e-6)
+    two = coarse_entropy(logs([0.75, 0.25]), None)
+    assert two.tolist() == pytest.approx([2 * math.log(2) - 0.75 * math.log(3)], rel=1e-6)
+    floor = np.float32(-1e4)  # an outcome without probability; and rounding that puts one slightly above zero
+    assert coarse_entropy(np.array([[0.0, floor], [1e-7, floor]], np.float32), None).tolist() == [0.0, 0.0]
+    assert coarse_entropy(np.zeros((0, 3), np.float32), None).shape == (0,)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import Run, fenced, make_config, make_verdict, write_whole
+from samples import Run, fenced, make_config, make_verdict, make_view, write_whole
 
 from common.config import Config, load
 from common.footprint import (
@@ -36,8 +36,16 @@ def to_the_verdict(run: Run, rid: str) -> None:
     length = run.config.rollout.max_completion_length
     assert write_whole(run, rid) == b"ok"
     tokens, divergence = np.arange(length, dtype=np.int32), np.zeros(length, np.float32)
+    view = make_view(divergence.tolist()).view if run.config.stores_view else None
     verdict = make_verdict(
-        rid, tokens=tokens, divergence=divergence, trigger=length, keep=length, train=length, generated=length
+        rid,
+        tokens=tokens,
+        divergence=divergence,
+        trigger=length,
+        keep=length,
+        train=length,
+        generated=length,
+        view=view,
     )
     args = (rid, verdict.encode(), length, 0, "0.5", 16, "0.5", *run.score_entries())
     assert run.lease("arbiter").call(fenced("verdict", *args))[0] == b"ok"
@@ -47,11 +55,18 @@ def to_the_verdict(run: Run, rid: str) -> None:
     ("outcomes", "chunk", "length", "count"),
     [(8, 12, 192, 24), (2, 8, 64, 40), (1, 16, 128, 40), (16, 16, 256, 12), (64, 64, 1024, 6), (128, 32, 256, 8)],
 )
+@pytest.mark.parametrize("views", [False, True])
 def test_a_rollout_takes_up_no_more_than_the_formula_says_and_not_much_less(
-    any_redis: EmbeddedRedis, start: Callable[..., Run], outcomes: int, chunk: int, length: int, count: int
+    any_redis: EmbeddedRedis, start: Callable[..., Run], outcomes: int, chunk: int, length: int, count: int, views: bool
 ) -> None:
     rollout = {"max_completion_length": length, "chunk_tokens": chunk}
-    run = start(any_redis, rollout=rollout, termination={"teacher_top_k": outcomes}, data={"max_prompt_length": 24})
+    run = start(
+        any_redis,
+        rollout=rollout,
+        termination={"teacher_top_k": outcomes},
+        data={"max_prompt_length": 24},
+        feeder={"record_views": views},
+    )
     half = length // 2 // chunk * chunk
     for number in range(_FIRST):
         run.admit(f"first{number}", prompt=np.arange(24, dtype=np.int32))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import make_view
 
 from common import policies, policy_names
 from common.config import ConfigError, Termination, check_resume, load, parse
@@ -22,6 +23,7 @@ from common.policies import (
     Progress,
     ScoredTokens,
     Situation,
+    ViewMissing,
     drawn_position,
     extremes,
     find,
@@ -31,6 +33,7 @@ from common.policies import (
 )
 from common.policy_names import PolicyError
 from common.termination import Cut, CutAt, Kat, MinimaBuffer
+from common.wire.messages import VIEW
 
 OWN = "own_policy:Halved"
 CASES = json.loads((Path(__file__).parents[1] / "vectors" / "kat_rule.json").read_text())["cases"]
@@ -39,7 +42,9 @@ LEAST = "student: {model: s}\nteacher: {model: t}\n"
 
 def rule(policy: str = "kat", **changes: Any) -> Termination:
     values = {"window": 2, "patience": 2, "min_calibration": 2, "buffer_size": 8, "warmup_steps": 3}
-    return Termination(**values | {"policy": policy, "hazard": {2: 0.5, 4: 0.25}, "options": {"head": 2}} | changes)
+    return Termination(
+        **values | {"policy": policy, "hazard": {2: 0.5, 4: 0.25}, "options": {"head": 2, "nats": 0.5}} | changes
+    )
 
 
 def make(name: str, number: float | None = None, seed: int = 7, max_tokens: int = 40, **changes: Any) -> Policy:
@@ -47,11 +52,12 @@ def make(name: str, number: float | None = None, seed: int = 7, max_tokens: int 
 
 
 def fed(policy: Policy, values: list[float], sizes: list[int]) -> list[Cut]:
-    """Divergences, in parts; the ids of the tokens are eighths of them."""
+    """Divergences, in parts; the ids of the tokens are eighths of them, their view is that of `make_view`."""
     array, place, cuts = np.array(values, np.float32), 0, []
-    ids = (8 * array).astype(np.int32)
+    ids, view = (8 * array).astype(np.int32), make_view(values).view if policy.reads else None
     for size in [*sizes, len(values)]:
-        cut = policy.feed_tokens(ScoredTokens(ids[place : place + size], array[place : place + size]))
+        part = slice(place, place + size)
+        cut = policy.feed_tokens(ScoredTokens(ids[part], array[part], None if view is None else view[:, part]))
         place += size
         if cut is not None:
             cuts.append(cut)
@@ -63,7 +69,7 @@ def progress(version: int = 9, step: int = 9, values: tuple[float, ...] = (0.25,
     return Progress(version, step, MinimaBuffer(8, values))
 
 
-@pytest.mark.parametrize("name", [*POLICIES, OWN])
+@pytest.mark.parametrize("name", [*POLICIES, OWN, "own_policy:Sure", "own_policy:SureOfWindows"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_chunking_changes_no_verdict(name: str, data: st.DataObject) -> None:
@@ -240,9 +246,27 @@ def test_a_policy_of_ones_own_by_hand() -> None:
     assert fed(make(OWN), [1, 1, 1, 0.25, 0.25, 9], []) == [Cut(5, 3, "halved")]
 
 
+def test_a_policy_that_reads_the_view_by_hand() -> None:
+    # Entropies 0, .75, .25, 0, 0: below a half twice in a row at the fourth token.
+    assert fed(make("own_policy:Sure"), [1, 0.25, 0.75, 1, 1], []) == [Cut(4, 2, "sure")]
+    with pytest.raises(ViewMissing, match=r"entropy of these tokens is not known: a policy names what it reads"):
+        fed(make("own_policy:Undeclared"), [1.0], [])
+
+
+def test_the_rows_of_a_view_by_name() -> None:
+    view = make_view([0.25, 0.5]).view
+    tokens = ScoredTokens(np.array([1, 2], np.int32), np.array([0.25, 0.5], np.float32), view)
+    assert tokens.row("divergence") is tokens.divergence
+    assert [tokens.row(name).tolist() for name in VIEW] == view.tolist()
+    rows = (tokens.entropy, tokens.student_logprobs, tokens.teacher_logprobs)
+    assert [row.tolist() for row in rows] == [[0.75, 0.5], [-2.0, -2.0], [-2.75, -3.5]]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("own_policy:Misread", "reads is .*entropie.*; allowed: a set of entropy, student_logprobs, teacher_logprobs"),
+        ("own_policy:MisreadWindows", "windows_of is 'teacher_logprobs'; allowed: divergence, or one of its reads"),
         ("no_such_module:Halved", "the module cannot be imported"),
         ("own_policy:Nothing", "has no such class"),
         ("own_policy:NotAClass", "holds something else"),
@@ -255,7 +279,7 @@ def test_a_policy_of_ones_own_by_hand() -> None:
     ],
 )
 def test_what_is_no_policy_is_refused_in_words(name: str, said: str) -> None:
-    with pytest.raises(PolicyError, match=said.replace(".", r"\.")):
+    with pytest.raises(PolicyError, match=said.replace(".", r"\.").replace(r"\.*", ".*")):
         find(name)
 
 

@@ -23,6 +23,7 @@ from samples import (
     make_support,
     make_tokens,
     make_verdict,
+    make_view,
     make_wide_support,
 )
 
@@ -37,6 +38,7 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
     read_number,
     read_rid,
@@ -50,6 +52,7 @@ RECORDS: tuple[Any, ...] = (
     FormerSupport,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
 )
 LEAST = "student: {model: s}\nteacher: {model: t}\n"
@@ -77,7 +80,10 @@ def records() -> list[bytes]:
         make_score_support(16, 64, tail=False),
         make_own_support(),
         make_own_support(16, 2, 32),
+        make_view(),
+        make_view([], seq=2**33),
         make_verdict(),
+        make_verdict(view=make_view().view),
         make_verdict(finish_reason="length", generated=400, threshold=None, min_window=None, cut=False),
     ]
     return [sample.encode() for sample in samples]

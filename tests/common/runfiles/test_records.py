@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from run_folders import step_line
-from samples import make_verdict
+from samples import make_verdict, make_view
 
 from common.runfiles.lines import DamagedLine, Lines, append_lines, open_whole_lines, read_lines
 from common.runfiles.records import (
@@ -76,6 +76,7 @@ RECORDS = [
     SUMMARY,
     replace(SUMMARY, ledger=LEDGER),
     Trace.of(make_verdict()),
+    Trace.of(make_verdict(view=make_view().view)),
     Trained(1, 2, ["r1", "r2"], [3, 4], ["ab", "cd"]),
     Audit("r1", [("n1", 0), ("n2", 1)], CHUNKS, "0.25", True),
 ]
@@ -102,6 +103,7 @@ def test_the_format_of_lines_has_not_changed() -> None:
     )
     assert list(SUMMARY.to_json())[-2:] == ["eval", "ledger"] and SUMMARY.to_json()["ledger"] == {}
     assert list(Trace.of(make_verdict()).to_json())[-5:] == ["cut", "threshold", "version", "tokens", "divergence"]
+    assert list(Trace.of(make_verdict(view=make_view().view)).to_json())[-2:] == ["divergence", "view"]
 
 
 def test_steps_of_older_runs_read() -> None:

@@ -18,6 +18,7 @@ from samples import (
     make_support,
     make_tokens,
     make_verdict,
+    make_view,
 )
 
 from common.config import ConfigError, parse
@@ -31,11 +32,22 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
 )
 from ops.bench.resident import forget_peak, peak_mb
 
-KINDS = (RolloutHead, ChunkTokens, ChunkSupport, ChunkLogprobs, FormerSupport, ScoreDivergence, ScoreSupport, Verdict)
+KINDS = (
+    RolloutHead,
+    ChunkTokens,
+    ChunkSupport,
+    ChunkLogprobs,
+    FormerSupport,
+    ScoreDivergence,
+    ScoreSupport,
+    ScoreView,
+    Verdict,
+)
 SAMPLES = (
     make_head(),
     make_tokens(),
@@ -44,7 +56,8 @@ SAMPLES = (
     make_former_support(),
     make_divergence(),
     make_score_support(),
-    make_verdict(),
+    make_view(),
+    make_verdict(view=make_view().view),
 )
 SIZE = 1 << 20
 LIMIT = 10 << 20

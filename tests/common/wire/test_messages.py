@@ -22,6 +22,7 @@ from samples import (
     make_support,
     make_tokens,
     make_verdict,
+    make_view,
     make_wide_support,
 )
 
@@ -35,6 +36,7 @@ from common.wire.messages import (
     RolloutHead,
     ScoreDivergence,
     ScoreSupport,
+    ScoreView,
     Verdict,
     read_logprobs,
     read_number,
@@ -53,6 +55,7 @@ SAMPLES: dict[str, Any] = {
     "divergence": make_divergence(),
     "teacher": make_score_support(),
     "own": make_own_support(),
+    "view": make_view(),
     "verdict": make_verdict(),
 }
 KINDS = sorted(SAMPLES)
@@ -127,6 +130,16 @@ def scores(draw: Any) -> ScoreDivergence:
     return ScoreDivergence(seq=draw(counts), divergence=draw(float_array(st.integers(0, 20), nats)))
 
 
+def views(n: int) -> Any:
+    entropy, both = float_array((1, n), nats), float_array((2, n))
+    return st.tuples(entropy, both).map(np.concatenate)
+
+
+@st.composite
+def score_views(draw: Any) -> ScoreView:
+    return ScoreView(seq=draw(counts), view=draw(views(draw(st.integers(0, 20)))))
+
+
 @st.composite
 def score_supports(draw: Any) -> ScoreSupport:
     n, k, own = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.integers(0, 3))
@@ -161,10 +174,13 @@ def verdicts(draw: Any) -> Verdict:
         last_version=last,
         tokens=draw(int_array(n)),
         divergence=draw(float_array(n, nats)),
+        view=draw(maybe(views(n))),
     )
 
 
-records = st.one_of(heads(), tokens(), supports(), logprobs_of_chunks(), scores(), score_supports(), verdicts())
+records = st.one_of(
+    heads(), tokens(), supports(), logprobs_of_chunks(), scores(), score_supports(), score_views(), verdicts()
+)
 
 
 @given(records)
@@ -318,6 +334,15 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("verdict", {"cut": 1}),
     ("verdict", {"tokens": array([1, 2], np.int32)}),
     ("verdict", {"divergence": array([1, 2])}),
+    ("verdict", {"view": make_view([0.5, 0.5]).view}),
+    ("verdict", {"view": -make_view().view}),
+    ("view", {"seq": -1}),
+    ("view", {"view": array([0.5, 0.5, 0.5])}),
+    ("view", {"view": array([[0.5], [-1.0]])}),
+    ("view", {"view": array([[-0.5], [-1.0], [-1.0]])}),
+    ("view", {"view": array([[0.5], [0.5], [-1.0]])}),
+    ("view", {"view": array([[0.5], [-1.0], [0.5]])}),
+    ("view", {"view": array([[np.nan], [-1.0], [-1.0]])}),
 ]
 
 
@@ -435,6 +460,22 @@ def test_what_a_former_version_stored_is_read_as_what_this_one_stores() -> None:
             read_support(broken)
         with pytest.raises(MessageError):
             read_logprobs(b"", broken)
+
+
+def test_a_verdict_without_a_view_is_that_of_the_versions_before_views() -> None:
+    """A run goes on through an upgrade: what a former version stored is read, also from here by a former version."""
+    plain = make_verdict()
+    values = msgpack.unpackb(plain.encode())
+    assert len(values) == len(fields(Verdict))  # the kind, and every field but the view
+    assert Verdict.decode(plain.encode()).view is None
+    viewed = replace(plain, view=make_view().view)
+    found = Verdict.decode(viewed.encode()).view
+    assert found is not None
+    np.testing.assert_array_equal(found, make_view().view, strict=True)
+    assert msgpack.unpackb(viewed.encode())[:-1] == values
+    for broken in (1, b"x", [], ["f", [3], b"\0" * 12], ["i", [3, 3], b"\0" * 36]):
+        with pytest.raises(MessageError, match=r"verdict\.view"):
+            Verdict.decode(msgpack.packb([*values, broken]))
 
 
 @pytest.mark.parametrize("value", [b"0", b"7", b"9007199254740991", b"007"])

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "gone": (scripts.gone("name", "role", ["streams that it read as one of the role's group"]), None, {}),
     "lease": (scripts.lease("role", "token", 1, "take"), scripts.Leased, {1: "ms", "take": "mode"}),
-    "look": (scripts.look(2, [("rid", 1)]), None, {2: "most chunks of each", 1: "first chunk"}),
+    "look": (scripts.look(2, [("rid", 1)]), None, {2: "most chunks of each", 0: "views", 1: "first chunk"}),
     "publish": (scripts.publish(1, 2, "file", "sha256"), scripts.Published, {1: "version", 2: "step"}),
     "refused": (scripts.refused(1), None, {1: "version of the weights that it could not take"}),
     "release": (scripts.release("consumer", RELEASED), None, {}),
@@ -86,7 +86,9 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
         {2: "cursor", 3: "tokens generated in booked rollouts", 1: "how many rollouts are alive", 4: "counts"},
     ),
     "score": (
-        scripts.score(1, b"entry", "rid", 2, b"encoded divergence", b"encoded teacher log-probabilities"),
+        scripts.score(
+            1, b"entry", "rid", 2, b"encoded divergence", b"encoded teacher log-probabilities", b"encoded view"
+        ),
         scripts.ScoreAnswer,
         {1: "shard", 2: "seq"},
     ),
@@ -236,19 +238,21 @@ def test_what_is_left_out_goes_as_an_empty_argument() -> None:
     assert scripts.chunk("r", "n", 0, b"t", b"p", b"s", 0, 3, None).args[-1] == ""
     assert scripts.again("1-1", "r", None).args == (b"1-1", "r", "")
     assert scripts.admit("r", b"h", 1).args == ("r", b"h", 1, b"")
+    assert scripts.score(0, b"1-1", "r", 0, b"d", b"q").args[-1] == b""
     assert scripts.verdict("r", b"", 0, False, None, 4, None, []).args == ("r", b"", 0, 0, "", 4, "inactive")
 
 
 def test_fields_of_a_chunk_are_those_that_the_scripts_write() -> None:
     text = "".join(path.read_text() for path in LUA.glob("*.lua"))
     named = {f"{kind}:" for kind in re.findall(r"'([a-z]):' \.\. seq", text)}
-    kinds = (record.TOKENS, record.SUPPORT, record.LOGPROBS, record.DIVERGENCE, record.SCORES)
+    kinds = (record.TOKENS, record.SUPPORT, record.LOGPROBS, record.DIVERGENCE, record.SCORES, record.VIEWED)
     functions = (
         record.tokens_field,
         record.support_field,
         record.logprobs_field,
         record.divergence_field,
         record.scores_field,
+        record.view_field,
     )
     assert {field(7) for field in functions} == {f"{kind}7" for kind in named}
     assert [record.part_of(field(7).encode()) for field in functions] == [(kind, 7) for kind in kinds]

@@ -6,7 +6,17 @@ import time
 from collections.abc import Callable
 
 import pytest
-from samples import Run, fenced, make_head, make_logprobs, make_score_support, make_verdict, script
+from samples import (
+    Run,
+    fenced,
+    make_divergence,
+    make_head,
+    make_logprobs,
+    make_score_support,
+    make_verdict,
+    make_view,
+    script,
+)
 
 from common.wire import scripts
 from common.wire.lease import Lease, LeaseLost
@@ -79,6 +89,23 @@ def test_a_look_reads_scored_chunks_in_turn_up_to_the_first_that_is_not_scored(r
     assert (unwritten.head, unwritten.threshold, unwritten.scored) == (run.field("r2", "head"), None, [])
     [further] = looked(run, ("r1", 2))
     assert (further.head, further.scored) == (True, [stored["t:2"], stored["d:2"]])
+
+
+def test_a_look_reads_views_where_they_are_read(run: Run) -> None:
+    run.admit("r1")
+    run.take("w1", "n1")
+    for seq in range(2):
+        run.chunk("r1", "n1", seq=seq, start=3 * seq)
+    view = make_view(seq=1).encode()
+    run.score("r1", seq=0)
+    shard, entry = run.plane.shard_of("r1"), run.notice("r1", 1)
+    assert run.raw(scripts.score(shard, entry, "r1", 1, make_divergence(seq=1).encode(), b"q", view)) == [b"ok"]
+    assert (run.field("r1", "v:0"), run.field("r1", "v:1")) == (None, view)
+    stored = {name: run.field("r1", name) for name in ("t:0", "d:0", "t:1", "d:1")}
+    [look] = run.plane.call(scripts.look(2, [("r1", 0)], views=True))
+    assert look.scored == [stored["t:0"], stored["d:0"], b"", stored["t:1"], stored["d:1"], view]
+    [look] = looked(run, ("r1", 0))
+    assert look.scored == list(stored.values())
 
 
 def test_a_look_says_what_has_a_verdict_and_what_is_gone(run: Run) -> None:
@@ -910,8 +937,8 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "count": ("r1", "n", 1),
         "claim": ("chunks:0", "t", 0, 1),
         "attempt": ("r1", "teacher", "begin"),
-        "score": (0, "1-1", "r1", 0, b"", b""),
-        "look": (4, "r1", 0),
+        "score": (0, "1-1", "r1", 0, b"", b"", b""),
+        "look": (4, 0, "r1", 0),
         "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive"),
         "settle": ("t",),
         "book": ("t", "r1", ""),

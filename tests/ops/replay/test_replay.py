@@ -400,6 +400,11 @@ def test_a_sweep_in_which_nothing_becomes_active_says_so(tmp_path: Path) -> None
         (["termination.etta=0.2"], [], "unknown key 'termination.etta'.*eta"),
         (["termination.policy=katt"], [], "no such policy"),
         (["termination.policy=absent_module:P"], [], "cannot be imported"),
+        (
+            ["termination.policy=own_policy:Sure", "termination.options={nats: 1}"],
+            [],
+            r"^policy own_policy:Sure reads entropy, which this record lacks; record a run with feeder.record_views: t",
+        ),
         ([], ["termination.eta=0.1,,0.2"], "a value is empty"),
         ([], ["termination.eta=0.1", "termination.eta=0.2"], "given twice"),
         (["termination.eta=0.1"], ["termination.eta=0.2"], "given twice"),

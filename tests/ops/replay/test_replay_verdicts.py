@@ -65,7 +65,7 @@ def test_windows_are_kats_also_where_a_mean_equals_the_threshold(inverse: bool) 
         for threshold in [level for one in levels for level in (one, np.nextafter(one, 2), np.nextafter(one, -1))]:
             rule = rule_of(shape, patience, float(threshold))
             cut = rule.feed(values)
-            assert windows.cut(float(threshold), patience) == cut
+            assert windows.cut(float(threshold), patience, "kl_high" if inverse else "kl_trap") == cut
             if cut is not None:
                 assert windows.minimum(cut.trigger) == rule.min_window
                 fired += 1
@@ -77,7 +77,7 @@ def test_windows_agree_with_the_vectors() -> None:
     for case in VECTORS:
         shape = Shape(case["window"], case["stride"], case["grace_tokens"], False)
         windows = Windows(np.array(case["divergence"], dtype=np.float64), shape)
-        cut = None if case["threshold"] is None else windows.cut(case["threshold"], case["patience"])
+        cut = None if case["threshold"] is None else windows.cut(case["threshold"], case["patience"], "kl_trap")
         assert (None if cut is None else cut.keep) == case["keep"]
         least, wanted = windows.minimum(cut and cut.trigger), case["min_window"]
         assert least == wanted or (least is not None and least == pytest.approx(wanted, rel=1e-12))
@@ -175,6 +175,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "kat_inverse": KAT,
     MINE: {"options": {"head": 3}},
     "own_policy:Marked": {"options": {"token": 20}},
+    "own_policy:Sure": {"options": {"nats": 0.5}},
+    "own_policy:SureOfWindows": KAT,
 }
 
 
