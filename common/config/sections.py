@@ -207,8 +207,8 @@ class Termination(Section):
     policy: str = Field(
         "kat",
         description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, "
-        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, or a custom one, `path/to/file.py:ClassName` or "
-        "`package.module:ClassName` (docs/policies.md).",
+        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, `entropy`, or a custom one, `path/to/file.py:ClassName` "
+        "or `package.module:ClassName` (docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens after it out of the loss."

@@ -33,7 +33,7 @@ from common.policies.positions import (
     ScheduledPolicy,
     drawn_position,
 )
-from common.policies.windows import KatAbsolutePolicy, KatInversePolicy, KatPolicy, OfWindows
+from common.policies.windows import EntropyPolicy, KatAbsolutePolicy, KatInversePolicy, KatPolicy, OfWindows
 from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, NeverCut  # what custom policies build on
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Calibrated",
     "Cut",
     "CutAt",
+    "EntropyPolicy",
     "FixedLength",
     "FixedPolicy",
     "FromWarmup",

@@ -23,7 +23,7 @@ from common.policies.positions import (
     RepetitionPolicy,
     ScheduledPolicy,
 )
-from common.policies.windows import KatAbsolutePolicy, KatInversePolicy, KatPolicy, windows
+from common.policies.windows import EntropyPolicy, KatAbsolutePolicy, KatInversePolicy, KatPolicy, windows
 from common.policy_names import PolicyError
 from common.termination import Kat
 from common.wire.messages import VIEW
@@ -43,6 +43,7 @@ POLICIES: dict[str, type[Policy]] = {
     "kat": KatPolicy,
     "kat_absolute": KatAbsolutePolicy,
     "kat_inverse": KatInversePolicy,
+    "entropy": EntropyPolicy,
 }
 
 

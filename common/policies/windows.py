@@ -1,12 +1,12 @@
-"""The policies that look at window means: KAT, with its floor and its mirror."""
+"""The policies that look at window means: KAT, with its floor and its mirror, and the same of the entropy."""
 
 from __future__ import annotations
 
 from typing import ClassVar, TypedDict
 
 from common.config import Termination
-from common.policies.base import Calibrated, FromWarmup, Policy, Situation
-from common.termination import Kat
+from common.policies.base import Calibrated, FromWarmup, Policy, ScoredTokens, Situation
+from common.termination import Cut, Kat
 
 
 class WindowSettings(TypedDict):
@@ -56,3 +56,17 @@ class KatInversePolicy(OfWindows, Calibrated):
 
     looks_high = True
     reason = "kl_high"
+
+
+class EntropyPolicy(OfWindows, Calibrated):
+    """`entropy`: the rule of `kat` on the student's entropy in place of the divergence, calibrated the same way.
+
+    The baseline for what the teacher adds: all else being equal, it needs none to see where the student is sure.
+    """
+
+    reads = frozenset({"entropy"})
+    windows_of = "entropy"
+    reason = "low_entropy"
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        return self.feed(tokens.entropy)

@@ -194,7 +194,8 @@ def _label_groups(axes: Any, groups: Sequence[Sequence[Trace]], gap: int) -> Non
 def _draw_example(
     axes: Any, trace: Trace | None, arm: str, rule: Termination, decode: Callable[[list[int]], str] | None
 ) -> None:
-    """One rollout: divergence, window mean, threshold, keep, trigger, and its text around the cut."""
+    """One rollout: divergence (`entropy`: the student's entropy), window mean, threshold, keep, trigger, and its text
+    around the cut."""
     if trace is None:
         axes.text(
             0.5,
@@ -209,9 +210,11 @@ def _draw_example(
         axes.set_yticks([])
         plain(axes)
         return
-    places = np.arange(1, len(trace.divergence) + 1)
-    axes.plot(places, np.maximum(trace.divergence, data.FLOOR_NATS), color=SKY, linewidth=0.9)
-    means = np.maximum(data.window_means(trace.divergence, rule.window), data.FLOOR_NATS)
+    of_entropy = rule.policy == "entropy" and trace.view is not None
+    values = trace.view[0] if of_entropy and trace.view is not None else trace.divergence
+    places = np.arange(1, len(values) + 1)
+    axes.plot(places, np.maximum(values, data.FLOOR_NATS), color=SKY, linewidth=0.9)
+    means = np.maximum(data.window_means(values, rule.window), data.FLOOR_NATS)
     axes.plot(places, means, color=BLUE, linewidth=2)
     if trace.threshold is not None and unit_of(rule.policy) == "nats":
         past = means > trace.threshold if rule.policy == "kat_inverse" else means < trace.threshold
@@ -220,7 +223,7 @@ def _draw_example(
     axes.axvline(trace.keep, color=VERMILLION, linewidth=2.4)
     axes.axvline(trace.trigger, color=INK, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")
-    axes.set_ylabel("nats")
+    axes.set_ylabel("entropy, nats" if of_entropy else "nats")
     label = f"{arm}, {'stopped' if trace.stopped else 'not stopped'}: "
     parts = cut_parts(trace, decode)
     _write_parts(axes, [(label, INK, "DejaVu Sans"), *parts])

@@ -214,6 +214,7 @@ def _add_summary(config: Config, found: Findings) -> None:
         "kat": calibrated,
         "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
         "kat_inverse": f"cut where divergence stays high; {calibrated}",
+        "entropy": f"cut where the student's entropy stays low; {calibrated}",
     }.get(rule.policy, f"a custom policy; {on if _is_calibrated(rule.policy) else arm}")
     cuts = rule.policy != "none"  # shadow and mask have no effect without cuts
     if cuts and rule.shadow:

@@ -344,6 +344,7 @@ POLICIES = {
     "kat": (LOW, {}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_absolute": (LOW, {"floor_nats": 0.25}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
+    "entropy": (HIGH, {}, "0.25", Cut(9, 4, "low_entropy")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
     "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1 … 9
     "own_policy:Sure": (HIGH, {"options": {"nats": 0.5}}, None, Cut(6, 4, "sure")),
@@ -401,7 +402,7 @@ def test_mask_and_shadow_stop_nothing_and_record_the_cut(
     assert (found.cut, found.finish_reason, found.generated) == (False, "eos", 12)
     assert (found.trigger, found.keep) == (cut.trigger, cut.keep)
     assert found.train == (cut.keep if trained == "kept" else 12)
-    assert found.min_window == (1.0 if name == "kat_inverse" else 0.0)
+    assert found.min_window == (1.0 if name == "kat_inverse" else 0.0)  # of the entropy where that is judged by
     assert run.entries("signals:w1") == []
     line = line_of(found, ending="trained", reason="", generated=12, staleness=0, active=True, correct=None)
     assert line.tokens_kept + line.tokens_detection + line.tokens_overshoot == line.tokens_generated == 12
@@ -427,6 +428,16 @@ def test_kat_inverse_is_calibrated_on_the_greatest_windows(begin: Callable[..., 
         judge(run)
     assert minima(run) == [0.5, 1.0]
     assert float(threshold(run)) == 0.75
+
+
+def test_entropy_is_calibrated_on_its_own_windows(begin: Callable[..., Run]) -> None:
+    run = begin(termination={"policy": "entropy", "min_calibration": 2, "eta": 0.5})
+    publish(run, 0)
+    for number, level in enumerate((0.5, 0.75)):  # entropies 0.5 and 0.25 in the middle, 1 around it
+        Writing(run, f"r{number}", [0.0] * 4 + [level] * 4 + [0.0] * 4, arm="control").whole()
+        judge(run)
+    assert minima(run) == [0.5, 0.25]
+    assert float(threshold(run)) == 0.375
 
 
 def test_a_cut_that_a_policy_cannot_have_made_ends_the_rollout_and_not_the_arbiter(

@@ -1112,6 +1112,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
         ("kat", False, True),
         ("kat_absolute", False, True),
         ("kat_inverse", False, True),
+        ("entropy", False, True),
         ("own_policy:Halved", True, True),
     ],
 )

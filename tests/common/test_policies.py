@@ -144,6 +144,21 @@ def test_kat_inverse_by_hand() -> None:
     assert extremes(rule("kat_inverse")).min_window is None
 
 
+@pytest.mark.parametrize("number", range(0, 200, 5))
+def test_entropy_is_the_published_rule_on_the_entropy(number: int) -> None:
+    case = CASES[number]
+    judge = make(
+        "entropy", case["threshold"], **{name: case[name] for name in ("window", "patience", "stride", "grace_tokens")}
+    )
+    entropy = np.array(case["divergence"])
+    view = np.stack((entropy, -entropy, -entropy))
+    cut = judge.feed_tokens(ScoredTokens(np.arange(len(entropy), dtype=np.int32), 1 + entropy, view))
+    assert (cut and cut.keep, cut and cut.trigger) == (case["keep"], case["trigger"])
+    assert cut is None or cut.reason == "low_entropy"
+    policy = find("entropy")
+    assert (policy.number(rule("entropy", eta=0.3), progress()), policy.active(None)) == (pytest.approx(0.7), False)
+
+
 def test_fixed_and_scheduled_by_hand() -> None:
     assert fed(make("fixed", fixed_tokens=3), [1] * 4, []) == [Cut(3, 3, "fixed")]
     growing = {"fixed_tokens": 3, "scheduled_tokens": 13, "scheduled_steps": 20}
@@ -236,6 +251,15 @@ def test_cut_at_fires_once_at_its_token() -> None:
     judge = CutAt(3, 1, "random")
     assert [judge.feed(np.ones(size)) for size in (2, 0, 1, 4)] == [None, None, Cut(3, 1, "random"), None]
     assert CutAt(None, 0, "random").feed(np.ones(99)) is None
+
+
+def test_the_docs_say_of_every_policy_what_it_reads() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    table = text[text.index("| policy | cuts | reads |") :].partition("\n\n")[0]
+    rows = [[cell.replace("`", "").strip() for cell in line.split("|")[1:4]] for line in table.splitlines()]
+    said = {name: set(reads.split(", ")) - {"", "ids", "divergence"} for name, _, reads in rows}
+    for name, policy in POLICIES.items():
+        assert said[name] == policy.reads, name
 
 
 # --- one of your own ---
@@ -339,6 +363,8 @@ def test_settings_that_a_policy_refuses_are_an_error_where_it_is_imported() -> N
 
 def test_the_names_that_a_config_knows_are_those_of_the_classes() -> None:
     assert tuple(POLICIES) == policy_names.BUILT_IN
+    assert tuple(name for name, policy in POLICIES.items() if policy.reads) == policy_names.READS_VIEW
+    assert [policy_names.may_read_view(name) for name in ("kat", "entropy", OWN)] == [False, True, True]
     families = {policy_names.OF_WINDOWS: Kat, policy_names.CALIBRATED: policies.Calibrated}
     for names, base in families.items():
         assert names == tuple(name for name, policy in POLICIES.items() if issubclass(policy, base))

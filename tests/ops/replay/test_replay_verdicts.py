@@ -173,6 +173,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "kat": KAT,
     "kat_absolute": {"floor_nats": 0.2},
     "kat_inverse": KAT,
+    "entropy": KAT,
     MINE: {"options": {"head": 3}},
     "own_policy:Marked": {"options": {"token": 20}},
     "own_policy:Sure": {"options": {"nats": 0.5}},
