@@ -22,12 +22,13 @@ BUILT_IN = (
     "kat_absolute",
     "kat_inverse",
     "entropy",
+    "margin_change",
 )
 OF_WINDOWS = ("kat", "kat_absolute", "kat_inverse", "entropy")
 """Judged by means of windows of the divergence, or of the entropy."""
 CALIBRATED = ("kat", "kat_inverse", "entropy")
 """Judged by a quantile of those of earlier rollouts, and not active before there are enough."""
-READS_VIEW: tuple[str, ...] = ("entropy",)
+READS_VIEW = ("entropy", "margin_change")
 """Those that read more of a token than its id and its divergence."""
 _FORMS = "path/to/file.py:ClassName, or package.module:ClassName"
 _FILE = re.compile(r"(?:.*/)?[^/]+\.py:[A-Za-z_][A-Za-z0-9_]*")

@@ -207,8 +207,8 @@ class Termination(Section):
     policy: str = Field(
         "kat",
         description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, "
-        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, `entropy`, or a custom one, `path/to/file.py:ClassName` "
-        "or `package.module:ClassName` (docs/policies.md).",
+        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, `entropy`, `margin_change`, or a custom one, "
+        "`path/to/file.py:ClassName` or `package.module:ClassName` (docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens after it out of the loss."
@@ -243,6 +243,19 @@ class Termination(Section):
     hazard_scale: float = Field(1.0, gt=0, description="Policy `random_matched`: every chance is multiplied by this.")
     detection_tokens: int = Field(0, ge=0, description="Policy `random_matched`: tokens cut up to where it fires.")
     ngram: int = Field(8, ge=2, description="Policy `repetition`: n, tokens of the n-gram that must come twice.")
+    margin_side: Literal["fall", "rise"] = Field(
+        "fall",
+        description="Policy `margin_change`: which change of log q − log p of the sampled token cuts: the teacher "
+        "turns away, or begins to agree.",
+    )
+    margin_drift: float = Field(
+        0.5,
+        ge=0,
+        description="Policy `margin_change`: nats a token by which the margin may differ from its first mean.",
+    )
+    margin_threshold: float = Field(
+        8.0, gt=0, description="Policy `margin_change`: nats of what goes beyond that, summed up, that trigger a cut."
+    )
     options: dict[str, float] = Field(default_factory=dict, description="Numbers for a policy of your own.")
 
     def stops(self, arm: str) -> bool:
@@ -816,6 +829,13 @@ class Config(Section):
                 raise ValueError(
                     f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
                     f"{self.rollout.max_completion_length}: no window would ever be evaluated"
+                )
+        if policy == "margin_change":
+            first = self.termination.grace_tokens + self.termination.window + 2
+            if first > self.rollout.max_completion_length:
+                raise ValueError(
+                    f"termination.grace_tokens + window + 2 = {first} is above rollout.max_completion_length "
+                    f"{self.rollout.max_completion_length}: no change could be found, nothing would be cut"
                 )
         lora = self.learner.lora
         if lora is not None and self.learner.nproc_per_node > 1:

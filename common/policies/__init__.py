@@ -13,6 +13,7 @@ from common.policies.base import (
     Situation,
     ViewMissing,
 )
+from common.policies.changes import MarginChangePolicy
 from common.policies.finding import (
     POLICIES,
     check,
@@ -49,6 +50,7 @@ __all__ = [
     "KatAbsolutePolicy",
     "KatInversePolicy",
     "KatPolicy",
+    "MarginChangePolicy",
     "MinimaBuffer",
     "NeverCut",
     "NonePolicy",

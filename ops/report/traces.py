@@ -53,7 +53,7 @@ def draw_traces(figure: Figure, run: ReportRun, decode: Callable[[list[int]], st
         _draw_example(axes, data.typical(run.traces[arm].traces), arm, run.config.termination, decode)
     above.tick_params(labelbottom=False)
     examples[1].set_xlabel("token position")
-    _legend_of_examples(figure)
+    _legend_of_examples(figure, "$H_t$" if run.config.termination.policy == "entropy" else "$d_t$")
 
 
 def _heat_title(run: ReportRun) -> str:
@@ -259,9 +259,9 @@ def _write_parts(axes: Any, parts: Iterable[tuple[str, str, str]]) -> None:
             start = inverse.transform(piece.get_window_extent(renderer).corners()[-1])[0]
 
 
-def _legend_of_examples(figure: Figure) -> None:
+def _legend_of_examples(figure: Figure, signal: str) -> None:
     handles = [
-        Line2D([], [], color=SKY, linewidth=1.2, label="$d_t$"),
+        Line2D([], [], color=SKY, linewidth=1.2, label=signal),
         Line2D([], [], color=BLUE, linewidth=2, label="window mean $z_t$"),
         Line2D([], [], color=INK, linewidth=1.1, linestyle="--", label="threshold"),
         Line2D([], [], color=VERMILLION, linewidth=2.6, label="cut (keep)"),

@@ -215,6 +215,9 @@ def _add_summary(config: Config, found: Findings) -> None:
         "kat_absolute": f"{windows}, floor {rule.floor_nats:g} nats; {since}; {arm}",
         "kat_inverse": f"cut where divergence stays high; {calibrated}",
         "entropy": f"cut where the student's entropy stays low; {calibrated}",
+        "margin_change": f"cut where the teacher's margin {rule.margin_side}s for good: CUSUM against the mean of "
+        f"{rule.window} tokens after grace {rule.grace_tokens}, drift {rule.margin_drift:g}, threshold "
+        f"{rule.margin_threshold:g} nats; {since}; {arm}",
     }.get(rule.policy, f"a custom policy; {on if _is_calibrated(rule.policy) else arm}")
     cuts = rule.policy != "none"  # shadow and mask have no effect without cuts
     if cuts and rule.shadow:

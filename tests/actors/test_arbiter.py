@@ -345,6 +345,8 @@ POLICIES = {
     "kat_absolute": (LOW, {"floor_nats": 0.25}, "0.25", Cut(9, 4, "kl_trap")),
     "kat_inverse": (HIGH, {}, "0.75", Cut(9, 4, "kl_high")),
     "entropy": (HIGH, {}, "0.25", Cut(9, 4, "low_entropy")),
+    # Margins 0 four times, then -3, cut to -2: 1.5 more each, beyond 4 at the third.
+    "margin_change": (HIGH, {"margin_threshold": 4.0}, "4.0", Cut(7, 4, "margin_change")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
     "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1 … 9
     "own_policy:Sure": (HIGH, {"options": {"nats": 0.5}}, None, Cut(6, 4, "sure")),

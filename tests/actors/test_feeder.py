@@ -1113,6 +1113,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
         ("kat_absolute", False, True),
         ("kat_inverse", False, True),
         ("entropy", False, True),
+        ("margin_change", False, True),
         ("own_policy:Halved", True, True),
     ],
 )

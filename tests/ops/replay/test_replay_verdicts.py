@@ -174,6 +174,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "kat_absolute": {"floor_nats": 0.2},
     "kat_inverse": KAT,
     "entropy": KAT,
+    "margin_change": {"margin_threshold": 3.0, "margin_side": "rise"},
     MINE: {"options": {"head": 3}},
     "own_policy:Marked": {"options": {"token": 20}},
     "own_policy:Sure": {"options": {"nats": 0.5}},

@@ -1,0 +1,44 @@
+"""The policies that look for a change of the mean along a rollout."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.changes import Change, Cusum
+from common.config import Termination
+from common.policies.base import FromWarmup, ScoredTokens, Situation
+from common.termination import Cut
+
+
+def _cut(change: Change | None, reason: str) -> Cut | None:
+    return None if change is None else Cut(change.seen, change.before, reason)
+
+
+class MarginChangePolicy(FromWarmup):
+    """`margin_change`: cut at a change point of the teacher's margin, log q(x_t) - log p(x_t) of the sampled token.
+
+    Our reading of a change point of the teacher's margin (arXiv 2605.13643): Page's cumulative sum, see
+    `common.changes.Cusum`, against the mean of the first `window` margins after `grace_tokens`. `margin_side` fall:
+    the teacher turns from what the student writes; rise: it begins to agree with all of it. Kept is what stands before
+    the estimated change.
+    """
+
+    reads = frozenset({"student_logprobs", "teacher_logprobs"})
+    key = "margin_threshold"
+
+    def __init__(self, settings: Termination, situation: Situation) -> None:
+        self._rule = Cusum(
+            grace=settings.grace_tokens,
+            reference=settings.window,
+            drift=settings.margin_drift,
+            threshold=situation.number,
+            rise=settings.margin_side == "rise",
+        )
+
+    @classmethod
+    def earliest(cls, settings: Termination, seed: int, max_tokens: int) -> int:
+        return settings.grace_tokens + settings.window + 2  # one token alone is no change
+
+    def feed_tokens(self, tokens: ScoredTokens) -> Cut | None:
+        margin = tokens.teacher_logprobs.astype(np.float64) - tokens.student_logprobs
+        return _cut(self._rule.feed(margin), "margin_change")
