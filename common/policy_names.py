@@ -23,6 +23,7 @@ BUILT_IN = (
     "kat_inverse",
     "entropy",
     "margin_change",
+    "adaptive",
 )
 OF_WINDOWS = ("kat", "kat_absolute", "kat_inverse", "entropy")
 """Judged by means of windows of the divergence, or of the entropy."""

@@ -207,8 +207,8 @@ class Termination(Section):
     policy: str = Field(
         "kat",
         description="What ends a rollout early: `none`, `fixed`, `scheduled`, `random`, `random_matched`, "
-        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, `entropy`, `margin_change`, or a custom one, "
-        "`path/to/file.py:ClassName` or `package.module:ClassName` (docs/policies.md).",
+        "`repetition`, `kat`, `kat_absolute`, `kat_inverse`, `entropy`, `margin_change`, `adaptive`, or a "
+        "custom one, `path/to/file.py:ClassName` or `package.module:ClassName` (docs/policies.md).",
     )
     apply: Literal["stop", "mask"] = Field(
         "stop", description="A cut stops the writing, or only leaves the tokens after it out of the loss."
@@ -255,6 +255,13 @@ class Termination(Section):
     )
     margin_threshold: float = Field(
         8.0, gt=0, description="Policy `margin_change`: nats of what goes beyond that, summed up, that trigger a cut."
+    )
+    adaptive_delta: float = Field(
+        0.05, gt=0, lt=1, description="Policy `adaptive`: δ, the chance of a cut where the mean has not changed."
+    )
+    adaptive_block: int = Field(8, ge=1, description="Policy `adaptive`: tokens between two places of a possible cut.")
+    adaptive_range: float = Field(
+        1.0, gt=0, description="Policy `adaptive`: nats that a token's divergence counts at most."
     )
     options: dict[str, float] = Field(default_factory=dict, description="Numbers for a policy of your own.")
 
@@ -830,12 +837,15 @@ class Config(Section):
                     f"termination.grace_tokens + window = {first} is above rollout.max_completion_length "
                     f"{self.rollout.max_completion_length}: no window would ever be evaluated"
                 )
-        if policy == "margin_change":
-            first = self.termination.grace_tokens + self.termination.window + 2
-            if first > self.rollout.max_completion_length:
+        rule = self.termination
+        changes = {"margin_change": ("window + 2", rule.window + 2), "adaptive": ("2 × block", 2 * rule.adaptive_block)}
+        if policy in changes:
+            words, tokens = changes[policy]
+            if rule.grace_tokens + tokens > self.rollout.max_completion_length:
                 raise ValueError(
-                    f"termination.grace_tokens + window + 2 = {first} is above rollout.max_completion_length "
-                    f"{self.rollout.max_completion_length}: no change could be found, nothing would be cut"
+                    f"termination.grace_tokens + {words} = {rule.grace_tokens + tokens} is above "
+                    f"rollout.max_completion_length {self.rollout.max_completion_length}: no change could be found, "
+                    f"nothing would be cut"
                 )
         lora = self.learner.lora
         if lora is not None and self.learner.nproc_per_node > 1:

@@ -13,7 +13,7 @@ from common.policies.base import (
     Situation,
     ViewMissing,
 )
-from common.policies.changes import MarginChangePolicy
+from common.policies.changes import AdaptivePolicy, MarginChangePolicy
 from common.policies.finding import (
     POLICIES,
     check,
@@ -39,6 +39,7 @@ from common.termination import Cut, CutAt, FixedLength, Kat, MinimaBuffer, Never
 
 __all__ = [
     "POLICIES",
+    "AdaptivePolicy",
     "Calibrated",
     "Cut",
     "CutAt",

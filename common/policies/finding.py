@@ -15,7 +15,7 @@ from types import ModuleType
 from common import own_packages, policy_names
 from common.config import Config, ConfigError, Termination
 from common.policies.base import Calibrated, Policy, Situation
-from common.policies.changes import MarginChangePolicy
+from common.policies.changes import AdaptivePolicy, MarginChangePolicy
 from common.policies.positions import (
     FixedPolicy,
     NonePolicy,
@@ -46,6 +46,7 @@ POLICIES: dict[str, type[Policy]] = {
     "kat_inverse": KatInversePolicy,
     "entropy": EntropyPolicy,
     "margin_change": MarginChangePolicy,
+    "adaptive": AdaptivePolicy,
 }
 
 

@@ -334,6 +334,7 @@ def test_policy_none_cuts_nothing(begin: Callable[..., Run]) -> None:
 
 
 LOW, HIGH = [1.0] * 4 + [0.0] * 8, [0.0] * 4 + [1.0] * 8
+LONG = [1.0] * 24 + [0.0] * 24
 POLICIES = {
     "none": (LOW, {}, None, None),
     "fixed": (LOW, {"fixed_tokens": 6}, None, Cut(6, 6, "fixed")),
@@ -347,6 +348,8 @@ POLICIES = {
     "entropy": (HIGH, {}, "0.25", Cut(9, 4, "low_entropy")),
     # Margins 0 four times, then -3, cut to -2: 1.5 more each, beyond 4 at the third.
     "margin_change": (HIGH, {"margin_threshold": 4.0}, "4.0", Cut(7, 4, "margin_change")),
+    # At 32 ε is 1.09 for the split at 24, at 36 it is sqrt(2 · 2/9 · 4.97 / 8) + 2 · 4.97 / 24 = 0.94: below 1 - 0.
+    "adaptive": (LONG, {"adaptive_delta": 0.5, "adaptive_block": 4}, "0.5", Cut(36, 24, "adaptive")),
     "own_policy:Halved": (LOW, {"options": {"head": 3}}, None, Cut(6, 4, "halved")),
     "own_policy:Marked": (LOW, {"options": {"token": 7}}, None, Cut(7, 6, "marked")),  # ids are 1 … 9
     "own_policy:Sure": (HIGH, {"options": {"nats": 0.5}}, None, Cut(6, 4, "sure")),
@@ -401,13 +404,14 @@ def test_mask_and_shadow_stop_nothing_and_record_the_cut(
     case.whole()
     judge(run)
     found = verdict(run, "r1")
-    assert (found.cut, found.finish_reason, found.generated) == (False, "eos", 12)
+    assert (found.cut, found.finish_reason, found.generated) == (False, "eos", len(values))
     assert (found.trigger, found.keep) == (cut.trigger, cut.keep)
-    assert found.train == (cut.keep if trained == "kept" else 12)
+    assert found.train == (cut.keep if trained == "kept" else len(values))
     assert found.min_window == (1.0 if name == "kat_inverse" else 0.0)  # of the entropy where that is judged by
     assert run.entries("signals:w1") == []
-    line = line_of(found, ending="trained", reason="", generated=12, staleness=0, active=True, correct=None)
-    assert line.tokens_kept + line.tokens_detection + line.tokens_overshoot == line.tokens_generated == 12
+    written = len(values)
+    line = line_of(found, ending="trained", reason="", generated=written, staleness=0, active=True, correct=None)
+    assert line.tokens_kept + line.tokens_detection + line.tokens_overshoot == line.tokens_generated == written
 
 
 def test_a_schedule_follows_the_steps(begin: Callable[..., Run]) -> None:
@@ -497,6 +501,8 @@ def test_the_checker_replays_every_verdict_and_sees_a_changed_one(
             run.client.set(run.key("threshold"), number)
         seed, arm = rollout_seed(run.config.seed, place), "control" if place % 4 == 0 else "treated"
         values = random_values(rng)
+        if name == "adaptive":  # what can be sure needs more of the same
+            values = 24 * values[:1] + [0.1 * one for one in values[:1]] * int(rng.integers(1, 24))
         Writing(run, rid_of(place), values, arm=arm, seed=seed, max_tokens=48).whole(5)
         judge(run)
     verdicts = [verdict(run, rid_of(place)) for place in range(24)]

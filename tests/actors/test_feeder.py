@@ -1114,6 +1114,7 @@ def test_a_booking_whose_answer_is_lost_is_counted_once(desk: Desk, monkeypatch:
         ("kat_inverse", False, True),
         ("entropy", False, True),
         ("margin_change", False, True),
+        ("adaptive", False, True),
         ("own_policy:Halved", True, True),
     ],
 )

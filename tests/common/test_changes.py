@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from common.changes import Change, Cusum
+from common.changes import AdaptiveWindow, Change, Cusum
 
 eighths = st.integers(-40, 40).map(lambda number: number / 8)
 
 
-def fed(rule: Cusum, values: list[float], sizes: list[int]) -> Change | None:
+def fed(rule: Cusum | AdaptiveWindow, values: list[float], sizes: list[int]) -> Change | None:
     place = 0
     for size in [*sizes, len(values)]:
         found = rule.feed(np.array(values[place : place + size], np.float64))
@@ -82,3 +84,85 @@ def test_the_cumulative_sum_by_hand() -> None:
 def test_a_cumulative_sum_that_makes_no_sense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         Cusum(**{"grace": 0, "reference": 2, "drift": 0.5, "threshold": 4.0} | wrong)
+
+
+# --- adaptive windows ---
+
+
+def adwin(
+    values: list[float], grace: int, block: int, most_blocks: int, top: float, delta: float
+) -> tuple[Change | None, float]:
+    """By definition, over single numbers; and how near a decision was to going the other way."""
+    read = [min(max(one, 0.0), top) for one in values[grace:]]
+    begin, doubt = 0, math.inf
+    for end in range(block, len(read) + 1, block):
+        begin = max(begin, end - most_blocks * block)
+        while end - begin > block:
+            window = read[begin:end]
+            n, mean = len(window), statistics.fmean(window)
+            variance = statistics.fmean([one * one for one in window]) - mean * mean
+            ranked = []
+            for n0 in range(block, n, block):
+                older, newer = statistics.fmean(window[:n0]), statistics.fmean(window[n0:])
+                m = n0 * (n - n0) / n
+                log = math.log(2 * n / delta)
+                bound = math.sqrt(max(0.0, 2 / m * variance * log)) + 2 * top * log / (3 * m)
+                ranked.append((abs(older - newer) - bound, n0, older > newer))
+            ranked.sort(key=lambda one: -one[0])
+            excess, n0, fell = ranked[0]
+            doubt = min(doubt, abs(excess), *(excess - one[0] for one in ranked[1:2] if excess > -1e-9))
+            if excess <= 0:
+                break
+            if fell:
+                return Change(grace + end, grace + begin + n0), doubt
+            begin += n0
+    return None, doubt
+
+
+levels = st.sampled_from([0.0, 0.125, 0.5, 1.0, 3.0])
+stretches = st.lists(st.tuples(levels, st.integers(1, 60)), max_size=5)
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_adaptive_windows_are_those_of_the_definition_in_any_chunking(data: st.DataObject) -> None:
+    spoilt = data.draw(st.integers(0, 2**32 - 1))
+    values = [level for level, count in data.draw(stretches) for _ in range(count)]
+    values = (np.array(values) * np.random.default_rng(spoilt).uniform(0.8, 1.2, len(values))).tolist()
+    how = {
+        "grace": data.draw(st.integers(0, 9)),
+        "block": data.draw(st.integers(1, 9)),
+        "most_blocks": data.draw(st.sampled_from([2, 5, 40])),
+        "top": data.draw(st.sampled_from([0.25, 1.0, 2.0])),
+        "delta": data.draw(st.sampled_from([0.01, 0.5, 0.9])),
+    }
+    sizes = data.draw(st.lists(st.integers(0, 50), max_size=20))
+    wanted, doubt = adwin(values, **how)
+    assume(doubt > 1e-9)
+    assert fed(AdaptiveWindow(**how), values, sizes) == wanted
+    if wanted is not None:
+        assert how["grace"] + how["block"] <= wanted.before <= wanted.seen - how["block"]
+
+
+def test_adaptive_windows_find_a_fall_where_it_is_forget_a_rise_and_are_not_fooled() -> None:
+    rng = np.random.default_rng(3)
+    rule = {"grace": 8, "block": 8, "most_blocks": 128, "top": 1.0, "delta": 0.05}
+    alive, dead = rng.gamma(0.5, 1.0, 2048), rng.gamma(0.5, 0.02, 512)
+    assert fed(AdaptiveWindow(**rule), alive.tolist(), []) is None
+    found = fed(AdaptiveWindow(**rule), [*alive[:128], *dead], [])
+    assert found is not None and abs(found.before - 128) <= 8 and found.seen < 256
+    # Low, high, low: the rise makes it forget the low part, so that the fall is one from the high part alone.
+    again = fed(AdaptiveWindow(**rule), [*dead[:256], *alive[:128], *dead], [])
+    assert again is not None and abs(again.before - 384) <= 8
+    assert fed(AdaptiveWindow(**rule), [*dead, *alive], []) is None
+    assert fed(AdaptiveWindow(**{**rule, "delta": None}), [*alive[:128], *dead], []) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"grace": -1}, {"block": 0}, {"most_blocks": 1}, {"top": 0.0}, {"delta": 1.0}],
+    ids=lambda one: next(iter(one)),
+)
+def test_adaptive_windows_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        AdaptiveWindow(**{"grace": 0, "block": 8, "most_blocks": 128, "top": 1.0, "delta": 0.05} | wrong)

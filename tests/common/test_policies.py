@@ -75,9 +75,11 @@ def progress(version: int = 9, step: int = 9, values: tuple[float, ...] = (0.25,
 def test_chunking_changes_no_verdict(name: str, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(0, 8).map(lambda eighths: eighths / 8), max_size=40))
     sizes = data.draw(st.lists(st.integers(0, 9), max_size=20))
-    number = data.draw(st.sampled_from([None, 1.0, 3.0] if name == "scheduled" else [None, 0.25, 0.5, 1.0]))
+    numbers = {"scheduled": [None, 1.0, 3.0], "adaptive": [None, 0.5, 0.9]}.get(name, [None, 0.25, 0.5, 1.0])
+    number = data.draw(st.sampled_from(numbers))
     seed = data.draw(st.integers(0, 2**63 - 1))
     changes = {"fixed_tokens": 3, "patience": 2, "ngram": 2, "margin_drift": 0.25}
+    changes |= {"adaptive_block": 2, "adaptive_range": 0.5}
     whole = fed(make(name, number, seed, **changes), values, [])
     assert fed(make(name, number, seed, **changes), values, sizes) == whole
     for cut in whole:
@@ -92,7 +94,7 @@ def test_no_policy_fires_before_its_earliest_token(name: str, data: st.DataObjec
     number = data.draw(st.sampled_from({"scheduled": [None, 3.0, 5.0], "random_matched": [None, 1.0]}.get(name, [0.6])))
     seed = data.draw(st.integers(0, 2**63 - 1))
     changes = {"fixed_tokens": 3, "scheduled_tokens": 5, "patience": 2, "grace_tokens": 3, "ngram": 2}
-    changes |= {"margin_drift": 0}
+    changes |= {"margin_drift": 0, "adaptive_block": 2, "adaptive_range": 0.25}
     earliest = unwatched(rule(name, **changes), arm="treated", seed=seed, max_tokens=40)
     assert 1 <= earliest <= 40
     assert not fed(make(name, number, seed, **changes), values[: earliest - 1], [])
@@ -396,6 +398,7 @@ def test_what_is_calibrated_on_the_control_arm_needs_one(monkeypatch: pytest.Mon
         ("{policy: kat_absolute, window: 193}", "no window would ever be evaluated"),
         ("{policy: entropy, window: 190, grace_tokens: 3}", "no window would ever be evaluated"),
         ("{policy: margin_change, window: 190, grace_tokens: 1}", r"window \+ 2 = 193 is above .*nothing would be cut"),
+        ("{policy: adaptive, grace_tokens: 177}", r"grace_tokens \+ 2 × block = 193 is above .*nothing would be cut"),
         ("{policy: repetition, ngram: 1}", "greater than or equal to 2|at least 2"),
         ("{policy: repetition, ngram: 192}", "none could come twice"),
         ("{apply: drop}", "'stop' or 'mask'"),
