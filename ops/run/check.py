@@ -219,7 +219,8 @@ def _add_summary(config: Config, found: Findings) -> None:
         f"{rule.window} tokens after grace {rule.grace_tokens}, drift {rule.margin_drift:g}, threshold "
         f"{rule.margin_threshold:g} nats; {since}; {arm}",
         "adaptive": f"cut where the mean divergence has fallen: windows that adapt, δ {rule.adaptive_delta:g}, blocks "
-        f"of {rule.adaptive_block} tokens, range {rule.adaptive_range:g} nats, grace {rule.grace_tokens}; {since}; {arm}",
+        f"of {rule.adaptive_block} tokens, range {rule.adaptive_range:g} nats, grace {rule.grace_tokens}; {since}; "
+        f"{arm}",
     }.get(rule.policy, f"a custom policy; {on if _is_calibrated(rule.policy) else arm}")
     cuts = rule.policy != "none"  # shadow and mask have no effect without cuts
     if cuts and rule.shadow:
