@@ -56,9 +56,9 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "match",
         _match,
-        "print a config of random_matched that cuts at random as often and as much as a run of kat",
+        "print a config of random_matched that cuts at random as often and as much as a run of kat, or another one",
     )
-    match.add_argument("run", type=Path, help="the folder of the run of kat, for example runs/demo")
+    match.add_argument("run", type=Path, help="the folder of that run, for example runs/demo")
     match.add_argument("--against", type=Path, metavar="RUN", help="compare its means with those of RUN")
     match.add_argument(
         "--correct", action="store_true", help="with --against: print a corrected config, from both runs"

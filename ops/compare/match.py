@@ -1,6 +1,6 @@
 """The control for KAT's *places*: `random_matched`, which cuts as often and keeps as much, by chance. From files alone.
 
-From a finished run of KAT comes the hazard of a cut at each position t:
+From a finished run of KAT (or of another policy that stops rollouts) comes the hazard of a cut at each position t:
 
     hazard[t] = treated rollouts that were cut when t tokens had been seen / those that had come as far as t, uncut
 
@@ -121,7 +121,7 @@ def _within(pair: Pair) -> bool:
 
 def matched_config(folder: Path) -> tuple[Config, str]:
     """The config of random_matched for a finished run of KAT, and what was matched, in words. Raises ConfigError."""
-    config, treated, control, since = _kat_run(folder)
+    config, treated, control, since = _cutting_run(folder)
     if not len(control.cut):
         raise ConfigError(f"{folder}: nothing to match, the run has no control rollout")
     found = match(hazard_of(treated.seen, treated.cut), treated.means, all_alike(control.generated), treated.overshoot)
@@ -144,7 +144,7 @@ def corrected_config(folder: Path, other: Path) -> tuple[Config, str]:
     The next run has the seed of both, so it draws the same chances: how far those drew other means than expected is
     taken off what is aimed at. Raises ConfigError, also where `other` was not made from `folder`.
     """
-    _, treated, _, _ = _kat_run(folder)
+    _, treated, _, _ = _cutting_run(folder)
     config = RunFolder(other).config
     rule, hazard = config.termination, hazard_of(treated.seen, treated.cut)
     if rule.policy != "random_matched" or rule.hazard != hazard or not (rule.apply == "stop" and not rule.shadow):
@@ -216,16 +216,19 @@ def _next_name(name: str) -> str:
     return f"{base}-{int(number) + 1}" if again else f"{name[:62]}-2"
 
 
-def _kat_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
-    """Config and arms of a finished run of kat that stops, and the policy version that it was active from. Raises
-    ConfigError, first of all where it is a run of something else: what such a run lacks follows from that."""
+_EXPECTED = "a run of kat, or of another policy, that stops rollouts"
+
+
+def _cutting_run(folder: Path) -> tuple[Config, Arm, Arm, int]:
+    """Config and arms of a finished run that stops rollouts, and the policy version that it was active from. Raises
+    ConfigError, first of all where it is a run that cannot: what such a run lacks follows from that."""
     config = RunFolder(folder).config
     rule = config.termination
-    if rule.policy != "kat":
-        raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected a run of kat that stops")
+    if rule.policy in ("none", "random_matched"):
+        raise ConfigError(f"{folder}: its policy is {rule.policy!r}; expected {_EXPECTED}")
     if rule.shadow or rule.apply != "stop":
         setting = "termination.shadow: true" if rule.shadow else f"termination.apply: {rule.apply}"
-        raise ConfigError(f"{folder}: made with {setting}, which stops nothing; expected a run of kat that stops")
+        raise ConfigError(f"{folder}: made with {setting}, which stops nothing; expected {_EXPECTED}")
     treated, control = _arms(folder)
     if not treated.cut.any():
         raise ConfigError(f"{folder}: nothing to match, no treated rollout was cut")

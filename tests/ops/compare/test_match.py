@@ -100,9 +100,8 @@ def played_rollout(config: Config, number: int, run: int) -> dict[str, Any]:
     rule, values = config.termination, drawn_rollout(number, run, config.seed)
     # The control arm comes first: tests that look at small ones play the beginning of others.
     arm = "control" if number < rule.control_fraction * 1200 else "treated"
-    situation = Situation(
-        0.1 if rule.policy == "kat" else rule.hazard_scale, rollout_seed(config.seed, number), LONGEST
-    )
+    number_on_record = rule.hazard_scale if rule.policy == "random_matched" else 0.1
+    situation = Situation(number_on_record, rollout_seed(config.seed, number), LONGEST)
     fired = find(rule.policy)(rule, situation).feed(values) if arm == "treated" else None
     trigger, keep = (fired.trigger, fired.keep) if fired else (len(values), len(values))
     verdict = make_verdict(
@@ -191,6 +190,14 @@ def test_a_match_that_missed_is_corrected_and_the_next_run_agrees(runs: tuple[Pa
     assert agrees, second
 
 
+def test_a_run_of_another_policy_is_matched_too(tmp_path: Path) -> None:
+    source = play(kat_config(tmp_path, policy="entropy", control_fraction=0.5), run=0)
+    config, said = matched_config(source)
+    assert config.termination.policy == "random_matched" and config.termination.hazard
+    second, agrees = compare(source, play(config, run=1))
+    assert agrees, (said, second)
+
+
 def test_what_was_made_from_another_run_is_not_corrected(runs: tuple[Path, Path], tmp_path: Path) -> None:
     source, made = runs
     other = play(kat_config(tmp_path, "other"), run=3, count=400)
@@ -198,7 +205,7 @@ def test_what_was_made_from_another_run_is_not_corrected(runs: tuple[Path, Path]
         corrected_config(other, made)
     with pytest.raises(ConfigError, match="not made from"):
         corrected_config(source, source)
-    with pytest.raises(ConfigError, match="expected a run of kat that stops"):
+    with pytest.raises(ConfigError, match="expected a run of kat, or of another policy, that stops"):
         corrected_config(made, made)
 
 
@@ -296,7 +303,7 @@ def test_folders_that_are_no_run_of_kat_are_refused(tmp_path: Path, capsys: pyte
         whole = play(kat_config(tmp_path, **setting), run=0, count=320)
         assert main(["match", str(whole)]) == 2
         said = capsys.readouterr().err
-        assert told in said and "which stops nothing; expected a run of kat that stops" in said
+        assert told in said and "which stops nothing; expected a run of kat, or of another policy, that stops" in said
     assert main(["match", str(put_run(kat_config(tmp_path, "empty"), []))]) == 2
     assert "no treated rollout" in capsys.readouterr().err
 
@@ -305,7 +312,7 @@ def test_a_run_of_another_policy_is_refused_for_that(tmp_path: Path, capsys: pyt
     """Not for what it lacks: of a run of `none` nothing could have been cut."""
     none = str(put_run(kat_config(tmp_path, "whole", policy="none"), []))
     assert main(["match", none]) == 2
-    assert "its policy is 'none'; expected a run of kat that stops" in capsys.readouterr().err
+    assert "its policy is 'none'; expected a run of kat, or of another policy, that stops" in capsys.readouterr().err
     kat = str(flat_run(tmp_path, [40] * 100))
     assert main(["match", kat, "--against", none, "--correct"]) == 2
     assert f"{none}: not made from {kat}" in capsys.readouterr().err
