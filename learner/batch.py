@@ -45,6 +45,7 @@ class Trajectory:
         stop token).
     rollout_logprobs: float32 [n] nats, the same under the student that sampled it, at temperature 1, before top-p.
     sampling_logprobs: float32 [n] nats, the same after temperature and top-p, as it was sampled.
+    entropy: float32 [n] nats, the student's on its support when it wrote them; None: nothing reads it.
     oldest_version: the oldest policy version among the kept tokens.
     generated: tokens that its verdict saw, up to the trigger if it was cut; n or more; 0 means n.
     to_go: float32 [n] nats, what the tokens after each one cost (`learner.returns`); None: the loss does not read it.
@@ -72,6 +73,7 @@ class Trajectory:
     threshold: float | None = None
     repetition: float = 0.0
     to_go: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         self._check("prompt", np.int32, None)
@@ -90,6 +92,8 @@ class Trajectory:
         self._check("sampling_logprobs", np.float32, n)
         if self.to_go is not None:
             self._check("to_go", np.float32, n)
+        if self.entropy is not None:
+            self._check("entropy", np.float32, n)
         if 0 < self.generated < n:
             raise ValueError(f"trajectory {self.rid}: {self.generated} tokens generated, {n} kept")
 

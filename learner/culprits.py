@@ -50,6 +50,7 @@ def witness(like: Trajectory) -> Trajectory:
         teacher_sampled=np.full(1, share),
         rollout_logprobs=np.full(1, share),
         sampling_logprobs=np.full(1, share),
+        entropy=None if like.entropy is None else np.full(1, -share),
         generated=0,
         to_go=None,
     )

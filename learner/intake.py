@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +24,13 @@ from common.wire.messages import (
     MessageError,
     RolloutHead,
     ScoreSupport,
+    ScoreView,
     Verdict,
     read_rid,
     read_support,
 )
 from common.wire.plane import Plane, shown
-from common.wire.record import scores_field, support_field, tokens_field
+from common.wire.record import scores_field, support_field, tokens_field, view_field
 from common.wire.scripts import Ending
 from learner.batch import Trajectory
 from learner.drift import repetition
@@ -48,9 +49,12 @@ class Received:
 class Intake:
     """Reads `trajectories`; drops those that are stale when they would be used."""
 
-    def __init__(self, plane: Plane, lease: Lease, *, max_staleness: int, vocab_size: int) -> None:
+    def __init__(
+        self, plane: Plane, lease: Lease, *, max_staleness: int, vocab_size: int, entropies: bool = False
+    ) -> None:
+        """`entropies`: whether the trajectories' entropies are read."""
         self._plane, self._lease = plane, lease
-        self._max_staleness, self._vocab_size = max_staleness, vocab_size
+        self._max_staleness, self._vocab_size, self._entropies = max_staleness, vocab_size, entropies
         self._waiting: deque[Received] = deque()
         self._held: set[bytes] = set()  # entries that are read and not acknowledged
         self._known: set[str] = set()  # their rollouts
@@ -145,7 +149,7 @@ class Intake:
         if wrong:
             self._refuse(entry, wrong, rid.encode())
             return
-        trajectory = read_trajectory(record, self._vocab_size)
+        trajectory = read_trajectory(record, self._vocab_size, entropies=self._entropies)
         if trajectory.rid != rid:
             raise MessageError(f"it holds the record of {trajectory.rid!r:.40}")
         self._waiting.append(Received(entry, trajectory))
@@ -172,8 +176,9 @@ class Intake:
         self.settle([Ending(entry, rid, "dead", "trajectories")])
 
 
-def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
-    """The kept part of a rollout's hash. Raises MessageError if the record does not match its verdict."""
+def read_trajectory(record: dict[bytes, bytes], vocab_size: int, *, entropies: bool = False) -> Trajectory:
+    """The kept part of a rollout's hash, with its entropies if they are wanted. Raises MessageError if the record does
+    not match its verdict."""
     head = RolloutHead.decode(record.get(b"head", b""))
     verdict = Verdict.decode(record.get(b"verdict", b""))
     chunks: list[ChunkTokens] = []
@@ -226,6 +231,7 @@ def read_trajectory(record: dict[bytes, bytes], vocab_size: int) -> Trajectory:
             fired=verdict.fired,
             threshold=verdict.threshold,
             repetition=repetition(verdict.tokens, vocab_size),
+            entropy=_entropies(record, chunks)[:keep] if entropies else None,
         )
     except ValueError as error:
         raise MessageError(str(error)) from error
@@ -243,3 +249,14 @@ def _logprobs(teacher: ScoreSupport) -> Floats:
     if teacher.own_logprobs is None:
         return teacher.teacher_logprobs
     return np.concatenate([teacher.teacher_logprobs, teacher.own_logprobs], axis=1)
+
+
+def _entropies(record: dict[bytes, bytes], chunks: Sequence[ChunkTokens]) -> Floats:
+    """The student's entropies in these chunks, float32. Raises MessageError."""
+    found = []
+    for seq, chunk in enumerate(chunks):
+        entropy = ScoreView.decode(record.get(view_field(seq).encode(), b"")).entropy
+        if len(entropy) != len(chunk.tokens):
+            raise MessageError(f"chunk {seq}: {len(entropy)} entropies of {len(chunk.tokens)} tokens")
+        found.append(entropy)
+    return np.concatenate(found)

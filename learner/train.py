@@ -77,6 +77,7 @@ class Learner:
             # Each resume announces the same weights as a new version, which does not make their rollouts older.
             max_staleness=sys.maxsize if config.deterministic else config.learner.max_staleness,
             vocab_size=pair.vocab_size,
+            entropies=config.loss.weighting == "entropy",
         )
         self.step_count = 0
         self.version = -1

@@ -5,6 +5,9 @@
                           and the retention of a KAT run it trains on as many tokens as KAT, but not on the first ones
     position              the weight is 2^(-t / half_life), t = 0 at the first token: earlier tokens count more
     importance_position   the weight falls with what student and teacher have already disagreed on in this rollout
+    entropy               the weight is H / (H + half), H the student's entropy on its support when it wrote the token,
+                          in nats: tokens at which it was undecided count more (our reading of token importance, TIP,
+                          arXiv 2604.14084)
 
 A draw is a function of the run's seed, rollout and position: a repeated batch has the same weights.
 """
@@ -28,6 +31,8 @@ def shares_of(settings: Loss, seed: int) -> Shares:
         return lambda trajectory: by_position(len(trajectory.tokens), settings.position_half_life)
     if settings.weighting == "importance_position":
         return lambda trajectory: by_disagreement(trajectory, settings.importance_gamma)
+    if settings.weighting == "entropy":
+        return lambda trajectory: by_entropy(trajectory, settings.entropy_half)
     return uniform
 
 
@@ -56,3 +61,12 @@ def by_disagreement(trajectory: Trajectory, gamma: float) -> npt.NDArray[np.floa
     gaps = np.abs(trajectory.teacher_sampled.astype(np.float64) - trajectory.rollout_logprobs)
     before = np.cumsum(gaps) - gaps
     return 1.0 + gamma * (1.0 - before / (gaps.sum() or 1.0))
+
+
+def by_entropy(trajectory: Trajectory, half: float) -> npt.NDArray[np.float64]:
+    """H / (H + half), float64 [n], from 0 at no entropy to 1; half in nats, above 0. Raises ValueError for a trajectory
+    without entropies."""
+    if trajectory.entropy is None:
+        raise ValueError(f"trajectory {trajectory.rid}: it has no entropies, which loss.weighting entropy reads")
+    entropy = trajectory.entropy.astype(np.float64)
+    return entropy / (entropy + half)

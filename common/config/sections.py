@@ -331,14 +331,18 @@ class Loss(Section):
         description="Mean over the batch's kept tokens; mean over sequences of their means; or the sum over kept "
         "tokens divided by the tokens generated (up to the trigger, for stopped rollouts).",
     )
-    weighting: Literal["uniform", "random_drop", "position", "importance_position"] = Field(
+    weighting: Literal["uniform", "random_drop", "position", "importance_position", "entropy"] = Field(
         "uniform",
         description="Weight of kept tokens: all equal; a random share of them (`retention`); decreasing with position; "
-        "or decreasing with what both models have disagreed on before (IW-OPD).",
+        "decreasing with what both models have disagreed on before (IW-OPD); or growing with the student's entropy "
+        "when it wrote them.",
     )
     retention: float = Field(1.0, gt=0, le=1, description="`random_drop`: share of kept tokens that count.")
     position_half_life: float = Field(
         64.0, gt=0, description="`position`: tokens after which the weight of a token has halved."
+    )
+    entropy_half: float = Field(
+        0.5, gt=0, description="`entropy`: nats at which a token has half of the greatest weight; large: proportional."
     )
     importance_gamma: float = Field(
         0.5, ge=0, description="`importance_position`: γ; the first token counts 1 + γ, the last at least 1."
@@ -917,7 +921,8 @@ class Config(Section):
     @property
     def stores_view(self) -> bool:
         """Whether teachers store the view of each chunk: something may read it. They import no custom policy."""
-        return policy_names.may_read_view(self.termination.policy) or self.feeder.record_views
+        read = policy_names.may_read_view(self.termination.policy) or self.loss.weighting == "entropy"
+        return read or self.feeder.record_views
 
     @property
     def max_length(self) -> int:

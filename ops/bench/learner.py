@@ -81,6 +81,7 @@ def trajectory_of(rollout: RecordedRollout, number: int, config: Config) -> Traj
         generated=len(tokens),
         finish_reason=chunks[-1].chunk.finish or "",
         repetition=repetition(tokens, int(tokens.max()) + 1),
+        entropy=joined([one.view[0] for one in chunks]) if config.loss.weighting == "entropy" else None,
     )
 
 

@@ -313,6 +313,8 @@ def _loss_text(config: Config) -> str:
         parts.append(f"weighting position (half-life {loss.position_half_life:g} tokens)")
     elif loss.weighting == "importance_position":
         parts.append(f"weighting importance_position (γ {loss.importance_gamma:g})")
+    elif loss.weighting == "entropy":
+        parts.append(f"weighting entropy (half at {loss.entropy_half:g} nats)")
     return ", ".join(parts)
 
 

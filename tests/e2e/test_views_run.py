@@ -23,6 +23,7 @@ SMALL = (
     "termination.warmup_steps=1",
     "checkpoints.every_steps=4",
     "eval.every_steps=0",
+    "loss.weighting=entropy",
     "feeder.record_audit=true",
 )
 POLICIES = {

@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import make_former_support, make_head, make_score_support, make_support, make_tokens, make_verdict
+from samples import (
+    make_former_support,
+    make_head,
+    make_score_support,
+    make_support,
+    make_tokens,
+    make_verdict,
+    make_view,
+)
 
 from common.config import Loss
+from common.wire.messages import MessageError
 from learner.batch import Trajectory, micro_batches, token_weights, uniform
+from learner.culprits import witness
 from learner.intake import read_trajectory
-from learner.weighting import by_disagreement, by_position, random_drop, shares_of
+from learner.weighting import by_disagreement, by_entropy, by_position, random_drop, shares_of
 
 
-def trajectory(rid: str, count: int) -> Trajectory:
+def trajectory(rid: str, count: int, entropy: list[float] | None = None) -> Trajectory:
     return Trajectory(
         rid=rid,
         arm="treated",
@@ -28,7 +38,23 @@ def trajectory(rid: str, count: int) -> Trajectory:
         rollout_logprobs=np.full(count, -1, np.float32),
         sampling_logprobs=np.full(count, -1, np.float32),
         oldest_version=0,
+        entropy=None if entropy is None else np.array(entropy, np.float32),
     )
+
+
+def test_entropy_weights_by_hand() -> None:
+    one, other = trajectory("a", 3, [0.0, 0.5, 1.5]), trajectory("b", 1, [0.5])
+    assert by_entropy(one, 0.5).tolist() == [0.0, 0.5, 0.75]
+    rows = token_weights([one, other], "kept", shares_of(Loss(weighting="entropy", entropy_half=0.5), 3))
+    assert np.concatenate(rows).tolist() == pytest.approx([0, 0.5 / 1.75, 0.75 / 1.75, 0.5 / 1.75])
+    with pytest.raises(ValueError, match=r"trajectory c: it has no entropies, which loss\.weighting entropy reads"):
+        by_entropy(trajectory("c", 1), 0.5)
+
+
+def test_the_witness_of_a_batch_has_an_entropy_where_the_batch_has() -> None:
+    found = witness(trajectory("a", 3, [0.0, 0.5, 1.5]))
+    assert by_entropy(found, 0.5).shape == (1,) and by_entropy(found, 0.5)[0] > 0
+    assert witness(trajectory("a", 3)).entropy is None
 
 
 def test_position_weights_halve_at_the_half_life() -> None:
@@ -122,3 +148,22 @@ def test_generated_is_what_the_verdict_saw_up_to_its_trigger(cut: bool, generate
     }
     found = read_trajectory(record, vocab_size=64)
     assert (len(found.tokens), found.generated) == (2, generated)
+
+
+def test_entropies_are_read_where_they_are_wanted_and_must_fit() -> None:
+    verdict = make_verdict(tokens=np.arange(5, dtype=np.int32), divergence=np.ones(5, np.float32), keep=3, train=3)
+    record = {b"head": make_head().encode(), b"verdict": verdict.encode()}
+    for seq, count in enumerate((2, 3)):
+        values = [0.25 * (seq + place) for place in range(count)]
+        record |= {
+            b"t:%d" % seq: make_tokens(range(count), seq=seq, start=2 * seq).encode(),
+            b"p:%d" % seq: make_support(count).encode(),
+            b"q:%d" % seq: make_score_support(count).encode(),
+            b"v:%d" % seq: make_view(values, seq).encode(),
+        }
+    assert read_trajectory(record, vocab_size=64).entropy is None
+    found = read_trajectory(record, vocab_size=64, entropies=True).entropy
+    assert found is not None and found.tolist() == [1.0, 0.75, 0.75]  # 1 - 0, 1 - 0.25; 1 - 0.25
+    for broken, said in ((b"", "view: not msgpack"), (make_view([0.5]).encode(), "1 entropies of 3 tokens")):
+        with pytest.raises(MessageError, match=said):
+            read_trajectory(record | {b"v:1": broken}, vocab_size=64, entropies=True)

@@ -87,6 +87,7 @@ def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["loss.weighting=random_drop", "loss.retention=0.5"], "weighting random_drop (retention 0.5)", "warning"),
         (["loss.weighting=position"], "weighting position (half-life 64 tokens), AdamW", "retention"),
         (["loss.weighting=importance_position"], "weighting importance_position (γ 0.5), AdamW", "warning"),
+        (["loss.weighting=entropy"], "weighting entropy (half at 0.5 nats)", "warning"),
         (["loss.weighting=random_drop"], "warning    loss.weighting random_drop drops nothing with loss.retention", ""),
         (["loss.retention=0.5"], "reverse_kl_topk_tail, AdamW", "retention"),
         (["loss.mode=jsd_topk_tail", "loss.beta=0.1"], "jsd_topk_tail, β 0.1, AdamW", "warning"),
