@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from common.config import ConfigError
-from ops.compare.grid import MATCHED, GridRow, check_key, check_label
+from ops.compare.grid import GridRow, check_key, check_label, source_of
 
 _LOSS = "loss.mode"
 MOST_ROWS = 200
@@ -35,9 +35,10 @@ def crossed(rows: Sequence[GridRow], axes: Sequence[tuple[str, list[str]]]) -> t
     """
     if not axes:
         return tuple(rows)
-    if any(row.label == MATCHED for row in rows):
+    if made := [row.label for row in rows if source_of(row.label) is not None]:
         raise ConfigError(
-            f"--policies {MATCHED}: it is made from one row of kat; compare it without --sweep and --loss"
+            f"--policies {made[0]}: it is made from one row of {source_of(made[0])}; compare it without --sweep and "
+            f"--loss"
         )
     for key, values in axes:
         where = f"--sweep {key}={','.join(values)}"

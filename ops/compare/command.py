@@ -21,7 +21,7 @@ from common.runfiles.names import CONFIG
 from ops.compare import grid as grids
 from ops.compare.axes import crossed, read_axes
 from ops.compare.data import FIGURES, CellResult, read_result
-from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid
+from ops.compare.grid import Cell, Grid, source_of
 from ops.compare.runs import Interrupts, Process, last_words, run_cells, start_run
 from ops.run.local import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from ops.stats import endings
@@ -69,8 +69,8 @@ def compare(base: Config, name: str | None, request: Request) -> int:
         # Once more: what was there before the folder was held may have grown meanwhile.
         grid, work, todo = _planned(folder, base, asked, tokens)
         grids.write_grid(folder, grid)
-        if added:
-            print(f"{MATCHED} is made from {MATCHED_TO} of the same seed: row {MATCHED_TO} added")
+        for label in added:
+            print(f"{label} is made from {source_of(label)} of the same seed: row {source_of(label)} added")
         failed = work.run(todo, total=len(rows) * len(asked.seeds), jobs=request.jobs)
         if failed is None:
             print(f"stopped in {folder}. Continue with the same command", file=sys.stderr)
@@ -144,8 +144,9 @@ class Work:
             found = check(self._rows[label])
             for problem in [*found.problems, *found.unchecked]:
                 raise ConfigError(f"row {label!r}: {problem}")
-            if label == MATCHED:
-                _check_can_be_matched(self._rows[MATCHED_TO])
+            source = source_of(label)
+            if source is not None:
+                _check_can_be_matched(label, source, self._rows[source])
 
     def run(self, todo: Sequence[Cell], *, total: int, jobs: int) -> dict[Cell, str] | None:
         """Run the cells; returns those that failed, and why, or None when interrupted."""
@@ -211,12 +212,12 @@ def _written(result: CellResult, name: str) -> str:
     return "–" if value is None else FIGURES[name].write(value)
 
 
-def _check_can_be_matched(config: Config) -> None:
-    """What would else show only after the run of kat. Raises ConfigError."""
+def _check_can_be_matched(label: str, source: str, config: Config) -> None:
+    """What would else show only after the run that it is made from. Raises ConfigError."""
     rule = config.termination
-    if rule.policy != "kat" or rule.apply != "stop" or rule.shadow or rule.control_fraction == 0:
+    if rule.policy != source or rule.apply != "stop" or rule.shadow or rule.control_fraction == 0:
         raise ConfigError(
-            f"{MATCHED} cannot be made from row {MATCHED_TO!r}: it needs policy kat, apply stop, no shadow and a "
+            f"{label} cannot be made from row {source!r}: it needs policy {source}, apply stop, no shadow and a "
             f"control arm; found policy {rule.policy}, apply {rule.apply}, shadow {rule.shadow}, control_fraction "
             f"{rule.control_fraction:g}"
         )

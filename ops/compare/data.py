@@ -14,7 +14,7 @@ from common.runfiles.records import BookLine, Ended, Scores, Step, Summary
 from common.runfiles.run import RunFolder
 from ops.compare import drift
 from ops.compare import match as matching
-from ops.compare.grid import MATCHED, MATCHED_TO, Cell, Grid, State, check_one_experiment, read_grid, state_of
+from ops.compare.grid import Cell, Grid, State, check_one_experiment, read_grid, source_of, state_of
 from ops.report import data
 from ops.stats import endings
 from ops.stats.saving import ARMS
@@ -98,8 +98,14 @@ class Comparison:
     grid: Grid
     states: dict[Cell, State]
     results: dict[Cell, CellResult]
-    matches: list[tuple[int, str, bool | None]] = field(default_factory=list)
-    """Seed, realised means of kat and random_matched in words, whether they agree within 2 % (None: no means)."""
+    matches: list[tuple[Cell, str, bool | None]] = field(default_factory=list)
+    """The cell that was matched, realised means of its source and of it in words, whether they agree within 2 %
+    (None: no means)."""
+
+    @property
+    def matched(self) -> list[str]:
+        """The labels of the rows that are made from others."""
+        return [label for label in self.labels if source_of(label) is not None]
 
     @property
     def labels(self) -> list[str]:
@@ -128,10 +134,10 @@ def read_comparison(folder: Path) -> Comparison:
     results = {cell: read_result(folder, cell) for cell in order if states[cell] == "done"}
     check_one_experiment(grid, {cell: result.config for cell, result in results.items()})
     matches = []
-    for seed in grid.seeds:
-        source, made = Cell(MATCHED_TO, seed), Cell(MATCHED, seed)
-        if source in results and made in results:
-            matches.append((seed, *_realised(folder / source.name, folder / made.name)))
+    for made in results:
+        source = made.needs
+        if source is not None and source in results:
+            matches.append((made, *_realised(folder / source.name, folder / made.name)))
     return Comparison(folder.resolve().name, grid, states, results, matches)
 
 

@@ -27,7 +27,8 @@ from ops.compare.match import matched_config
 
 FILE = "compare.json"
 MATCHED, MATCHED_TO = "random_matched", "kat"
-"""The row that is made from another one of the same seed, and that other one."""
+"""The row that is made from another one of the same seed, and that other one. `random_matched-POLICY` is made from the
+row of that policy."""
 _MOST_SEEDS = 1000
 _OWN_KEYS = ("seed", "name", "runs_dir")  # the grid's, not a row's
 _MATCHED_KEYS = tuple(f"termination.{key}" for key in ("hazard", "hazard_scale", "detection_tokens", "warmup_steps"))
@@ -36,6 +37,13 @@ _LEFT_OVER = (RUN, f"{RUN}.tmp", f"{CONFIG}.tmp")  # of a run that was killed be
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 State = Literal["new", "begun", "done"]
+
+
+def source_of(label: str) -> str | None:
+    """The label of the row that a row is made from; None: from none."""
+    if label == MATCHED:
+        return MATCHED_TO
+    return label.removeprefix(f"{MATCHED}-") if label.startswith(f"{MATCHED}-") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,8 @@ class Cell:
     @property
     def needs(self) -> Cell | None:
         """The cell that has to be done before this one can be made."""
-        return Cell(MATCHED_TO, self.seed) if self.label == MATCHED else None
+        source = source_of(self.label)
+        return None if source is None else Cell(source, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ class Grid:
 
     def cells(self) -> Iterator[Cell]:
         """Seed by seed, so that pairs are complete early; what others are made from comes first."""
-        labels = sorted((row.label for row in self.rows), key=lambda label: label == MATCHED)
+        labels = sorted((row.label for row in self.rows), key=lambda label: source_of(label) is not None)
         return (Cell(label, seed) for seed in self.seeds for label in labels)
 
 
@@ -131,6 +140,14 @@ def read_rows(names: str, variants: Sequence[str], folder: Path = Path()) -> tup
 
 
 def _policy_row(name: str, folder: Path = Path()) -> GridRow:
+    source = source_of(name)
+    if source is not None and name != MATCHED:
+        if source not in policy_names.BUILT_IN or source in ("none", MATCHED):
+            raise ConfigError(
+                f"--policies {name!r:.80}: {source!r:.40} is no built-in policy that cuts; expected {MATCHED}-POLICY, "
+                f"for example {MATCHED}-entropy"
+            )
+        return GridRow(name, (f"termination.policy={MATCHED}",))
     try:
         policy_names.check(name)
     except policy_names.PolicyError as error:
@@ -157,8 +174,8 @@ def _variant_row(text: str, folder: Path) -> GridRow:
         raise ConfigError(f"{where}: expected LABEL:section.key=value, for example kat_early:termination.eta=0.1")
     for change in changes:
         check_key(change.partition("=")[0].strip(), where)
-    if label == MATCHED:
-        raise ConfigError(f"{where}: {MATCHED!r} is made from the row {MATCHED_TO!r}; name it in --policies")
+    if (source := source_of(label)) is not None:
+        raise ConfigError(f"{where}: {label!r} is made from the row {source!r}; name it in --policies")
     if label in policy_names.BUILT_IN:
         raise ConfigError(f"{where}: {label!r} is a policy's name; choose another label")
     return GridRow(check_label(label, where), tuple(_located(change, folder) for change in changes))
@@ -184,13 +201,20 @@ def name_policies(rows: Iterable[GridRow]) -> bool:
     return all(any(change.partition("=")[0].strip() == "termination.policy" for change in row.changes) for row in rows)
 
 
-def with_source_of_match(rows: tuple[GridRow, ...]) -> tuple[tuple[GridRow, ...], bool]:
-    """The rows, with `kat` before `random_matched` where it is missing; and whether it was."""
-    labels = [row.label for row in rows]
-    if MATCHED not in labels or MATCHED_TO in labels:
-        return rows, False
-    place = labels.index(MATCHED)
-    return (*rows[:place], _policy_row(MATCHED_TO), *rows[place:]), True
+def with_source_of_match(rows: tuple[GridRow, ...]) -> tuple[tuple[GridRow, ...], list[str]]:
+    """The rows, with `kat` before `random_matched` where it is missing, and so for other policies; and the labels of
+    the matched rows that were without."""
+    labels = {row.label for row in rows}
+    whole: list[GridRow] = []
+    lacking: list[str] = []
+    for row in rows:
+        source = source_of(row.label)
+        if source is not None and source not in labels:
+            labels.add(source)
+            whole.append(_policy_row(source))
+            lacking.append(row.label)
+        whole.append(row)
+    return tuple(whole), lacking
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
@@ -294,9 +318,9 @@ def check_base(base: Config, tokens: int | None) -> None:
 
 def row_config(base: Config, row: GridRow, tokens: int | None) -> Config:
     """The config of a row, for any seed; of `random_matched` that of the row it is made from. Raises ConfigError."""
-    matched = row.label == MATCHED
+    made_from = source_of(row.label)
     source = f"row {row.label!r}"
-    changes = (f"termination.policy={MATCHED_TO}",) if matched else row.changes
+    changes = row.changes if made_from is None else (f"termination.policy={made_from}",)
     config = parse(base.to_yaml(), changes, source=source)
     _check_comparable(base, config, source)
     if tokens is not None:
@@ -371,7 +395,7 @@ def check_one_experiment(grid: Grid, configs: Mapping[Cell, Config]) -> None:
             continue
         first: dict[str, Cell] = {}  # by the row, or "" for all rows that leave the key as it is
         for cell, values in flat.items():
-            if cell.label == MATCHED and key in _MATCHED_KEYS:
+            if source_of(cell.label) is not None and key in _MATCHED_KEYS:
                 continue  # another one for every seed
             other = first.setdefault(cell.label if _names(changed[cell.label], key) else "", cell)
             if flat[other][key] != values[key]:

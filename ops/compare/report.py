@@ -14,7 +14,7 @@ from pathlib import Path
 from common.files import write_text
 from ops.compare.data import FIGURES, Comparison, Figure, read_comparison, to_csv
 from ops.compare.drift import GUARDS
-from ops.compare.grid import MATCHED, MATCHED_TO
+from ops.compare.grid import source_of
 from ops.compare.match_means import TOLERANCE
 from ops.compare.plots import draw
 from ops.plots import named, save_png
@@ -24,7 +24,6 @@ from ops.stats import endings
 from ops.stats.seeds import FEWEST_SEEDS, ROUNDING, VERDICTS, Interval, Paired, mean_interval, paired
 
 NAMES = ("compare.md", "compare.html", "compare.png", "compare.csv")
-REFERENCES = ("none", MATCHED)
 _DOTS_PER_INCH = 100
 _RESULT = ("avg_at_k", "pass_at_k", "tokens_generated", "tokens_trained", "steps", "wall_s")
 _CUTTING = (
@@ -91,15 +90,15 @@ def all_tables(comparison: Comparison) -> list[Table]:
     tables = [_results(comparison), _cutting(comparison), _left_out(comparison), _drift(comparison)]
     if len(comparison.labels) > 1:
         tables += [_pairs(comparison, one) for one in _references(comparison)]
-    if comparison.matches:
-        tables.append(_matches(comparison))
+    matched = {cell.label for cell, _, _ in comparison.matches}
+    tables += [_matches(comparison, label) for label in comparison.matched if label in matched]
     return tables
 
 
 def _references(comparison: Comparison) -> list[str]:
     """What the others are compared with: rows that are made for it, or the first row."""
     there = [label for label in comparison.labels if comparison.of(label)]
-    return [one for one in REFERENCES if one in there] or there[:1]
+    return [one for one in ("none", *comparison.matched) if one in there] or there[:1]
 
 
 def _results(comparison: Comparison) -> Table:
@@ -227,23 +226,21 @@ def _pairs(comparison: Comparison, reference: str) -> Table:
             f"Lines are not corrected for multiple comparisons: of {stated} without any difference about "
             f"{0.05 * stated:.2g} would be significant by chance."
         )
-    if reference == MATCHED:
-        notes += _unmatched(comparison)
+    if reference in comparison.matched:
+        notes += _unmatched(comparison, reference)
     heads = ["figure", "row", "seeds", "difference", "95 % t interval", "bootstrap", "seeds + = −", "in words"]
     return Table(f"Against {reference}, paired by seed", heads, rows, notes, frozenset({0, 1, 7}))
 
 
-def _unmatched(comparison: Comparison) -> list[str]:
+def _unmatched(comparison: Comparison, label: str) -> list[str]:
     """A note on the seeds whose random_matched is not a matched control."""
-    agree = {seed: agreed for seed, _, agreed in comparison.matches}
+    agree = {cell.seed: agreed for cell, _, agreed in comparison.matches if cell.label == label}
     apart = [str(seed) for seed in comparison.grid.seeds if agree.get(seed) is False]
-    unknown = [str(result.cell.seed) for result in comparison.of(MATCHED) if agree.get(result.cell.seed) is None]
+    unknown = [str(result.cell.seed) for result in comparison.of(label) if agree.get(result.cell.seed) is None]
     notes = [f"NOT matched within 2 %: seed {', '.join(apart)}"] if apart else []
     notes += [f"match unknown: seed {', '.join(unknown)}"] if unknown else []
     return (
-        [f"{'; '.join(notes)}. There `{MATCHED}` is not a matched control, and these seeds count above."]
-        if notes
-        else []
+        [f"{'; '.join(notes)}. There `{label}` is not a matched control, and these seeds count above."] if notes else []
     )
 
 
@@ -263,26 +260,26 @@ def _range(low: float | None, high: float | None, figure: Figure) -> str:
     return "–" if low is None or high is None else f"{figure.write(low, '+')} to {figure.write(high, '+')}"
 
 
-def _matches(comparison: Comparison) -> Table:
+def _matches(comparison: Comparison, label: str) -> Table:
     words = {True: "within 2 %", False: "NOT within 2 %", None: "no means"}
-    rows = [[str(seed), words[agree], text] for seed, text, agree in comparison.matches]
+    rows = [[str(cell.seed), words[agree], text] for cell, text, agree in comparison.matches if cell.label == label]
     notes = [
-        f"Realised means of treated rollouts that could have been cut: `{MATCHED_TO}`, then `{MATCHED}` of the same "
-        f"seed; overshoot included. Where they do not agree, `{MATCHED}` is not a matched control of that seed. "
+        f"Realised means of treated rollouts that could have been cut: `{source_of(label)}`, then `{label}` of the "
+        f"same seed; overshoot included. Where they do not agree, `{label}` is not a matched control of that seed. "
         f"Compared above are means over seeds; the last line shows how well these agree.",
     ]
-    apart = {name: _apart(comparison, figure) for name, figure in _MATCHED_FIGURES.items()}
+    apart = {name: _apart(comparison, label, figure) for name, figure in _MATCHED_FIGURES.items()}
     known = {name: one for name, one in apart.items() if one is not None}
-    if len(comparison.matches) > 1 and len(known) == len(apart):
+    if len(rows) > 1 and len(known) == len(apart):
         agree = all(abs(one.mean) <= TOLERANCE for one in known.values())
         texts = [f"mean {name} {one.mean:+.1%} ± {one.half or 0:.1%}" for name, one in known.items()]
         rows.append(["all", words[agree], ", ".join(texts)])
-    return Table(f"Was {MATCHED} matched?", ["seed", "agree", "realised means"], rows, notes, frozenset({0, 1, 2}))
+    return Table(f"Was {label} matched?", ["seed", "agree", "realised means"], rows, notes, frozenset({0, 1, 2}))
 
 
-def _apart(comparison: Comparison, figure: str) -> Interval | None:
-    """Relative difference of `random_matched` from what it is matched to: mean over seeds, 95 % t interval."""
-    wanted, made = (comparison.values(label, figure) for label in (MATCHED_TO, MATCHED))
+def _apart(comparison: Comparison, label: str, figure: str) -> Interval | None:
+    """Relative difference of a matched row from what it is matched to: mean over seeds, 95 % t interval."""
+    wanted, made = (comparison.values(one, figure) for one in (source_of(label) or "", label))
     return mean_interval(
         [made[seed] / wanted[seed] - 1 for seed in sorted(wanted.keys() & made.keys()) if wanted[seed]]
     )

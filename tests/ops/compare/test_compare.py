@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 DEMO = str(ROOT / "ops" / "experiments" / "demo.yaml")
 BATCH, STEPS = 10, 20
-ACCURACY = {"none": 0.5, "kat": 0.6, "random_matched": 0.55, "fixed": 0.5}
+ACCURACY = {"none": 0.5, "kat": 0.6, "random_matched": 0.55, "fixed": 0.5, "entropy": 0.6}
 
 
 def fill(config: Config) -> None:
@@ -322,16 +322,19 @@ def test_folders_that_cannot_be_are_refused(
     assert (tmp_path / "grid").read_text() == "a file"
 
 
-def test_seeds_that_are_not_matched_are_named(tmp_path: Path, runner: Runner, call: Callable[..., int]) -> None:
-    assert call(policies="none,kat,random_matched", seeds="0-2") == 0
+@pytest.mark.parametrize(("policy", "matched"), [("kat", "random_matched"), ("entropy", "random_matched-entropy")])
+def test_seeds_that_are_not_matched_are_named(
+    tmp_path: Path, runner: Runner, call: Callable[..., int], policy: str, matched: str
+) -> None:
+    assert call(policies=f"none,{policy},{matched}", seeds="0-2") == 0
     text = (tmp_path / "grid" / "compare.md").read_text()
     assert "Wall-clock" in text and "wait for the evaluator" in text
     assert "NOT matched within 2 %" not in text
-    books = tmp_path / "grid" / "random_matched-s1" / "rollouts.jsonl"
+    books = tmp_path / "grid" / f"{matched}-s1" / "rollouts.jsonl"
     lines = [json.loads(one) for one in books.read_text().splitlines()]
     write_lines(books, [one | {"tokens_kept": one["tokens_kept"] // 2} for one in lines])
     assert call("--report-only") == 0
-    against = (tmp_path / "grid" / "compare.md").read_text().partition("## Against random_matched")[2]
+    against = (tmp_path / "grid" / "compare.md").read_text().partition(f"## Against {matched}")[2]
     assert "NOT matched within 2 %: seed 1. There" in against.partition("##")[0]
     # Of three seeds one keeps half, the others the same: a sixth less, ± 4.3027 · 0.2887 / √3.
     last = next(line for line in against.splitlines() if line.startswith("| all"))

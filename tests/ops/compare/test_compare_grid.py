@@ -80,6 +80,10 @@ def test_rows_of_policies_and_variants() -> None:
         ("kat", "early:seed=3", "seed is the grid's own"),
         ("kat", "early:termination.eta=0.1,runs_dir=x", "runs_dir is the grid's own"),
         ("kat", "random_matched:termination.eta=0.1", "is made from the row 'kat'"),
+        ("kat", "random_matched-entropy:termination.eta=0.1", "is made from the row 'entropy'"),
+        ("random_matched-none", None, "'none' is no built-in policy that cuts; expected random_matched-POLICY"),
+        ("random_matched-random_matched", None, "'random_matched' is no built-in policy that cuts"),
+        ("random_matched-own_policy:Halved", None, "is no built-in policy that cuts"),
     ],
 )
 def test_rows_that_are_refused(names: str, variant: str | None, said: str) -> None:
@@ -89,10 +93,10 @@ def test_rows_that_are_refused(names: str, variant: str | None, said: str) -> No
 
 def test_kat_is_added_for_random_matched_and_runs_before_it() -> None:
     rows, added = grids.with_source_of_match(grids.read_rows("random_matched,none", []))
-    assert added
+    assert added == ["random_matched"]
     assert [row.label for row in rows] == ["kat", "random_matched", "none"]
     rows, added = grids.with_source_of_match(grids.read_rows("random_matched,kat", []))
-    assert not added
+    assert added == []
     assert list(Grid(rows, (3, 5), "steps").cells()) == [
         Cell("kat", 3),
         Cell("random_matched", 3),
@@ -101,6 +105,16 @@ def test_kat_is_added_for_random_matched_and_runs_before_it() -> None:
     ]
     assert Cell("random_matched", 3).needs == Cell("kat", 3)
     assert Cell("none", 3).needs is None
+
+
+def test_each_policy_that_cuts_may_have_a_matched_row() -> None:
+    rows, added = grids.with_source_of_match(grids.read_rows("none,random_matched-entropy,kat,random_matched", []))
+    assert added == ["random_matched-entropy"]
+    assert [row.label for row in rows] == ["none", "entropy", "random_matched-entropy", "kat", "random_matched"]
+    assert rows[2].changes == ("termination.policy=random_matched",)
+    assert Cell("random_matched-entropy", 3).needs == Cell("entropy", 3)
+    order = [cell.label for cell in Grid(rows, (3,), "steps").cells()]
+    assert order == ["none", "entropy", "kat", "random_matched-entropy", "random_matched"]
 
 
 def row(label: str, *changes: str) -> GridRow:
