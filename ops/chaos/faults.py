@@ -419,6 +419,8 @@ def _broken(rng: random.Random, record: dict[bytes, bytes]) -> tuple[str, bytes,
             (f"d:{last}", _not_a_number(last), "a divergence that is not a number"),
             ("threshold", b"nan", "a threshold that is not a number"),
         ]
+        view = record.get(b"v:%d" % last)
+        choices += [(f"v:{last}", view[:-3], "a view cut off at its end")] if view else []
     return rng.choice(choices)
 
 

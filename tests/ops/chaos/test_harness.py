@@ -20,7 +20,7 @@ from samples import Run, make_config, make_divergence
 
 from actors.books import rid_of
 from common.config import ConfigError, load
-from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
+from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, ScoreView
 from common.wire.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
 from ops.chaos.cluster import Cluster, RunEnded, Stage
@@ -324,10 +324,11 @@ def test_what_was_begun_is_ended_when_a_start_fails(tmp_path: Path, monkeypatch:
     assert not cluster._sockets.exists()
 
 
+@pytest.mark.parametrize("views", [False, True])
 def test_what_is_broken_on_purpose_is_refused_by_the_decoders(
-    embedded_redis: EmbeddedRedis, start: Callable[..., Run]
+    embedded_redis: EmbeddedRedis, start: Callable[..., Run], views: bool
 ) -> None:
-    run = start(embedded_redis)
+    run = start(embedded_redis, feeder={"record_views": views})
     run.admit("r1")
     run.take()
     run.chunk("r1")
@@ -340,12 +341,15 @@ def test_what_is_broken_on_purpose_is_refused_by_the_decoders(
         if name.startswith("d:"):
             with pytest.raises(MessageError):
                 ScoreDivergence.decode(value)
+        elif name.startswith("v:"):
+            with pytest.raises(MessageError):
+                ScoreView.decode(value)
         elif how == "tokens cut off in the middle":
             with pytest.raises(MessageError):
                 ChunkTokens.decode(value)
         elif name.startswith("t:"):
             assert (ChunkTokens.decode(value).tokens == 1 << 30).all()
-    assert len(seen) == 6
+    assert len(seen) == 6 + views
     with pytest.raises(MessageError):
         ScoreDivergence.decode(faults._not_a_number(0))
     assert make_divergence().encode() != faults._not_a_number(0)
