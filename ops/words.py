@@ -32,6 +32,13 @@ def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:
         return f"fixed{applied}: the first {settings.fixed_tokens} tokens"
     if settings.policy == "repetition":
         return f"repetition{applied}: the first {settings.ngram} tokens that come twice"
+    if settings.policy == "margin_change":
+        return (
+            f"margin_change{applied}: where the margin {settings.margin_side}s, drift {settings.margin_drift:g}, "
+            f"threshold {settings.margin_threshold:g} nats"
+        )
+    if settings.policy == "adaptive":
+        return f"adaptive{applied}: δ {settings.adaptive_delta:g}, blocks of {settings.adaptive_block} tokens"
     if settings.policy not in policy_names.OF_WINDOWS:
         return settings.policy + applied
     text = (

@@ -186,6 +186,10 @@ def test_policy_and_finish_reasons_in_words() -> None:
     assert policy_text(custom, thresholds) == "katydid.policies:Chirp"
     repetition = parse(CONFIG, ["termination.policy=repetition", "termination.shadow=true"])
     assert policy_text(repetition, [None]) == "repetition (shadow): the first 8 tokens that come twice"
+    margin = parse(CONFIG, ["termination.policy=margin_change", "termination.apply=mask"])
+    assert policy_text(margin, [8.0]) == "margin_change (mask): where the margin falls, drift 0.5, threshold 8 nats"
+    adaptive = parse(CONFIG, ["termination.policy=adaptive"])
+    assert policy_text(adaptive, [0.05]) == "adaptive: δ 0.05, blocks of 8 tokens"
     assert report_data.reasons_text(lines) == "eos 3 · kl_trap 1"
 
 
