@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common import metrics
 from common.files import locked, write_text
+from common.rids import number_of
 from common.runfiles.lines import append_lines, open_whole_lines, rid_of_line, whole_lines
 from common.runfiles.names import LEDGER
 from common.runfiles.records import UNJUDGED, Audit, BookLine, Chunk, Ledger, Trace
@@ -89,17 +90,6 @@ def unjudged_line(rid: str, arm: str, problem: int, *, ending: str, reason: str,
         staleness=None,
         correct=None,
     )
-
-
-def rid_of(index: int) -> str:
-    """The id of the rollout with admission number `index`, from 0."""
-    return f"r{index:09d}"
-
-
-def number_of(rid: str) -> int:
-    """The admission number of a rollout; -1 for an id that does not come from `rid_of`."""
-    number = int(rid[1:]) if rid.isascii() and rid[1:].isdigit() else -1
-    return number if number >= 0 and rid_of(number) == rid else -1
 
 
 class Booked:

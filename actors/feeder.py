@@ -14,14 +14,16 @@ from itertools import chain
 from typing import Any, Protocol
 
 from actors import admission, stream_metrics
-from actors.books import Booking, Books, Tally, audit_of, number_of, rid_of, unjudged_line
+from actors.books import Booking, Books, Tally, audit_of, unjudged_line
 from actors.cursors import Cursors, least_counts
+from actors.rewards import Rewards
 from actors.unbooked import FACTS, Unbooked
 from common import metrics, policies, tracing
 from common.config import Config
 from common.draws import rollout_seed, uniform_bits
 from common.episode import Episode
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
+from common.rids import number_of, rid_of
 from common.runfiles.names import BOOKS_LOCK
 from common.runfiles.records import Audit
 from common.runfiles.run import RunFolder
@@ -55,6 +57,7 @@ class Feeder:
     books: Books  # set by `open`: before we have the lease, a former feeder may still write
     ledger: Tally
     _cursors: Cursors
+    _rewards: Rewards | None = None
 
     def __init__(
         self,
@@ -113,6 +116,9 @@ class Feeder:
         if any(cursor < count for cursor, count in zip(self._cursors.counts, known, strict=True)):
             self._restore(known)
         rids = self._plane.open_rollouts()
+        if self._config.reward.mode != "none":
+            self._rewards = Rewards(self._config, self._plane, self._lease, self._source.judge, self.books.booked)
+            self._rewards.go_on(self._folder.rollouts(), rids, self._cursors.next, self._cursors.end)
         verdicts = self._plane.fields((rid, ["verdict"]) for rid in rids)
         self._running = {rid for rid, (verdict,) in zip(rids, verdicts, strict=True) if verdict is None}
         self._adopt()
@@ -123,6 +129,8 @@ class Feeder:
         came = self._read(block_s)
         if self._lease.adoption_due:
             self._adopt()
+        if self._rewards is not None:
+            self._rewards.record(self._rollouts)
         self._book_ready()
         with tracing.span("admitting"):
             admitted = self._admit()
@@ -262,6 +270,8 @@ class Feeder:
             self._book_all(ready)
 
     def _book_all(self, ready: dict[str, Unbooked]) -> None:
+        if self._rewards is not None:
+            self._rewards.record(ready, last=True)
         records = self._plane.fields((rid, FACTS) for rid in ready)
         audits = self._audits(list(ready))
         bookings = []
@@ -272,6 +282,8 @@ class Feeder:
             self._lengths.append(line.tokens_generated)
         self._write(bookings)
         self._book([(rid, one.ledger_field, one.entries) for rid, one in ready.items()])
+        if self._rewards is not None:
+            self._rewards.forget(ready)
         for rid in ready:
             self._rollouts.pop(rid, None)
             self._running.discard(rid)

@@ -27,6 +27,8 @@ class Unbooked:
     # When the two notices were added to the stream, by the clock of Redis.
     verdict_unix_s: float | None = None
     ended_unix_s: float | None = None
+    reward: str | None = None  # its standing in its group, once that is stored
+    correct: tuple[bool | None] | None = None  # what the verifier said of all its tokens, if it was asked before
 
     @property
     def judged(self) -> bool:
@@ -106,7 +108,7 @@ class Unbooked:
                 generated=generated,
                 staleness=staleness,
                 active=active(verdict.threshold),
-                correct=judge(verdict.problem, verdict.tokens),
+                correct=self.correct[0] if self.correct else judge(verdict.problem, verdict.tokens),
             )
         else:
             arm, problem = "treated", 0
@@ -118,7 +120,13 @@ class Unbooked:
                 log.warning("rollout %s: its head cannot be read; booked as treated", rid)
             line = unjudged_line(rid, arm, problem, ending=ending, reason=reason, generated=generated)
         verdict_s, ended_s = self.verdict_unix_s, self.ended_unix_s
-        return replace(line, admitted_unix_s=_moment(entry), verdict_unix_s=verdict_s, ended_unix_s=ended_s)
+        return replace(
+            line,
+            admitted_unix_s=_moment(entry),
+            verdict_unix_s=verdict_s,
+            ended_unix_s=ended_s,
+            reward=self.reward,
+        )
 
 
 def _moment(entry: bytes | None) -> float | None:

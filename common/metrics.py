@@ -134,6 +134,14 @@ learner_entropy = _gauge("learner_entropy_nats", "Mean entropy of the student ov
 learner_drift = _gauge("learner_drift_ratio", "Drift guards of the last step that had them: shares, by kind", "kind")
 learner_threshold = _gauge("learner_threshold_nats", "Mean threshold of the rollouts of the last step; NaN without one")
 learner_threshold.set(float("nan"))
+# Only in a run with `reward.mode`: NaN in others, and until a step has the figure.
+reward_mean = _gauge("learner_reward_mean", "Mean reward of the rollouts of the last step, by the verifier")
+reward_signal = _gauge("learner_reward_signal_ratio", "Share of the groups of the last step whose rewards differ")
+for _of_rewards in (reward_mean, reward_signal):
+    _of_rewards.set(float("nan"))
+groups_without_reward = _counter(
+    "learner_groups_without_reward_total", "Groups that were trained without reward, by reason", "reason"
+)
 learner_idle = _gauge("learner_idle_ratio", "Share of time the learner waits for trajectories")
 
 # Evaluator: the newest version that was measured.

@@ -6,6 +6,7 @@ packing several trajectories into one row, which needs a block mask that not eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -49,6 +50,8 @@ class Trajectory:
     oldest_version: the oldest policy version among the kept tokens.
     generated: tokens that its verdict saw, up to the trigger if it was cut; n or more; 0 means n.
     to_go: float32 [n] nats, what the tokens after each one cost (`learner.returns`); None: the loss does not read it.
+    advantage: of its reward over its group, on every kept token; 0 without reward. reward: the verifier's, None if it
+        has none. without_reward: why it is trained without; '' if it is not.
     finish_reason, threshold: as in the verdict. fired: whether the policy fired, applied or not (control arm, mask,
         shadow). repetition: of all its tokens, see `learner.drift`. These four are only for metrics.
 
@@ -74,6 +77,9 @@ class Trajectory:
     repetition: float = 0.0
     to_go: npt.NDArray[np.float32] | None = None
     entropy: npt.NDArray[np.float32] | None = None
+    advantage: float = 0.0
+    reward: float | None = None
+    without_reward: str = ""
 
     def __post_init__(self) -> None:
         self._check("prompt", np.int32, None)
@@ -96,6 +102,8 @@ class Trajectory:
             self._check("entropy", np.float32, n)
         if 0 < self.generated < n:
             raise ValueError(f"trajectory {self.rid}: {self.generated} tokens generated, {n} kept")
+        if not math.isfinite(self.advantage):
+            raise ValueError(f"trajectory {self.rid}: advantage is {self.advantage}")
 
     def _check(self, name: str, dtype: type[np.generic], *shape: int | None) -> None:
         """Raise ValueError unless field `name` is a finite array of `dtype` and `shape` (None: any size)."""
@@ -132,6 +140,7 @@ class MicroBatch:
     support_ids: int64 [N, K]; teacher_logprobs: float32 [N, K+1]; teacher_tail: float32 [N] or None.
     teacher_sampled, rollout_logprobs, sampling_logprobs: float32 [N] nats.
     to_go: float32 [N] nats, 0 where the loss does not read it.
+    advantages: float32 [N], each token's trajectory's.
     weights: float32 [N], each token's weight in the mean of the *whole batch*: the batch's loss is the
         sum of `(weights * token_losses).sum()` over its micro-batches, however it was split.
     """
@@ -147,6 +156,7 @@ class MicroBatch:
     rollout_logprobs: Tensor
     sampling_logprobs: Tensor
     to_go: Tensor
+    advantages: Tensor
     weights: Tensor
 
     @property
@@ -279,6 +289,12 @@ def _micro_batch(rows: Sequence[Trajectory], weights: Sequence[npt.NDArray[np.fl
         rollout_logprobs=flat("rollout_logprobs"),
         sampling_logprobs=flat("sampling_logprobs"),
         to_go=torch.from_numpy(np.concatenate([_to_go(trajectory) for trajectory in rows])),
+        advantages=torch.from_numpy(
+            np.repeat(
+                np.array([trajectory.advantage for trajectory in rows], np.float32),
+                [len(trajectory.tokens) for trajectory in rows],
+            )
+        ),
         weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
     )
 

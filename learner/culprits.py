@@ -53,4 +53,5 @@ def witness(like: Trajectory) -> Trajectory:
         entropy=None if like.entropy is None else np.full(1, -share),
         generated=0,
         to_go=None,
+        advantage=0.0,
     )

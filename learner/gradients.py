@@ -16,6 +16,7 @@ from learner.batch import MicroBatch
 from learner.head import OutputHead
 from learner.loss import Diagnostics, StudentOutcomes, diagnostics, token_losses
 from learner.pieces import backward_in_pieces
+from learner.reward import reward_losses
 
 Busy = Callable[[], AbstractContextManager[Any]]
 """Declares work that may take long, see `common.pulse`."""
@@ -40,7 +41,10 @@ def add_gradients(
     """
 
     def losses(student: StudentOutcomes, micro: MicroBatch) -> Tensor:
-        return token_losses(config.loss, student, micro)
+        found = token_losses(config.loss, student, micro)
+        if config.reward.mode == "none":
+            return found
+        return found + reward_losses(student, micro, config.reward.weight, ratio_clip=config.loss.ratio_clip)
 
     loss, parts = 0.0, []
     for micro in micros:

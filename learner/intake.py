@@ -1,4 +1,5 @@
-"""Reads trajectories from the stream and the rollouts' hashes, and forms batches in the order of arrival.
+"""Reads trajectories from the stream and the rollouts' hashes, and forms batches in the order of arrival; with rewards,
+of those whose groups are decided (`learner.groups`).
 
 A trajectory stays pending after it is read, until a checkpoint on disk covers it or it is dropped, so that a new
 learner finds it again.
@@ -9,11 +10,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from common import tracing
+from common.groups import REWARDS
 from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.messages import (
@@ -34,6 +36,7 @@ from common.wire.record import scores_field, support_field, tokens_field, view_f
 from common.wire.scripts import Ending
 from learner.batch import Trajectory
 from learner.drift import repetition
+from learner.groups import Groups
 
 log = logging.getLogger("katana.intake")
 
@@ -50,15 +53,23 @@ class Intake:
     """Reads `trajectories`; drops those that are stale when they would be used."""
 
     def __init__(
-        self, plane: Plane, lease: Lease, *, max_staleness: int, vocab_size: int, entropies: bool = False
+        self,
+        plane: Plane,
+        lease: Lease,
+        *,
+        max_staleness: int,
+        vocab_size: int,
+        entropies: bool = False,
+        groups: Groups | None = None,
     ) -> None:
-        """`entropies`: whether the trajectories' entropies are read."""
-        self._plane, self._lease = plane, lease
+        """`entropies`: whether the trajectories' entropies are read. `groups`: for a run with rewards."""
+        self._plane, self._lease, self._groups = plane, lease, groups
         self._max_staleness, self._vocab_size, self._entropies = max_staleness, vocab_size, entropies
         self._waiting: deque[Received] = deque()
         self._held: set[bytes] = set()  # entries that are read and not acknowledged
         self._known: set[str] = set()  # their rollouts
         self._covered: frozenset[str] = frozenset()
+        self._lacked = False  # there was no batch: without a look at the stream and a wait there is none now
         self.dropped: dict[str, int] = {"treated": 0, "control": 0}
 
     def recover(self, consumed: Iterable[str]) -> None:
@@ -71,14 +82,40 @@ class Intake:
         if self._lease.adoption_due:
             self._receive(self._lease.adopt("trajectories", "learner"))
         self._drop_stale(version)
-        missing = size - len(self._waiting)
-        if missing > 0:
+        batch = None if self._lacked else self._take(size, version)
+        if batch is None:
             came = self._plane.read("learner", self._lease.token, ["trajectories"], count=2 * size, block_s=block_s)
             self._receive([entry for _, entry in came])
             self._drop_stale(version)
+            batch = self._take(size, version)
+        self._lacked = batch is None
+        return batch
+
+    def _take(self, size: int, version: int) -> list[Received] | None:
         if len(self._waiting) < size:
             return None
-        return [self._waiting.popleft() for _ in range(size)]
+        if self._groups is None:
+            return [self._waiting.popleft() for _ in range(size)]
+        waiting = list(self._waiting)
+        oldest = version - self._max_staleness  # one that is so old is stale in the next version
+        rids = [one.trajectory.rid for one in waiting]
+        places = self._groups.choose(rids, size, lambda place: waiting[place].trajectory.oldest_version <= oldest)
+        if places is None:
+            return None
+        taken = set(places)
+        self._waiting = deque(one for place, one in enumerate(waiting) if place not in taken)
+        return [self._rewarded(waiting[place], self._groups) for place in places]
+
+    def _rewarded(self, one: Received, groups: Groups) -> Received:
+        rid = one.trajectory.rid
+        outcome = groups.outcome(rid)
+        trajectory = replace(
+            one.trajectory,
+            advantage=outcome.advantages.get(rid, 0.0),
+            reward=REWARDS.get(outcome.standings.get(rid, "")),
+            without_reward=outcome.without(rid),
+        )
+        return replace(one, trajectory=trajectory)
 
     def put_back(self, batch: list[Received]) -> None:
         """Put these at the start of the next batch."""

@@ -18,6 +18,7 @@ from common.wire.messages import row_digest
 from learner.batch import Trajectory
 from learner.drift import Drift, drift_of
 from learner.loss import Diagnostics
+from learner.rewarding import rewards_in, show_rewards
 
 
 class Journal:
@@ -26,6 +27,7 @@ class Journal:
     def __init__(self, config: Config) -> None:
         self._folder = RunFolder(config.run_dir)
         self._policy = config.termination.policy
+        self._rewarded, self._generations = config.reward.mode != "none", config.data.num_generations
         self._lines: dict[type, IO[str]] = {}  # by the record that each file holds
 
     def open(self, step: int) -> None:
@@ -52,6 +54,7 @@ class Journal:
     ) -> None:
         """Write the lines of a step: its figures and its trajectories. `loss` in nats; `stale_dropped` by arm."""
         drift = drift_of(trajectories)
+        rewards = rewards_in(trajectories, self._generations) if self._rewarded else None
         self._append(
             Step(
                 step=step,
@@ -63,6 +66,7 @@ class Journal:
                 support_mass_teacher=seen.support_mass_teacher,
                 topk_overlap=seen.topk_overlap,
                 **asdict(drift),
+                rewards=rewards,
                 ratio_mean=seen.ratio_mean,
                 ratio_max=seen.ratio_max,
                 grad_norm=grad_norm,
@@ -80,13 +84,15 @@ class Journal:
                 unix_s=time.time(),
             )
         )
-        self._append(_trained_line(step, policy_version, trajectories))
+        self._append(_trained_line(step, policy_version, trajectories, rewarded=self._rewarded))
         metrics.learner_steps.inc()
         metrics.learner_tokens.inc(seen.tokens)
         metrics.learner_loss.set(loss)
         metrics.learner_step_seconds.observe(step_s)
         metrics.learner_idle.set(idle_ratio)
         self._show_drift(seen, drift)
+        if rewards is not None:
+            show_rewards(rewards)
 
     def sync(self) -> None:
         for file in self._lines.values():
@@ -120,12 +126,15 @@ class Journal:
         file.flush()
 
 
-def _trained_line(step: int, version: int, trajectories: Sequence[Trajectory]) -> Trained:
-    """What a step was trained on: rollouts, token counts, 8-byte digests of the ids as little-endian int32."""
+def _trained_line(step: int, version: int, trajectories: Sequence[Trajectory], *, rewarded: bool) -> Trained:
+    """What a step was trained on: rollouts, token counts, 8-byte digests of the ids as little-endian int32; with
+    rewards, each one's advantage, or why it has none."""
     return Trained(
         step=step,
         policy_version=version,
         rids=[one.rid for one in trajectories],
         tokens=[len(one.tokens) for one in trajectories],
         digests=[row_digest(one.tokens) for one in trajectories],
+        advantages=[one.advantage for one in trajectories] if rewarded else [],
+        without_reward=[one.without_reward for one in trajectories] if rewarded else [],
     )

@@ -37,6 +37,7 @@ from learner.batch import Trajectory
 from learner.budget import GeneratedTokens
 from learner.checkpoint import load_newest, save
 from learner.culprits import StepImpossible, culprits, witness
+from learner.groups import Groups
 from learner.intake import Intake, Received
 from learner.journal import Journal
 from learner.lora import make_student
@@ -78,6 +79,7 @@ class Learner:
             max_staleness=sys.maxsize if config.deterministic else config.learner.max_staleness,
             vocab_size=pair.vocab_size,
             entropies=config.loss.weighting == "entropy",
+            groups=Groups.of(config, plane, self._lease),
         )
         self.step_count = 0
         self.version = -1

@@ -353,7 +353,9 @@ class Loss(Section):
         "values), `k3` (in effect forward KL), `clipped` (k1 as PPO's clipped surrogate).",
     )
     ratio_clip: float | None = Field(
-        None, gt=0, description="`reverse_kl_sampled`: largest p_θ/p_sampled; null: not clipped."
+        None,
+        gt=0,
+        description="`reverse_kl_sampled`, and `reward` in every mode: largest p_θ/p_sampled; null: not clipped.",
     )
     clip_range: float = Field(
         0.2,
@@ -394,6 +396,21 @@ class Loss(Section):
                 f"limit"
             )
         return self
+
+
+class Reward(Section):
+    mode: Literal["none", "grpo", "reinforce_leave_one_out"] = Field(
+        "none",
+        description="What a verifier's verdicts on the `data.num_generations` rollouts of a prompt become, beside the "
+        "teacher (docs/reward.md): nothing; the reward less the group's mean, over its standard deviation; or the "
+        "reward less the mean of the others.",
+    )
+    weight: float = Field(1.0, gt=0, description="Of the reward's term, beside the distillation loss.")
+    of_cut: Literal["none", "as_wrong", "kept"] = Field(
+        "none",
+        description="Reward of a rollout whose writing was stopped: none; that of a wrong one; or what the verifier "
+        "says of the kept tokens.",
+    )
 
 
 class Lora(Section):
@@ -804,6 +821,7 @@ class Config(Section):
     rollout: Rollout = Field(default_factory=Rollout)
     termination: Termination = Field(default_factory=Termination)
     loss: Loss = Field(default_factory=Loss)
+    reward: Reward = Field(default_factory=Reward)
     learner: LearnerSettings = Field(default_factory=LearnerSettings)
     checkpoints: Checkpoints = Field(default_factory=Checkpoints)
     eval: Eval = Field(default_factory=Eval)
@@ -863,6 +881,8 @@ class Config(Section):
                 f"ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
             )
         self._check_data()
+        if self.reward.mode != "none":
+            self._check_reward()
         if self.deterministic:
             self._check_deterministic()
         return self
@@ -874,6 +894,24 @@ class Config(Section):
             raise ValueError("task dataset holds no rows out: name benchmarks in eval.data, or set eval.every_steps: 0")
         if self.eval.data and self.data.verifier == "none":
             raise ValueError("eval.data needs a verifier; data.verifier is none")
+
+    def _check_reward(self) -> None:
+        mode = self.reward.mode
+        if self.data.num_generations < 2:
+            raise ValueError(
+                f"reward.mode {mode} compares the rollouts of a prompt: data.num_generations is "
+                f"{self.data.num_generations}, and at least 2 are needed"
+            )
+        if self.data.task == "dataset" and self.data.verifier == "none":
+            raise ValueError(
+                f"reward.mode {mode} needs verdicts: data.verifier is none; allowed: math-verify, exact, with answers "
+                f"in data.answer_key"
+            )
+        if self.learner.lora is not None and self.learner.lora.dropout:
+            raise ValueError(
+                f"learner.lora.dropout is {self.learner.lora.dropout:g}; with reward.mode {mode} only 0 is allowed: "
+                f"its ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
+            )
 
     def _check_deterministic(self) -> None:
         if self.redis.data:

@@ -62,6 +62,8 @@ class BookLine(Record):
     ended_unix_s: float | None = None
     # None without a verdict, and in books that are older than this field.
     tokens_trainable: int | None = None
+    # Its standing in its group, see `common.groups`; None without `reward.mode`.
+    reward: str | None = field(default=None, metadata=stored(sparse=True))
 
     @property
     def judged(self) -> bool:
@@ -234,15 +236,22 @@ class Audit(Record):
 
 @dataclass(frozen=True, slots=True)
 class Trained(Record):
-    """The rollouts of an optimizer step: for each its id, number of tokens, and digest of the tokens."""
+    """The rollouts of an optimizer step: for each its id, number of tokens, and digest of the tokens; with
+    `reward.mode` its advantage, and why it was trained without reward ('' if it was not)."""
 
     step: int
     policy_version: int
     rids: list[str]
     tokens: list[int]
     digests: list[str]
+    advantages: list[float] = field(default_factory=list, metadata=stored(sparse=True))
+    without_reward: list[str] = field(default_factory=list, metadata=stored(sparse=True))
 
     def __post_init__(self) -> None:
+        if self.advantages and not len(self.rids) == len(self.advantages) == len(self.without_reward):
+            raise ValueError(
+                f"{len(self.rids)} rids, {len(self.advantages)} advantages, {len(self.without_reward)} without_reward"
+            )
         if not len(self.rids) == len(self.tokens) == len(self.digests):
             raise ValueError(f"{len(self.rids)} rids, {len(self.tokens)} tokens, {len(self.digests)} digests")
 
@@ -284,6 +293,17 @@ class Ledger(Record):
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class StepRewards(Record):
+    """Of a batch. mean: of the rollouts that have a reward, compared or not; signal: of the groups in which rewards are
+    compared, the share in which they differ; None if there are none. without: groups in which nobody is rewarded, by
+    reason; a rollout that is in no group counts as one."""
+
+    mean: float | None
+    signal: float | None
+    without: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Record):
     """Figures of an optimizer step, of its batch unless stated otherwise. None: no trajectory in the batch has the
@@ -302,6 +322,7 @@ class Step(Record):
     cut_rate_treated: float | None = None
     cut_rate_control: float | None = None
     threshold: float | None = None  # mean, in the policy's unit
+    rewards: StepRewards | None = field(default=None, metadata=stored(sparse=True))  # with `reward.mode`
     ratio_mean: float  # p_θ / p_rollout of the sampled tokens
     ratio_max: float
     grad_norm: float  # before clipping
@@ -425,6 +446,19 @@ class Ended(Record):
     at_limit: int
 
 
+@dataclass(frozen=True, slots=True)
+class RewardTotals(Record):
+    """With `reward.mode`. mean: reward of all rollouts that have one. groups: in which rewards were compared;
+    with_signal: of those, in which they differ; without: groups trained without reward, by reason; sent_back: rollouts
+    trained that are in no group."""
+
+    mean: float | None
+    groups: int
+    with_signal: int
+    without: dict[str, int]
+    sent_back: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary(Record):
     """The results of a run."""
@@ -436,6 +470,7 @@ class Summary(Record):
     length_saving: Saving
     endings: dict[str, Ended] = field(default_factory=dict)  # by fate
     finish_reasons: dict[str, int]
+    rewards: RewardTotals | None = field(default=None, metadata=stored(sparse=True))
     evaluations: list[Evaluation] = field(metadata=stored("eval"))
     ledger: Ledger | None
 

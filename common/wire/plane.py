@@ -23,6 +23,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     open             set      rollouts admitted and not booked
     ledger           hash     admitted · trained · dead · dropped:{reason}
     cursor           string   rollouts admitted so far
+    rewards          hash     rollout → its standing in its group, group:{its first rollout} → why it has no rewards; of
+                              groups with members that are not booked (`common.groups`)
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
                        learning (1: a learner is at work, or was killed) ·
                        generated (tokens written in the whole run) · refused (version that a worker could not load)
@@ -109,6 +111,16 @@ class RecordState:
     there: bool
     attempts: bytes
     claims: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """A rollout: whether its record is there, its standing in its group, and, of a group's first rollout, why the group
+    has no rewards; None: not stored."""
+
+    there: bool
+    standing: str | None
+    forgone: str | None
 
 
 @dataclass(slots=True)
@@ -527,6 +539,31 @@ class Plane:
             RecordState(bool(is_open), bool(there), attempts or b"", claims or b"")
             for is_open, there, (attempts, claims) in zip(answers[::3], answers[1::3], answers[2::3], strict=True)
         ]
+
+    def rewarded(self, rids: Sequence[str]) -> list[Rewarded]:
+        """What is stored for the rewards of rollouts, in one round trip.
+
+        Whether a record is there is asked before its standing, which is stored before the record is removed: a rollout
+        of an open group that has neither was never admitted.
+        """
+
+        def once() -> list[Any]:
+            pipe = self.client.pipeline(transaction=False)
+            for rid in rids:
+                pipe.exists(self.key(f"rollout:{rid}"))
+                pipe.hmget(self.key("rewards"), [rid, f"group:{rid}"])
+            return list(pipe.execute())
+
+        answers = self.patiently(once, "rewards") if rids else []
+        return [
+            Rewarded(bool(there), *(None if value is None else value.decode("ascii", "replace") for value in values))
+            for there, values in zip(answers[::2], answers[1::2], strict=True)
+        ]
+
+    def rewards_kept(self) -> list[str]:
+        """Rollouts whose standing is stored."""
+        names = self.patiently(lambda: self.client.hkeys(self.key("rewards")), "rewards")
+        return [name.decode("ascii", "replace") for name in names if not name.startswith(b"group:")]
 
     def now_s(self) -> float:
         """Redis's clock."""

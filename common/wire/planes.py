@@ -23,7 +23,7 @@ from common.config import Config, ConfigError
 from common.footprint import RECORDS_AT_A_TIME, free_bytes
 from common.tracing import SpanKind
 from common.wire.entries import age_order, bare, place_in, tagged
-from common.wire.plane import Backlog, Plane, RecordState, Roster, create_run, open_plane
+from common.wire.plane import Backlog, Plane, RecordState, Rewarded, Roster, create_run, open_plane
 from common.wire.scripts import Call, Entry
 from common.wire.wake import Waker, wait_for_any
 
@@ -182,6 +182,12 @@ class Planes(Plane):
 
     def record_states(self, rids: Sequence[str]) -> list[RecordState]:
         return self._of_each(rids, lambda rid: rid, lambda part, some: part.record_states(some))
+
+    def rewarded(self, rids: Sequence[str]) -> list[Rewarded]:
+        return self._of_each(rids, lambda rid: rid, lambda part, some: part.rewarded(some))
+
+    def rewards_kept(self) -> list[str]:
+        return [rid for part in self._parts for rid in part.rewards_kept()]
 
     def open_rollouts(self) -> list[str]:
         return sorted(rid for part in self._parts for rid in part.open_rollouts())

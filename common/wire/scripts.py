@@ -24,7 +24,7 @@ from common.wire.entries import bare, tagged
 NAMES = (
     *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "look", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
-    *("seen", "gone", "sweep", "refused", "calibrate"),
+    *("seen", "gone", "sweep", "refused", "calibrate", "reward", "unreward", "forgo"),
 )
 Entry = tuple[bytes, dict[bytes, bytes]]
 Argument = str | int | bytes
@@ -285,6 +285,16 @@ def book(rid: str, ledger_field: str, entries: Iterable[bytes]) -> Fenced[bool]:
     return Fenced("book", own, lambda reply: bool(_second(reply) == 1), at=rid)
 
 
+def reward(rid: str, standing: str) -> Fenced[str]:
+    """Returns the standing in its group (see `common.groups`) that is stored, this one or a former one."""
+    return Fenced("reward", (rid, standing), lambda reply: _text(_second(reply)), at=rid)
+
+
+def unreward(rids: Sequence[str]) -> Fenced[Done]:
+    """`rids`: of one server."""
+    return Fenced("unreward", tuple(rids), _done, at=rids[0] if rids else 0)
+
+
 def restore(
     cursor: int, generated: int, alive: Sequence[str | bytes], ledger: Mapping[str, int], place: int = 0
 ) -> Fenced[Done]:
@@ -506,6 +516,11 @@ def settle(endings: Sequence[Ending]) -> Fenced[int]:
     """Returns how many of them had not been settled before. `endings`: of rollouts of one server."""
     rows = _flat(one._replace(entry=bare(one.entry)) for one in endings)
     return Fenced("settle", rows, lambda reply: int(_second(reply)), at=endings[0].rid if endings else 0)
+
+
+def forgo(first: str, reason: str) -> Fenced[str]:
+    """`first`: the first rollout of the group. Returns the reason that is stored, this one or a former one."""
+    return Fenced("forgo", (first, reason), lambda reply: _text(_second(reply)), at=first)
 
 
 def publish(version: int, step: int, file: str, sha256: str) -> Fenced[Publication]:

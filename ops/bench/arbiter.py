@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from actors.arbiter import Arbiter
-from actors.books import rid_of
 from common.config import Config
 from common.draws import rollout_seed, uniform_bits
 from common.policies import Calibrated, Policy, Progress, Situation, extremes, find
+from common.rids import rid_of
 from common.termination import MinimaBuffer
 from common.wire import scripts
 from common.wire.connect import connect

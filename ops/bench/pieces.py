@@ -174,6 +174,7 @@ class _Step:
                 rollout_logprobs=even,
                 sampling_logprobs=even,
                 to_go=torch.zeros(tokens),
+                advantages=torch.zeros(tokens),
                 weights=torch.full((tokens,), 1.0 / tokens),
             )
 

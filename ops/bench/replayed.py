@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from actors.books import number_of
 from actors.engine import ClosedChunk, Scored, ScoreRequest
 from actors.engine.adapters import unpacked
 from common import tracing
+from common.rids import number_of
 from common.wire.messages import Ints
 from ops.bench.recorded import RecordedRollout
 

@@ -7,6 +7,7 @@ It reads only the run's folder and its Redis. Each violation names its statement
     booked_as_trained    what is booked as trained is what the surviving lineage trained
     within_verdict       the tokens trained are the verdict's, and generated = kept + detection + overshoot
     verdict_replayed     each verdict is the rule, replayed offline on the stored divergences and threshold
+    rewards_agree        standings and advantages are those of the verdicts, and a group's members agree
     tokens_as_generated  tokens and divergences judged and trained are those of the stored chunks
     owners_only          each chunk was written by the rollout's owner at that time
     dropped_with_cause   drops are stale, empty, run_end, or lost with Redis; only poisoned rollouts are dead
@@ -15,7 +16,7 @@ It reads only the run's folder and its Redis. Each violation names its statement
     dead_letters         the dead stream holds only what was broken on purpose
     record               a file, or a line of one, is missing or cannot be read
 
-The first eight come from the folder (`check_folder`), the next three from Redis (`check_redis`), `record` from both.
+The first nine come from the folder (`check_folder`), the next three from Redis (`check_redis`), `record` from both.
 Without audit.jsonl, `owners_only` and `tokens_as_generated` are not checked.
 """
 
@@ -32,12 +33,12 @@ import numpy as np
 import numpy.typing as npt
 import redis
 
-from actors.books import number_of, rid_of
 from actors.cursors import Cursors
 from common import policies
 from common.config import Config, Termination
 from common.draws import rollout_seed
 from common.policy_names import OF_WINDOWS
+from common.rids import number_of, rid_of
 from common.runfiles.names import CONFIG, LEDGER, ROLLOUTS, TRACES, TRAINED
 from common.runfiles.records import ENDS_BY_ITSELF, BookLine, Chunk, Trace
 from common.termination import Kat, kat_verdict
@@ -45,6 +46,7 @@ from common.wire.messages import Floats, row_digest
 from common.wire.plane import Plane
 from common.wire.planes import open_planes, place_among
 from ops.chaos.records import Records, Violation, read_records
+from ops.chaos.rewards import reward_faults
 
 _MOST_NAMED = 1000  # rollouts named one by one where a whole range is missing
 
@@ -82,6 +84,7 @@ def check_folder(folder: Path, allowed: Allowed | None = None) -> list[Violation
         _booked_as_trained,
         _within_verdict,
         _verdict_replayed,
+        _rewards_agree,
         _tokens_as_generated,
         _owners_only,
         _dropped_with_cause,
@@ -375,6 +378,11 @@ def _kat(
     return int(ends[last]), int(ends[first]) - window, float(means[: last + 1].min()), doubt
 
 
+def _rewards_agree(records: Records, allowed: Allowed) -> Iterator[Violation]:
+    for rid, detail in reward_faults(records, allowed.lost):
+        yield Violation("rewards_agree", rid, detail)
+
+
 def _threshold(text: str | None) -> float | None:
     """A rollout's threshold as its hash has it; NaN, which equals nothing, if it is not a number."""
     if text is None or text == "inactive":
@@ -505,6 +513,8 @@ def _drained(plane: Plane, records: Records, allowed: Allowed) -> Iterator[Viola
                 yield Violation("drained", rid, f"{stream}: entry {entry.decode()} is left")
         if not isinstance(pending, Exception) and pending["pending"]:
             yield Violation("drained", "", f"{stream}: {pending['pending']} entries are pending in group {group}")
+    for rid in sorted(name.decode("ascii", "replace") for name in client.hkeys(plane.key("rewards"))):
+        yield Violation("drained", rid, "rewards: its standing is left")
     for rid in sorted(member.decode("ascii", "replace") for member in client.smembers(plane.key("open"))):
         yield Violation("drained", rid, "open: not booked")
     begin = plane.key("rollout:")

@@ -29,10 +29,10 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from actors.books import rid_of
 from actors.cursors import Cursors
 from common import own_packages
 from common.config import Config
+from common.rids import rid_of
 from common.runfiles.names import CONFIG
 from common.runfiles.records import Step
 from common.runfiles.run import RunFolder

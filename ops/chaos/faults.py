@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import redis
 
-from actors.books import rid_of
 from actors.cursors import Cursors
 from common.footprint import least_bytes, maxmemory_mb
+from common.rids import rid_of
 from common.runfiles.names import CHECKPOINTS, WEIGHTS
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
 from common.wire.weights import newest_version
@@ -64,7 +64,7 @@ Inject = Callable[[Cluster, random.Random, Scene, int], str]
 class Kind:
     """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again;
     `several`: whether it is for several data servers (True), for a single one (False) or for both; `ranks`: whether it
-    is only for a learner of several processes."""
+    is only for a learner of several processes; `rewards`: only for a run with `reward.mode`."""
 
     name: str
     inject: Inject
@@ -72,11 +72,13 @@ class Kind:
     moves: tuple[str, ...] = _ALL
     several: bool | None = None
     ranks: bool = False
+    rewards: bool = False
 
     @property
     def others_take_over(self) -> bool:
         """Whether the rest of the run is whole, so that it recovers while the victim is still dead or stopped."""
-        return self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint")) and not self.ranks
+        strikes_one = self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint"))
+        return strikes_one and not self.ranks and not self.rewards
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -103,6 +105,23 @@ def _kill_rank(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
         raise Missed("the learner had no other rank")
     os.kill(rng.choice(ranks), signal.SIGKILL)
     return f"kill -9 of one of {len(ranks)} beside rank 0"
+
+
+def _kill_rewarded(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str:
+    """The learner, between the choice of a batch, whose groups are decided then, and the step."""
+    mark = cluster.poison / "hold-batch"
+    mark.touch()
+    try:
+        deadline = time.monotonic() + _TRY_S
+        while not (held := mark.read_text().split()):
+            cluster.check_open()
+            if time.monotonic() > deadline:
+                raise Missed(f"the learner came to no batch within {_TRY_S:.0f} s")
+            time.sleep(0.05)
+        os.kill(int(held[-1]), signal.SIGKILL)
+    finally:
+        mark.unlink()
+    return "kill -9 with a batch in its hands"
 
 
 def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
@@ -520,6 +539,7 @@ def _kinds() -> Iterator[Kind]:
         yield Kind(f"term-{role}", _terminate, role, (what,))
         yield Kind(f"pause-{role}", partial(pause, role=role), role, (what,))
     yield Kind("kill-rank", _kill_rank, "learner", ("trained",), ranks=True)
+    yield Kind("kill-rewarded", _kill_rewarded, "learner", ("trained",), rewards=True)
     yield Kind("nursery-kill", _nursery_kill)
     yield Kind("redis-kill", _redis_kill)
     yield Kind("data-server-kill", _data_server_kill, several=True)
@@ -545,7 +565,8 @@ def _kinds() -> Iterator[Kind]:
 KINDS = {kind.name: kind for kind in _kinds()}
 
 
-def kinds_for(servers: int, ranks: int) -> list[str]:
-    """The kinds of faults for a run on so many data servers, with a learner of so many processes."""
+def kinds_for(servers: int, ranks: int, *, rewards: bool) -> list[str]:
+    """The kinds of faults for a run on so many data servers, with a learner of so many processes, with rewards or
+    not."""
     fitting = [kind for kind in KINDS.values() if kind.several in (None, servers > 1)]
-    return [kind.name for kind in fitting if ranks > 1 or not kind.ranks]
+    return [kind.name for kind in fitting if (ranks > 1 or not kind.ranks) and (rewards or not kind.rewards)]

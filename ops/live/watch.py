@@ -20,9 +20,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from actors.books import number_of, rid_of
 from actors.cursors import Cursors
 from common.config import Config, ConfigError
+from common.rids import number_of, rid_of
 from common.wire.messages import MessageError, read_rid
 from ops.live.coloured import has_colours, legend, plain, text_of
 from ops.reach.run import Away, Outlook

@@ -519,6 +519,33 @@ _DRIFT = PanelRow(
     ),
 )
 
+_REWARDS = PanelRow(
+    "Rewards",
+    (
+        Panel(
+            "Mean reward",
+            "Of the last step's rollouts that a verifier judged, right 1, wrong 0. Empty without reward.mode.",
+            "percentunit",
+            (Query(f"max({of('learner_reward_mean', job='learner')})", "reward"),),
+            top=1.0,
+        ),
+        Panel(
+            "Groups whose rewards differ",
+            "Share of the last step's compared groups; where all rewards are equal they teach nothing.",
+            "percentunit",
+            (Query(f"max({of('learner_reward_signal_ratio', job='learner')})", "with signal"),),
+            top=1.0,
+        ),
+        Panel(
+            "Groups without reward",
+            "Trained by the teacher alone, by reason: one of it is dead or lost; too few have a reward; a batch was "
+            "due before all were admitted (split), or one would have become stale (late).",
+            "suffix: groups/s",
+            (Query(rate("learner_groups_without_reward_total", "reason", job="learner"), "{{reason}}"),),
+        ),
+    ),
+)
+
 _STALENESS = PanelRow(
     "Staleness",
     (
@@ -715,7 +742,7 @@ DASHBOARDS = (
         "learner",
         "Katana: learner",
         "Loss and pace of the training, drift guards, and the staleness of its data.",
-        (_LEARNING, _DRIFT, _STALENESS),
+        (_LEARNING, _DRIFT, _REWARDS, _STALENESS),
     ),
     Dashboard(
         "faults",

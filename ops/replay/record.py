@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.books import number_of
 from common.config import Config, ConfigError
 from common.draws import rollout_seed, uniform_bits
 from common.policies import ScoredTokens
+from common.rids import number_of
 from common.runfiles.records import BookLine, Trace
 from common.runfiles.run import RunFolder
 from common.wire.messages import Floats, Ints

@@ -38,7 +38,7 @@ from ops.reading.rollouts import Reading, Words, readings_from_folder
 from ops.report import data, plots
 from ops.report.panels import headline
 from ops.report.run import ReportRun
-from ops.stats import endings
+from ops.stats import endings, rewards
 from ops.stats.saving import ARMS, arm_totals
 from ops.words import policy_text
 
@@ -183,6 +183,7 @@ def _facts(run: ReportRun) -> str:
         ("length saving", _saving_text(run.saving)),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder)),
+        *(("rewards", rewards.words(one)) for one in [rewards.rewards_of(run.folder, run.lines)] if one is not None),
         *(("left out", endings.words(one)) for one in endings.left_out(endings.by_ending(run.lines))),
     ]
     body = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)

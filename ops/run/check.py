@@ -6,7 +6,7 @@ from typing import Any
 
 from common import policies, policy_names
 from common.compiler import has_cpp_compiler
-from common.config import Config, ConfigError, Data, Loss
+from common.config import Config, ConfigError, Data, Loss, Reward
 from common.pretrained import (
     HubUnavailable,
     ModelError,
@@ -230,14 +230,15 @@ def _add_summary(config: Config, found: Findings) -> None:
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config)}, "
+        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config)}"
+        f"{_reward_text(config)}, "
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner{_ranks_text(learner.nproc_per_node)}, {config.rollout.workers} rollout, "
         f"{config.teacher.workers} teacher"
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
-    found.lines += _loss_warnings(config)
+    found.lines += [*_loss_warnings(config), *_reward_warnings(config)]
 
 
 _READ_BY = {
@@ -252,6 +253,8 @@ def _loss_warnings(config: Config) -> list[str]:
     """Of settings that have no effect, and of a bias that another setting causes."""
     loss, rollout, found = config.loss, config.rollout, []
     for key, mode in _READ_BY.items():
+        if key == "ratio_clip" and config.reward.mode != "none":
+            continue  # it bounds the reward's ratio in every mode
         if loss.mode != mode and getattr(loss, key) != Loss.model_fields[key].default:
             found.append(f"loss.{key} is set, and loss.mode {loss.mode} does not read it: only {mode} does")
     if loss.mode == "reverse_kl_sampled":
@@ -316,6 +319,35 @@ def _loss_text(config: Config) -> str:
     elif loss.weighting == "entropy":
         parts.append(f"weighting entropy (half at {loss.entropy_half:g} nats)")
     return ", ".join(parts)
+
+
+def _reward_warnings(config: Config) -> list[str]:
+    """As `_loss_warnings`, of the reward."""
+    reward, found = config.reward, []
+    if reward.mode == "none":
+        for key in ("weight", "of_cut"):
+            if getattr(reward, key) != Reward.model_fields[key].default:
+                found.append(f"reward.{key} is set, and reward.mode none does not read it")
+    elif config.rollout.top_p < 1:
+        found.append(
+            f"reward.mode {reward.mode} is biased with rollout.top_p below 1: tokens outside the nucleus are never "
+            f"sampled, so their share of the gradient is missing"
+        )
+    if reward.mode != "none" and config.learner.batch_size % config.data.num_generations:
+        found.append(
+            f"learner.batch_size {config.learner.batch_size} is no multiple of data.num_generations "
+            f"{config.data.num_generations}: groups that a batch splits are trained without reward"
+        )
+    return [f"warning    {one}" for one in found]
+
+
+def _reward_text(config: Config) -> str:
+    reward = config.reward
+    if reward.mode == "none":
+        return ""
+    of_cut = {"none": "cut ones have none", "as_wrong": "cut ones count as wrong", "kept": "of cut ones what is kept"}
+    groups = f"{config.data.num_generations} rollouts a prompt, {of_cut[reward.of_cut]}"
+    return f", reward {reward.mode} × {reward.weight:g} ({groups})"
 
 
 def _length_text(config: Config) -> str:

@@ -19,7 +19,7 @@ from common.policy_names import CALIBRATED
 from common.runfiles.records import BookLine, Evaluation, Step, Summary
 from common.runfiles.run import RunFolder
 from common.wire.plane import Plane
-from ops.stats import endings
+from ops.stats import endings, rewards
 from ops.stats.saving import ARMS, length_saving
 
 _STEPS_BYTES = 16 << 10  # read from the end of metrics.jsonl: about 30 steps
@@ -242,6 +242,8 @@ def describe(summary: Summary, config: Config) -> str:
             f"ledger: admitted {ledger.admitted} = trained {ledger.trained} + dropped {sum(ledger.dropped.values())} "
             f"+ dead {ledger.dead} + open {ledger.open}"
         )
+    if summary.rewards is not None:
+        lines.append(rewards.words(summary.rewards))
     lines += [f"left out: {endings.words(one)}" for one in endings.left_out(summary.endings)]
     lines.append(f"folder: {config.run_dir} (summary.json, report.html, model/)")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from common.runfiles.names import SUMMARY
 from common.runfiles.records import Summary
 from common.runfiles.run import RunFolder
 from ops.stats import endings
+from ops.stats.rewards import rewards_of
 from ops.stats.saving import ARMS, arm_totals, length_saving
 
 
@@ -26,6 +27,7 @@ def summarize(folder: Path) -> Summary:
         arms={arm: arm_totals(lines, arm) for arm in ARMS},
         length_saving=length_saving(lines),
         endings=endings.by_ending(lines),
+        rewards=rewards_of(run, lines),
         finish_reasons=dict(sorted(Counter(line.finish_reason for line in lines).items())),
         evaluations=sorted(run.evaluations(), key=lambda one: one.policy_version),
         ledger=run.ledger,

@@ -185,6 +185,9 @@ def _train_point(step: Step) -> TrackedPoint:
         for name in names
         if (value := getattr(step, name)) is not None  # lines of older versions lack some
     }
+    if step.rewards is not None:
+        found = {"mean": step.rewards.mean, "signal": step.rewards.signal}
+        values |= {f"reward/{name}": value for name, value in found.items() if value is not None}
     return TrackedPoint("train", step.step, values, step.unix_s)
 
 

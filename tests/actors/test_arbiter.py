@@ -14,9 +14,10 @@ import redis
 from samples import Run, fenced, make_divergence, make_view
 
 from actors.arbiter import Arbiter, PolicyBroken
-from actors.books import line_of, rid_of
+from actors.books import line_of
 from common import metrics
 from common.draws import fraction, rollout_seed
+from common.rids import rid_of
 from common.runfiles.records import Trace
 from common.termination import Cut, Kat, kat_verdict
 from common.wire.lease import LeaseLost

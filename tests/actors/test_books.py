@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from prometheus_client import Histogram
 from samples import make_verdict
 
-from actors.books import Booked, Booking, Books, count, line_of, rid_of, unjudged_line
+from actors.books import Booked, Booking, Books, count, line_of, unjudged_line
 from common import metrics
 from common.metrics import REGISTRY
+from common.rids import rid_of
 from common.runfiles.lines import read_lines
 from common.runfiles.records import BookLine, Trace
 from ops.stats.saving import length_saving

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from actors.books import rid_of
 from actors.cursors import Cursors, least_counts
+from common.rids import rid_of
 from common.wire.planes import Planes
 
 

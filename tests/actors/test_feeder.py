@@ -15,10 +15,10 @@ import pytest
 import redis
 from samples import Run, fenced, make_verdict, script, write_whole
 
-from actors.books import rid_of
 from actors.feeder import COUNT_WAIT_S, HOUSEKEEPING_S, ROOM_S, Feeder, head_of
 from common.footprint import ALLOWED_SHARE, maxmemory_mb, most_bytes, rollout_bytes
 from common.metrics import REGISTRY
+from common.rids import rid_of
 from common.runfiles.lines import read_lines
 from common.runfiles.records import Ledger
 from common.wire.lease import Lease, LeaseLost

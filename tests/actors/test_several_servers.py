@@ -14,9 +14,9 @@ import pytest
 from samples import make_config, make_divergence, make_logprobs, make_score_support, make_support, make_tokens
 
 from actors.arbiter import Arbiter
-from actors.books import number_of, rid_of
 from actors.feeder import HOUSEKEEPING_S, Feeder, head_of
 from common.config import Config
+from common.rids import number_of, rid_of
 from common.wire import scripts
 from common.wire.connect import connect
 from common.wire.lease import Lease

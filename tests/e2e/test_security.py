@@ -279,6 +279,8 @@ def test_a_run_of_separate_users_ends_with_a_closed_ledger(guarded: Server, tmp_
     given = (
         *SMALL,
         "learner.max_steps=3",
+        "reward.mode=grpo",
+        "data.num_generations=3",  # a batch splits a group: every script is called
         "eval.every_steps=2",
         "eval.problems=4",
         f"runs_dir={tmp_path}",

@@ -13,8 +13,9 @@ from run_folders import step_line, write_lines
 from samples import Run
 
 from actors.arbiter import Arbiter
-from actors.books import Booking, Books, line_of, rid_of
+from actors.books import Booking, Books, line_of
 from common import metrics
+from common.rids import rid_of
 from common.runfiles.run import RunFolder
 from common.wire.messages import Verdict
 from learner.drift import drift_of

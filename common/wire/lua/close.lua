@@ -2,6 +2,7 @@
 -- Entries left in the streams belong to rollouts that have ended. The groups stay, for a run resumed with more steps.
 local token = ARGV[2]
 if not holds_lease('feeder', token) then return {'lost'} end
+redis.call('DEL', key('rewards'))
 even_when_full()
 for i = 3, #ARGV, 2 do
   local stream, group = key(ARGV[i]), ARGV[i + 1]

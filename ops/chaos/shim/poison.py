@@ -3,6 +3,7 @@
 `$KATANA_CHAOS_POISON/write-<rid>`: the student's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/step-<rid>`: the student's logits for a micro-batch that holds it are not finite in the learner.
+`$KATANA_CHAOS_POISON/hold-batch`: the learner does not go on from a batch that it has chosen, until the mark is gone.
 A mark holds the ids of the processes that it has struck. What follows is the product's own: its forward has run, and
 its checks find the numbers. Patched as modules are imported, for no model ships that does this to some texts alone.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +87,18 @@ def _spoil_steps(gradients: Any) -> None:
     gradients.kept_rows = spoilt
 
 
+def _hold_batches(intake: Any) -> None:
+    inner = intake.Intake.batch
+
+    def held(self: Any, *args: Any) -> Any:
+        batch = inner(self, *args)
+        while batch is not None and _marked("hold", "batch"):
+            time.sleep(0.05)
+        return batch
+
+    intake.Intake.batch = held
+
+
 class _After:
     """A finder that lets the others find a module, and acts on it once it is loaded."""
 
@@ -113,5 +127,6 @@ def begin() -> None:
         ("actors.engine.decode", _spoil_writes),
         ("actors.engine.score", _spoil_scores),
         ("learner.gradients", _spoil_steps),
+        ("learner.intake", _hold_batches),
     ):
         sys.meta_path.insert(0, _After(name, act))

@@ -73,6 +73,30 @@ def test_dropout_is_refused_where_the_loss_needs_the_student_that_wrote() -> Non
     assert "learner.lora.dropout is 0.1; with loss.mode reverse_kl_sampled only 0 is allowed" in text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.num_generations=1",), "data.num_generations is 1, and at least 2 are needed"),
+        (
+            ("data.task=dataset", "data.path=x.jsonl", "data.verifier=none", "eval.every_steps=0"),
+            "reward.mode grpo needs verdicts: data.verifier is none; allowed: math-verify, exact",
+        ),
+        (("reward.weight=0",), "reward.weight: Input should be greater than 0"),
+        (("reward.of_cut=wrong",), "reward.of_cut: Input should be 'none', 'as_wrong' or 'kept'"),
+        (("reward.mode=rloo",), "reward.mode: Input should be 'none', 'grpo' or 'reinforce_leave_one_out'"),
+        (("learner.lora.dropout=0.1",), "learner.lora.dropout is 0.1; with reward.mode grpo only 0 is allowed"),
+    ],
+)
+def test_what_a_reward_needs(overrides: tuple[str, ...], message: str) -> None:
+    least = ("reward.mode=grpo", "data.num_generations=4")
+    assert parse(LEAST, least).reward.weight == 1.0
+    assert message in refusal(LEAST, *least, *overrides)
+
+
+def test_without_a_mode_nothing_of_a_reward_is_read() -> None:
+    assert parse(LEAST, ["reward.of_cut=kept", "reward.weight=3"]).data.num_generations == 1
+
+
 def test_adapters_are_trained_by_one_process() -> None:
     text = refusal(LEAST, "learner.lora.rank=8", "learner.nproc_per_node=2")
     assert "learner.nproc_per_node is 2; with learner.lora only 1 is allowed" in text

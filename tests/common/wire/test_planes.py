@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from samples import make_config, make_head, make_logprobs, make_support, make_tokens, make_verdict
 
-from actors.books import rid_of
 from common.config import Config, ConfigError, parse
+from common.rids import rid_of
 from common.wire import scripts
 from common.wire.connect import connect
 from common.wire.lease import Lease, LeaseLost

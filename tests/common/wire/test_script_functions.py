@@ -21,6 +21,9 @@ SCRIPTS = {path.stem for path in LUA.glob("*.lua")} - {"prelude"}
 
 # Each function is called with the words of its script's header; of what is no text a number, named in the third column.
 CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
+    "forgo": (scripts.forgo("first rollout of a group", "why it is trained without reward"), None, {}),
+    "reward": (scripts.reward("rid", "its standing in its group"), None, {}),
+    "unreward": (scripts.unreward(["rollouts of groups whose members are all booked"]), None, {}),
     "admit": (
         scripts.admit(
             "rid",
@@ -189,6 +192,9 @@ def test_words_are_those_of_the_header(name: str) -> None:
                 scripts.Look(None, False, None, None, None, None, []),
             ],
         ),
+        ("forgo", [b"ok", b"late"], "late"),
+        ("reward", [b"ok", b"right"], "right"),
+        ("unreward", [b"ok"], scripts.Done.OK),
         ("publish", [b"ok"], scripts.Publication(scripts.Published.OK, 1)),
         ("publish", [b"old", 7], scripts.Publication(scripts.Published.OLD, 7)),
         ("score", [b"duplicate"], scripts.ScoreAnswer.DUPLICATE),
@@ -222,7 +228,7 @@ def test_a_heartbeat_is_read() -> None:
 
 def test_a_holder_that_has_lost_its_lease_is_told_so_whatever_it_called() -> None:
     fenced = [call for call, _, _ in CASES.values() if isinstance(call, Fenced)]
-    assert len(fenced) == 10
+    assert len(fenced) == 13
     assert all(call.by("learner", "x").read([b"lost"]) is None for call in fenced)
     assert scripts.advance("step", 3).by("learner", "x").args == ("learner", "x", "step", 3)
     assert scripts.settle([]).by("learner", "x").args == ("x",)

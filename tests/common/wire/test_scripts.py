@@ -955,6 +955,9 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "sweep": (1000, "prompts", "rollout"),
         "refused": (7,),
         "calibrate": ("t", 1, 1, "inactive"),
+        "reward": ("t", "r1", "right"),
+        "unreward": ("t", "r1"),
+        "forgo": ("t", "r1", "split"),
     }
     assert set(calls) == set(run.plane._scripts)
     before = set(run.client.scan_iter(run.plane.prefix.replace("{", "[{]") + "*"))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from samples import make_config
 
-from actors.books import rid_of
 from actors.engine import ScoreRequest
+from common.rids import rid_of
 from ops.bench import speed as bench
 from ops.bench.arbiter import arbiter
 from ops.bench.bus import bus

@@ -18,8 +18,8 @@ from typing import Any, cast
 import pytest
 from samples import Run, make_config, make_divergence
 
-from actors.books import rid_of
 from common.config import ConfigError, load
+from common.rids import rid_of
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, ScoreView
 from common.wire.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
@@ -78,12 +78,15 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {f"malformed-{stream}" for stream in ("prompts", "chunks", "scores", "trajectories", "finished")}
     wanted |= {f"poison-{what}" for what in ("rollout", "write", "score", "step")}
     wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift", "nursery-kill", "kill-rank"}
+    wanted |= {"kill-rewarded"}
     several = {"data-server-kill", "data-server-lose"}
     wanted |= several
     assert set(KINDS) == wanted
-    assert set(KINDS) - set(kinds_for(1, ranks=2)) == several
-    assert set(kinds_for(1, ranks=2)) - set(kinds_for(1, ranks=1)) == {"kill-rank"}
-    assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(3, ranks=1)) < set(KINDS)
+    every = set(kinds_for(1, ranks=2, rewards=True))
+    assert set(KINDS) - every == several
+    assert every - set(kinds_for(1, ranks=1, rewards=True)) == {"kill-rank"}
+    assert every - set(kinds_for(1, ranks=2, rewards=False)) == {"kill-rewarded"}
+    assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(3, ranks=1, rewards=True)) < set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,7 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     [
         (("--kinds", "kill-rolout"), "unknown kind 'kill-rolout'; known: kill-rollout"),
         (("--kinds", "kill-rank"), "kill-rank needs learner.nproc_per_node 2 or more, found 1"),
+        (("--kinds", "kill-rewarded"), "kill-rewarded needs reward.mode grpo or reinforce_leave_one_out, found none"),
         (("--kinds", "data-server-kill"), "data-server-kill needs --servers 2 or more, found --servers 1"),
         (("--servers", "3", "--kinds", "redis-lose"), "redis-lose needs --servers 1, found --servers 3"),
         (("--set", "redis.url=redis://localhost:1/0"), "leave it unset"),

@@ -119,6 +119,18 @@ def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["loss.horizon=4"], "does not read it: only reverse_kl_sampled does", "return-to-go"),
         (["rollout.teacher_support=4"], "teacher support 4", "warning"),
         (["rollout.teacher_support=4", "loss.mode=reverse_kl_sampled"], "warning    rollout.teacher_support is 4", ""),
+        (
+            ["reward.mode=grpo", "data.num_generations=4", "loss.ratio_clip=2"],
+            "reward grpo × 1 (4 rollouts a prompt, cut ones have none), AdamW",
+            "warning",
+        ),
+        (
+            ["reward.mode=grpo", "data.num_generations=3", "rollout.top_p=0.9"],
+            "warning    reward.mode grpo is biased with rollout.top_p below 1",
+            "",
+        ),
+        (["reward.mode=grpo", "data.num_generations=3"], "32 is no multiple of data.num_generations 3: groups", ""),
+        (["reward.of_cut=kept"], "warning    reward.of_cut is set, and reward.mode none does not read it", "grpo"),
         (["termination.apply=mask"], "; mask: no rollout is stopped; the cut tokens are left out of the loss", ""),
         (["termination.policy=none", "termination.apply=mask"], "policy     none: no rollout is cut\n", "mask"),
         (["termination.policy=none", "termination.shadow=true"], "policy     none: no rollout is cut\n", "shadow"),

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import pytest
 from samples import make_config, make_verdict
 
-from actors.books import line_of, rid_of
+from actors.books import line_of
 from common.config import Config, ConfigError, parse
 from common.draws import rollout_seed
 from common.policies import Situation, find
+from common.rids import rid_of
 from common.runfiles.records import Ledger
 from ops.cli.main import main
 from ops.compare.match import compare, corrected_config, matched_config

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from run_folders import CONFIG, booked, line, trace_line, write_lines
 
-from actors.books import rid_of
 from common.config import ConfigError, load
 from common.pretrained import find_model, load_tokenizer
+from common.rids import rid_of
 from common.termination import Cut
 from ops.cli.main import main
 from ops.replay.answers import Answers, judged

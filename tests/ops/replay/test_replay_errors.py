@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run_folders import CONFIG, line, trace_line, write_lines
 
-from actors.books import rid_of
+from common.rids import rid_of
 from ops.cli.main import main
 
 

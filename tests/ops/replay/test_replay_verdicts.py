@@ -14,11 +14,12 @@ import pytest
 from samples import Run
 
 from actors.arbiter import Arbiter
-from actors.books import line_of, rid_of
+from actors.books import line_of
 from common import policies
 from common.config import ConfigError
 from common.draws import rollout_seed
 from common.policies import Situation
+from common.rids import rid_of
 from common.runfiles.records import Trace
 from common.termination import Cut, Kat
 from common.wire.messages import Verdict

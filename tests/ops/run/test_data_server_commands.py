@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from samples import make_config, make_head
 
-from actors.books import rid_of
 from common.config import Config, ConfigError, parse
+from common.rids import rid_of
 from common.runfiles.making import open_folder
 from common.wire import scripts
 from common.wire.connect import connect

@@ -9,7 +9,7 @@ import pytest
 import redis
 from samples import Run
 
-from actors.books import rid_of
+from common.rids import rid_of
 from ops.reach.embedded import EmbeddedRedis
 from ops.run.failures import MOST, Failures, mark_of
 

@@ -14,10 +14,10 @@ import redis
 from run_folders import evaluation, fill, write_lines
 from samples import Run
 
-from actors.books import rid_of
 from common.config import Config, load
 from common.files import write_text
 from common.pretrained import PACKAGE_ROOT
+from common.rids import rid_of
 from common.runfiles.lines import read_lines
 from ops.reach.embedded import EmbeddedRedis
 from ops.run import roles
