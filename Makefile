@@ -7,7 +7,7 @@ PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m py
 # Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py.
 WORKERS := -n 3
 
-.PHONY: setup setup-dev demo test test-fast test-only test-cluster test-network lint format types \
+.PHONY: setup setup-dev demo demo-teachers test test-fast test-only test-cluster test-network lint format types \
 	dashboards bench chaos soak fuzz pretrain evidence clean
 
 setup: .venv/.ready
@@ -27,6 +27,12 @@ setup-dev: .venv/.ready-dev
 # The main job: embedded Redis, shipped models. A former run moves to runs/demo.1, runs/demo.2 …
 demo: setup
 	$(BIN)/katana run ops/experiments/demo.yaml --fresh
+
+# The same with two teachers; a student that knows a little of both dialects is made first, in a minute (docs/teachers.md).
+demo-teachers: setup
+	$(RUN_ENV) $(BIN)/katana pretrain --bilingual --which student --out runs/models/bilingual
+	$(BIN)/katana pretrain --shift ops/models/teacher --out runs/models/shifted
+	$(BIN)/katana run ops/experiments/demo-teachers.yaml --fresh
 
 test: lint types test-only
 

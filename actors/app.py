@@ -4,6 +4,8 @@ A worker task (`shift`) loads the model once per process and serves a run's stre
 `liveness.shift_s`, or when the run ends or the worker is stopped. A lost or doubled message does no harm: the feeder
 sends another task when a queue is empty, and a task of an ended run returns at once.
 
+Each role of workers has a queue, of several teachers each its own (`teacher-NAME`).
+
 Settings come from the environment, so that `celery -A actors.app worker -Q rollout` works by itself:
 
     KATANA_REDIS_URL       data Redis      redis://localhost:6379/0   several: with spaces between them
@@ -28,7 +30,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,12 +47,12 @@ from common import metrics, tracing
 from common.config import Config, ConfigError, Redis, parse, redis_settings
 from common.episode import Episode
 from common.pretrained import ModelError
+from common.teachers import called, process
 from common.wire.connect import connect, read_password, tls_options
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.planes import check_places, open_planes
 
 log = logging.getLogger("katana.app")
-QUEUES = ("rollout", "teacher")
 _BROKER_ERRORS = (kombu.exceptions.OperationalError, redis.exceptions.RedisError, OSError)
 STOP = threading.Event()
 
@@ -172,26 +174,30 @@ def rollout_shift(run_key: str) -> None:
 
 
 @app.task(name="katana.teacher_shift")  # type: ignore[untyped-decorator]
-def teacher_shift(run_key: str) -> None:
-    """Serve a run's chunks."""
+def teacher_shift(run_key: str, teacher: str = "") -> None:
+    """Serve the chunks of a run, of several teachers those of one."""
     with _ending_the_worker_on_failure():
         joined = _join_run(run_key)
         if joined is None:
             return
         config, plane = joined
+        if teacher not in config.all_teachers:
+            log.warning("a task for %s, which is no teacher of the run %s", called(teacher), config.name)
+            return
         from actors.teacher import TeacherWorker
 
         engines = _engines(config)
         worker = TeacherWorker(
             config,
             plane,
-            engines.scorer,
+            engines.scorer(teacher),
             vocab_size=engines.pair.vocab_size,
             stop_count=len(engines.pair.stop_ids),
             worker=_worker_name("teacher"),
             stop=STOP,
+            teacher=teacher,
         )
-        with metrics.of_run(config.name, "teacher", config.run_dir), tracing.of_role(config, "teacher"):
+        with metrics.of_run(config.name, "teacher", config.run_dir, teacher), tracing.of_role(config, "teacher"):
             worker.serve(time.monotonic() + config.liveness.shift_s)
 
 
@@ -232,18 +238,31 @@ def serve_metrics(**_: Any) -> None:
     log.info("metrics on http://%s:%d/metrics", host, port)
 
 
-def keep_tasks_waiting(sender: Celery, run_key: str, away: Episode) -> None:
-    """Keep one waiting task in every queue, so that any idle worker finds one, and none finds two.
+def queues_of(config: Config) -> dict[str, tuple[str, list[str]]]:
+    """The queues of a run: for each its task, and what this is given besides the run's key."""
+    teachers = {process(name): ("teacher", [name] if name else []) for name in config.all_teachers}
+    return {"rollout": ("rollout", []), **teachers}
+
+
+def keep_tasks_waiting(
+    sender: Celery, run_key: str, away: Episode, queues: Mapping[str, tuple[str, list[str]]]
+) -> None:
+    """Keep one waiting task in every queue, so that any idle worker finds one, and none finds two. `queues`: see
+    `queues_of`.
 
     If the broker does not answer or is full, this is logged once (by `away`) and tried again at the next call: workers
     that already serve the run need no task.
     """
     try:
         with sender.connection_for_write() as connection:
-            for queue in QUEUES:
+            for queue, (role, more) in queues.items():
                 if _waiting(connection, queue) == 0:
                     sender.send_task(
-                        f"katana.{queue}_shift", args=[run_key], queue=queue, connection=connection, retry=False
+                        f"katana.{role}_shift",
+                        args=[run_key, *more],
+                        queue=queue,
+                        connection=connection,
+                        retry=False,
                     )
     except _BROKER_ERRORS as error:
         away.seen(f"the broker does not answer or is full, no worker task was sent: {error}")
@@ -251,11 +270,11 @@ def keep_tasks_waiting(sender: Celery, run_key: str, away: Episode) -> None:
         away.not_seen("the broker accepts worker tasks again")
 
 
-def remove_waiting_tasks(sender: Celery) -> None:
+def remove_waiting_tasks(sender: Celery, queues: Iterable[str]) -> None:
     """Remove the waiting tasks: the run has ended."""
     try:
         with sender.connection_for_write() as connection:
-            for queue in QUEUES:
+            for queue in queues:
                 connection.default_channel.queue_purge(queue)
     except _BROKER_ERRORS as error:
         log.warning("the broker does not answer, waiting tasks stay in it and will return at once: %s", error)

@@ -91,11 +91,19 @@ class _Track:
 
 @dataclass(slots=True)
 class _Calibration:
-    """With several data servers, what the next `calibrate` is made of."""
+    """With several data servers, what the next `calibrate` of a teacher is made of."""
 
     minima: dict[str, float] = field(default_factory=dict)  # by rollout, of the verdicts that are due
     sent: float | Literal[""] | None = ""  # the threshold that all servers have; '' : unknown
     number: int = 0
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """Window minima of the rollouts of a teacher, and its threshold: divergences from one say nothing of another's."""
+
+    minima: MinimaBuffer
+    calibration: _Calibration = field(default_factory=_Calibration)
 
 
 class Arbiter:
@@ -113,7 +121,7 @@ class Arbiter:
         self._again: set[str] = set()
         self._blamed: set[str] = set()  # rollouts that the policy failed on since the last verdict
         self._careful = False
-        self._minima = MinimaBuffer(self._settings.buffer_size)
+        self._buffers = {name: _Buffer(MinimaBuffer(self._settings.buffer_size)) for name in plane.teachers}
         self._policy = policies.find(self._settings.policy)
         self._views = bool(self._policy.reads) or config.feeder.record_views
         self.version = self._step = 0
@@ -121,7 +129,7 @@ class Arbiter:
         # Calls to send at the end of this pass, each with its verdict and last notice (None: only acknowledge).
         self._due: list[tuple[Fenced[Judged], tuple[Verdict, bytes] | None]] = []
         self._recent: deque[bool] = deque(maxlen=256)
-        self._calibration = _Calibration() if len(plane.parts) > 1 else None
+        self._calibrates_apart = len(plane.parts) > 1  # not in the script of a verdict, which is on one server
 
     def run(self, *, until_idle: bool = False) -> None:
         """Serve until stopped or until the run has ended. Raises LeaseLost, RunGone, RedisUnavailable, Stopping."""
@@ -141,8 +149,8 @@ class Arbiter:
             self.version = self._policy_version()
             self._load_minima()
             self._show_threshold()
-            if self._calibration is not None:
-                self._calibrate(self._calibration, [])
+            if self._calibrates_apart:
+                self._calibrate([])
             self._careful = True
             self._judge(self._note(self._lease.adopt("scores", "arbiter")))
             self._careful = False
@@ -167,10 +175,11 @@ class Arbiter:
             self._judge(touched)
         return bool(touched)
 
-    @property
-    def threshold(self) -> float | None:
-        """The policy's number (kat: the threshold s) for rollouts whose first score is stored from now on, or None."""
-        number = self._policy.number(self._settings, Progress(self.version, self._step, self._minima))
+    def threshold_of(self, teacher: str = "") -> float | None:
+        """The policy's number (kat: the threshold s) for rollouts of a teacher whose first score is stored from now on,
+        or None."""
+        minima = self._buffers[teacher].minima
+        number = self._policy.number(self._settings, Progress(self.version, self._step, minima))
         return None if number is None else float(number)
 
     def _policy_version(self) -> int:
@@ -188,7 +197,8 @@ class Arbiter:
         return announced[0].version if announced else 0
 
     def _load_minima(self) -> None:
-        self._minima = MinimaBuffer(self._settings.buffer_size, self._plane.minima())
+        for name, buffer in self._buffers.items():
+            buffer.minima = MinimaBuffer(self._settings.buffer_size, self._plane.minima(name))
 
     def _note(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> set[str]:
         touched = set()
@@ -292,7 +302,10 @@ class Arbiter:
                 track.cut = track.detector.feed_tokens(fed)
 
     def _begin(self, track: _Track, look: Look) -> None:
-        track.head = RolloutHead.decode(look.head if isinstance(look.head, bytes) else b"")
+        head = RolloutHead.decode(look.head if isinstance(look.head, bytes) else b"")
+        if head.scored_by not in self._buffers:
+            raise MessageError(f"head.teacher: {head.scored_by!r} is no teacher of this run")
+        track.head = head
         track.threshold = _read_threshold(look.threshold)
         situation = Situation(track.threshold, track.head.seed, track.head.max_new_tokens)
         track.detector = self._policy(self._settings, situation)
@@ -317,20 +330,21 @@ class Arbiter:
 
     def _acknowledge(self, rid: str) -> None:
         track = self._tracks.pop(rid)
-        self._due.append((self._call(rid, b"", 0, False, None, track.entries), None))
+        self._due.append((self._call(rid, b"", 0, False, None, track.entries, ""), None))
 
     def _give(self, track: _Track, verdict: Verdict, body: bytes) -> None:
         del self._tracks[verdict.rid]
         self._blamed.clear()
         if track.head is not None and track.head.step is not None:
             self.version = self._step = track.head.step  # not the pointer's version, which also grows with each resume
-        minimum = verdict.min_window if self._calibrates(verdict) else None
+        teacher = track.head.scored_by if track.head is not None else ""
+        minimum = verdict.min_window if self._calibrates(verdict, teacher) else None
         if minimum is not None:
-            self._minima.push(minimum)
-        call = self._call(verdict.rid, body, verdict.train, verdict.stopped, minimum, track.entries)
+            self._buffers[teacher].minima.push(minimum)
+        call = self._call(verdict.rid, body, verdict.train, verdict.stopped, minimum, track.entries, teacher)
         self._due.append((call, (verdict, track.entries[-1])))
-        if self._calibration is not None and minimum is not None:
-            self._calibration.minima[verdict.rid] = minimum
+        if self._calibrates_apart and minimum is not None:
+            self._buffers[teacher].calibration.minima[verdict.rid] = minimum
 
     def _send_due(self) -> None:
         """Send the verdicts of this pass, in their order, in one round trip."""
@@ -342,35 +356,40 @@ class Arbiter:
         ours = (Judged.OK, Judged.DUPLICATE) if self._plane.failed_calls != failed else (Judged.OK,)
         ours_given = [one for one, answer in given if answer in ours]
         others = any(answer is not Judged.OK for _, answer in given)
-        if self._calibration is not None:
-            self._calibrate(self._calibration, [verdict.rid for verdict, _ in ours_given], again=others)
+        if self._calibrates_apart:
+            self._calibrate([verdict.rid for verdict, _ in ours_given], again=others)
         elif others:
             self._load_minima()
         self._observe(ours_given)
 
-    def _calibrate(self, calibration: _Calibration, judged: list[str], *, again: bool = False) -> None:
-        """With several servers: add the minima of given verdicts to the home's buffer, and set the threshold on all.
+    def _calibrate(self, judged: list[str], *, again: bool = False) -> None:
+        """With several servers: add the minima of given verdicts to the home's buffers, and set the thresholds on all.
 
         It comes after the verdicts, so a crash between loses minima of that trip, and no verdict is given twice. Until
         the next pass of an arbiter the servers then have the threshold of before; a rollout is judged by its own.
         """
+        for name in self._buffers:
+            self._calibrate_one(name, judged)
+        if again:  # another arbiter judged some of them: what it found is in the buffer, and what we found is not
+            self._load_minima()
+            self._calibrate([])
+
+    def _calibrate_one(self, teacher: str, judged: list[str]) -> None:
+        calibration = self._buffers[teacher].calibration
         minima = [calibration.minima[rid] for rid in judged if rid in calibration.minima]
         calibration.minima.clear()
-        size, threshold = self._settings.buffer_size, self.threshold
+        size, threshold = self._settings.buffer_size, self.threshold_of(teacher)
         places = self._plane.places if threshold != calibration.sent else self._plane.places[: 1 if minima else 0]
         if places:
             calibration.number += 1
             added = {0: minima}
             self._lease.call_all(
                 [
-                    scripts.calibrate(calibration.number, size, threshold, added.get(place, []), place)
+                    scripts.calibrate(calibration.number, size, threshold, added.get(place, []), place, teacher)
                     for place in places
                 ]
             )
             calibration.sent = threshold
-        if again:  # another arbiter judged some of them: what it found is in the buffer, and what we found is not
-            self._load_minima()
-            self._calibrate(calibration, [])
 
     def _verdict(self, rid: str, track: _Track, look: Look) -> Verdict | None:
         """The verdict, if one is due: the rollout must be cut, or it has ended by itself and is completely scored."""
@@ -407,27 +426,35 @@ class Arbiter:
             view=np.concatenate(track.views, axis=1) if self._views else None,
         )
 
-    def _calibrates(self, verdict: Verdict) -> bool:
+    def _calibrates(self, verdict: Verdict, teacher: str) -> bool:
         if verdict.min_window is None:
             return False
-        if self.threshold is None:  # until the policy is active all minima count
+        if self.threshold_of(teacher) is None:  # until the policy is active all minima count
             return True
         source = self._settings.calibrate_on
         return source == "all" or (verdict.arm == "control" if source == "control" else not verdict.stopped)
 
     def _call(
-        self, rid: str, verdict: bytes, train: int, stop: bool, minimum: float | None, entries: list[bytes]
+        self,
+        rid: str,
+        verdict: bytes,
+        train: int,
+        stop: bool,
+        minimum: float | None,
+        entries: list[bytes],
+        teacher: str,
     ) -> Fenced[Judged]:
         size = self._settings.buffer_size
-        if self._calibration is not None:
-            return scripts.verdict(rid, verdict, train, stop, None, size, "", entries)
-        return scripts.verdict(rid, verdict, train, stop, minimum, size, self.threshold, entries)
+        if self._calibrates_apart or not verdict:
+            return scripts.verdict(rid, verdict, train, stop, None, size, "", entries, teacher)
+        return scripts.verdict(rid, verdict, train, stop, minimum, size, self.threshold_of(teacher), entries, teacher)
 
     def _show_threshold(self) -> None:
-        metrics.kat_buffer_size.set(len(self._minima))
-        threshold = self.threshold
-        shown = threshold is not None and self._policy.unit == "nats"
-        metrics.kat_threshold.set(threshold if shown and threshold is not None else float("nan"))
+        for name, buffer in self._buffers.items():
+            metrics.kat_buffer_size.labels(name).set(len(buffer.minima))
+            threshold = self.threshold_of(name)
+            shown = threshold is not None and self._policy.unit == "nats"
+            metrics.kat_threshold.labels(name).set(threshold if shown and threshold is not None else float("nan"))
 
     def _observe(self, given: list[tuple[Verdict, bytes]]) -> None:
         self._show_threshold()

@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from common.episode import Episode
 from common.footprint import free_bytes, growth_bytes, maxmemory_mb, most_bytes, rollout_bytes
 from common.rids import number_of, rid_of
 from common.runfiles.names import BOOKS_LOCK
-from common.runfiles.records import Audit
+from common.runfiles.records import Audit, BookLine
 from common.runfiles.run import RunFolder
 from common.wire import scripts
 from common.wire.lease import Lease
@@ -46,6 +47,9 @@ class Source(Protocol):
 
     def prompt(self, problem: int) -> Ints:
         """Token ids of a training prompt. Raises ValueError if it is longer than data.max_prompt_length."""
+
+    def teacher(self, problem: int) -> str:
+        """Of several teachers the name of the problem's; asked only then."""
 
     def judge(self, problem: int, tokens: Ints) -> bool | None:
         """Whether a completion is right; None if this is unknown."""
@@ -182,12 +186,11 @@ class Feeder:
         )
         # The head by its number. For a rollout that had been sent back, the problem is not the original one.
         heads = (head_of(self._config, self._source, number_of(rid)) for rid in lost)
-        self._write(
-            [
-                Booking(unjudged_line(head.rid, head.arm, head.problem, ending="dropped", reason="lost", generated=0))
-                for head in heads
-            ]
+        lines = (
+            unjudged_line(head.rid, head.arm, head.problem, ending="dropped", reason="lost", generated=0)
+            for head in heads
         )
+        self._write([Booking(self._with_teacher(line)) for line in lines])
         for place in places:
             self._restore_at(place, [rid for rid in alive if rid not in self.books.booked])
         self.ledger = Tally(self._plane.ledger())
@@ -278,7 +281,7 @@ class Feeder:
         for (rid, rollout), facts, audit in zip(ready.items(), records, audits, strict=True):
             self._lease.keep()  # judging a completion may take seconds
             line = rollout.line(rid, facts, active=self._policy.active, judge=self._source.judge)
-            bookings.append(Booking(line, rollout.verdict, audit))
+            bookings.append(Booking(self._with_teacher(line), rollout.verdict, audit))
             self._lengths.append(line.tokens_generated)
         self._write(bookings)
         self._book([(rid, one.ledger_field, one.entries) for rid, one in ready.items()])
@@ -288,6 +291,9 @@ class Feeder:
             self._rollouts.pop(rid, None)
             self._running.discard(rid)
             tracing.stage(rid, "booked")
+
+    def _with_teacher(self, line: BookLine) -> BookLine:
+        return replace(line, teacher=self._source.teacher(line.problem)) if self._config.teachers else line
 
     def _write_ledger(self) -> None:
         by_server = self._cursors.counts if len(self._plane.parts) > 1 else ()
@@ -351,10 +357,11 @@ class Feeder:
         )
         if count <= 0 or self._fitting(count) < count:  # all at once, or its parts would have different thresholds
             return 0
-        return self._admit_next(count, step, self._plane.threshold())
+        return self._admit_next(count, step, {name: self._plane.threshold(name) for name in self._plane.teachers})
 
-    def _admit_next(self, count: int, step: int | None = None, threshold: bytes = b"") -> int:
-        """Admit `count` rollouts with the next numbers: first what operators sent back, then the next in the data."""
+    def _admit_next(self, count: int, step: int | None = None, thresholds: Mapping[str, bytes] | None = None) -> int:
+        """Admit `count` rollouts with the next numbers: first what operators sent back, then the next in the data.
+        `thresholds`: those that they are judged by, by teacher; None: those of their first scores."""
         if count <= 0:
             return 0
         sent_back = [self._readable(entries) for entries in self._plane.requests_by_server(count)]
@@ -364,6 +371,7 @@ class Feeder:
             request = next(sent_back[self._place_of(number)], None)
             head = head_of(self._config, self._source, number, step, request and request[1])
             heads.append(head)
+            threshold = thresholds[head.scored_by] if thresholds is not None else b""
             calls.append(scripts.admit(head.rid, head.encode(), cursor, threshold, request))
         asked_ns = time.perf_counter_ns()
         admitted, asked = 0, set()
@@ -450,7 +458,7 @@ class Feeder:
         self._write_ledger()
         metrics.config_value.labels("concurrency").set(self._concurrency)
         metrics.rollouts_open.set(self.ledger.open)
-        stream_metrics.show_workers(live)
+        stream_metrics.show_workers(live, self._plane.teachers)
         stream_metrics.show_backlog(self._plane.backlog())
 
 
@@ -468,6 +476,7 @@ def head_of(
         max_new_tokens=config.rollout.max_completion_length,
         step=step,
         prompt=source.prompt(problem),
+        teacher=source.teacher(problem) if config.teachers else None,
     )
 
 

@@ -72,6 +72,7 @@ class _Writing:
     nonce: str
     sent: int
     scored: int
+    lane: str  # of the stream of its teacher's chunks
     held: bool = False
     closed: list[tuple[ClosedChunk, int]] = field(default_factory=list)  # chunks to send, with their version
     refused: bool = False  # Redis was full and refused the first of them
@@ -315,7 +316,10 @@ class RolloutWorker:
         try:
             head = RolloutHead.decode(head_bytes)
             done = read_number(scored or b"0", "rollout.scored")
-            writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, done)
+            if head.scored_by not in self._plane.teachers:
+                raise MessageError(f"head.teacher: {head.scored_by!r}; the run has {', '.join(self._plane.teachers)}")
+            lane = self._plane.lane_of(taken.rid, head.scored_by)
+            writing = _Writing(taken.rid, taken.entry, nonce, taken.chunks, done, lane)
             if not self._has_weights_of(head.step):
                 self._release(Written(taken.rid, taken.entry, nonce))
                 return
@@ -448,8 +452,8 @@ class RolloutWorker:
             tokens=chunk.tokens,
         ).encode()
         length = chunk.start + len(chunk.tokens)
-        shard = self._plane.shard_of(writing.rid)
-        return scripts.chunk(writing.rid, writing.nonce, seq, tokens, support, logprobs, shard, length, chunk.finish)
+        own = (writing.rid, writing.nonce, seq, tokens, support, logprobs)
+        return scripts.chunk(*own, writing.lane, length, chunk.finish)
 
     def _handle_answer(self, writing: _Writing, chunk: ClosedChunk, stored: Stored) -> None:
         if writing.refused or self._writing.get(writing.rid) is not writing:

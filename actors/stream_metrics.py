@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from common import metrics
 from common.config import Config
+from common.teachers import in_lane
 from common.wire.plane import Backlog
 
 
@@ -25,28 +26,31 @@ def show_limits(config: Config) -> None:
         metrics.config_value.labels(kind).set(value)
 
 
-def show_workers(live: Mapping[str, Mapping[str, str]]) -> None:
-    for role in ("rollout", "teacher"):
-        metrics.workers_live.labels(role).set(sum(facts.get("role") == role for facts in live.values()))
+def show_workers(live: Mapping[str, Mapping[str, str]], teachers: Iterable[str]) -> None:
+    """Set the number of live workers. `teachers`: names, as `Config.all_teachers`."""
+    seen = Counter((facts.get("role"), facts.get("teacher", "")) for facts in live.values())
+    metrics.workers_live.labels("rollout", "").set(seen["rollout", ""])
+    for teacher in teachers:
+        metrics.workers_live.labels("teacher", teacher).set(seen["teacher", teacher])
 
 
 def show_backlog(backlog: Backlog) -> None:
     """Set memory of Redis, dead letters, and by stream the outstanding entries and the age of the oldest pending one.
 
-    The shards of chunks are one stream here.
+    The shards of a teacher's chunks are one stream here.
     """
     if backlog.memory is not None:
         limit = backlog.memory.get("maxmemory") or float("inf")
         metrics.redis_memory.set(backlog.memory["used_memory"] / limit)
         metrics.config_value.labels("redis_maxmemory_bytes").set(limit)
     if backlog.dead is not None:
-        metrics.stream_outstanding.labels("dead").set(backlog.dead)
-    length: Counter[str] = Counter()
-    oldest: dict[str, float] = {}
+        metrics.stream_outstanding.labels("dead", "").set(backlog.dead)
+    length: Counter[tuple[str, str]] = Counter()
+    oldest: dict[tuple[str, str], float] = {}
     for name, (size, oldest_s) in backlog.streams.items():
-        stream = name.partition(":")[0]
+        stream = name.partition(":")[0], in_lane(name)[1]
         length[stream] += size
         oldest[stream] = max(oldest.get(stream, 0.0), oldest_s)
     for stream in oldest:
-        metrics.stream_outstanding.labels(stream).set(length[stream])
-        metrics.stream_oldest_pending.labels(stream).set(oldest[stream])
+        metrics.stream_outstanding.labels(*stream).set(length[stream])
+        metrics.stream_oldest_pending.labels(*stream).set(oldest[stream])

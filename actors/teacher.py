@@ -1,7 +1,8 @@
 """The teacher worker: scores chunks in the order of arrival, and keeps the KV caches of rollouts while it can.
 
-Which teacher serves which shard affects only speed: any teacher can score any chunk, by rebuilding the cache from the
-rollout's hash, and the first stored score wins.
+Which worker of a teacher serves which shard affects only speed: any of them can score any chunk, by rebuilding the
+cache from the rollout's hash, and the first stored score wins. Several teachers have streams of their own, and a worker
+reads and takes over those of its teacher only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from common.config import Config
 from common.divergence import coarse_entropy, coarse_reverse_kl
 from common.failing import brief, out_of_memory
 from common.pulse import Pulse
+from common.teachers import called, in_lane
 from common.wire import scripts
 from common.wire.messages import (
     ChunkLogprobs,
@@ -52,9 +54,9 @@ _SHORTEST_IDLE_S, _LONGEST_IDLE_S = 0.05, 2.0  # between two polls of an idle te
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One notice of `chunks:{shard}`."""
+    """One notice of `chunks:{lane}`."""
 
-    shard: int
+    lane: str
     entry: bytes
     rid: str
     seq: int
@@ -84,8 +86,10 @@ class TeacherWorker:
         stop_count: int,
         worker: str,
         stop: threading.Event,
+        teacher: str = "",
     ) -> None:
-        self._config, self._plane, self._scorer = config, plane, scorer
+        """`teacher`: whose of several it is, by name."""
+        self._config, self._plane, self._scorer, self._teacher = config, plane, scorer, teacher
         self._vocab_size, self._worker, self._stop = vocab_size, worker, stop
         self._support = support_size(config.termination.teacher_top_k, vocab_size, stop_count)
         self._whole = vocab_size - stop_count <= self._support  # the support holds every outcome
@@ -121,8 +125,8 @@ class TeacherWorker:
         except Stopping:
             log.info("stopped while waiting for Redis")
         finally:
-            shards = [f"chunks:{shard}" for shard in range(self._plane.shards)]
-            self._plane.gone(self._worker, role="teacher", streams=shards)
+            streams = self._plane.chunk_streams(self._teacher)
+            self._plane.gone(self._worker, role="teacher", streams=streams, teacher=self._teacher)
 
     def step(self, block_s: float | None = None) -> bool:
         """Read notices and score their chunks. True if there were any. `block_s`: how long to wait for notices; None:
@@ -169,7 +173,7 @@ class TeacherWorker:
         return []
 
     def _read(self, shards: range | list[int], count: int, block_s: float) -> list[tuple[str, Entry]]:
-        streams = [f"chunks:{shard}" for shard in shards]
+        streams = self._plane.chunk_streams(self._teacher, shards)
         # COUNT applies to each stream separately.
         each = max(1, count // max(1, min(len(streams), 8)))
         return self._plane.read("teacher", self._worker, streams, count=each, block_s=block_s) if streams else []
@@ -177,7 +181,6 @@ class TeacherWorker:
     def _note(self, entries: list[tuple[str, Entry]]) -> None:
         before = len(self._waiting)
         for stream, (entry, values) in entries:
-            shard = int(stream.partition(":")[2])
             try:
                 rid = read_rid(values.get(b"rid"))
                 seq = read_number(values.get(b"seq"), "chunks.seq", high=1 << 31)
@@ -185,15 +188,16 @@ class TeacherWorker:
                 at = (stream, "teacher", entry)
                 self._plane.fail("", "chunks", str(error), max_attempts=1, shown=shown(values), at=at)
                 continue
-            self._waiting.append(_Work(shard, entry, rid, seq))
+            self._waiting.append(_Work(in_lane(stream)[0], entry, rid, seq))
         self._pace.saw(((work.rid, work.seq) for work in self._waiting[before:]), time.monotonic())
 
     def _claim(self) -> None:
         # A teacher claims in its own shards and, in turn, in the others': their teacher may be busy for long.
         self._turn_of = (self._turn_of + 1) % self._plane.shards
-        shards = sorted({*self._mine, self._turn_of})
-        claimed = self._plane.claim_chunks(self._worker, idle_s=self._config.liveness.claim_s, count=32, shards=shards)
-        known = {(f"chunks:{work.shard}", work.entry) for work in self._waiting}
+        streams = self._plane.chunk_streams(self._teacher, sorted({*self._mine, self._turn_of}))
+        idle_s = self._config.liveness.claim_s
+        claimed = self._plane.claim_chunks(self._worker, idle_s=idle_s, count=32, streams=streams)
+        known = {(f"chunks:{work.lane}", work.entry) for work in self._waiting}
         for stream, entry, takeovers in claimed:
             metrics.claims.labels("chunks").inc()
             if takeovers >= ALONE_AFTER:
@@ -208,6 +212,7 @@ class TeacherWorker:
             self._worker,
             role="teacher",
             roster=self._roster,
+            teacher=self._teacher,
             tokens=self._scored_tokens,
             busy=f"{self._busy.share:.3f}",
         )
@@ -295,21 +300,27 @@ class TeacherWorker:
         loaded, over = [], []
         for one, (head, verdict, done, tokens, support, logprobs, before) in zip(work, answers, strict=True):
             if head is None or verdict is not None or done is not None or tokens is None:
-                over.append(scripts.score(one.shard, one.entry, one.rid, one.seq, b"", b""))
+                over.append(scripts.score(one.lane, one.entry, one.rid, one.seq, b"", b""))
                 if verdict is not None or head is None:
                     self._drop(one.rid)
                 continue
             try:
-                loaded.append(self._decode(one, head, tokens, support or b"", logprobs or b"", before))
+                record = RolloutHead.decode(head)
+                if record.scored_by != self._teacher:  # no work of ours: its own teacher has a notice of it
+                    reason = f"a chunk of {called(record.scored_by)} in the stream of {called(self._teacher)}"
+                    at = (f"chunks:{one.lane}", "teacher", one.entry)
+                    self._plane.fail("", "chunks", reason, max_attempts=1, at=at)
+                    continue
+                loaded.append(self._decode(one, record, tokens, support or b"", logprobs or b"", before))
             except MessageError as error:
                 self._give_up(one, str(error))
         self._plane.call_all(over)  # nothing left to score: the script only acknowledges the notices
         return loaded
 
     def _decode(
-        self, work: _Work, head: bytes, tokens: bytes, support: bytes, logprobs: bytes, before: bytes | None
+        self, work: _Work, head: RolloutHead, tokens: bytes, support: bytes, logprobs: bytes, before: bytes | None
     ) -> _Loaded:
-        parts = RolloutHead.decode(head), ChunkTokens.decode(tokens)
+        parts = head, ChunkTokens.decode(tokens)
         student = read_support(support), read_logprobs(logprobs, support)
         one = _Loaded(work, *parts, *student, tokens, before)
         if one.tokens.seq != work.seq or support_digest(support, logprobs) != one.tokens.digest:
@@ -404,7 +415,7 @@ class TeacherWorker:
                 self._give_up(work, str(error))
                 continue
             good.append(one)
-            calls.append(scripts.score(work.shard, work.entry, work.rid, work.seq, *records))
+            calls.append(scripts.score(work.lane, work.entry, work.rid, work.seq, *records))
         for one, reply in zip(good, self._plane.call_all(calls), strict=True):
             self._scored_tokens += len(one.tokens.tokens)
             if reply is ScoreAnswer.OK:
@@ -430,7 +441,7 @@ class TeacherWorker:
     def _give_up(self, work: _Work, reason: str, attempts: int | None = None) -> None:
         """Count an attempt; `attempts`: how many are allowed, by default `liveness.max_attempts`."""
         log.warning("chunk %d of rollout %s cannot be scored: %s", work.seq, work.rid, reason)
-        at = (f"chunks:{work.shard}", "teacher", work.entry)
+        at = (f"chunks:{work.lane}", "teacher", work.entry)
         most = attempts or self._config.liveness.max_attempts
         if self._plane.fail(work.rid, "teacher", reason, max_attempts=most, at=at):
             self._drop(work.rid)

@@ -149,7 +149,7 @@ def config_of(arguments: argparse.Namespace, **models: str) -> Config:
 def _pair(shape: Shape) -> Pair:
     """Of models that are in no folder."""
     facts = ModelFacts(Path(), "qwen3", shape.ids, None, (EOS_ID,), 0)
-    return Pair(facts, facts, (EOS_ID,), shape.ids)
+    return Pair(facts, {"": facts}, (EOS_ID,), shape.ids)
 
 
 def _prompts(shape: Shape, rows: int) -> Any:
@@ -248,7 +248,7 @@ def _score(model: PreTrainedModel, shape: Shape, config: Config, count: int) -> 
         max_length=config.max_length,
         stop_ids=(EOS_ID,),
         vocab_size=shape.ids,
-        prefill_tokens=config.teacher.prefill_tokens,
+        prefill_tokens=config.only_teacher.prefill_tokens,
     )
     return score_speed(made, config, [*_prompts(shape, count)], shape.ids, (EOS_ID,))[0]
 

@@ -70,20 +70,20 @@ def _student(config: Config, pair: Pair) -> PreTrainedModel:
 
 
 def _teacher(config: Config, pair: Pair) -> PreTrainedModel:
-    torch.set_num_threads(config.teacher.threads)
-    teacher = config.teacher
+    torch.set_num_threads(config.only_teacher.threads)
+    teacher = config.only_teacher
     return load_model(pair.teacher.folder, dtype=teacher.dtype, device=teacher.device, vocab_size=pair.vocab_size)
 
 
 def _scorer(model: PreTrainedModel, pair: Pair, config: Config) -> Scorer:
     return Scorer(
         model,
-        slots=config.teacher.slots,
-        max_slots=config.teacher.max_slots,
+        slots=config.only_teacher.slots,
+        max_slots=config.only_teacher.max_slots,
         max_length=config.max_length,
         stop_ids=pair.stop_ids,
         vocab_size=pair.vocab_size,
-        prefill_tokens=config.teacher.prefill_tokens,
+        prefill_tokens=config.only_teacher.prefill_tokens,
     )
 
 

@@ -1,7 +1,8 @@
 """Every Prometheus metric, in one registry, declared once. Each process serves its own port.
 
 Loops never ask whether metrics are on: counting is always safe and cheap; only serving is optional.
-Every series is served with the label `run`; the role is Prometheus's label `job`. Names contain the unit.
+Every series is served with the label `run`, those of a worker of one of several teachers also with `teacher`; the role
+is Prometheus's label `job`. Names contain the unit.
 """
 
 from __future__ import annotations
@@ -77,10 +78,11 @@ trajectories_dropped = _counter("trajectories_dropped_total", "Rollouts dropped,
 # these show how much longer they were than the trained ones.
 ended_length = _histogram("ended_length_tokens", "Tokens written, by ending", _LENGTHS, "reason")
 ended_trainable = _histogram("ended_trainable_tokens", "Tokens to train on, by ending", _LENGTHS, "reason")
-stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet removed", "stream")
-stream_oldest_pending = _gauge("stream_oldest_pending_seconds", "Age of the oldest pending entry", "stream")
+# Chunks and teacher workers by teacher, if there are several; Prometheus has no label with an empty value.
+stream_outstanding = _gauge("stream_outstanding", "Entries of a stream not yet removed", "stream", "teacher")
+stream_oldest_pending = _gauge("stream_oldest_pending_seconds", "Age of the oldest pending entry", "stream", "teacher")
 rollouts_open = _gauge("rollouts_open", "Rollouts admitted and not booked")
-workers_live = _gauge("workers_live", "Workers with recent heartbeats", "role")
+workers_live = _gauge("workers_live", "Workers with recent heartbeats", "role", "teacher")
 redis_memory = _gauge("redis_memory_ratio", "Memory of the data Redis divided by its maxmemory; 0 without one")
 config_value = _gauge("config_value", "Values of the run's config, for alerts that compare with them", "kind")
 
@@ -117,9 +119,8 @@ token_divergence = HistogramOfMany(
     registry=REGISTRY,
     buckets=_NATS,
 )
-kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive")
-kat_threshold.set(float("nan"))
-kat_buffer_size = _gauge("kat_buffer_size", "Window minima in the buffer")
+kat_threshold = _gauge("kat_threshold_nats", "Threshold for new rollouts; NaN while inactive", "teacher")
+kat_buffer_size = _gauge("kat_buffer_size", "Window minima in the buffer", "teacher")
 kat_cut_rate = _gauge(
     "kat_cut_rate", "Share of the last 256 treated, active rollouts in which the policy fired, applied or not"
 )
@@ -158,19 +159,22 @@ redis_errors = _counter("redis_errors_total", "Failed calls to Redis", "kind")
 
 
 _run = ""
+_teacher = ""
 _address = ""
 _collected_at = float("-inf")  # monotonic
 
 
 class _OfRun:
-    """The registry with the label `run` on every sample, so that scrape targets need no label."""
+    """The registry with the label `run` on every sample, so that scrape targets need no label; and `teacher`, if this
+    process is a worker of one of several."""
 
     def collect(self) -> Iterator[Metric]:
         global _collected_at
         _collected_at = time.monotonic()
         for family in REGISTRY.collect():
             if _run:
-                family.samples = [one._replace(labels={**one.labels, "run": _run}) for one in family.samples]
+                own = {"run": _run, **({"teacher": _teacher} if _teacher else {})}
+                family.samples = [one._replace(labels={**one.labels, **own}) for one in family.samples]
             yield family
 
     def describe(self) -> list[Metric]:
@@ -208,15 +212,16 @@ def turned(role: str) -> None:
 
 
 @contextlib.contextmanager
-def of_run(name: str, role: str, folder: Path) -> Iterator[None]:
-    """Serve as this role of this run, and write the address to `.targets/` beside the runs' folders, for file_sd.
+def of_run(name: str, role: str, folder: Path, teacher: str = "") -> Iterator[None]:
+    """Serve as this role of this run (of several teachers as a worker of one), and write the address to `.targets/`
+    beside the runs' folders, for file_sd.
 
     All runs share that folder: Prometheus allows a wildcard only in the last part of a path.
 
     If the folder cannot be written to, that is logged and the work continues.
     """
-    global _run
-    _run = name
+    global _run, _teacher
+    _run, _teacher = name, teacher
     path = folder.parent / TARGETS / f"{name}--{role}-{socket.gethostname()}-{os.getpid()}.json"
     try:
         if _address:

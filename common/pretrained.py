@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.config import Config
+from common.teachers import called
 
 
 class ModelError(ValueError):
@@ -201,33 +203,43 @@ def load_tokenizer(folder: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Student and teacher, checked against each other.
+    """Student and teachers, checked against each other.
 
-    `stop_ids` is U, the union of both models' stop ids, the student's first: generation ends on any of U, and all
-    of U is one outcome, STOP. (`rollout.stop_set: student` leaves the teacher's out.) `vocab_size` is the number of
-    logits that are used; the rest of a wider head is padding.
+    `teachers` are by name, as `Config.all_teachers`. `stop_ids` is U, the union of all models' stop ids, the student's
+    first: generation ends on any of U, and all of U is one outcome, STOP, whichever teacher scores a rollout.
+    (`rollout.stop_set: student` leaves the teachers' out.) `vocab_size` is the number of logits that are used; the rest
+    of a wider head is padding.
     """
 
     student: ModelFacts
-    teacher: ModelFacts
+    teachers: Mapping[str, ModelFacts]
     stop_ids: tuple[int, ...]
     vocab_size: int
 
+    @property
+    def teacher(self) -> ModelFacts:
+        """The one teacher. Raises KeyError if there are several: `Config.only_teacher` has refused that before."""
+        return self.teachers[""]
+
 
 def check_pair(config: Config, *, weights: bool = True) -> Pair:
-    """Find both models and check tokenizers, widths of the heads, and lengths.
+    """Find all models and check tokenizers, widths of the heads, and lengths, of each teacher against the student.
 
     Raises:
-        ModelError: names the model, the place and what is allowed.
+        ModelError: names the model, of several teachers the teacher, the place and what is allowed.
     """
     student = read_facts(find_model(config.student.model, weights=weights))
-    teacher = read_facts(find_model(config.teacher.model, weights=weights))
-    ours, theirs = load_tokenizer(student.folder), load_tokenizer(teacher.folder)
-    compare_tokenizers(ours.get_vocab(), theirs.get_vocab())
-    ids = max(max(ours.get_vocab().values()), max(theirs.get_vocab().values())) + 1
-    union = [*student.stop_ids, *teacher.stop_ids]
+    ours = load_tokenizer(student.folder).get_vocab()
+    teachers, ids = {}, max(ours.values()) + 1
+    for name, settings in config.all_teachers.items():
+        with _of_teacher(name):
+            teachers[name] = read_facts(find_model(settings.model, weights=weights))
+            theirs = load_tokenizer(teachers[name].folder).get_vocab()
+            compare_tokenizers(ours, theirs)
+        ids = max(ids, max(theirs.values()) + 1)
+    union = [*student.stop_ids, *(stop for facts in teachers.values() for stop in facts.stop_ids)]
     stop_ids = tuple(dict.fromkeys(union if config.rollout.stop_set == "union" else student.stop_ids))
-    for who, facts in (("student", student), ("teacher", teacher)):
+    for who, facts in {"student": student, **{called(name): facts for name, facts in teachers.items()}}.items():
         _check_layers(who, facts.folder)
         if reason := unfit(read_model_config(facts.folder), config.max_length):
             raise ModelError(f"{who} {facts.folder}: {reason}")
@@ -244,7 +256,18 @@ def check_pair(config: Config, *, weights: bool = True) -> Pair:
             )
     if max(stop_ids) >= ids:
         raise ModelError(f"stop id {max(stop_ids)} is outside the tokenizer's {ids} ids")
-    return Pair(student, teacher, stop_ids, ids)
+    return Pair(student, teachers, stop_ids, ids)
+
+
+@contextmanager
+def _of_teacher(name: str) -> Iterator[None]:
+    """Names the one of several teachers that an error is about."""
+    try:
+        yield
+    except ModelError as error:
+        if not name:
+            raise
+        raise type(error)(f"{called(name)}: {error}") from error
 
 
 def _check_layers(who: str, folder: Path) -> None:

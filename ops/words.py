@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from matplotlib.ticker import EngFormatter
 
@@ -22,6 +23,12 @@ def short(count: float) -> str:
 def fired_word(config: Config) -> str:
     """The label for a treated rollout in which the policy fired."""
     return "Cut" if config.termination.stops("treated") else "Fired, not stopped"
+
+
+def teachers_text(config: Config, *, short_names: bool = False) -> str:
+    """The model of the teacher, or of several the model of each by its name. `short_names`: no folders."""
+    models = {name: Path(one.model).name if short_names else one.model for name, one in config.all_teachers.items()}
+    return ", ".join(f"{model} ({name})" if name else model for name, model in models.items())
 
 
 def policy_text(config: Config, thresholds: Iterable[float | None]) -> str:

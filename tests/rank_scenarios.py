@@ -50,7 +50,7 @@ def settings(folder: Path, ranks: int, dtype: str = "float32") -> Config:
 
 def pair() -> Pair:
     facts = read_facts(MODEL)
-    return Pair(facts, facts, facts.stop_ids, facts.vocab_size)
+    return Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
 
 
 def batch_of(step: int) -> list[Trajectory]:

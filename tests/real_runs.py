@@ -35,13 +35,14 @@ def start(
     name: str = "e2e",
     settings: tuple[str, ...] = SMALL,
     environment: dict[str, str] | None = None,
+    config: Path = DEMO,
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ops.cli", "run"]
     if "--resume" in arguments:
         command += [str(folder / name / "config.yaml"), *arguments]
     else:
         sets = [flag for item in (f"runs_dir={folder}", *settings) for flag in ("--set", item)]
-        command += [str(DEMO), *sets, "--name", name, *arguments]
+        command += [str(config), *sets, "--name", name, *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -175,6 +175,7 @@ class Run:
     leases: dict[str, Lease] = field(default_factory=dict)
     notices: dict[tuple[str, int], bytes] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)  # rollout → the cursor behind it
+    teachers: dict[str, str] = field(default_factory=dict)  # rollout → its teacher
 
     @property
     def client(self) -> redis.Redis:
@@ -203,6 +204,7 @@ class Run:
         """Once more for a rollout that was admitted is the same call once more."""
         number = self.numbers.setdefault(rid, len(self.numbers) + 1)
         head = make_head(rid, **changes)
+        self.teachers[rid] = head.scored_by
         return bytes(self.by("feeder", scripts.admit(rid, head.encode(), number))[0])
 
     def book(self, rid: str, ledger_field: str, *entries: bytes) -> list[Any]:
@@ -228,8 +230,8 @@ class Run:
         record = make_tokens(tokens, seq=seq, start=start, finish=finish, policy_version=version)
         support, student = make_support(len(tokens)).encode(), make_logprobs(len(tokens)).encode()
         length = start + len(tokens)
-        shard = self.plane.shard_of(rid)
-        return self.raw(scripts.chunk(rid, nonce, seq, record.encode(), support, student, shard, length, finish))
+        lane = self.lane(rid)
+        return self.raw(scripts.chunk(rid, nonce, seq, record.encode(), support, student, lane, length, finish))
 
     def beat(self, rid: str = "r1", nonce: str = "n1", consumer: str = "w1") -> bytes:
         asked = [Written(rid, self.field(rid, "entry") or b"0-1", nonce)]
@@ -239,8 +241,8 @@ class Run:
 
     def notice(self, rid: str = "r1", seq: int = 0) -> bytes:
         """The entry of a chunk's notice, as a teacher is given it."""
-        shards = [f"chunks:{shard}" for shard in range(self.plane.shards)]
-        for _, (entry, values) in self.plane.read("teacher", "t1", shards, count=1000, block_s=0):
+        streams = [stream for name in self.plane.teachers for stream in self.plane.chunk_streams(name)]
+        for _, (entry, values) in self.plane.read("teacher", "t1", streams, count=1000, block_s=0):
             self.notices[values[b"rid"].decode(), int(values[b"seq"])] = entry
         return self.notices[rid, seq]
 
@@ -248,9 +250,8 @@ class Run:
         divergence = make_divergence(values, seq).encode()
         support = make_score_support(len(values)).encode()
         entry = self.notice(rid, seq)
-        shard = self.plane.shard_of(rid)
         view = make_view(values, seq).encode() if self.config.stores_view else b""
-        return bytes(self.raw(scripts.score(shard, entry, rid, seq, divergence, support, view))[0])
+        return bytes(self.raw(scripts.score(self.lane(rid), entry, rid, seq, divergence, support, view))[0])
 
     # --- arbiter ---
 
@@ -269,11 +270,13 @@ class Run:
         size: int = 4,
         threshold: str = "inactive",
         entries: Sequence[bytes] | None = None,
+        teacher: str = "",
     ) -> bytes:
         body = make_verdict(rid, train=train).encode()
         given = self.score_entries() if entries is None else entries
         least, limit = float(minimum) if minimum else None, None if threshold == "inactive" else float(threshold)
-        return bytes(self.by("arbiter", scripts.verdict(rid, body, train, stop, least, size, limit, given))[0])
+        call = scripts.verdict(rid, body, train, stop, least, size, limit, given, teacher)
+        return bytes(self.by("arbiter", call)[0])
 
     # --- learner ---
 
@@ -287,6 +290,10 @@ class Run:
         return self.by("learner", scripts.settle([Ending(entry, rid, ending, reason, 0)]))
 
     # --- looking ---
+
+    def lane(self, rid: str) -> str:
+        """Where the chunks of a rollout go: to its teacher, of one that another admitted to the first. Asks nobody."""
+        return self.plane.lane_of(rid, self.teachers.get(rid, self.plane.teachers[0]))
 
     def given(self, group: str, consumer: str, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """What a consumer was given and has not acknowledged, oldest first."""
@@ -331,7 +338,7 @@ def write_whole(run: Run, rid: str, *, until: int | None = None, nonce: str = "n
         n = min(rollout.chunk_tokens, length - at)
         finish = "length" if at + n == length else None
         tokens = make_tokens(range(n), seq=seq, start=at, finish=finish, writer="0" * 16).encode()
-        shard = run.plane.shard_of(rid)
+        shard = run.lane(rid)
         support, student = make_wide_support(n, k), make_wide_logprobs(n, k)
         parts = support.encode(), student.encode()
         reply = run.raw(scripts.chunk(rid, nonce, seq, tokens, *parts, shard, at + n, finish))

@@ -36,7 +36,7 @@ def decoder_of(run: Run, model: PreTrainedModel) -> Decoder:
 def scorer_of(run: Run, model: PreTrainedModel) -> Scorer:
     return Scorer(
         model,
-        slots=run.config.teacher.slots,
+        slots=next(iter(run.config.all_teachers.values())).slots,
         max_length=run.config.max_length,
         stop_ids=STOPS,
         vocab_size=VOCAB,

@@ -27,7 +27,7 @@ FLOORS = {
     "ops.live": ("ops.reading", "ops.reach", "ops.stats"),
     "ops.report": ("ops.reading", "ops.plots", "ops.stats", "ops.words"),
     "ops.trace": ("ops.plots",),
-    "ops.audit": ("ops.report", "ops.tasks", "ops.plots", "ops.stats"),
+    "ops.audit": ("ops.report", "ops.tasks", "ops.plots", "ops.stats", "ops.words"),
     "ops.replay": ("ops.report", "ops.tasks", "ops.plots", "ops.stats", "ops.words"),
     "ops.run": ("ops.report", "ops.reading", "ops.tasks", "ops.reach", "ops.stats"),
     "ops.compare": ("ops.run", "ops.report", "ops.reach", "ops.plots", "ops.stats", "ops.words"),

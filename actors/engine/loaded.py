@@ -28,6 +28,7 @@ class Engines:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._scorers: dict[str, Scorer] = {}
         self.pair: Pair = check_pair(config)
 
     @cached_property
@@ -55,12 +56,16 @@ class Engines:
             compile_step(decoder, rollout.compile)
         return decoder
 
-    @cached_property
-    def scorer(self) -> Scorer:
-        """The teacher's engine."""
-        config, teacher = self._config, self._config.teacher
+    def scorer(self, name: str = "") -> Scorer:
+        """The engine of a teacher, by its name."""
+        if name not in self._scorers:
+            self._scorers[name] = self._scorer(name)
+        return self._scorers[name]
+
+    def _scorer(self, name: str) -> Scorer:
+        config, teacher = self._config, self._config.all_teachers[name]
         return Scorer(
-            self._load(self.pair.teacher.folder, teacher, teacher.device_map),
+            self._load(self.pair.teachers[name].folder, teacher, teacher.device_map),
             slots=teacher.slots,
             max_slots=teacher.max_slots,
             max_length=config.max_length,
@@ -127,7 +132,8 @@ def _base(config: Config, folder: Path) -> str | None:
 
 def engines_for(config: Config) -> Engines:
     """The engines of a config; a task of another run with the same config and models finds them loaded."""
-    return _loaded(config.to_yaml(), _stamp(config.student.model), _stamp(config.teacher.model))
+    models = (config.student.model, *(teacher.model for teacher in config.all_teachers.values()))
+    return _loaded(config.to_yaml(), *map(_stamp, models))
 
 
 @lru_cache(maxsize=1)

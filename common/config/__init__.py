@@ -5,7 +5,6 @@ Every key stands in `sections.py`, how a file is read in `loading.py`.
 
 from common.config.loading import (
     MAX_CONFIG_BYTES,
-    ConfigError,
     check_resume,
     flatten,
     keys,
@@ -18,6 +17,7 @@ from common.config.sections import (
     Benchmark,
     Checkpoints,
     Config,
+    ConfigError,
     Data,
     Eval,
     FeederSettings,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from common import policy_names
-from common.config.sections import Benchmark, Config, Redis, Section
+from common.config.sections import Benchmark, Config, ConfigError, Redis, Section, Teacher
 
 MAX_CONFIG_BYTES = 1 << 20
 # PyYAML passes on what its constructors raise: "!!int ''" is an IndexError, "!!bool x" a KeyError, the date
@@ -24,10 +24,6 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeErr
 _MAX_NUMBER_LENGTH = 400
 _MAX_PROBLEMS = 20  # shown at once
 S = TypeVar("S", bound=Section)
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used. The message says what is wrong, where, and what is allowed."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -196,6 +192,8 @@ def _names() -> list[str]:
 def _nearest(where: str) -> str:
     if where.startswith("eval.data."):  # a benchmark: the user chooses its name
         return f"; a benchmark has the keys {', '.join(Benchmark.model_fields)}"
+    if where.startswith("teachers."):
+        return f"; a teacher has the keys {', '.join(Teacher.model_fields)}"
     known = [name for name in _names() if not where.startswith(f"{name}.")]  # not the section that it is in
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     last = where.rpartition(".")[2]
@@ -255,7 +253,7 @@ def check_resume(before: Config, after: Config) -> None:
     allowed = resumable(deterministic=before.deterministic)
     if policy_names.same(before.termination.policy, after.termination.policy):
         old["termination.policy"] = new["termination.policy"]
-    changed = [key for key in old | new if old.get(key) != new.get(key) and key not in allowed]
+    changed = [key for key in old | new if old.get(key) != new.get(key) and _as_of_one(key) not in allowed]
     servers, now = (max(1, len(config.redis.servers)) for config in (before, after))
     if servers != now:
         raise ConfigError(
@@ -269,9 +267,17 @@ def check_resume(before: Config, after: Config) -> None:
         )
 
 
+def _as_of_one(key: str) -> str:
+    """The key of `teacher` that one of several teachers' is like: "teacher.device" for "teachers.math.device"."""
+    several, _, rest = key.partition(".")
+    return f"teacher.{rest.partition('.')[2]}" if several == "teachers" else key
+
+
 def flatten(config: Config) -> dict[str, Any]:
-    """`section.key` and its value, for every key."""
+    """`section.key` and its value, for every key; of several teachers `teachers.name.key`."""
     flat: dict[str, Any] = {}
     for name, value in config.model_dump().items():
         flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    for teacher in config.teachers:
+        flat |= {f"teachers.{teacher}.{key}": one for key, one in flat.pop(f"teachers.{teacher}").items()}
     return flat

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from common import policy_names
+from common.teachers import ALLOWED, is_name, section
 
 MOST_SLOTS = 256  # that `auto` chooses
 MOST_EVAL_SLOTS = 64  # the same, of the evaluator
@@ -27,6 +29,10 @@ LossMode = Literal["reverse_kl_topk_tail", "forward_kl_topk_tail", "jsd_topk_tai
 _RESUMABLE: dict[str, JsonValue] = {"resumable": "always"}
 # The same, but it changes the order in which floats are summed.
 _UNLESS_DETERMINISTIC: dict[str, JsonValue] = {"resumable": "unless deterministic"}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message says what is wrong, where, and what is allowed."""
 
 
 class Section(BaseModel):
@@ -98,6 +104,11 @@ class Data(Section):
     )
     answer_key: str = Field(
         "answer", min_length=1, description="Column of the answer; in a worked solution its \\boxed{} or #### is used."
+    )
+    teacher_key: str | None = Field(
+        None,
+        min_length=1,
+        description="With `teachers`: column of the name of a row's teacher; of the task `arithmetic`: `dialect`.",
     )
     verifier: Literal["math-verify", "exact", "none"] = Field(
         "math-verify", description="What judges completions: `math-verify`, `exact` (equal text) or `none`."
@@ -816,7 +827,12 @@ class Config(Section):
         "`katana trace`.",
     )
     student: Student
-    teacher: Teacher
+    teachers: dict[str, Teacher] = Field(
+        default_factory=dict,
+        description="Several teachers by name, each with the keys of `teacher`; `data.teacher_key` says whose a row "
+        "is (docs/teachers.md).",
+    )
+    teacher: Teacher | None = Field(None, description="The one teacher of all rows; null: `teachers` names several.")
     data: Data = Field(default_factory=Data)
     rollout: Rollout = Field(default_factory=Rollout)
     termination: Termination = Field(default_factory=Termination)
@@ -842,8 +858,32 @@ class Config(Section):
             raise ValueError("a tracker is named twice")
         return names
 
+    @field_validator("teachers")
+    @classmethod
+    def _check_teachers(cls, teachers: dict[str, Teacher]) -> dict[str, Teacher]:
+        for name in teachers:
+            if not is_name(name):
+                raise ValueError(f"{name!r:.60} is not a name for a teacher; allowed: {ALLOWED}")
+        return teachers
+
+    @field_validator("teacher")
+    @classmethod
+    def _check_teacher(cls, teacher: Teacher | None, info: ValidationInfo) -> Teacher | None:
+        several = info.data.get("teachers")
+        if several is None:  # refused itself
+            return teacher
+        if teacher is None and not several:
+            raise PydanticCustomError("missing", "Field required")
+        if teacher is not None and several:
+            raise ValueError(
+                f"given beside teachers ({', '.join(several)}); allowed: one teacher in teacher, or all of several in "
+                f"teachers"
+            )
+        return teacher
+
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_teacher_key()
         policy = self.termination.policy
         if policy in ("fixed", "scheduled") and self.termination.fixed_tokens > self.rollout.max_completion_length:
             raise ValueError("termination.fixed_tokens is above rollout.max_completion_length; nothing would be cut")
@@ -886,6 +926,12 @@ class Config(Section):
         if self.deterministic:
             self._check_deterministic()
         return self
+
+    def _check_teacher_key(self) -> None:
+        if self.teachers and self.data.teacher_key is None:
+            raise ValueError("teachers needs data.teacher_key: the column that names the teacher of a row")
+        if self.data.teacher_key is not None and not self.teachers:
+            raise ValueError("data.teacher_key needs teachers: `teacher` is the one of all rows")
 
     def _check_data(self) -> None:
         if self.eval.data and self.data.task != "dataset":
@@ -934,23 +980,37 @@ class Config(Section):
                 f"learner.weight_sync_steps is {self.learner.weight_sync_steps}; with deterministic only 1 is allowed: "
                 f"each batch is written with the weights of the step before"
             )
-        if self.teacher.device_map is not None:
-            raise ValueError(
-                f"teacher.device_map is {self.teacher.device_map!r}; with deterministic only null is allowed: other "
-                f"devices than 'cpu' sum in no fixed order"
-            )
+        for name, teacher in self.all_teachers.items():
+            if teacher.device_map is not None:
+                raise ValueError(
+                    f"{section(name)}.device_map is {teacher.device_map!r}; with deterministic only null is "
+                    f"allowed: other devices than 'cpu' sum in no fixed order"
+                )
         if self.rollout.compile == "on":
             raise ValueError(
                 "rollout.compile is 'on'; with deterministic only 'auto' and 'off' are allowed, which compile nothing "
                 "then: how compiled code rounds depends on the number of rows"
             )
-        for name in ("rollout", "teacher", "learner"):
-            device = getattr(self, name).device
+        devices = {"rollout": self.rollout.device, "learner": self.learner.device}
+        devices |= {section(name): teacher.device for name, teacher in self.all_teachers.items()}
+        for name, device in devices.items():
             if device != "cpu":
                 raise ValueError(
                     f"{name}.device is {device!r}; with deterministic only 'cpu' is allowed: other devices sum in no "
                     f"fixed order"
                 )
+
+    @property
+    def all_teachers(self) -> dict[str, Teacher]:
+        """The teachers by name; one that has no name, the section `teacher`, is ''."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
+
+    @property
+    def only_teacher(self) -> Teacher:
+        """For what works with one teacher. Raises ConfigError if there are several."""
+        if self.teacher is None:
+            raise ConfigError(f"teachers ({', '.join(self.teachers)}): this command works with one teacher, `teacher`")
+        return self.teacher
 
     @property
     def run_dir(self) -> Path:

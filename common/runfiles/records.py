@@ -64,6 +64,7 @@ class BookLine(Record):
     tokens_trainable: int | None = None
     # Its standing in its group, see `common.groups`; None without `reward.mode`.
     reward: str | None = field(default=None, metadata=stored(sparse=True))
+    teacher: str = field(default="", metadata=stored(sparse=True))  # whose of several teachers it is
 
     @property
     def judged(self) -> bool:
@@ -416,6 +417,23 @@ class ArmTotals(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTotals(Record):
+    """Figures of the booked rollouts of one of several teachers.
+
+    accuracy: share of right answers, of those that were judged. cut_rate: share in which the policy fired, applied or
+    not, of treated rollouts that it could have cut. None: there is no such rollout.
+    """
+
+    rollouts: int
+    trained: int
+    tokens_generated: int
+    tokens_trained: int
+    mean_generated: float
+    accuracy: float | None
+    cut_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Saving(Record):
     """1 - mean generated (treated) / mean generated (control), with a 95 % interval; None if an arm is empty."""
 
@@ -469,6 +487,7 @@ class Summary(Record):
     arms: dict[str, ArmTotals]
     length_saving: Saving
     endings: dict[str, Ended] = field(default_factory=dict)  # by fate
+    teachers: dict[str, TeacherTotals] = field(default_factory=dict, metadata=stored(sparse=True))  # of several
     finish_reasons: dict[str, int]
     rewards: RewardTotals | None = field(default=None, metadata=stored(sparse=True))
     evaluations: list[Evaluation] = field(metadata=stored("eval"))

@@ -19,6 +19,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from common.teachers import is_name
+
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Ids = Ints  # packed in 16 bits if all of them fit: K a token are half of what a scored chunk holds
@@ -287,11 +289,18 @@ class RolloutHead(_Record):
     max_new_tokens: int
     step: int | None  # the step whose weights must write it; None: any
     prompt: Ints  # [m]
+    teacher: str | None = None  # the one of several that scores it
+
+    @property
+    def scored_by(self) -> str:
+        """Its teacher, by name; '' is the one teacher of a run."""
+        return self.teacher or ""
 
     def _check(self) -> None:
         _need(self.arm in ARMS, f"head.arm: {self.arm!r:.40}")
         _need(self.problem >= 0 and 0 <= self.seed < 1 << 63, "head: problem or seed out of range")
         _need(self.max_new_tokens >= 1, "head.max_new_tokens: below 1")
+        _need(self.teacher is None or is_name(self.teacher), f"head.teacher: {self.teacher!r:.40}")
         _tokens(self.prompt, "head.prompt")
         _need(len(self.prompt) >= 1, "head.prompt: empty")
 

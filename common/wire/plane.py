@@ -13,7 +13,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
                        claims (by other writers) · taken (chunks, by other teachers) · begun:{role} (attempts without
                        an end) · problem (of one that was sent back)
     prompts          stream   feeder → rollout workers     group rollout   rid
-    chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq
+    chunks:{shard}   stream   rollout → teacher workers    group teacher   rid seq;  of several teachers each has its
+                                own: chunks:{teacher}:{shard}
     scores           stream   teacher workers → arbiter    group arbiter   rid ("look at this rollout")
     signals:{worker} stream   arbiter → a rollout worker   no group        rid
     trajectories     stream   arbiter → learner            group learner   rid
@@ -28,12 +29,14 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     policy           hash     version · step · covered (step of the checkpoint) · file · sha256 ·
                        learning (1: a learner is at work, or was killed) ·
                        generated (tokens written in the whole run) · refused (version that a worker could not load)
-    minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts
+    minima           list     the FIFO of window minima;  threshold: string, in force for new rollouts;  of several
+                                teachers each has its own: minima:{teacher}, threshold:{teacher}
     workers          zset     worker id → last seen (Redis's clock);  worker:{id}: hash, facts about it
-    roster:{role}    zset     as workers, only live ones of a role;  changes:{role}: string, its revision
+    roster:{role}    zset     as workers, only live ones of a role;  changes:{role}: string, its revision;  of several
+                                teachers each has its own: roster:teacher:{teacher}
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
     place            string   of several data servers, which one this is ("1/3")
-    calibrated       string   of several data servers, the last call of that name
+    calibrated       string   of several data servers, the last call of that name (of several teachers each its own)
 
 With several data servers (`planes.py`) each has all of these for its own rollouts, but `policy` and `minima` are the
 home's; the others' `policy` has `generated` alone. `katana:runs` (hash) has the current id of every run. Pending
@@ -55,7 +58,7 @@ from typing import Any, TypeVar
 
 import redis
 
-from common import metrics, tracing
+from common import metrics, teachers, tracing
 from common.config import Config
 from common.footprint import RECORDS_AT_A_TIME
 from common.tracing import SpanKind
@@ -162,13 +165,14 @@ class Plane:
         claim_pause_s: float,
         stop: threading.Event | None = None,
         server: str = "Redis",
+        teachers: Sequence[str] = ("",),
     ) -> None:
-        """`server`: its name in messages."""
+        """`server`: its name in messages. `teachers`: names, as `Config.all_teachers`."""
         self.client: Any = client  # redis-py types every reply as one of several types, str and bytes alike
         self._reader = _reader(client)
         self.prefix = f"katana:{{{run_key}}}:"
         self.run_key = run_key
-        self.shards = shards
+        self.shards, self.teachers = shards, tuple(teachers)
         self.errors: Callable[[str], None] = lambda kind: None
         self._wait_s, self._claim_pause_s, self._server = wait_s, claim_pause_s, server
         self._stop = stop or threading.Event()
@@ -294,7 +298,10 @@ class Plane:
     @property
     def groups(self) -> list[tuple[str, str]]:
         """Every stream that is read by a group, and the group."""
-        return [*GROUPS.items(), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+        return [
+            *GROUPS.items(),
+            *((stream, "teacher") for name in self.teachers for stream in self.chunk_streams(name)),
+        ]
 
     def create_groups(self) -> None:
         """Groups from 0, so that a group that was lost and is made again sees all entries still in the stream."""
@@ -340,6 +347,16 @@ class Plane:
 
     def shard_of(self, rid: str) -> int:
         return zlib.crc32(rid.encode()) % self.shards
+
+    def lane_of(self, rid: str, teacher: str = "") -> str:
+        """Where the chunks of a rollout of a teacher go: the stream `chunks:{lane}`."""
+        return teachers.lane(teacher, self.shard_of(rid))
+
+    def chunk_streams(self, teacher: str = "", shards: Iterable[int] | None = None) -> list[str]:
+        """The streams of chunks that a teacher's workers read; `shards`: only these of them."""
+        return [
+            f"chunks:{teachers.lane(teacher, shard)}" for shard in (range(self.shards) if shards is None else shards)
+        ]
 
     def read(
         self, group: str, consumer: str, streams: Sequence[str], *, count: int, block_s: float
@@ -390,14 +407,14 @@ class Plane:
         return found
 
     def claim_chunks(
-        self, consumer: str, *, idle_s: float, count: int, shards: Iterable[int] | None = None
+        self, consumer: str, *, idle_s: float, count: int, streams: Sequence[str] | None = None
     ) -> list[tuple[str, Entry, int]]:
-        """Notices in `chunks:{shard}` of teachers that have been silent for `idle_s`: stream, entry, and number of
-        takeovers of its rollout without progress. From `shards` (None: all), at most `count` of each; none while
-        `may_claim` is False."""
+        """Notices in streams of chunks (None: those of the one teacher) of workers that have been silent for `idle_s`:
+        stream, entry, and number of takeovers of its rollout without progress. At most `count` of each stream; none
+        while `may_claim` is False."""
         if not self.may_claim:
             return []
-        streams = [f"chunks:{shard}" for shard in (range(self.shards) if shards is None else shards)]
+        streams = self.chunk_streams() if streams is None else streams
         idle_ms = int(idle_s * 1000)
         replies = self.call_all([scripts.claim(stream, consumer, idle_ms, count) for stream in streams])
         if any(reply.lost for reply in replies):
@@ -501,14 +518,16 @@ class Plane:
         ledger = self.patiently(lambda: self.client.hgetall(self.key("ledger")), "ledger")
         return {name.decode(): int(value) for name, value in ledger.items()}
 
-    def minima(self) -> list[float]:
-        """The buffer of window minima, oldest first."""
-        stored = self.patiently(lambda: self.client.lrange(self.key("minima"), 0, -1), "minima")
+    def minima(self, teacher: str = "") -> list[float]:
+        """The buffer of window minima of a teacher's rollouts, oldest first."""
+        key = self.key(teachers.of(teacher, "minima"))
+        stored = self.patiently(lambda: self.client.lrange(key, 0, -1), "minima")
         return [float(value) for value in stored]
 
-    def threshold(self) -> bytes:
-        """The threshold in force for new rollouts, as stored: a number or "inactive"."""
-        return self.patiently(lambda: self.client.get(self.key("threshold")), "threshold") or b"inactive"
+    def threshold(self, teacher: str = "") -> bytes:
+        """The threshold in force for new rollouts of a teacher, as stored: a number or "inactive"."""
+        key = self.key(teachers.of(teacher, "threshold"))
+        return self.patiently(lambda: self.client.get(key), "threshold") or b"inactive"
 
     def requests(self, count: int) -> list[Entry]:
         """The oldest entries of `again`: rollouts that operators sent back."""
@@ -616,26 +635,30 @@ class Plane:
         count = self.patiently(lambda: self.client.hget(self.key("policy"), "generated"), "generated")
         return int(count) if isinstance(count, bytes) and count.isdigit() else 0
 
-    def seen(self, worker: str, *, role: str, roster: Roster | None = None, **facts: str | int) -> None:
-        """Send a worker's heartbeat with facts about it; with a roster, also update that.
+    def seen(
+        self, worker: str, *, role: str, roster: Roster | None = None, teacher: str = "", **facts: str | int
+    ) -> None:
+        """Send a worker's heartbeat with facts about it; with a roster, also update that. `teacher`: whose of several
+        it is.
 
         One try, safe from any thread: the next heartbeat repeats it.
         """
         silence_ms = int(roster.silence_s * 1000) if roster else 0
-        fields = {"role": role, **facts}.items()
-        sight = self.once(scripts.seen(worker, role, silence_ms, roster.revision if roster else b"", fields))
+        fields = {"role": role, **({"teacher": teacher} if teacher else {}), **facts}.items()
+        group = teachers.of(teacher, role)
+        sight = self.once(scripts.seen(worker, group, silence_ms, roster.revision if roster else b"", fields))
         if roster and sight and sight.revision != roster.revision:
             # Names first: another thread that sees this revision sees no older names.
             roster.names = sight.names
             roster.revision = sight.revision
 
-    def gone(self, worker: str, *, role: str, streams: Sequence[str] = ()) -> None:
+    def gone(self, worker: str, *, role: str, streams: Sequence[str] = (), teacher: str = "") -> None:
         """Report that a worker has ended; `streams`: those that it read in its role's group."""
-        self.once(scripts.gone(worker, role, streams))
+        self.once(scripts.gone(worker, teachers.of(teacher, role), streams))
 
     def sweep(self, silent_s: float) -> int:
         """Remove the names of killed workers, once others have taken over what they held; returns how many."""
-        pairs = [("prompts", "rollout"), *((f"chunks:{shard}", "teacher") for shard in range(self.shards))]
+        pairs = [pair for pair in self.groups if pair[1] in ("rollout", "teacher")]
         return self.call(scripts.sweep(int(silent_s * 1000), pairs))
 
     def once(self, call: Call[R]) -> R | None:
@@ -690,6 +713,7 @@ def open_plane(
         claim_pause_s=config.liveness.claim_s,
         stop=stop,
         server=server,
+        teachers=tuple(config.all_teachers),
     )
 
 

@@ -39,6 +39,7 @@ class Planes(Plane):
         self._parts = tuple(parts)
         home = self._parts[0]
         self.client, self.prefix, self.run_key, self.shards = home.client, home.prefix, home.run_key, home.shards
+        self.teachers = home.teachers
         self.errors: Callable[[str], None] = lambda kind: None
         for part in parts:
             part.errors = lambda kind: self.errors(kind)
@@ -146,16 +147,15 @@ class Planes(Plane):
             part.read_again(stream, consumer)
 
     def claim_chunks(
-        self, consumer: str, *, idle_s: float, count: int, shards: Iterable[int] | None = None
+        self, consumer: str, *, idle_s: float, count: int, streams: Sequence[str] | None = None
     ) -> list[tuple[str, Entry, int]]:
         if not self.may_claim:
             return []
-        wanted = None if shards is None else list(shards)
         return [
             (stream, (tagged(entry, place), values), takeovers)
             for place, part in enumerate(self._parts)
             for stream, (entry, values), takeovers in part.claim_chunks(
-                consumer, idle_s=idle_s, count=count, shards=wanted
+                consumer, idle_s=idle_s, count=count, streams=streams
             )
         ]
 
@@ -208,11 +208,11 @@ class Planes(Plane):
                 total[name] = total.get(name, 0) + count
         return total
 
-    def minima(self) -> list[float]:
-        return self.home.minima()
+    def minima(self, teacher: str = "") -> list[float]:
+        return self.home.minima(teacher)
 
-    def threshold(self) -> bytes:
-        return self.home.threshold()
+    def threshold(self, teacher: str = "") -> bytes:
+        return self.home.threshold(teacher)
 
     def generated(self) -> int:
         return sum(part.generated() for part in self._parts)
@@ -274,14 +274,16 @@ class Planes(Plane):
 
     # --- workers -------------------------------------------------------------------------------------------------
 
-    def seen(self, worker: str, *, role: str, roster: Roster | None = None, **facts: str | int) -> None:
+    def seen(
+        self, worker: str, *, role: str, roster: Roster | None = None, teacher: str = "", **facts: str | int
+    ) -> None:
         """To each server, since each asks by itself whether a worker is silent; the roster is the home's."""
         for place, part in enumerate(self._parts):
-            part.seen(worker, role=role, roster=roster if place == 0 else None, **facts)
+            part.seen(worker, role=role, roster=roster if place == 0 else None, teacher=teacher, **facts)
 
-    def gone(self, worker: str, *, role: str, streams: Sequence[str] = ()) -> None:
+    def gone(self, worker: str, *, role: str, streams: Sequence[str] = (), teacher: str = "") -> None:
         for part in self._parts:
-            part.gone(worker, role=role, streams=streams)
+            part.gone(worker, role=role, streams=streams, teacher=teacher)
 
     def sweep(self, silent_s: float) -> int:
         return sum(part.sweep(silent_s) for part in self._parts)

@@ -358,17 +358,17 @@ def chunk(
     tokens: bytes,
     support: bytes,
     logprobs: bytes,
-    shard: int,
+    lane: str,
     length: int,
     finish: str | None,
 ) -> Call[Stored]:
-    """`length`: total tokens."""
+    """`lane`: of the stream of chunks, see `Plane.lane_of`. `length`: total tokens."""
 
     def read(reply: list[Any]) -> Stored:
         word = _word(ChunkAnswer, reply)
         return Stored(word, reply[1] if word is ChunkAnswer.OK else None)
 
-    return Call("chunk", (rid, nonce, seq, tokens, support, logprobs, shard, length, finish or ""), read, at=rid)
+    return Call("chunk", (rid, nonce, seq, tokens, support, logprobs, lane, length, finish or ""), read, at=rid)
 
 
 def beat(consumer: str, last: bytes, done: Sequence[bytes], asked: Sequence[Written], place: int = 0) -> Call[Beat]:
@@ -421,10 +421,11 @@ def claim(stream: str, consumer: str, idle_ms: int, most: int) -> Call[Claimed]:
 
 
 def score(
-    shard: int, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes, view: bytes = b""
+    lane: str, entry: bytes, rid: str, seq: int, divergence: bytes, support: bytes, view: bytes = b""
 ) -> Call[ScoreAnswer]:
-    """`support`: the teacher's log-probabilities. `view` b'' : none is stored."""
-    own = (shard, bare(entry), rid, seq, divergence, support, view)
+    """`lane`: of the stream of chunks that the entry is in. `support`: the teacher's log-probabilities. `view` b'' :
+    none is stored."""
+    own = (lane, bare(entry), rid, seq, divergence, support, view)
     return Call("score", own, lambda reply: _word(ScoreAnswer, reply), at=rid)
 
 
@@ -495,20 +496,22 @@ def verdict(
     buffer_size: int,
     threshold: float | Literal[""] | None,
     entries: Iterable[bytes],
+    teacher: str = "",
 ) -> Fenced[Judged]:
-    """`verdict` b'' : none. `minimum` None: none for the buffer. `threshold` None: inactive from now on; '' : as is."""
+    """`verdict` b'' : none. `minimum` None: none for the buffer. `threshold` None: inactive from now on; '' : as is.
+    `teacher`: whose buffer and threshold these are."""
     minimum_text = "" if minimum is None else repr(minimum)
     threshold_text = "" if threshold == "" else _threshold(threshold)
-    args: tuple[Argument, ...] = (rid, verdict, train, int(stop), minimum_text, buffer_size, threshold_text)
+    args: tuple[Argument, ...] = (rid, verdict, train, int(stop), minimum_text, buffer_size, threshold_text, teacher)
     return Fenced("verdict", (*args, *map(bare, entries)), lambda reply: _word(Judged, reply), at=rid)
 
 
 def calibrate(
-    number: int, buffer_size: int, threshold: float | None, minima: Sequence[float], place: int
+    number: int, buffer_size: int, threshold: float | None, minima: Sequence[float], place: int, teacher: str = ""
 ) -> Fenced[Done]:
-    """With several servers, after verdicts. `number`: of this call, rising; `threshold` as for `verdict`; `minima`: for
-    the buffer, at the home."""
-    args: tuple[Argument, ...] = (number, buffer_size, _threshold(threshold), *map(repr, minima))
+    """With several servers, after verdicts. `number`: of this call, rising; `threshold` and `teacher` as for `verdict`;
+    `minima`: for the buffer, at the home."""
+    args: tuple[Argument, ...] = (number, buffer_size, _threshold(threshold), teacher, *map(repr, minima))
     return Fenced("calibrate", args, _done, at=place)
 
 

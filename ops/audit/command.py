@@ -46,6 +46,7 @@ from ops.audit.table import AuditResult, csv_of, markdown_of, text_of, tree_of
 from ops.plots import named, save_png
 from ops.report.run import ReportRun, read_run
 from ops.tasks.source import TaskSource
+from ops.words import teachers_text
 
 _BY_TEACHER = "keep_teacher"
 _Key = tuple[str, str]  # source, and the rollout that was cut
@@ -121,13 +122,15 @@ class _Auditor:
     def _continued(self, prefixes: Mapping[_Key, Prefix], student: Continuer) -> dict[_Key, float | None]:
         """The share of right continuations of each prefix. One model in memory at a time."""
         config, progress = self._config, SamplingProgress(len(prefixes) * self._samples)
-        teacher = Continuer(self._pair.teacher.folder, None, config.teacher.model)
         right: dict[_Key, float | None] = {}
-        for weights, dtype, device in (
-            (student, config.rollout.dtype, config.eval.device),
-            (teacher, config.teacher.dtype, config.teacher.device),
-        ):
-            keys = [key for key in prefixes if (key[0] == _BY_TEACHER) == (weights is teacher)]
+        by_teacher = {key: self._source.teacher(one.problem) for key, one in prefixes.items() if key[0] == _BY_TEACHER}
+        jobs = [(student, config.rollout.dtype, config.eval.device, [key for key in prefixes if key not in by_teacher])]
+        for name, one in config.all_teachers.items():
+            teacher = Continuer(self._pair.teachers[name].folder, None, one.model)
+            jobs.append((teacher, one.dtype, one.device, [key for key, whose in by_teacher.items() if whose == name]))
+        for weights, dtype, device, keys in jobs:
+            if not keys:
+                continue
             shares = continue_all(
                 make_decoder(config, self._pair, weights, dtype=dtype, device=device),
                 self._source,
@@ -169,7 +172,7 @@ def _audit_of(
         policy=rule.policy,
         applied="shadow" if rule.shadow else rule.apply,
         student=student.name,
-        teacher=config.teacher.model,
+        teacher=teachers_text(config),
         samples=samples,
         seed=seed,
         temperature=rollout.temperature,

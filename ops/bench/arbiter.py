@@ -173,10 +173,10 @@ class _Stage:
         stored = plane.call_all([self._chunk_call(rid, seq, one) for rid, one in going])
         going = [pair for pair, answer in zip(going, stored, strict=True) if answer.word is scripts.ChunkAnswer.OK]
         self._over = set(self._rollouts) - {rid for rid, _ in going}
-        shards = [f"chunks:{shard}" for shard in range(plane.shards)]
+        streams = plane.chunk_streams()
         entries = {
             values[b"rid"].decode(): entry
-            for _, (entry, values) in plane.read("teacher", "bench", shards, count=_IN_FLIGHT, block_s=0.0)
+            for _, (entry, values) in plane.read("teacher", "bench", streams, count=_IN_FLIGHT, block_s=0.0)
         }
         plane.call_all([self._score_call(rid, entries[rid], seq, one) for rid, one in going])
         return [one for _, one in going]
@@ -188,11 +188,11 @@ class _Stage:
         digest = support_digest(support, logprobs)
         tokens = ChunkTokens(seq, chunk.start, 0, chunk.finish, "n0", digest, np.asarray(chunk.tokens, np.int32))
         length = chunk.start + len(chunk.tokens)
-        shard = self._plane.shard_of(rid)
-        return scripts.chunk(rid, "n0", seq, tokens.encode(), support, logprobs, shard, length, chunk.finish)
+        lane = self._plane.lane_of(rid)
+        return scripts.chunk(rid, "n0", seq, tokens.encode(), support, logprobs, lane, length, chunk.finish)
 
     def _score_call(self, rid: str, entry: bytes, seq: int, one: RecordedChunk) -> scripts.Call[scripts.ScoreAnswer]:
         divergence = ScoreDivergence(seq, one.divergence).encode()
         teacher = ScoreSupport(one.scored.teacher_logprobs, one.scored.tail_logprobs, one.scored.sampled).encode()
         view = ScoreView(seq, one.view).encode() if self._config.stores_view else b""
-        return scripts.score(self._plane.shard_of(rid), entry, rid, seq, divergence, teacher, view)
+        return scripts.score(self._plane.lane_of(rid), entry, rid, seq, divergence, teacher, view)

@@ -75,7 +75,7 @@ def bus(config: Config, repeats: int, *, rate: float | None = None) -> dict[str,
         "chunk_tokens": config.rollout.chunk_tokens,
         "mean_chunk_tokens": sum(one.tokens for one in recorded) / sum(len(one.chunks) for one in recorded),
         "slots": config.most_slots,
-        "workers": {"rollout": config.rollout.workers, "teacher": config.teacher.workers},
+        "workers": {"rollout": config.rollout.workers, "teacher": config.only_teacher.workers},
         **{name: spread([one[name] for one in found]) for name in found[0]},
         "figures": _FIGURES,
         "machine": machine(),
@@ -116,7 +116,7 @@ def _run(config: Config, recorded: list[RecordedRollout], repeats: int, rate: fl
     each = None if rate is None else rate / config.rollout.workers
     rows: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(_feeder, (recorded,)), (_arbiter, ())]
     rows += [(_rollout, (recorded, each, number)) for number in range(config.rollout.workers)]
-    rows += [(_teacher, (recorded, vocab_size, stops, number)) for number in range(config.teacher.workers)]
+    rows += [(_teacher, (recorded, vocab_size, stops, number)) for number in range(config.only_teacher.workers)]
     used = [(serve.__name__.removeprefix("_"), context.Value("d", 0.0, lock=False)) for serve, _ in rows]
     processes = [
         context.Process(target=_serve, args=(serve, config.to_yaml(), run_key, over, cpu, *args))
@@ -221,7 +221,7 @@ def _teacher(
     stop_count: int,
     number: int,
 ) -> None:
-    engine: Any = ReplayedScorer(recorded, config.teacher.slots)
+    engine: Any = ReplayedScorer(recorded, config.only_teacher.slots)
     name = f"teacher-bench-{number}"
     worker = TeacherWorker(config, plane, engine, vocab_size=vocab_size, stop_count=stop_count, worker=name, stop=stop)
     worker.serve(time.monotonic() + 3600)

@@ -48,7 +48,7 @@ class RecordedRollout:
 def record(config: Config, count: int) -> list[RecordedRollout]:
     """Write `count` rollouts with the config's student and score them with its teacher, in this process."""
     engines = Engines(config)
-    decoder, scorer, source = engines.decoder, engines.scorer, TaskSource(config)
+    decoder, scorer, source = engines.decoder, engines.scorer(), TaskSource(config)
     rollouts = [RecordedRollout(source.prompt(number)) for number in range(count)]
     begun, ended = 0, 0
     while ended < count:

@@ -27,6 +27,9 @@ class ReplayedPrompts:
     def prompt(self, problem: int) -> Ints:
         return self._recorded[problem % len(self._recorded)].prompt
 
+    def teacher(self, problem: int) -> str:
+        return ""
+
     def judge(self, problem: int, tokens: Ints) -> bool | None:
         return None
 

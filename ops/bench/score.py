@@ -23,17 +23,20 @@ def score(config: Config, repeats: int) -> dict[str, Any]:
     In flight: `teacher.slots`, one more, a quarter more and twice as many. `fixed` keeps the slots as they are, and
     `growing` may add up to `teacher.max_slots`; both are measured alternately. The texts are random tokens.
     """
-    torch.set_num_threads(config.teacher.threads)
-    pair, slots = check_pair(config), config.teacher.slots
+    torch.set_num_threads(config.only_teacher.threads)
+    pair, slots = check_pair(config), config.only_teacher.slots
     model = load_model(
-        pair.teacher.folder, dtype=config.teacher.dtype, device=config.teacher.device, vocab_size=pair.vocab_size
+        pair.teacher.folder,
+        dtype=config.only_teacher.dtype,
+        device=config.only_teacher.device,
+        vocab_size=pair.vocab_size,
     )
     prompts = [TaskSource(config).prompt(index) for index in range(2 * slots)]
     rows = {}
     for in_flight in sorted({slots, slots + 1, slots + slots // 4, 2 * slots}):
         found: dict[str, list[tuple[float, float]]] = {"fixed": [], "growing": []}
         for repeat in range(repeats + 1):
-            for name, most in (("fixed", slots), ("growing", config.teacher.max_slots)):
+            for name, most in (("fixed", slots), ("growing", config.only_teacher.max_slots)):
                 scorer = Scorer(
                     model,
                     slots=slots,
@@ -41,7 +44,7 @@ def score(config: Config, repeats: int) -> dict[str, Any]:
                     max_length=config.max_length,
                     stop_ids=pair.stop_ids,
                     vocab_size=pair.vocab_size,
-                    prefill_tokens=config.teacher.prefill_tokens,
+                    prefill_tokens=config.only_teacher.prefill_tokens,
                 )
                 measured = score_speed(scorer, config, prompts[:in_flight], pair.vocab_size, pair.stop_ids)
                 if repeat:  # the first warms up

@@ -236,6 +236,15 @@ class Cluster:
         """Processes of a role that `katana run` started, the oldest first."""
         return self._running("ops.cli", role, str(self.folder / CONFIG))
 
+    def pids_of_teacher(self, name: str) -> list[int]:
+        """The workers of one of several teachers, the oldest first."""
+        return self._running("ops.cli", "teacher", str(self.folder / CONFIG), "--teacher", name)
+
+    def scored_by(self, teacher: str) -> int:
+        """Tokens that the live workers of one of several teachers say they have scored."""
+        live = self.plane.live(within_s=3 * self.config.liveness.heartbeat_s).values()
+        return sum(int(facts.get("tokens", 0)) for facts in live if facts.get("teacher") == teacher)
+
     def nurseries(self) -> list[int]:
         """The process that `katana run` has its roles forked from; none where it uses none, or just starts it again."""
         return self._running("ops.cli.nursery", str(self.folder / CONFIG))
@@ -282,7 +291,7 @@ class Cluster:
         """Every process is there, and every worker at work."""
         wanted = dict.fromkeys(ROLES, 1) | {
             "rollout": self.config.rollout.workers,
-            "teacher": self.config.teacher.workers,
+            "teacher": sum(teacher.workers for teacher in self.config.all_teachers.values()),
             RANK: self.config.learner.nproc_per_node - 1,
         }
         if any(len(self.pids(role)) < count for role, count in wanted.items()):
@@ -354,7 +363,6 @@ class Cluster:
     def stage(self) -> Stage | None:
         """Progress of the work; None while Redis does not answer or does not know the run. Of several servers the
         newest notice of all."""
-        shards = self.plane.shards
         try:
             parts = [self._notices(part) for part in self.plane.parts]
             admitted = sum(int(part.client.get(self.key("cursor")) or 0) for part in self.plane.parts)
@@ -364,9 +372,9 @@ class Cluster:
         step = self._last_step()
         taken = step.unix_s if step else 0.0
         return Stage(
-            chunks=max(last[:shards], key=order),
-            scores=last[shards],
-            verdicts=last[shards + 1],
+            chunks=max(last[:-2], key=order),
+            scores=last[-2],
+            verdicts=last[-1],
             trained=taken if taken < time.time() + 1 else 0.0,
             admitted=admitted,
         )
@@ -374,7 +382,8 @@ class Cluster:
     def _notices(self, part: Plane) -> list[bytes]:
         """The last notice of each stream that shows progress. Raises redis-py's errors."""
         pipe = part.client.pipeline(transaction=False)
-        for name in (*(f"chunks:{shard}" for shard in range(part.shards)), "scores", "trajectories"):
+        streams = [stream for teacher in part.teachers for stream in part.chunk_streams(teacher)]
+        for name in (*streams, "scores", "trajectories"):
             pipe.xinfo_stream(self.key(name))
         return [bytes(one["last-generated-id"]) for one in pipe.execute()]
 

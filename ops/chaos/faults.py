@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from actors.cursors import Cursors
 from common.footprint import least_bytes, maxmemory_mb
 from common.rids import rid_of
 from common.runfiles.names import CHECKPOINTS, WEIGHTS
-from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence
+from common.teachers import called
+from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence
 from common.wire.weights import newest_version
 from ops.chaos.cluster import RANK, WORKERS, Cluster
 from ops.chaos.proxy import Hits
@@ -64,7 +65,8 @@ Inject = Callable[[Cluster, random.Random, Scene, int], str]
 class Kind:
     """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again;
     `several`: whether it is for several data servers (True), for a single one (False) or for both; `ranks`: whether it
-    is only for a learner of several processes; `rewards`: only for a run with `reward.mode`."""
+    is only for a learner of several processes; `rewards`: only for a run with `reward.mode`; `teachers`: only for
+    several teachers."""
 
     name: str
     inject: Inject
@@ -73,6 +75,7 @@ class Kind:
     several: bool | None = None
     ranks: bool = False
     rewards: bool = False
+    teachers: bool = False
 
     @property
     def others_take_over(self) -> bool:
@@ -85,6 +88,8 @@ class Kind:
         """By role, how often its supervisor will have to start a process anew."""
         if self.name in ("redis-lose", "data-server-lose"):
             return dict.fromkeys(("arbiter", "feeder", "learner"), 2)
+        if self.teachers:
+            return {"teacher": 2}
         return {self.role: 1} if self.role is not None and self.ends_process else {}
 
     @property
@@ -348,7 +353,8 @@ _JUNK: dict[str, tuple[dict[str, bytes], ...]] = {
 def _malformed(cluster: Cluster, rng: random.Random, scene: Scene, _: int, stream: str) -> str:
     """Put an entry into a stream that no one of ours writes; wait until it was taken off."""
     fields: Any = rng.choice(_JUNK[stream])
-    name = f"chunks:{rng.randrange(cluster.plane.shards)}" if stream == "chunks" else stream
+    teacher = rng.choice(cluster.plane.teachers)
+    name = rng.choice(cluster.plane.chunk_streams(teacher)) if stream == "chunks" else stream
     client, key = cluster.plane.client, cluster.key(name)
     with cluster.busy_redis:
         scene.broken_notices += 1
@@ -469,6 +475,42 @@ def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
     return f"a tenth of its time for {seconds:.1f} s"
 
 
+def _teacher_away(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
+    """All workers of one of several teachers gone for longer than a takeover takes, then killed. Meanwhile nobody may
+    take over their chunks, and the rollouts of another teacher go on."""
+    away = rng.choice(cluster.plane.teachers)
+    others = [name for name in cluster.plane.teachers if name != away]
+    pids, began = cluster.pids_of_teacher(away), time.monotonic()
+    if not pids:
+        raise Missed(f"{called(away)} had no worker")
+    with contextlib.ExitStack() as stopped:
+        for pid in pids:
+            stopped.enter_context(_stopped(pid))
+        waiting = _in_flight(cluster, others)
+        if not waiting:
+            raise Missed(f"no rollout of another teacher than {away} was in flight")
+        before = {name: cluster.scored_by(name) for name in waiting}
+        while (away_s := time.monotonic() - began) < cluster.config.liveness.claim_s + 4 or before:
+            cluster.check_open()
+            if away_s > _GO_ON_S:
+                raise TimeoutError(f"without {called(away)} none of {', '.join(before)} scored for {_GO_ON_S:.0f} s")
+            with contextlib.suppress(*_AWAY):
+                if any(cluster.scored_by(name) > count for name, count in before.items()):
+                    before = {}
+            time.sleep(0.2)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return f"{called(away)} away for {away_s:.1f} s, kill -9 of {len(pids)}; {', '.join(waiting)} went on"
+
+
+def _in_flight(cluster: Cluster, teachers: Sequence[str]) -> list[str]:
+    """Those of the teachers that have rollouts without a verdict."""
+    facts = cluster.plane.fields((rid, ["head", "verdict"]) for rid in sorted(cluster.open_rollouts()))
+    found = {RolloutHead.decode(head).scored_by for head, verdict in facts if head and verdict is None}
+    return [name for name in teachers if name in found]
+
+
 def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: int) -> str:
     """Tear the newest checkpoint and kill the learner, which must continue from the one before."""
     with _stopped(pid):
@@ -557,6 +599,7 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("poison-score", partial(_unusable, what="score"), several=False)
     yield Kind("poison-step", partial(_unusable, what="step"), several=False)
     yield Kind("slow-teacher", _slow_teacher, "teacher")
+    yield Kind("teacher-away", _teacher_away, teachers=True)
     yield Kind("torn-checkpoint", _torn_checkpoint, "learner", ("trained",))
     yield Kind("torn-weights", _torn_weights, "rollout")
     yield Kind("clock-shift", _clock)
@@ -565,8 +608,9 @@ def _kinds() -> Iterator[Kind]:
 KINDS = {kind.name: kind for kind in _kinds()}
 
 
-def kinds_for(servers: int, ranks: int, *, rewards: bool) -> list[str]:
+def kinds_for(servers: int, ranks: int, *, rewards: bool, teachers: int = 1) -> list[str]:
     """The kinds of faults for a run on so many data servers, with a learner of so many processes, with rewards or
-    not."""
+    not, and with so many teachers."""
     fitting = [kind for kind in KINDS.values() if kind.several in (None, servers > 1)]
-    return [kind.name for kind in fitting if (ranks > 1 or not kind.ranks) and (rewards or not kind.rewards)]
+    fitting = [kind for kind in fitting if (ranks > 1 or not kind.ranks) and (rewards or not kind.rewards)]
+    return [kind.name for kind in fitting if teachers > 1 or not kind.teachers]

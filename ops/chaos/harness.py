@@ -262,14 +262,16 @@ def run_chaos(
     config: Config, *, seeds: Sequence[int], faults: int, kinds: Sequence[str], calm_s: float, servers: int
 ) -> int:
     """`katana chaos`: a run for each seed, a table over all. `kinds`: none: all. Returns the exit code."""
-    ranks = config.learner.nproc_per_node
-    fitting = kinds_for(servers, ranks, rewards=config.reward.mode != "none")
+    ranks, teachers = config.learner.nproc_per_node, len(config.all_teachers)
+    fitting = kinds_for(servers, ranks, rewards=config.reward.mode != "none", teachers=teachers)
     kinds = kinds or fitting
     if other := next((kind for kind in kinds if kind in KINDS and kind not in fitting), None):
         if KINDS[other].ranks:
             raise ConfigError(f"--kinds: {other} needs learner.nproc_per_node 2 or more, found {ranks}")
         if KINDS[other].rewards and config.reward.mode == "none":
             raise ConfigError(f"--kinds: {other} needs reward.mode grpo or reinforce_leave_one_out, found none")
+        if KINDS[other].teachers and teachers == 1:
+            raise ConfigError(f"--kinds: {other} needs teachers of two or more, found one teacher")
         wanted = "--servers 2 or more" if KINDS[other].several else "--servers 1"
         raise ConfigError(f"--kinds: {other} needs {wanted}, found --servers {servers}")
     results = []

@@ -46,7 +46,7 @@ def held_by(cluster: Cluster, role: str, pid: int) -> Held:
         )
     notices: dict[str, set[bytes]] = {}
     for place, part in enumerate(plane.parts):
-        for stream in (f"chunks:{shard}" for shard in range(plane.shards)):
+        for stream in (stream for teacher in plane.teachers for stream in plane.chunk_streams(teacher)):
             entries = part.client.xpending_range(plane.key(stream), "teacher", "-", "+", 1000, consumername=name)
             if entries:
                 notices.setdefault(stream, set()).update(tagged(one["message_id"], place) for one in entries)

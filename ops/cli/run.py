@@ -31,6 +31,8 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     for role, text in ROLES.items():
         parser = command(commands, role, _role, f"one role, for clusters: {text}")
         add_config(parser, judges=role in ("feeder", "arbiter"))
+        if role == "teacher":
+            parser.add_argument("--teacher", metavar="NAME", help="of several teachers the one whose chunks it scores")
 
     check = command(commands, "check", _check, "validate a config, its models and data, and show what would run")
     add_config(check, of_a_run=True, judges=True)
@@ -61,6 +63,17 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         help="train nothing; copy MODEL into --out with another id for its end token, as in an instruct model",
     )
     pretrain.add_argument(
+        "--shift",
+        type=Path,
+        metavar="MODEL",
+        help="train nothing; copy MODEL into --out as a model of the other dialect (docs/teachers.md)",
+    )
+    pretrain.add_argument(
+        "--bilingual",
+        action="store_true",
+        help="train the shipped student on for a minute, half of its documents in the other dialect",
+    )
+    pretrain.add_argument(
         "--leave-loop",
         type=chance,
         metavar="P",
@@ -84,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _role(arguments: argparse.Namespace) -> int:
     from ops.run.roles import run_role
 
-    return run_role(arguments.command, load_config(arguments))
+    return run_role(arguments.command, load_config(arguments), getattr(arguments, "teacher", None))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -136,12 +149,16 @@ def _keys(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from ops.tasks.pretrain import exchange_end, pretrain, with_loops
+    from ops.tasks.pretrain import bilingual, exchange_end, pretrain, shift, with_loops
 
-    if arguments.exchange_end is not None:
-        if arguments.loop is not None or arguments.leave_loop is not None:
-            raise ConfigError("--exchange-end trains no model: it cannot be combined with --loop or --leave-loop")
-        exchange_end(arguments.exchange_end, arguments.out)
+    copies = {"--exchange-end": (arguments.exchange_end, exchange_end), "--shift": (arguments.shift, shift)}
+    asked = {name: one for name, one in copies.items() if one[0] is not None}
+    if len(asked) > 1:
+        raise ConfigError("--exchange-end and --shift each make a copy: give one of them")
+    for name, (source, copy) in asked.items():
+        if arguments.loop is not None or arguments.leave_loop is not None or arguments.bilingual:
+            raise ConfigError(f"{name} trains no model: it cannot be combined with --loop, --leave-loop or --bilingual")
+        copy(source, arguments.out)
         return 0
     for option, value, other, role in (
         ("--loop", arguments.loop, "teacher", "student"),
@@ -149,6 +166,10 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     ):
         if value is not None and arguments.which == other:
             raise ConfigError(f"{option} is for the {role}'s documents: use it with --which {role} or both")
+    if arguments.bilingual and (arguments.loop is not None or arguments.which != "student"):
+        raise ConfigError("--bilingual needs --which student, and cannot be combined with --loop")
     settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
+    if arguments.bilingual:
+        settings = bilingual()
     pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0

@@ -20,6 +20,7 @@ from common.config import Config
 from common.policies import unit_of
 from common.runfiles.records import BookLine, Trace
 from common.runfiles.run import RunFolder
+from common.teachers import in_lane, of
 from common.wire.messages import MessageError, Verdict, read_rid
 from common.wire.plane import Plane, unix_s
 from common.wire.planes import all_like_fullest
@@ -111,7 +112,8 @@ class Snapshot:
     dead_letters: int | None = None
     saving: LiveSaving = field(default_factory=LiveSaving)
     threshold_nats: float | None = None
-    minima: int | None = None
+    threshold_of: dict[str, float | None] = field(default_factory=dict)  # of several teachers each one's, in nats
+    minima: int | None = None  # of several teachers of all of them
     cut_rate: float | None = None  # share of treated rollouts in which the policy fired, applied or not
     lag_versions: float | None = None
     tokens_per_s: dict[str, float | None] = field(default_factory=dict)
@@ -170,6 +172,7 @@ class Observer:
         workers = self._workers(run, facts["workers"], now)
         self._note_verdicts(run, facts["trajectories"])
         policy = facts["policy"]
+        thresholds = facts["thresholds"] if unit_of(run.config.termination.policy) == "nats" else {}
         return replace(
             blank,
             run_key=run.run_key,
@@ -183,7 +186,8 @@ class Observer:
             ledger=facts["ledger"],
             open_rollouts=facts["open"],
             dead_letters=facts["dead"],
-            threshold_nats=facts["threshold"] if unit_of(run.config.termination.policy) == "nats" else None,
+            threshold_nats=thresholds.get(""),
+            threshold_of={name: value for name, value in thresholds.items() if name},
             minima=facts["minima"],
             redis_used_bytes=facts["memory"].get("used_memory"),
             redis_max_bytes=facts["memory"].get("maxmemory"),
@@ -312,7 +316,9 @@ class Observer:
                 "trained": _or(self._folder.trained_per_s(), self._by_port["trained"].total()),
             },
             saving=snapshot.saving if snapshot.saving.source else _served_saving(by_role.get("feeder", [])),
-            threshold_nats=_or(snapshot.threshold_nats, _first(by_role.get("arbiter"), "katana_kat_threshold_nats")),
+            threshold_nats=_or(
+                snapshot.threshold_nats, _first(by_role.get("arbiter"), "katana_kat_threshold_nats", teacher="")
+            ),
             cut_rate=_or(_first(by_role.get("arbiter"), "katana_kat_cut_rate"), snapshot.cut_rate),
             lag_versions=_or(snapshot.lag_versions, _mean(by_role.get("learner"), "katana_policy_lag_versions")),
         )
@@ -383,20 +389,20 @@ def _joined(one: Stream | None, other: Stream) -> Stream:
 def _read_part(part: Plane) -> dict[str, Any]:
     """What the operator may not read is left out."""
     streams = part.groups
-    (seconds, micros), strings, policy, ledger, opened, minima, dead, memory, workers, newest, *rest = _ask(
-        part, streams
-    )
+    (seconds, micros), strings, policy, ledger, opened, dead, memory, workers, newest, *rest = _ask(part, streams)
+    minima, rest = rest[: len(part.teachers)], rest[len(part.teachers) :]
     now, leases = seconds + micros / 1e6, rest[: 2 * len(LEASED)]
-    state, threshold = _or_empty(strings, [None, None])
+    state, *thresholds = _or_empty(strings, [None] * (1 + len(part.teachers)))
+    readable = [count for count in minima if not isinstance(count, Exception)]
     counts = _or_empty(ledger, {})
     return {
         "now": now,
         "state": "gone" if state is None else state.decode("ascii", "replace"),
-        "threshold": _real(threshold),
+        "thresholds": dict(zip(part.teachers, map(_real, thresholds), strict=True)),
         "policy": _or_empty(policy, {}),
         "ledger": {name.decode("ascii", "replace"): _whole(count) or 0 for name, count in counts.items()},
         "open": _or_empty(opened, None),
-        "minima": _or_empty(minima, None),
+        "minima": sum(readable) if readable else None,
         "dead": _or_empty(dead, None),
         "memory": _or_empty(memory, {}),
         "workers": _or_empty(workers, []),
@@ -413,15 +419,16 @@ def _ask(part: Plane, streams: Sequence[tuple[str, str]]) -> list[Any]:
     """Answers in the order in which `_read_part` takes them apart; an error is the answer of its own command alone."""
     pipe, key = part.client.pipeline(transaction=False), part.key
     pipe.time()
-    pipe.mget([key(name) for name in ("run", "threshold")])
+    pipe.mget([key(name) for name in ("run", *(of(teacher, "threshold") for teacher in part.teachers))])
     pipe.hgetall(key("policy"))
     pipe.hgetall(key("ledger"))
     pipe.scard(key("open"))
-    pipe.llen(key("minima"))
     pipe.xlen(key("dead"))
     pipe.info("memory")
     pipe.zrevrange(key("workers"), 0, _MOST_WORKERS - 1, withscores=True)
     pipe.xrevrange(key("trajectories"), count=_MOST_VERDICTS)
+    for teacher in part.teachers:
+        pipe.llen(key(of(teacher, "minima")))
     for role in LEASED:
         pipe.exists(key(f"lease:{role}"))
         pipe.pttl(key(f"lease:{role}"))
@@ -435,12 +442,13 @@ def _ask(part: Plane, streams: Sequence[tuple[str, str]]) -> list[Any]:
 
 
 def _streams(names: Sequence[str], answers: Sequence[Any], now: float) -> dict[str, Stream]:
-    """All shards of chunks together, as the feeder's metrics have them."""
+    """All shards of a teacher's chunks together, as the feeder's metrics have them."""
     found: dict[str, Stream] = {}
     for name, size, pending in zip(names, answers[::2], answers[1::2], strict=True):
         if isinstance(size, Exception):
             continue
-        stream = name.partition(":")[0]
+        teacher = in_lane(name)[1]
+        stream = f"chunks of {teacher}" if teacher else name.partition(":")[0]
         before = found.get(stream, Stream(0, None))
         ages = [before.oldest_pending_s]
         if isinstance(pending, dict) and pending["pending"]:
@@ -497,8 +505,8 @@ def _count_of(feeder: Served, arm: str) -> float | None:
     return feeder.value("katana_rollout_length_tokens_count", arm=arm)
 
 
-def _first(served: Sequence[Served] | None, name: str) -> float | None:
-    return next((value for one in served or () if (value := one.value(name)) is not None), None)
+def _first(served: Sequence[Served] | None, name: str, **labels: str) -> float | None:
+    return next((value for one in served or () if (value := one.value(name, **labels)) is not None), None)
 
 
 def _mean(served: Sequence[Served] | None, name: str) -> float | None:

@@ -163,6 +163,9 @@ def _saving(snapshot: Snapshot) -> str:
 
 
 def _threshold(snapshot: Snapshot) -> str:
+    if any(value is not None for value in snapshot.threshold_of.values()):
+        each = snapshot.threshold_of.items()
+        return ", ".join(f"{plain(name)} {'inactive' if value is None else f'{value:.2e}'}" for name, value in each)
     if snapshot.threshold_nats is not None:
         return f"{snapshot.threshold_nats:.2e} nats"
     return "inactive" if snapshot.minima is None else f"inactive ({snapshot.minima} minima)"

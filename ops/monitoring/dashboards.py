@@ -244,9 +244,10 @@ _DIVERGENCE = PanelRow(
         ),
         Panel(
             "Threshold",
-            "The divergence under which a window counts as dead, for rollouts admitted now.",
+            "The divergence under which a window counts as dead, for rollouts admitted now. Several teachers have one "
+            "each.",
             "suffix: nats",
-            (Query(f"max({of('kat_threshold_nats', job='arbiter')})", "threshold"),),
+            (Query(f"max by (teacher) ({of('kat_threshold_nats', job='arbiter')})", "threshold {{teacher}}"),),
         ),
         Panel(
             "Cut rate (policy fired)",
@@ -260,7 +261,7 @@ _DIVERGENCE = PanelRow(
             "Minima in the buffer",
             "Smallest window means of calibrating rollouts; the threshold is their quantile.",
             "short",
-            (Query(f"max({of('kat_buffer_size', job='arbiter')})", "minima"),),
+            (Query(f"max by (teacher) ({of('kat_buffer_size', job='arbiter')})", "minima {{teacher}}"),),
         ),
         Panel(
             "Stop signals",
@@ -303,7 +304,7 @@ _FLOW = PanelRow(
             "Entries outstanding",
             "Entries of each stream not yet removed. The stage that reads the longest one is the bottleneck.",
             "short",
-            (Query(f"max by (stream) ({of('stream_outstanding', job='feeder')})", "{{stream}}"),),
+            (Query(f"max by (stream, teacher) ({of('stream_outstanding', job='feeder')})", "{{stream}} {{teacher}}"),),
         ),
         Panel(
             "Rollouts booked",
@@ -357,7 +358,7 @@ _FLOW = PanelRow(
             "Workers",
             "Workers with recent heartbeats.",
             "short",
-            (Query(f"max by (role) ({of('workers_live', job='feeder')})", "{{role}}"),),
+            (Query(f"max by (role, teacher) ({of('workers_live', job='feeder')})", "{{role}} {{teacher}}"),),
             alarm=1.0,
             alarm_below=True,
         ),
@@ -371,7 +372,12 @@ _LATENCY = PanelRow(
             "Oldest pending entry",
             "Age of the oldest entry of each stream that a process has taken and not acknowledged.",
             "s",
-            (Query(f"max by (stream) ({of('stream_oldest_pending_seconds', job='feeder')})", "{{stream}}"),),
+            (
+                Query(
+                    f"max by (stream, teacher) ({of('stream_oldest_pending_seconds', job='feeder')})",
+                    "{{stream}} {{teacher}}",
+                ),
+            ),
             alarm=120.0,
         ),
         Panel(

@@ -123,8 +123,8 @@ class Words:
             self.missing = str(error)
         stops: list[int] = []
         models = [config.student.model]
-        if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
-            models.append(config.teacher.model)
+        if config.rollout.stop_set == "union":  # else the writer continues after the teachers'
+            models += [teacher.model for teacher in config.all_teachers.values()]
         for model in models:
             with contextlib.suppress(ModelError, OSError):  # without it the teacher's stop is an ordinary token
                 stops += read_facts(find_model(model, weights=False)).stop_ids

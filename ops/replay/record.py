@@ -29,6 +29,7 @@ class Replayed:
 
     rid: str
     arm: str
+    teacher: str
     problem: int
     seed: int
     lot: float
@@ -129,6 +130,7 @@ def _rollouts(config: Config, traced: Sequence[_Traced], steps: dict[int, int], 
             Replayed(
                 rid=line.rid,
                 arm=line.arm,
+                teacher=line.teacher,
                 problem=line.problem,
                 seed=rollout_seed(config.seed, number),
                 lot=uniform_bits(config.seed, "arm", number) / 2**64,

@@ -132,10 +132,13 @@ class Replay:
         which it was admitted; in the run, by that of its first score, a little later (deterministic runs: the same).
         """
         windows, policy = self._windows_of(settings), policies.find(settings.policy)
-        minima, verdicts = MinimaBuffer(settings.buffer_size), []
-        numbers: list[float | None] = [None]  # after so many verdicts; before the first there is none
+        verdicts = []
+        # Each teacher has its own buffer, and its own number after so many verdicts; before the first there is none.
+        buffers = {one.teacher: MinimaBuffer(settings.buffer_size) for one in self._record.rollouts}
+        numbers: dict[str, list[float | None]] = {teacher: [None] for teacher in buffers}
         for place, one in enumerate(self._record.rollouts):
-            progress, number, cut = Progress(one.version, one.step, minima), numbers[one.known], None
+            minima = buffers[one.teacher]
+            progress, number, cut = Progress(one.version, one.step, minima), numbers[one.teacher][one.known], None
             if one.free:
                 cut = self._cut(settings, one, windows[place], number)
                 arm = self._arm_of(one, settings)
@@ -147,7 +150,8 @@ class Replay:
                     if least is not None:
                         minima.push(least)
             verdicts.append(Judgement(number, policy.active(number), cut))
-            numbers.append(policy.number(settings, progress))
+            for teacher, own in numbers.items():  # a verdict changes the number of its own teacher
+                own.append(policy.number(settings, progress) if teacher == one.teacher else own[-1])
         return verdicts
 
     def _arm_of(self, rollout: Replayed, settings: Termination) -> str:

@@ -20,7 +20,7 @@ from ops.report.page import write_page
 from ops.report.panels import draw_accuracy, draw_fates, draw_length, headline
 from ops.report.run import ReportRun, find_decoder, read_run
 from ops.report.traces import draw_traces
-from ops.words import policy_text
+from ops.words import policy_text, teachers_text
 
 SIZE_INCHES, DOTS_PER_INCH = (16.0, 10.0), 100
 
@@ -67,7 +67,7 @@ def draw_caption(figure: Figure, run: ReportRun) -> None:
             f"{config.name}: {run.steps_done} of {config.learner.max_steps} steps of {config.learner.batch_size}, task "
             f"{config.data.task}, at most {config.rollout.max_completion_length} tokens",
         ),
-        ("models", f"{Path(config.student.model).name} learns from {Path(config.teacher.model).name}"),
+        ("models", f"{Path(config.student.model).name} learns from {teachers_text(config, short_names=True)}"),
         ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("finished", data.reasons_text(run.lines)),
         ("ledger", data.ledger_text(run.folder)),

@@ -40,7 +40,8 @@ from ops.report.panels import headline
 from ops.report.run import ReportRun
 from ops.stats import endings, rewards
 from ops.stats.saving import ARMS, arm_totals
-from ops.words import policy_text
+from ops.stats.teachers import by_teacher
+from ops.words import policy_text, teachers_text
 
 FILES = Path(__file__).parent / "html"
 NEWEST, SAMPLED = 1000, 1000
@@ -136,7 +137,7 @@ def page(run: ReportRun, drawn: dict[str, str]) -> str:
         "script_hash": f"sha256-{digest}",
         "name": escape(run.config.name),
         "headline": escape(headline(run)),
-        "figures": f"<div>{_facts(run)}</div><div>{_arms(run)}{_endings(run)}{_evaluations(run)}</div>",
+        "figures": f"<div>{_facts(run)}</div><div>{_arms(run)}{_teachers(run)}{_endings(run)}{_evaluations(run)}</div>",
         "plots": "\n".join(_figure(name, drawn[name]) for name in plots.PLOTS),
         "shown": escape(_shown(run, len(chosen))),
         "data": _inert(table_data(run, chosen)),
@@ -177,7 +178,7 @@ def _facts(run: ReportRun) -> str:
     rows = [
         ("run", f"{config.name}: {_done_text(run)}"),
         ("wall time", _wall_text(run)),
-        ("models", f"{config.student.model} learns from {config.teacher.model}"),
+        ("models", f"{config.student.model} learns from {teachers_text(config)}"),
         ("task", f"{config.data.task}, at most {config.rollout.max_completion_length} tokens"),
         ("policy", policy_text(config, (line.threshold for line in run.lines))),
         ("length saving", _saving_text(run.saving)),
@@ -228,6 +229,16 @@ def _arms(run: ReportRun) -> str:
     counts = [sum(getattr(totals[arm], name) for arm in ARMS) for name in list(names)[:-1]]
     mean = counts[1] / counts[0] if counts[0] else None
     return _table("Tokens", ["", *names.values()], [*rows, ["both", *counts, mean]])
+
+
+def _teachers(run: ReportRun) -> str:
+    """Figures of each of several teachers."""
+    heads = ["", "rollouts", "trained", "mean length", "right", "cut"]
+    rows = [
+        [name, one.rollouts, one.trained, one.mean_generated, one.accuracy, one.cut_rate]
+        for name, one in by_teacher(run.lines).items()
+    ]
+    return _table("Teachers: rollouts, their mean length, shares right and cut", heads, rows) if rows else ""
 
 
 def _endings(run: ReportRun) -> str:
@@ -308,7 +319,9 @@ def choose(lines: Sequence[BookLine]) -> list[int]:
 def table_data(run: ReportRun, chosen: Sequence[int]) -> dict[str, Any]:
     """The JSON for the page's script, see the top of this file. Raises ConfigError."""
     timed = any(line.admitted_unix_s is not None for line in run.lines)
-    columns = COLUMNS if timed else COLUMNS[:-1]
+    columns = [*(COLUMNS if timed else COLUMNS[:-1])]
+    if run.config.teachers:
+        columns.insert(3, Column("teacher", "teacher", "text", "the teacher that scored it", _field("teacher")))
     rids, folder = {run.lines[place].rid for place in chosen}, run.folder.path
     readings = list(readings_from_folder(folder, run.config, rids, words=_RememberedWords(run.config, folder)))
     pieces: dict[tuple[int, str], int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from common import policies, policy_names
@@ -17,6 +18,7 @@ from common.pretrained import (
     is_hub_id,
     load_tokenizer,
 )
+from common.teachers import called
 from ops.run.check_lora import check_lora
 from ops.run.check_redis import check_redis
 from ops.run.devices import absent, devices_of, unknown
@@ -63,23 +65,23 @@ def _check_models(config: Config, found: Findings) -> Pair | None:
     except ModelError as error:
         found.problems.append(str(error))
         return None
-    for who, facts, model in (
-        ("student", pair.student, config.student.model),
-        ("teacher", pair.teacher, config.teacher.model),
-    ):
-        if facts.parameters_bytes == 0 and not is_hub_id(model):
+    models = {"student": config.student.model}
+    models |= {called(name): teacher.model for name, teacher in config.all_teachers.items()}
+    facts_of = {"student": pair.student} | {called(name): facts for name, facts in pair.teachers.items()}
+    for who, facts in facts_of.items():
+        if facts.parameters_bytes == 0 and not is_hub_id(models[who]):
             found.problems.append(f"{who} {facts.folder}: contains no *.safetensors; Katana loads no other weights")
     stops = ", ".join(str(stop) for stop in pair.stop_ids)
+    contexts = ", ".join(f"{who} {_context(facts)}" for who, facts in facts_of.items())
     found.lines += [
-        f"student    {pair.student.folder} ({pair.student.model_type})",
-        f"teacher    {pair.teacher.folder} ({pair.teacher.model_type})",
+        *(f"{who:10} {facts.folder} ({facts.model_type})" for who, facts in facts_of.items()),
         f"tokenizer  shared, {pair.vocab_size} ids in use",
         f"stop set   {{{stops}}}: generation ends on any of them; together they are one outcome, STOP",
         f"lengths    {config.data.max_prompt_length} + {config.rollout.max_completion_length} tokens; contexts: "
-        f"student {_context(pair.student)}, teacher {_context(pair.teacher)}",
+        f"{contexts}",
     ]
     found.lines += [f"warning    {text}" for text in ends_outside(pair, config.data)]
-    for who, facts in (("student", pair.student), ("teacher", pair.teacher)):
+    for who, facts in facts_of.items():
         if attention_of(facts.folder) == "eager":
             found.lines.append(
                 f"warning    {who}: {facts.model_type} has no sdpa attention and runs with eager attention: it holds "
@@ -163,6 +165,8 @@ def _check_prompts(config: Config, found: Findings) -> None:
             found.problems.append(str(error))
         else:
             found.lines.append(f"{what} {_rows_text(config, source, name)}; the longest of {read} has {longest} tokens")
+            if config.teachers and name is None:
+                found.lines += _by_teacher(config, source)
             of = f"eval.data.{name}: " if name else ""
             lines = [f"warning    {of}{text}" for text in source.notes]
             # A note on the chat template repeats for each benchmark: it is printed once.
@@ -184,11 +188,28 @@ def _rows_text(config: Config, source: TaskSource, name: str | None) -> str:
     return f"{name}: {used} of {source.count} rows of {one.path}{skipped}, {one.k or config.eval.k} samples each"
 
 
+def _by_teacher(config: Config, source: TaskSource) -> list[str]:
+    """How many rows each teacher has, or of a task without rows how many of its first problems; a warning for one
+    without any."""
+    counts = source.by_teacher
+    unit = f"{source.count} rows" if counts else f"the first {_PROMPTS_READ} problems"
+    if not counts:
+        counts = Counter(source.teacher(index) for index in range(_PROMPTS_READ))
+    shares = ", ".join(f"{name} {counts.get(name, 0)}" for name in config.teachers)
+    lines = [f"rows       by teacher, of {unit}: {shares}"]
+    return lines + [
+        f"warning    {called(name)} has no row: its workers would wait for ever"
+        for name in config.teachers
+        if not counts.get(name)
+    ]
+
+
 def _estimate_memory(
     config: Config, pair: Pair, machine: Machine, found: Findings, *, whole_logits: bool = False
 ) -> None:
-    student, teacher = shape_in(pair.student.folder), shape_in(pair.teacher.folder)
-    needed = needs(config, student, teacher, machine, vocab=pair.vocab_size, whole_logits=whole_logits)
+    student = shape_in(pair.student.folder)
+    teachers = {name: shape_in(facts.folder) for name, facts in pair.teachers.items()}
+    needed = needs(config, student, teachers, machine, vocab=pair.vocab_size, whole_logits=whole_logits)
     found.lines += lines(needed, machine)
 
 
@@ -235,7 +256,7 @@ def _add_summary(config: Config, found: Findings) -> None:
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner{_ranks_text(learner.nproc_per_node)}, {config.rollout.workers} rollout, "
-        f"{config.teacher.workers} teacher"
+        + ", ".join(f"{teacher.workers} {called(name)}" for name, teacher in config.all_teachers.items())
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
     found.lines += [*_loss_warnings(config), *_reward_warnings(config)]

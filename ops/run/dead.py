@@ -261,6 +261,7 @@ def _describe(record: dict[bytes, bytes], decode: Decoder | None) -> list[tuple[
     head, verdict = read.get(b"head"), record.get(b"verdict")
     if isinstance(head, RolloutHead):
         lines += [("arm", head.arm), ("problem", str(head.problem)), ("prompt", _text(head.prompt, decode))]
+        lines += [("teacher", head.teacher)] if head.teacher else []
     chunks = sorted((one for one in read.values() if isinstance(one, ChunkTokens)), key=lambda one: one.seq)
     scored = sum(isinstance(one, ScoreDivergence) for one in read.values())
     stored = {name: _plain(record.get(name.encode(), b"?")) for name in ("chunks", "length", "scored")}

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from actors.placing import AUTO
 from common.config import Config
+from common.teachers import process, section
 
 
 def devices_of(config: Config) -> Iterator[tuple[str, str]]:
     """Key and value of every device that a config names; `auto` is not one."""
-    named = [("rollout.device", config.rollout.device), ("teacher.device", config.teacher.device)]
+    named = [("rollout.device", config.rollout.device)]
+    named += [(f"{section(name)}.device", teacher.device) for name, teacher in config.all_teachers.items()]
     if config.learner.device != AUTO:
         named += [("learner.device", config.learner.device_of(rank)) for rank in range(config.learner.nproc_per_node)]
     if config.eval.every_steps:
@@ -22,29 +24,26 @@ def spread(config: Config, gpus: int) -> dict[str, str]:
     """The device of each process of a run on one machine with so many GPUs, by the process's name.
 
     `auto`, with one GPU, is that one for all. With several, the learner has the first ones, one for each of its
-    processes: it needs the most memory. Teacher workers, rollout workers and the evaluator are dealt over the others in
-    this order; over all, if none is left.
+    processes: it needs the most memory. Teacher workers (teacher after teacher), rollout workers and the evaluator are
+    dealt over the others in this order; over all, if none is left.
     """
-    others = [f"teacher-{n}" for n in range(config.teacher.workers)]
-    others += [f"rollout-{n}" for n in range(config.rollout.workers)]
-    others += ["evaluator"] if config.eval.every_steps else []
-    settings = {
-        "learner": config.learner.device,
-        "teacher": config.teacher.device,
-        "rollout": config.rollout.device,
-        "evaluator": config.eval.device,
-    }
+    given = {"learner": config.learner.device}
+    for name, teacher in config.all_teachers.items():
+        given |= {f"{process(name)}-{n}": teacher.device for n in range(teacher.workers)}
+    given |= {f"rollout-{n}": config.rollout.device for n in range(config.rollout.workers)}
+    given |= {"evaluator": config.eval.device} if config.eval.every_steps else {}
+    others = [name for name in given if name != "learner"]
     everywhere = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     free = everywhere[config.learner.nproc_per_node :] or everywhere
     chosen = {name: free[place % len(free)] for place, name in enumerate(others)}
     named = {"learner": everywhere[0], **chosen}
-    given = {name: settings[name.partition("-")[0]] for name in named}
     return {name: named[name] if device == AUTO else device for name, device in given.items()}
 
 
 def uses_auto(config: Config) -> bool:
     """Whether a device of the config is `auto`."""
-    return AUTO in (config.rollout.device, config.teacher.device, config.learner.device, config.eval.device)
+    teachers = (teacher.device for teacher in config.all_teachers.values())
+    return AUTO in (config.rollout.device, config.learner.device, config.eval.device, *teachers)
 
 
 def gpus_here() -> int:

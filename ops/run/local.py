@@ -18,6 +18,7 @@ from common.runfiles.making import lock, open_folder
 from common.runfiles.names import BUSY, CONFIG, LOGS, REDIS, WALL
 from common.runfiles.records import Wall
 from common.runfiles.run import RunFolder
+from common.teachers import process
 from common.wire.plane import Plane, RedisUnavailable
 from common.wire.planes import create_on, open_planes
 from ops.reach.children import Child, end, katana, start
@@ -50,6 +51,7 @@ class _Child:
     role: str
     name: str
     threads: int
+    words: tuple[str, ...] = ()  # of its command, after the config
     process: Child | None = None
     failures: Failures = field(default_factory=Failures)
     log_from: int = 0  # offset in its log at which the output of the current process begins
@@ -152,7 +154,7 @@ class LocalRun:
         log_file = self._log_of(child)
         log_file.parent.mkdir(exist_ok=True)
         child.log_from = log_file.stat().st_size if log_file.exists() else 0
-        words = [child.role, str(config_file), *sets]
+        words = [child.role, str(config_file), *child.words, *sets]
         if self._nursery is None:
             child.process = start(katana(*words), log_file, environment)
         else:
@@ -223,7 +225,10 @@ def _children(config: Config) -> list[_Child]:
         _Child("arbiter", "arbiter", 1),
     ]
     children += [_Child("rollout", f"rollout-{n}", config.rollout.threads) for n in range(config.rollout.workers)]
-    children += [_Child("teacher", f"teacher-{n}", config.teacher.threads) for n in range(config.teacher.workers)]
+    for teacher, settings in config.all_teachers.items():
+        own = ("--teacher", teacher) if teacher else ()
+        names = [f"{process(teacher)}-{n}" for n in range(settings.workers)]
+        children += [_Child("teacher", name, settings.threads, own) for name in names]
     if config.eval.every_steps:
         children.append(_Child("evaluator", "evaluator", config.eval.threads))
     return children

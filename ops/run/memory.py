@@ -10,6 +10,7 @@ from common.config import Config
 from common.config.sections import MOST_EVAL_SLOTS
 from common.memory import PROCESS_BYTES, SIZE, ModelShape, Part, Training, learner, scorer, shape_of, writer
 from common.pretrained import attention_of, read_model_config, weight_files
+from common.teachers import process
 from ops.run.devices import gpus_here, spread
 
 GB = 1_000_000_000
@@ -55,7 +56,7 @@ def shape_in(folder: Path) -> ModelShape:
 def needs(
     config: Config,
     student: ModelShape,
-    teacher: ModelShape,
+    teachers: Mapping[str, ModelShape],
     machine: Machine,
     *,
     vocab: int,
@@ -63,8 +64,9 @@ def needs(
 ) -> list[Need]:
     """Every process of the run with a model, in the order in which they are placed on a device.
 
-    vocab: logits that are used. whole_logits: the learner holds those of a whole micro-batch. `auto` slots take a
-    quarter of what the processes before them leave on the device, as the engines do when they start.
+    teachers: by name, as `Config.all_teachers`. vocab: logits that are used. whole_logits: the learner holds those of a
+    whole micro-batch. `auto` slots take a quarter of what the processes before them leave on the device, as the engines
+    do when they start.
     """
     found: list[Need] = []
 
@@ -76,7 +78,7 @@ def needs(
     for name, device in spread(config, machine.gpus).items():
         ranks = [*_ranks(config, device)] if name == "learner" else [device]
         for rank, own in enumerate(ranks):
-            one = _need(config, student, teacher, name, own, left(own), vocab, whole_logits)
+            one = _need(config, student, teachers, name, own, left(own), vocab, whole_logits)
             # Rank 0 alone publishes, and writes checkpoints.
             found.append(replace(one, part=replace(one.part, host=0)) if rank else one)
     return found
@@ -85,7 +87,7 @@ def needs(
 def _need(
     config: Config,
     student: ModelShape,
-    teacher: ModelShape,
+    teachers: Mapping[str, ModelShape],
     name: str,
     device: str,
     free: int | None,
@@ -96,8 +98,10 @@ def _need(
     if role == "learner":
         training = training_of(config, whole_logits=whole_logits)
         return Need(name, device, learner(student, training, on_gpu=on_gpu, published=config.rollout.dtype))
-    rollout, scoring = config.rollout, config.teacher
+    rollout = config.rollout
     if role == "teacher":
+        whose = next(one for one in config.all_teachers if name.rpartition("-")[0] == process(one))
+        scoring, teacher = config.all_teachers[whose], teachers[whose]
         settings = {"dtype": scoring.dtype, "length": config.max_length, "prefill": scoring.prefill_tokens}
         part = scorer(teacher, slots=scoring.slots, vocab=vocab, **settings)  # type: ignore[arg-type]
         return Need(name, device, part, scoring.slots)

@@ -258,7 +258,8 @@ def begin_nursery(config: Config) -> AbstractContextManager[Nursery | None]:
     it takes."""
     if _LIBC is None:
         return contextlib.nullcontext()
-    types = {model_type(model) for model in (config.student.model, config.teacher.model)}
+    teachers = [teacher.model for teacher in config.all_teachers.values()]
+    types = {model_type(model) for model in (config.student.model, *teachers)}
     return Nursery(config.run_dir / CONFIG, sorted(filter(None, types)))
 
 

@@ -18,6 +18,7 @@ from common.policies import written
 from common.policy_names import CALIBRATED
 from common.runfiles.records import BookLine, Evaluation, Step, Summary
 from common.runfiles.run import RunFolder
+from common.teachers import called, of
 from common.wire.plane import Plane
 from ops.stats import endings, rewards
 from ops.stats.saving import ARMS, length_saving
@@ -98,9 +99,11 @@ class RunProgress:
 
     def _ask(self) -> None:
         client, key = self._plane.client, self._plane.key
-        threshold = client.get(key("threshold"))
-        self._facts["threshold"] = None if threshold in (None, b"inactive") else float(threshold)
-        self._facts["buffer"] = client.llen(key("minima"))
+        stored = {name: client.get(key(of(name, "threshold"))) for name in self._plane.teachers}
+        self._facts["thresholds"] = {
+            name: float(value) for name, value in stored.items() if value not in (None, b"inactive")
+        }
+        self._facts["buffer"] = sum(client.llen(key(of(name, "minima"))) for name in self._plane.teachers)
         live = self._plane.live(within_s=10.0)
         self._facts["workers"] = live
         for facts in live.values():
@@ -168,7 +171,7 @@ class RunProgress:
             if saving is not None and saving.ratio is not None
             else "–"
         )
-        threshold = self._facts.get("threshold")
+        thresholds, policy = self._facts.get("thresholds", {}), self._config.termination.policy
         rate = self._rate()
         workers = self._facts.get("workers", {}).values()
         roles = [f"{facts.get('role')} {float(facts.get('busy', 0)):.0%}" for facts in workers]
@@ -180,11 +183,10 @@ class RunProgress:
             "loss": _number(step and step.loss, ".4f"),
             "length treated / control": "{} / {} tokens".format(*(_number(means[arm], ".0f") for arm in ARMS)),
             "saving": interval,
-            "threshold": written(threshold, self._config.termination.policy, ".2e")
-            if threshold is not None
-            else (
+            "threshold": ", ".join(f"{name} {written(one, policy, '.2e')}".strip() for name, one in thresholds.items())
+            or (
                 f"inactive ({self._facts.get('buffer', 0)} of {self._config.termination.min_calibration} minima)"
-                if self._config.termination.policy in CALIBRATED
+                if policy in CALIBRATED
                 else "–"
             ),
             "lag": f"{_number(step and step.staleness_mean, '.2f')} versions",
@@ -233,6 +235,11 @@ def describe(summary: Summary, config: Config) -> str:
         lines.append(
             f"{arm:>8}: {totals.rollouts} rollouts, {totals.tokens_generated} tokens written, "
             f"{totals.tokens_trained} trained on, mean {_number(totals.mean_generated, '.1f')}"
+        )
+    for name, found in summary.teachers.items():
+        lines.append(
+            f"{called(name)}: {found.rollouts} rollouts, mean {found.mean_generated:.1f}, right "
+            f"{_number(found.accuracy, '.3f')}, cut {_number(found.cut_rate, '.3f')}"
         )
     if saving.ratio is not None:
         lines.append(f"length saving {saving.ratio:.1%} (95 % interval {saving.low:.1%} to {saving.high:.1%})")

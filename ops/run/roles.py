@@ -23,6 +23,7 @@ from common.episode import Episode
 from common.runfiles.making import open_folder
 from common.runfiles.names import REPORT_LOCK, RUN
 from common.runfiles.run import RunFolder
+from common.teachers import process, section
 from common.wire.lease import LeaseLost
 from common.wire.plane import Plane, RedisUnavailable, RunGone, Stopping
 from common.wire.planes import create_on, open_planes
@@ -37,31 +38,47 @@ WORKERS = ("rollout", "teacher")  # Celery workers: they end only on a signal, a
 _DEVICE_OF = {"evaluator": "eval"}  # section of the config by role, where the names differ
 
 
-def run_role(role: str, config: Config) -> int:
-    """Run a role until its run is over or a signal stops it; returns the exit code."""
+def run_role(role: str, config: Config, teacher: str | None = None) -> int:
+    """Run a role until its run is over or a signal stops it; returns the exit code. `teacher`: the one of several that
+    a teacher worker is for. Raises ConfigError, also if that is not one of the config's."""
+    teacher = _teacher_of(config, teacher) if role == "teacher" else ""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {role} %(levelname)s %(message)s")
     if role == "learner" and (rank := rank_of_torchrun()) is not None:
         if rank:
             return follow_torchrun()
         with others_of_torchrun() as others:
             return _run(role, config, others)
-    return _run(role, config, None)
+    return _run(role, config, None, teacher)
 
 
-def _run(role: str, config: Config, others: Others | None) -> int:
+def _teacher_of(config: Config, teacher: str | None) -> str:
+    """Raises ConfigError if the config has no such teacher, or several and none is named."""
+    if not config.teachers:
+        if teacher:
+            raise ConfigError(f"--teacher {teacher}: the config has one teacher, in `teacher`; leave --teacher out")
+        return ""
+    known = ", ".join(config.teachers)
+    if not teacher:
+        raise ConfigError(f"--teacher is missing: a worker is for one of the teachers; allowed: {known}")
+    if teacher not in config.teachers:
+        raise ConfigError(f"--teacher {teacher}: the config has no such teacher; allowed: {known}")
+    return teacher
+
+
+def _run(role: str, config: Config, others: Others | None, teacher: str = "") -> int:
     stop = threading.Event()
     if role not in WORKERS:  # Celery has handlers of its own
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
     try:
-        clients = _connect(role, config)
+        clients = _connect(role, config, teacher)
     except Unreachable as error:
         if RUN_KEY not in os.environ:
             raise
         log.error("error: %s", error)  # Redis answered when `katana run` started, so the config is right
         return 1
     if role in WORKERS:
-        return _run_celery_worker(role, config)
+        return _run_celery_worker(role, config, process(teacher) if role == "teacher" else role)
     if role == "feeder" and RUN_KEY not in os.environ:  # `katana run` has checked it
         _check_memory(config, clients)
     try:
@@ -108,11 +125,13 @@ def _is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
-def _connect(role: str, config: Config) -> list[redis.Redis]:
+def _connect(role: str, config: Config, teacher: str = "") -> list[redis.Redis]:
     """A client of each data server of the run. Raises ConfigError, also if this machine lacks the role's device."""
     with _cuda_left_alone():
         for key, device in devices_of(config):
-            if key.startswith(f"{_DEVICE_OF.get(role, role)}.") and (problem := problem_with(device)):
+            if key.startswith(f"{section(teacher) if role == 'teacher' else _DEVICE_OF.get(role, role)}.") and (
+                problem := problem_with(device)
+            ):
                 raise ConfigError(f"{key}: {problem}")
     return reach(config, role)
 
@@ -183,7 +202,7 @@ def _begin(role: str, config: Config, others: Others | None) -> Callable[[Config
 
 
 def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
-    from actors.app import keep_tasks_waiting, make_app, remove_waiting_tasks
+    from actors.app import keep_tasks_waiting, make_app, queues_of, remove_waiting_tasks
     from actors.feeder import Feeder
     from ops.run.tracking import Tracking
     from ops.tasks.source import TaskSource
@@ -194,12 +213,13 @@ def _feeder(config: Config, plane: Plane, stop: threading.Event) -> None:
     for note in source.notes:
         log.warning("data: %s", note)
     source.prepare()
-    away = Episode(log)
-    feeder = Feeder(config, plane, source, stop, send_tasks=lambda: keep_tasks_waiting(broker, plane.run_key, away))
+    away, queues = Episode(log), queues_of(config)
+    send_tasks = partial(keep_tasks_waiting, broker, plane.run_key, away, queues)
+    feeder = Feeder(config, plane, source, stop, send_tasks=send_tasks)
     with Tracking(config, plane.run_key, config.tracking) as tracking:
         feeder.run()
         if plane.state() == "ended":
-            remove_waiting_tasks(broker)
+            remove_waiting_tasks(broker, queues)
             _sum_up(config.run_dir)
             tracking.wait_for_evaluations(stop)
 
@@ -276,7 +296,7 @@ def _set_environment(settings: dict[str, str | None]) -> None:
             os.environ[f"KATANA_{name.upper()}"] = value
 
 
-def _run_celery_worker(role: str, config: Config) -> int:
+def _run_celery_worker(role: str, config: Config, queue: str) -> int:
     """Run a Celery worker of one queue in this process. SIGTERM ends its worker task, then the worker."""
     urls = " ".join(config.redis.servers)
     _set_environment({"redis_url": urls, "broker_url": config.redis.broker, **config.redis.access(role)})
@@ -290,9 +310,9 @@ def _run_celery_worker(role: str, config: Config) -> int:
         [
             "worker",
             "-Q",
-            role,
+            queue,
             "-n",
-            f"{role}-{os.getpid()}@%h",
+            f"{queue}-{os.getpid()}@%h",
             "--loglevel",
             "INFO",
             "--without-gossip",

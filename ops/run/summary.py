@@ -13,6 +13,7 @@ from common.runfiles.run import RunFolder
 from ops.stats import endings
 from ops.stats.rewards import rewards_of
 from ops.stats.saving import ARMS, arm_totals, length_saving
+from ops.stats.teachers import by_teacher
 
 
 def summarize(folder: Path) -> Summary:
@@ -28,6 +29,7 @@ def summarize(folder: Path) -> Summary:
         length_saving=length_saving(lines),
         endings=endings.by_ending(lines),
         rewards=rewards_of(run, lines),
+        teachers=by_teacher(lines),
         finish_reasons=dict(sorted(Counter(line.finish_reason for line in lines).items())),
         evaluations=sorted(run.evaluations(), key=lambda one: one.policy_version),
         ledger=run.ledger,

@@ -23,10 +23,12 @@ class SpecialToken(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: the model's prompt, and the text that its answer must equal."""
+    """One problem: the model's prompt, the text that its answer must equal, and which of several teachers is its
+    own ('' : there is one)."""
 
     prompt: str
     answer: str
+    teacher: str = ""
 
 
 class Task(Protocol):

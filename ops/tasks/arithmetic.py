@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ops.tasks import Problem, Split
@@ -24,6 +24,12 @@ ALPHABET = "0123456789+-=;#?\n"
 SMALLEST_RESULT, LARGEST_RESULT = 10, 99
 EVAL_PERCENT = 10
 """Share of all prompts that belong to the evaluation split."""
+
+PLAIN, SHIFTED = DIALECTS = ("plain", "shifted")
+"""How a chain is written: as above, or with the marks of SHIFTS, "12+7;19#19-3;16=16" after "12+7-3\\n". A model of the
+one whose tokens are renamed is a model of the other (`ops.tasks.pretrain.shift`)."""
+SHIFTS = {"=": ";", ";": "#", "#": "=", "?": "\n", "\n": "?"}
+_INTO_SHIFTED = str.maketrans(SHIFTS)
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _TERM = re.compile(r"([+-]?)([0-9]+)")
@@ -73,13 +79,15 @@ class Arithmetic:
     """Problems of `min_numbers` to `max_numbers` numbers: one of 10 to `max_first`, then 1 to `max_value`.
 
     After the first, each number occurs at most once with each sign. The defaults are the sizes that the shipped
-    models are made for. Raises ValueError for sizes that allow no problem.
+    models are made for. Of `shifted_percent` of the problems the dialect is SHIFTED, and each then names its dialect as
+    its teacher. Raises ValueError for sizes that allow no problem.
     """
 
     min_numbers: int = 12
     max_numbers: int = 15
     max_first: int = 49
     max_value: int = 9
+    shifted_percent: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_numbers <= self.max_numbers:
@@ -89,6 +97,8 @@ class Arithmetic:
         # Up to 40 one sign or the other always keeps a result in 10..99.
         if not self.max_numbers - 1 <= 2 * self.max_value <= 80:
             raise ValueError(f"need max_numbers - 1 <= 2 max_value <= 80, got {self}")
+        if not 0 <= self.shifted_percent <= 100:
+            raise ValueError(f"need 0 <= shifted_percent <= 100, got {self}")
 
     @property
     def max_prompt_length(self) -> int:
@@ -110,7 +120,12 @@ class Arithmetic:
         while True:
             problem = self.draw(rng)
             if split_of(problem.prompt) == split:
-                return problem
+                return self._in_dialect(problem, rng) if self.shifted_percent else problem
+
+    def _in_dialect(self, problem: Problem, rng: random.Random) -> Problem:
+        if rng.randrange(100) >= self.shifted_percent:
+            return replace(problem, teacher=PLAIN)
+        return Problem(shifted(problem.prompt), problem.answer, SHIFTED)
 
     def draw(self, rng: random.Random) -> Problem:
         """Draw a problem of either split."""
@@ -131,18 +146,30 @@ class Arithmetic:
                 return Problem(prompt=f"{prompt}?", answer=str(value))
 
     def verify(self, problem: Problem, completion: str) -> bool:
-        """Return whether the integer after the first "#" is the answer, as text ("016" is not "16").
+        """Return whether the integer after the first "#" is the answer, as text ("016" is not "16"); in the other
+        dialect after the first "=".
 
         The chain need not be right, and text after the integer does not matter: a base model that
         continues after a right answer has still given it.
         """
         end = self.answer_end(problem, completion)
-        return end is not None and completion[completion.index("#") + 1 : end] == problem.answer
+        return end is not None and completion[completion.index(_mark(problem)) + 1 : end] == problem.answer
 
     def answer_end(self, problem: Problem, completion: str) -> int | None:
-        """Return the offset just after the integer that follows the first "#"; None if there is none."""
-        hash_at = completion.find("#")
-        if hash_at < 0:
+        """Return the offset just after the integer that follows the first "#", in the other dialect the first "=";
+        None if there is none."""
+        mark_at = completion.find(_mark(problem))
+        if mark_at < 0:
             return None
-        match = _INTEGER.match(completion, hash_at + 1)
+        match = _INTEGER.match(completion, mark_at + 1)
         return match.end() if match else None
+
+
+def shifted(text: str) -> str:
+    """A text of the dialect PLAIN in the dialect SHIFTED."""
+    return text.translate(_INTO_SHIFTED)
+
+
+def _mark(problem: Problem) -> str:
+    """The mark in front of an answer."""
+    return SHIFTS["#"] if problem.teacher == SHIFTED else "#"

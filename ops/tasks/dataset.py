@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -40,11 +41,13 @@ class Layout:
     skip_too_long: bool = False
     skip_special: bool = False
     template_columns: tuple[str, ...] = ()  # columns that go to the chat template in rows that have them
+    teacher_key: str | None = None
+    teachers: tuple[str, ...] = ()  # names that the column `teacher_key` may have
 
     @property
     def columns(self) -> frozenset[str] | None:
         """Columns to read of formats that have columns; None: all, where dots may be part of a name."""
-        keys = {self.prompt_key} | ({self.answer_key} if self.answer_key is not None else set())
+        keys = {key for key in (self.prompt_key, self.answer_key, self.teacher_key) if key is not None}
         return None if any("." in key for key in keys) else frozenset(keys)
 
 
@@ -134,6 +137,7 @@ class Dataset:
         self._layout, self._render, self._lengths, self._verifier = layout, render, lengths, verifier
         self._spool, self._too_long, self._special = _Spool(), UnusedRows(), UnusedRows()
         self.origin = Origin()
+        self.by_teacher: Counter[str] = Counter()  # rows in use; empty with one teacher
         rows = read_rows(layout.path, layout.columns, frozenset(layout.template_columns))
         while batch := list(islice(rows, _ROWS_AT_A_TIME)):
             for place, record in self._records(batch):
@@ -149,7 +153,7 @@ class Dataset:
             )
 
     def _records(self, rows: list[Row]) -> Iterator[tuple[str, list[str]]]:
-        """Place, prompt and answer of each row that is used."""
+        """Place, and prompt, answer and perhaps teacher of each row that is used."""
         layout = self._layout
         used: list[tuple[Row, str]] = []
         for place, row in rows:
@@ -169,7 +173,7 @@ class Dataset:
                 raise ConfigError(f"{place}: the prompt has no token")
             if tokens <= layout.max_prompt_length:
                 answer = "" if layout.answer_key is None else _answer(row, layout.answer_key, place)
-                yield place, [prompt, answer]
+                yield place, [prompt, answer, *self._teacher(row, place)]
             elif layout.skip_too_long:
                 self._too_long.add(place)
             else:
@@ -177,6 +181,17 @@ class Dataset:
                     f"{place}: the prompt has {tokens} tokens, data.max_prompt_length is {layout.max_prompt_length}: "
                     f"raise it, or leave such rows out by data.too_long: skip"
                 )
+
+    def _teacher(self, row: dict[str, Any], place: str) -> list[str]:
+        """The name of a row's teacher, if there are several. Raises ConfigError."""
+        key, known = self._layout.teacher_key, self._layout.teachers
+        if key is None:
+            return []
+        name = column(row, key, place)
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"{place}: the teacher ({key!r}) is {name!r:.60}; allowed: {', '.join(known)}")
+        self.by_teacher[name] += 1
+        return [name]
 
     @property
     def count(self) -> int:
@@ -205,7 +220,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """BLAKE2 of all prompts and answers in use, in their order."""
+        """BLAKE2 of all prompts, answers and names of teachers in use, in their order."""
         return self._spool.digest
 
     def prepare(self) -> None:
@@ -221,8 +236,7 @@ class Dataset:
         if index < 0:
             raise ValueError(f"index must not be negative, got {index}")
         epoch, place = divmod(index, self.count)
-        prompt, answer = self._spool[shuffled(place, self.count, f"{seed}:{epoch}") if split == "train" else place]
-        return Problem(prompt, answer)
+        return Problem(*self._spool[shuffled(place, self.count, f"{seed}:{epoch}") if split == "train" else place])
 
     def verify(self, problem: Problem, completion: str) -> bool | None:
         """Whether the completion answers the problem; None if there is no verdict."""

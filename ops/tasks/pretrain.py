@@ -21,7 +21,7 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common.pretrained import find_model, read_facts
-from ops.tasks.arithmetic import ALPHABET, Addition, Arithmetic, steps_of, terms_of
+from ops.tasks.arithmetic import ALPHABET, SHIFTS, Addition, Arithmetic, shifted, steps_of, terms_of
 
 PAD, EOS = "<pad>", "<eos>"
 SIGNED = tuple(f"{sign}{digit}" for sign in "+-" for digit in range(1, 10))
@@ -129,6 +129,7 @@ class PretrainSettings:
     measured_problems: int = 128
     measured_samples: int = 4
     max_completion_length: int = 192
+    begin: str | None = None  # a model to go on from; None: random weights
 
 
 def build_tokenizer(context_tokens: int = 256) -> PreTrainedTokenizerFast:
@@ -213,7 +214,15 @@ def _loop(step: Addition, mix: DocumentMix, rng: random.Random) -> Iterator[Piec
 
 
 def document(task: Arithmetic, mix: DocumentMix, rng: random.Random, limit: int) -> list[Piece]:
-    """Return one document: problems with their solutions, to the end token or to `limit` characters."""
+    """Return one document: problems with their solutions, to the end token or to `limit` characters. Of the task's
+    `shifted_percent` of the documents all of the text is in the other dialect."""
+    pieces = _plain_document(replace(task, shifted_percent=0), mix, rng, limit)
+    if task.shifted_percent and rng.randrange(100) < task.shifted_percent:
+        return [(text if text == EOS else shifted(text), learned) for text, learned in pieces]
+    return pieces
+
+
+def _plain_document(task: Arithmetic, mix: DocumentMix, rng: random.Random, limit: int) -> list[Piece]:
     pieces: list[Piece] = []
     length = 0
     while True:
@@ -394,32 +403,57 @@ def with_loops(*, student_loop: float | None = None, teacher_leaves: float | Non
     return PretrainSettings(teacher=replace(TEACHER, documents=teacher), student=replace(STUDENT, documents=student))
 
 
+def bilingual() -> PretrainSettings:
+    """For a student that knows a little of both dialects: the shipped one, trained on for a while with half of the
+    documents in the other dialect. One that has never seen the other marks gives them no probability, and reverse KL
+    hardly moves what has none."""
+    recipe = replace(STUDENT, steps=300, peak_lr=2e-3)
+    return PretrainSettings(task=Arithmetic(shifted_percent=50), student=recipe, begin="ops/models/student")
+
+
 def exchange_end(source: Path, out: Path) -> None:
     """Copy a shipped model so that its end token has another id, that of the padding token: as good as before.
 
     Base and instruct models often end with different tokens; this makes such a pair, for rollout.stop_set. Raises
     ModelError if `source` cannot be loaded.
     """
+    _rename(source, out, {PAD_ID: EOS_ID, EOS_ID: PAD_ID}, {"eos_token_id": PAD_ID, "pad_token_id": EOS_ID})
+
+
+def shift(source: Path, out: Path) -> None:
+    """Copy a shipped model so that it reads and writes the dialect SHIFTED: as good at it as before at the other.
+
+    What the model computes stays; the marks of SHIFTS have each other's rows of the embedding. This makes a second
+    teacher in a second. Raises ModelError if `source` cannot be loaded.
+    """
+    _rename(source, out, {VOCABULARY[old]: VOCABULARY[new] for old, new in SHIFTS.items()}, {})
+
+
+def _rename(source: Path, out: Path, names: Mapping[int, int], changes: dict[str, Any]) -> None:
+    """Copy a model so that it takes the token `new` for what was the token `old`, for each `old: new` of `names`.
+    `changes`: of the keys of its configurations. Raises ModelError."""
     facts = read_facts(find_model(str(source)))
     state = load_file(facts.folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):  # only one of them if they are tied
         if name in state:
-            state[name][[PAD_ID, EOS_ID]] = state[name][[EOS_ID, PAD_ID]]
+            state[name][[*names.values()]] = state[name][[*names]]
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(facts.folder.glob("*.json")):
         text = path.read_text()
-        if path.name in ("config.json", "generation_config.json"):
-            text = json.dumps(json.loads(text) | {"eos_token_id": PAD_ID, "pad_token_id": EOS_ID}, indent=2) + "\n"
+        if changes and path.name in ("config.json", "generation_config.json"):
+            text = json.dumps(json.loads(text) | changes, indent=2) + "\n"
         (out / path.name).write_text(text)
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def _command(role: Role, seed: int, recipe: Recipe) -> str:
+def _command(role: Role, seed: int, recipe: Recipe, shifted_percent: int = 0) -> str:
     mix, other = recipe.documents, ""
     if role == "teacher" and mix.leave_loop != TEACHER.documents.leave_loop:
         other = f" --leave-loop {mix.leave_loop:g}"
     if role == "student" and mix.loop != STUDENT.documents.loop:
         other = f" --loop {mix.loop:g}"
+    if shifted_percent:
+        other += " --bilingual"
     return f"katana pretrain --which {role} --seed {seed}{other}"
 
 
@@ -428,6 +462,10 @@ def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: 
     started = time.monotonic()
     torch.manual_seed(seed)
     model = build_model(recipe, settings.context_tokens)
+    if settings.begin is not None:
+        model.load_state_dict(
+            load_file(find_model(settings.begin) / "model.safetensors"), strict=False
+        )  # tied: no head
     parameters = sum(parameter.numel() for parameter in model.parameters())
     log(f"{role}: {parameters} parameters, {recipe.steps} steps")
     train(model, settings, recipe, random.Random(f"{seed}:{role}"), log)
@@ -437,7 +475,7 @@ def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: 
     model.save_pretrained(folder)
     build_tokenizer(settings.context_tokens).save_pretrained(folder)
     record = {
-        "command": _command(role, seed, recipe),
+        "command": _command(role, seed, recipe, settings.task.shifted_percent),
         "seed": seed,
         "parameters": parameters,
         "train_s": round(train_s),

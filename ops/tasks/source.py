@@ -15,7 +15,7 @@ from common.runfiles.names import DATA_ROWS, RUN
 from common.runfiles.run import read_json
 from common.wire.messages import Ints
 from ops.tasks import Problem, PromptTooLong, Split, Task
-from ops.tasks.arithmetic import Arithmetic
+from ops.tasks.arithmetic import DIALECTS, Arithmetic
 from ops.tasks.dataset import Dataset, Layout
 from ops.tasks.origin import differences
 from ops.tasks.verifiers import find_verifier
@@ -42,7 +42,23 @@ def make_task(config: Config, tokenizer: Any = None, benchmark: str | None = Non
         task: Task = TASKS[data.task](**data.options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"data.options of task {data.task!r}: {error}") from error
+    _check_dialects(config, task)
     return task
+
+
+def _check_dialects(config: Config, task: Task) -> None:
+    """Raises ConfigError unless a built-in task names the teachers that the config has."""
+    several = isinstance(task, Arithmetic) and task.shifted_percent > 0
+    if config.teachers and not (several and config.data.teacher_key == "dialect"):
+        raise ConfigError(
+            f"data.teacher_key: {config.data.teacher_key!r} of the task {config.data.task!r} names no teacher; "
+            f"allowed: 'dialect' of the task 'arithmetic' with data.options.shifted_percent above 0"
+        )
+    if several and set(config.teachers) != set(DIALECTS):
+        raise ConfigError(
+            f"data.options.shifted_percent: the problems name the teachers {', '.join(DIALECTS)}; "
+            f"teachers has {', '.join(config.teachers) or 'none'}"
+        )
 
 
 def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
@@ -62,6 +78,8 @@ def _dataset(config: Config, tokenizer: Any, benchmark: str | None) -> Dataset:
         skip_too_long=data.too_long == "skip",
         skip_special=data.special_tokens == "skip",
         template_columns=tuple(data.template_columns) if data.chat else (),
+        teacher_key=data.teacher_key if benchmark is None else None,
+        teachers=tuple(config.teachers),
     )
     return Dataset(
         layout,
@@ -122,8 +140,9 @@ class TaskSource:
         self._encode = Encoder(self.tokenizer, chat=config.data.chat)
         self._task = make_task(config, self.tokenizer, benchmark)
         self._stops = set(read_facts(folder).stop_ids)
-        if config.rollout.stop_set == "union":  # else the writer continues after the teacher's
-            self._stops |= set(read_facts(find_model(config.teacher.model, weights=False)).stop_ids)
+        if config.rollout.stop_set == "union":  # else the writer continues after the teachers'
+            for teacher in config.all_teachers.values():
+                self._stops |= set(read_facts(find_model(teacher.model, weights=False)).stop_ids)
 
     def prepare(self) -> None:
         """Start the verifier; a process that will judge calls this first."""
@@ -216,6 +235,15 @@ class TaskSource:
         if not ids:
             raise ConfigError(f"problem {problem} of split {self._split!r}: the prompt is empty")
         return np.asarray(ids, dtype=np.int32)
+
+    def teacher(self, problem: int) -> str:
+        """The name of a problem's teacher; '' if there is one."""
+        return self.problem(problem).teacher
+
+    @property
+    def by_teacher(self) -> dict[str, int]:
+        """Number of rows of a data set for each of several teachers; empty with one, and for a task without rows."""
+        return dict(self._task.by_teacher) if isinstance(self._task, Dataset) else {}
 
     def text(self, tokens: Ints) -> str:
         """The completion's text, up to the first stop token."""

@@ -87,7 +87,7 @@ class Desk:
     def judge(self, rid: str, **changes: Any) -> None:
         values = {"generated": 3, "cut": False, "finish_reason": "eos", "trigger": 3, "keep": 3, "train": 3} | changes
         body = make_verdict(rid, **values)
-        args = (rid, body.encode(), body.train, 0, "", 4, "inactive")
+        args = (rid, body.encode(), body.train, 0, "", 4, "inactive", "")
         assert self.run.lease("arbiter").call(fenced("verdict", *args))[0] == b"ok"
 
     def count(self, rid: str, generated: int) -> None:
@@ -195,11 +195,11 @@ def test_streams_are_measured(desk: Desk) -> None:
     desk.take()
     time.sleep(1.1)
     desk.waited(HOUSEKEEPING_S)
-    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "prompts"}) == 6
-    oldest = REGISTRY.get_sample_value("katana_stream_oldest_pending_seconds", {"stream": "prompts"})
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "prompts", "teacher": ""}) == 6
+    oldest = REGISTRY.get_sample_value("katana_stream_oldest_pending_seconds", {"stream": "prompts", "teacher": ""})
     assert oldest is not None
     assert 0 < oldest < 60
-    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "chunks"}) == 0
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "chunks", "teacher": ""}) == 0
 
 
 @pytest.mark.parametrize("how", ["dead", "empty"])
@@ -516,7 +516,7 @@ def test_the_limits_for_alerts_are_served(desk: Desk) -> None:
     wanted = {"batch_size": 4, "max_staleness": 1, "max_steps": 100, "concurrency": 6}
     assert {kind: REGISTRY.get_sample_value("katana_config_value", {"kind": kind}) for kind in wanted} == wanted
     assert REGISTRY.get_sample_value("katana_rollouts_open") == 6
-    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "dead"}) == 0
+    assert REGISTRY.get_sample_value("katana_stream_outstanding", {"stream": "dead", "teacher": ""}) == 0
     used = desk.run.client.info("memory")
     ratio = REGISTRY.get_sample_value("katana_redis_memory_ratio")
     assert ratio == pytest.approx(used["used_memory"] / used["maxmemory"] if used["maxmemory"] else 0, rel=0.2)

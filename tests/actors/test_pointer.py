@@ -66,7 +66,9 @@ def test_the_learner_ignores_a_version_that_is_not_a_number(
     student = PACKAGE_ROOT / "ops" / "models" / "student"
     run = start(embedded_redis, student={"model": str(student)})
     facts = read_facts(student)
-    learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    learner = Learner(
+        run.config, run.plane, Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size), threading.Event()
+    )
     assert learner.announced() == -1
     run.lease("learner").call(fenced("publish", 3, 30, "v00000003.safetensors", "aa"))
     assert learner.announced() == 3

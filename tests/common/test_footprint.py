@@ -47,7 +47,7 @@ def to_the_verdict(run: Run, rid: str) -> None:
         generated=length,
         view=view,
     )
-    args = (rid, verdict.encode(), length, 0, "0.5", 16, "0.5", *run.score_entries())
+    args = (rid, verdict.encode(), length, 0, "0.5", 16, "0.5", "", *run.score_entries())
     assert run.lease("arbiter").call(fenced("verdict", *args))[0] == b"ok"
 
 

@@ -40,8 +40,8 @@ EXPECTED = {
     "stop_overshoot_tokens": ("histogram", ("arm",)),
     "chunk_score_seconds": ("histogram", ()),
     "token_divergence_nats": ("histogram", ()),
-    "kat_threshold_nats": ("gauge", ()),
-    "kat_buffer_size": ("gauge", ()),
+    "kat_threshold_nats": ("gauge", ("teacher",)),
+    "kat_buffer_size": ("gauge", ("teacher",)),
     "kat_cut_rate": ("gauge", ()),
     "policy_version": ("gauge", ("role",)),
     "policy_lag_versions": ("histogram", ("role",)),
@@ -55,10 +55,10 @@ EXPECTED = {
     "trajectories_dropped": ("counter", ("reason",)),
     "ended_length_tokens": ("histogram", ("reason",)),
     "ended_trainable_tokens": ("histogram", ("reason",)),
-    "stream_outstanding": ("gauge", ("stream",)),
-    "stream_oldest_pending_seconds": ("gauge", ("stream",)),
+    "stream_outstanding": ("gauge", ("stream", "teacher")),
+    "stream_oldest_pending_seconds": ("gauge", ("stream", "teacher")),
     "rollouts_open": ("gauge", ()),
-    "workers_live": ("gauge", ("role",)),
+    "workers_live": ("gauge", ("role", "teacher")),
     "redis_memory_ratio": ("gauge", ()),
     "config_value": ("gauge", ("kind",)),
     "learner_tokens": ("counter", ()),
@@ -93,7 +93,7 @@ def test_metric_has_its_type_and_labels(name: str) -> None:
 def test_every_name_has_the_prefix_and_no_label_can_grow_without_end() -> None:
     for collector in metrics.REGISTRY._collector_to_names:
         assert collector._name.startswith("katana_")
-        assert set(collector._labelnames) <= {"role", "arm", "reason", "stream", "kind"}
+        assert set(collector._labelnames) <= {"role", "arm", "reason", "stream", "kind", "teacher"}
 
 
 def test_what_is_counted_is_served() -> None:

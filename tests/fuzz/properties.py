@@ -66,6 +66,7 @@ def records() -> list[bytes]:
     samples: list[Any] = [
         make_head(),
         make_head("r000000001", arm="control", problem=2**53, seed=2**63 - 1, max_new_tokens=8192),
+        make_head(teacher="math"),
         make_tokens(finish="eos"),
         make_tokens(list(range(64)), seq=300, start=70_000, policy_version=2**40),
         make_support(),

@@ -51,7 +51,7 @@ def student_of(tmp_path: Path, **learner: Any) -> tuple[TrainableStudent, Config
 
 
 def take(student: TrainableStudent, config: Config, batch: list[Trajectory]) -> dict[str, Tensor]:
-    pair = Pair(FACTS, FACTS, FACTS.stop_ids, FACTS.vocab_size)
+    pair = Pair(FACTS, {"": FACTS}, FACTS.stop_ids, FACTS.vocab_size)
     student.add_gradients(
         batch,
         pair,

@@ -68,7 +68,7 @@ def decoder_of(config: Config, folder: Path = STUDENT) -> Decoder:
     facts = read_facts(folder)
     return sampler(
         config,
-        Pair(facts, facts, facts.stop_ids, facts.vocab_size),
+        Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size),
         folder,
         dtype=config.rollout.dtype,
         device="cpu",

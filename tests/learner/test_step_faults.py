@@ -61,7 +61,7 @@ def _judged(run: Run, number: int) -> None:
     run.score(rid)
     verdict = make_verdict(rid, train=3, keep=3, trigger=3, cut=False, first_version=0, last_version=0)
     reply = run.lease("arbiter").call(
-        fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *run.score_entries())
+        fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", "", *run.score_entries())
     )
     assert reply[0] == b"ok"
 
@@ -70,7 +70,9 @@ def learner_of(run: Run) -> Learner:
     """A new learner that has started; the one before it is gone, and so is its lease."""
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(Path(MODELS["student"]))
-    learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    learner = Learner(
+        run.config, run.plane, Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size), threading.Event()
+    )
     MADE.append(learner)
     return learner
 

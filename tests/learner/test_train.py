@@ -58,7 +58,7 @@ def make_learner(run: Run) -> Learner:
     """A new learner; whoever was before it is gone, its lease with it."""
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(Path(MODELS["student"]))
-    pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
+    pair = Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
     learner_ = Learner(run.config, run.plane, pair, threading.Event())
     learner_.open()
     MADE.append(learner_)
@@ -79,7 +79,7 @@ def trajectory(run: Run, number: int, *, version: int = 0, arm: str = "treated")
     )
     entries = run.score_entries()
     assert (
-        run.lease("arbiter").call(fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", *entries))[0]
+        run.lease("arbiter").call(fenced("verdict", rid, verdict.encode(), 3, 0, "", 4, "inactive", "", *entries))[0]
         == b"ok"
     )
     return rid
@@ -265,7 +265,9 @@ def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> Non
         trajectory(run, number)
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(Path(MODELS["student"]))
-    learner_ = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    learner_ = Learner(
+        run.config, run.plane, Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size), threading.Event()
+    )
     learner_.run(until_idle=True)
     assert run.plane.state() == "trained"
     assert steps_on_record(run) == [1, 2, 3, 4]
@@ -425,7 +427,7 @@ def test_the_loop_ends_with_the_budget_and_again_when_it_is_started_again(budget
     for _ in range(2):
         run.client.delete(run.key("lease:learner"))
         facts = read_facts(Path(MODELS["student"]))
-        pair = Pair(facts, facts, facts.stop_ids, facts.vocab_size)
+        pair = Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
         learner_ = Learner(run.config, run.plane, pair, threading.Event())
         learner_.run(until_idle=True)
         assert (learner_.step_count, run.plane.state()) == (1, "trained")

@@ -23,7 +23,7 @@ _OWNER = {
     "count": ("redis.call('HGET', rollout(rid), 'owner') ~= nonce", "not redis.call('HGET', rollout(rid), 'owner')"),
     "release": ("redis.call('HGET', rollout(rid), 'owner') == nonce", "redis.call('HGET', rollout(rid), 'owner')"),
 }
-_TRIM = {"chunk": ("key('chunks:' .. shard), '*'", "key('chunks:' .. shard), 'MAXLEN', 20, '*'")}
+_TRIM = {"chunk": ("key('chunks:' .. lane), '*'", "key('chunks:' .. lane), 'MAXLEN', 20, '*'")}
 
 
 def _rewrite(streams: Any, changes: dict[str, tuple[str, str]]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from common.config import load
+from ops.cli.main import command_line
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "ops" / "docker"
@@ -234,6 +235,34 @@ def test_a_learner_of_two_ranks_is_one_variable(role_arguments: Any) -> None:
     for name in ("learner-gpu", "evaluator-gpu"):
         [device] = services[name]["deploy"]["resources"]["reservations"]["devices"]
         assert int(device["count"]) == (2 if name == "learner-gpu" else 1)
+
+
+def test_several_teachers_are_a_service_each_in_place_of_the_one() -> None:
+    """The file on top of docker-compose.yml: what it extends is there, and it gives each the name of a teacher."""
+    names = list(load(ROOT / "ops" / "experiments" / "demo-teachers.yaml").teachers)
+    several = yaml.safe_load((ROOT / "docker-compose.teachers.yml").read_text())["services"]
+    assert {name for name, service in several.items() if service == {"scale": 0}} == {"teacher", "teacher-gpu"}
+    for profile, suffix in (("cpu", ""), ("gpu", "-gpu")):
+        for name in names:
+            service = several[f"teacher-{name}{suffix}"]
+            assert service["extends"] == {"file": "docker-compose.yml", "service": f"teacher{suffix}"}
+            assert SERVICES[service["extends"]["service"]]["profiles"] == [profile]
+            assert service["environment"] == {"KATANA_TEACHER": name}
+            merged = SERVICES[f"teacher{suffix}"]["networks"] if suffix else service["networks"]
+            assert merged["inside"]["aliases"] == ["teacher"]  # where Prometheus looks
+    assert len(several) == 2 + 2 * len(names)
+
+
+def test_a_container_of_a_teacher_is_told_which_and_the_feeder_gives_each_its_device(role_arguments: Any) -> None:
+    several = ROOT / "ops" / "experiments" / "demo-teachers.yaml"
+    of_one = role_arguments("teacher", KATANA_EXPERIMENT="demo-teachers", KATANA_TEACHER="shifted")
+    assert of_one[:4] == ["teacher", "/experiments/demo-teachers.yaml", "--teacher", "shifted"]
+    assert command_line().parse_args([*of_one[:1], str(several), *of_one[2:]]).teacher == "shifted"
+    for other in (("feeder",), ("health", "teacher")):
+        assert "--teacher" not in role_arguments(*other, KATANA_TEACHER="shifted")
+    told = role_arguments("feeder", KATANA_DEVICE="cuda", KATANA_TEACHERS="plain shifted")
+    config = load(several, told[3::2])
+    assert {teacher.device for teacher in config.teachers.values()} == {config.rollout.device} == {"cuda"}
 
 
 def _in_profile(profile: str) -> list[str]:

@@ -451,6 +451,29 @@ def test_a_learner_of_two_ranks_has_what_they_need_and_the_feeder_tells_it() -> 
     assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
 
 
+def test_a_deployment_of_one_of_several_teachers_is_that_of_the_base_with_its_name() -> None:
+    base = PODS["teacher"]
+    found = documents(K8S / "components" / "teachers" / "teachers.yaml")
+    assert [one["metadata"]["name"] for one in found] == ["teacher-plain", "teacher-shifted"]
+    for one in found:
+        name = one["metadata"]["name"].removeprefix("teacher-")
+        pod = one["spec"]["template"]
+        for labels in (one["metadata"]["labels"], one["spec"]["selector"]["matchLabels"], pod["metadata"]["labels"]):
+            assert labels.pop("katana-teacher") == name  # each selects its own pods alone
+        pod["spec"]["containers"][0]["env"].remove({"name": "KATANA_TEACHER", "value": name})
+        assert {**one, "metadata": {**one["metadata"], "name": "teacher"}} == base
+
+
+@pytest.mark.slow
+def test_the_overlay_of_several_teachers_has_no_other() -> None:
+    found = rendered("teachers")
+    deployments = {name: one for (kind, name), one in found.items() if kind == "Deployment"}
+    assert set(deployments) == {"redis-broker", "rollout", "teacher-plain", "teacher-shifted"}
+    for one in deployments.values():
+        check_schema(one)
+        assert one["metadata"]["namespace"] == "katana"
+
+
 def test_the_component_of_ranks_patches_what_is_there() -> None:
     """Without kubectl: the paths of its patches exist in the manifests of the base."""
     component = yaml.safe_load((K8S / "components" / "ranks" / "kustomization.yaml").read_text())

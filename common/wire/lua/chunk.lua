@@ -1,9 +1,9 @@
--- rollout worker. rid, nonce, seq, encoded tokens, encoded support, encoded log-probabilities, shard, tokens in all, finish ('' while open)
+-- rollout worker. rid, nonce, seq, encoded tokens, encoded support, encoded log-probabilities, lane, tokens in all, finish ('' while open)
 -- -> ok + scored chunks | ended | lost | full
 -- A chunk and its notice are one script. The same chunk again (same encoded tokens, which hold the digest of the
 -- support and the log-probabilities) is a success. Its tokens, after those stored before, count as generated.
 local rid, nonce, seq = ARGV[2], ARGV[3], tonumber(ARGV[4])
-local tokens, support, logprobs, shard, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
+local tokens, support, logprobs, lane, length, finish = ARGV[5], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local h = rollout(rid)
 local state = redis.call('HMGET', h, 'verdict', 'owner', 'chunks', 'scored', 'entry', 'length')
 if run_state ~= 'open' or state[1] then return {'ended'} end
@@ -23,5 +23,5 @@ redis.call('HDEL', h, 'attempts', 'claims', 'begun:rollout')
 if finish ~= '' then redis.call('HSET', h, 'finish', finish) end
 local before = count_in(state[6])
 if before and before < tonumber(length) then count_generated(tonumber(length) - before) end
-redis.call('XADD', key('chunks:' .. shard), '*', 'rid', rid, 'seq', seq)
+redis.call('XADD', key('chunks:' .. lane), '*', 'rid', rid, 'seq', seq)
 return {'ok', state[4]}

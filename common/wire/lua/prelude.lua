@@ -32,6 +32,9 @@ local function count_generated(tokens)
   end
 end
 
+-- The name of a thing that each of several teachers has; '' is the one teacher.
+local function of_teacher(teacher, name) return teacher == '' and name or name .. ':' .. teacher end
+
 -- Acknowledge and remove an entry; false if that was done before. An entry that is not pending because its group was
 -- lost counts as long as it is in the stream.
 local function finish_entry(stream, group, id)

@@ -1,4 +1,4 @@
--- rollout worker, teacher worker. name, role, ms after which a silent worker is off the roster of the role (0: it has
+-- rollout worker, teacher worker. name, role (of several teachers teacher:NAME), ms after which a silent worker is off the roster of the role (0: it has
 -- none), revision of the roster that is known, then facts {field, value ...}
 -- -> ok, revision, and the roster's names if it is another one
 -- The live workers are returned only when the roster has changed: every heartbeat of every worker calls this.

@@ -1,11 +1,11 @@
 -- arbiter. lease token, rid, encoded verdict ('' when there is none to give: only acknowledge), tokens to train,
 -- stop (1: signal the writer), window minimum for the buffer ('' : none), buffer size, threshold from now on ('' : as it
--- is), then the rollout's pending score entries -> ok | duplicate | absent (the rollout was booked and taken off) | lost
+-- is), the teacher whose these are ('' : the one), then the rollout's pending score entries -> ok | duplicate | absent (the rollout was booked and taken off) | lost
 -- A rollout has exactly one verdict; the entries that waited for it are removed with it.
 local token, rid, verdict, train = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
-local stop, minimum, size, threshold = ARGV[6], ARGV[7], tonumber(ARGV[8]), ARGV[9]
+local stop, minimum, size, threshold, teacher = ARGV[6], ARGV[7], tonumber(ARGV[8]), ARGV[9], ARGV[10]
 if not holds_lease('arbiter', token) then return {'lost'} end
-for i = 10, #ARGV do finish_entry('scores', 'arbiter', ARGV[i]) end
+for i = 11, #ARGV do finish_entry('scores', 'arbiter', ARGV[i]) end
 local h = rollout(rid)
 local state = redis.call('HMGET', h, 'head', 'verdict', 'entry', 'worker')
 if not state[1] then return {'absent'} end
@@ -24,8 +24,9 @@ if stop == '1' and state[4] then
   redis.call('EXPIRE', signals, 60)
 end
 if minimum ~= '' then
-  redis.call('RPUSH', key('minima'), minimum)
-  redis.call('LTRIM', key('minima'), -size, -1)
+  local minima = key(of_teacher(teacher, 'minima'))
+  redis.call('RPUSH', minima, minimum)
+  redis.call('LTRIM', minima, -size, -1)
 end
-if threshold ~= '' then redis.call('SET', key('threshold'), threshold) end
+if threshold ~= '' then redis.call('SET', key(of_teacher(teacher, 'threshold')), threshold) end
 return {'ok'}

@@ -61,7 +61,7 @@ def test_a_teacher_is_spread_by_transformers_and_scores_alike(tmp_path: Path) ->
     support = np.stack([rng.permutation(np.arange(3, 37))[:4] for _ in tokens]).astype(np.int32)
     for device_map in (None, "auto"):
         config = make_config(tmp_path, **models | {"teacher": models["teacher"] | {"device_map": device_map}})
-        scorer = Engines(config).scorer
+        scorer = Engines(config).scorer()
         request = ScoreRequest(key="r", prompt=prompt, start=0, tokens=tokens, support_ids=support)
         found.append(scorer.score([request])[0].teacher_logprobs)
     np.testing.assert_array_equal(found[0], found[1])

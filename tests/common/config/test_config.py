@@ -15,6 +15,7 @@ from common.config import MAX_CONFIG_BYTES, Config, ConfigError, check_resume, k
 from common.pretrained import PACKAGE_ROOT
 
 LEAST = "student: {model: s}\nteacher: {model: t}\n"
+SEVERAL = "student: {model: s}\nteachers: {math: {model: a}, code: {model: b}}\ndata: {teacher_key: kind}\n"
 SHIPPED = sorted((PACKAGE_ROOT / "ops" / "experiments").glob("*.yaml"))
 
 
@@ -35,12 +36,12 @@ def leaf(config: Config, dotted: str) -> Any:
 
 
 def test_everything_but_the_two_models_has_a_default() -> None:
-    config, with_lora = parse(LEAST), parse(LEAST + "learner: {lora: {}}")
+    config, with_lora, several = parse(LEAST), parse(LEAST + "learner: {lora: {}}"), parse(SEVERAL)
     assert {name for name, default, _ in keys() if default == "required"} == {"student.model", "teacher.model"}
     for name, default, meaning in keys():
         assert meaning.endswith((".", "…", ")")), f"{name} has no meaning"
         if default != "required":
-            of = with_lora if name.startswith("learner.lora.") else config
+            of = with_lora if name.startswith("learner.lora.") else several if name == "teacher" else config
             assert leaf(of, name) == yaml.safe_load(default), name
 
 
@@ -340,6 +341,64 @@ def test_overrides_are_read_as_yaml_and_the_last_one_counts() -> None:
 def test_what_follows_the_first_equals_sign_is_the_value() -> None:
     assert parse(LEAST, ["student.model=a=b"]).student.model == "a=b"
     assert parse(LEAST, ["redis.url=unix:///s?db=1"]).redis.url == "unix:///s?db=1"
+
+
+# --- several teachers ---
+
+
+def test_one_teacher_is_a_teacher_without_a_name() -> None:
+    one, several = parse(LEAST), parse(SEVERAL)
+    assert {name: teacher.model for name, teacher in one.all_teachers.items()} == {"": "t"}
+    assert {name: teacher.model for name, teacher in several.all_teachers.items()} == {"math": "a", "code": "b"}
+    assert one.only_teacher.model == "t"
+    with pytest.raises(ConfigError, match=r"teachers \(math, code\): this command works with one teacher"):
+        _ = several.only_teacher
+    assert parse(several.to_yaml()) == several and parse(one.to_yaml()) == one
+
+
+def test_each_of_several_teachers_has_the_keys_of_one() -> None:
+    config = parse(SEVERAL, ["teachers.math.slots=4", "teachers.code.workers=2", "teachers.bio.model=c"])
+    assert [(teacher.slots, teacher.workers) for teacher in config.all_teachers.values()] == [(4, 1), (32, 2), (32, 1)]
+    message = refusal(SEVERAL, "teachers.math.slot=4")
+    assert "unknown key 'teachers.math.slot'; a teacher has the keys model, dtype, device" in message
+    assert "teachers.math.slots: " in refusal(SEVERAL, "teachers.math.slots=0")
+    assert "teachers.bio.model: missing" in refusal(SEVERAL, "teachers.bio.slots=4")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SEVERAL + "teacher: {model: t}", "teacher: given beside teachers (math, code); allowed: one teacher in"),
+        (SEVERAL.replace("{teacher_key: kind}", "{}"), "teachers needs data.teacher_key"),
+        (LEAST + "data: {teacher_key: kind}", "data.teacher_key needs teachers"),
+        (SEVERAL.replace("math:", "a:b:"), "'a:b' is not a name for a teacher; allowed: up to 32 letters"),
+        (SEVERAL.replace("math:", "'':"), "'' is not a name for a teacher"),
+        (SEVERAL.replace("math:", f"{'m' * 33}:"), "is not a name for a teacher"),
+        ("student: {model: s}\nteachers: {}", "teacher: missing; this key has no default"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(text: str, words: str) -> None:
+    assert words in refusal(text)
+
+
+def test_a_resumed_run_may_change_of_several_teachers_what_it_may_of_one() -> None:
+    before = parse(SEVERAL)
+    check_resume(before, parse(SEVERAL, ["teachers.math.workers=3", "teachers.code.device=auto"]))
+    for item, words in (
+        ("teachers.math.model=c", "teachers.math.model: 'a' cannot become 'c'"),
+        ("teachers.bio.model=c", "teachers.bio.model: None cannot become 'c'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_resume(before, parse(SEVERAL, [item]))
+        assert words in str(caught.value)
+    with pytest.raises(ConfigError, match=r"teacher\.model: 't' cannot become None"):
+        check_resume(parse(LEAST), before)
+
+
+def test_deterministic_is_for_each_of_several_teachers() -> None:
+    for item in ("teachers.code.device=cuda", "teachers.code.device_map=auto"):
+        key, value = item.split("=")
+        assert f"{key} is {value!r}; with deterministic only" in refusal(SEVERAL, "deterministic=true", item)
 
 
 def test_overrides_leave_what_an_alias_shares_alone() -> None:

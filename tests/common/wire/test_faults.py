@@ -185,7 +185,7 @@ def test_every_way_of_reading_survives_lost_groups(run: Run, how: str) -> None:
     elif how == "adopt":
         assert run.lease("learner").adopt("trajectories", "learner") == []
     else:
-        assert run.plane.claim_chunks("t1", idle_s=0.0, count=10) == []
+        assert run.plane.claim_chunks("t1", idle_s=0.0, count=10, streams=run.plane.chunk_streams()) == []
     [(_, (_, fields))] = run.plane.read("learner", "learner", ["trajectories"], count=10, block_s=0)
     assert fields == {b"rid": b"r1"}
 
@@ -197,7 +197,7 @@ def test_claims_on_other_shards_are_given_although_one_shard_lost_its_group(run:
         run.client.xadd(run.key(shard), {"rid": shard})
     assert len(run.plane.read("teacher", "silent", shards, count=10, block_s=0)) == len(shards)
     run.client.xgroup_destroy(run.key("chunks:1"), "teacher")
-    found = run.plane.claim_chunks("t1", idle_s=0.0, count=10)
+    found = run.plane.claim_chunks("t1", idle_s=0.0, count=10, streams=run.plane.chunk_streams())
     assert {shard: fields[b"rid"] for shard, (_, fields), _ in found} == {
         shard: shard.encode() for shard in ("chunks:0", "chunks:2", "chunks:3")
     }

@@ -89,6 +89,7 @@ def heads(draw: Any) -> RolloutHead:
         max_new_tokens=draw(st.integers(1, 2**31)),
         step=draw(maybe(counts)),
         prompt=draw(int_array(st.integers(1, 20))),
+        teacher=draw(maybe(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}", fullmatch=True))),
     )
 
 
@@ -216,6 +217,18 @@ def test_every_truncation_is_refused(kind: str) -> None:
             type(record).decode(data[:length])
     with pytest.raises(MessageError):
         type(record).decode(data + b"\0")
+
+
+def test_a_head_without_a_teacher_is_the_record_of_before_there_could_be_several() -> None:
+    values = msgpack.unpackb(make_head().encode())
+    assert len(values) == 8 and RolloutHead.decode(msgpack.packb(values)).scored_by == ""
+    named = msgpack.unpackb(make_head(teacher="math").encode())
+    assert named == [*values, "math"] and RolloutHead.decode(msgpack.packb(named)).scored_by == "math"
+    for teacher, words in ((None, "fields instead of"), ("", "head.teacher: ''"), ("a b", "head.teacher: 'a b'")):
+        with pytest.raises(MessageError, match=words):
+            RolloutHead.decode(msgpack.packb([*values, teacher]))
+    with pytest.raises(MessageError, match=r"head\.teacher"):
+        make_head(teacher="a:b").encode()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "book": (scripts.book("rid", "ledger field", [b"rollout's pending entries"]), None, {}),
     "calibrate": (
-        scripts.calibrate(1, 2, 0.25, [0.5], place=0),
+        scripts.calibrate(1, 2, 0.25, [0.5], place=0, teacher="the teacher whose these are"),
         None,
         {
             1: "number of this call",
@@ -61,10 +61,10 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "chunk": (
         scripts.chunk(
-            "rid", "nonce", 1, b"encoded tokens", b"encoded support", b"encoded log-probabilities", 2, 3, "finish"
+            "rid", "nonce", 1, b"encoded tokens", b"encoded support", b"encoded log-probabilities", "lane", 3, "finish"
         ),
         scripts.ChunkAnswer,
-        {1: "seq", 2: "shard", 3: "tokens in all"},
+        {1: "seq", 3: "tokens in all"},
     ),
     "claim": (scripts.claim("stream", "consumer", 1, 2), None, {1: "idle ms", 2: "most entries"}),
     "close": (scripts.close([("stream", "group of each")]), None, {}),
@@ -90,10 +90,10 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "score": (
         scripts.score(
-            1, b"entry", "rid", 2, b"encoded divergence", b"encoded teacher log-probabilities", b"encoded view"
+            "lane", b"entry", "rid", 2, b"encoded divergence", b"encoded teacher log-probabilities", b"encoded view"
         ),
         scripts.ScoreAnswer,
-        {1: "shard", 2: "seq"},
+        {2: "seq"},
     ),
     "seen": (
         scripts.seen("name", "role", 1, b"revision of the roster that is known", [("field", "value")]),
@@ -108,7 +108,17 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
         {1: "count", 2: "idle ms"},
     ),
     "verdict": (
-        scripts.verdict("rid", b"encoded verdict", 3, True, 0.5, 4, 0.25, [b"rollout's pending score entries"]),
+        scripts.verdict(
+            "rid",
+            b"encoded verdict",
+            3,
+            True,
+            0.5,
+            4,
+            0.25,
+            [b"rollout's pending score entries"],
+            "the teacher whose these are",
+        ),
         scripts.Judged,
         {
             3: "tokens to train",
@@ -244,8 +254,8 @@ def test_what_is_left_out_goes_as_an_empty_argument() -> None:
     assert scripts.chunk("r", "n", 0, b"t", b"p", b"s", 0, 3, None).args[-1] == ""
     assert scripts.again("1-1", "r", None).args == (b"1-1", "r", "")
     assert scripts.admit("r", b"h", 1).args == ("r", b"h", 1, b"")
-    assert scripts.score(0, b"1-1", "r", 0, b"d", b"q").args[-1] == b""
-    assert scripts.verdict("r", b"", 0, False, None, 4, None, []).args == ("r", b"", 0, 0, "", 4, "inactive")
+    assert scripts.score("0", b"1-1", "r", 0, b"d", b"q").args[-1] == b""
+    assert scripts.verdict("r", b"", 0, False, None, 4, None, []).args == ("r", b"", 0, 0, "", 4, "inactive", "")
 
 
 def test_fields_of_a_chunk_are_those_that_the_scripts_write() -> None:

@@ -589,7 +589,7 @@ def test_without_the_lease_there_is_no_verdict_and_nothing_is_taken_off(run: Run
     [entry] = run.score_entries()
     run.lease("arbiter")
     body = make_verdict("r1").encode()
-    assert run.plane.call(script("verdict", "x", "r1", body, 2, 0, "", 4, "0.5", entry)) == [b"lost"]
+    assert run.plane.call(script("verdict", "x", "r1", body, 2, 0, "", 4, "0.5", "", entry)) == [b"lost"]
     assert run.field("r1", "verdict") is None
     assert run.client.get(run.key("threshold")) is None
     assert run.pending("scores") == 1
@@ -598,7 +598,9 @@ def test_without_the_lease_there_is_no_verdict_and_nothing_is_taken_off(run: Run
 def test_notices_of_a_rollout_that_is_gone_are_taken_off_and_the_run_goes_on(run: Run) -> None:
     entry = run.client.xadd(run.key("scores"), {"rid": "booked"})
     run.score_entries()
-    assert run.lease("arbiter").call(fenced("verdict", "booked", "", 0, 0, "", 4, "inactive", entry))[0] == b"absent"
+    assert (
+        run.lease("arbiter").call(fenced("verdict", "booked", "", 0, 0, "", 4, "inactive", "", entry))[0] == b"absent"
+    )
     assert run.entries("scores") == []
     assert run.client.exists(run.key("rollout:booked")) == 0
 
@@ -937,9 +939,9 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "count": ("r1", "n", 1),
         "claim": ("chunks:0", "t", 0, 1),
         "attempt": ("r1", "teacher", "begin"),
-        "score": (0, "1-1", "r1", 0, b"", b"", b""),
+        "score": ("0", "1-1", "r1", 0, b"", b"", b""),
         "look": (4, 0, "r1", 0),
-        "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive"),
+        "verdict": ("t", "r1", b"", 0, 0, "", 1, "inactive", ""),
         "settle": ("t",),
         "book": ("t", "r1", ""),
         "fail": ("r1", "s", "r", 1, b"", "", "", "", "x"),
@@ -954,7 +956,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "gone": ("w", "teacher", "chunks:0"),
         "sweep": (1000, "prompts", "rollout"),
         "refused": (7,),
-        "calibrate": ("t", 1, 1, "inactive"),
+        "calibrate": ("t", 1, 1, "inactive", ""),
         "reward": ("t", "r1", "right"),
         "unreward": ("t", "r1"),
         "forgo": ("t", "r1", "split"),

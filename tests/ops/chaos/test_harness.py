@@ -80,12 +80,13 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift", "nursery-kill", "kill-rank"}
     wanted |= {"kill-rewarded"}
     several = {"data-server-kill", "data-server-lose"}
-    wanted |= several
+    wanted |= several | {"teacher-away"}
     assert set(KINDS) == wanted
-    every = set(kinds_for(1, ranks=2, rewards=True))
+    every = set(kinds_for(1, ranks=2, rewards=True, teachers=2))
     assert set(KINDS) - every == several
-    assert every - set(kinds_for(1, ranks=1, rewards=True)) == {"kill-rank"}
-    assert every - set(kinds_for(1, ranks=2, rewards=False)) == {"kill-rewarded"}
+    assert every - set(kinds_for(1, ranks=1, rewards=True, teachers=2)) == {"kill-rank"}
+    assert every - set(kinds_for(1, ranks=2, rewards=False, teachers=2)) == {"kill-rewarded"}
+    assert every - set(kinds_for(1, ranks=2, rewards=True)) == {"teacher-away"}
     assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(3, ranks=1, rewards=True)) < set(KINDS)
 
 
@@ -95,6 +96,7 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
         (("--kinds", "kill-rolout"), "unknown kind 'kill-rolout'; known: kill-rollout"),
         (("--kinds", "kill-rank"), "kill-rank needs learner.nproc_per_node 2 or more, found 1"),
         (("--kinds", "kill-rewarded"), "kill-rewarded needs reward.mode grpo or reinforce_leave_one_out, found none"),
+        (("--kinds", "teacher-away"), "teacher-away needs teachers of two or more, found one teacher"),
         (("--kinds", "data-server-kill"), "data-server-kill needs --servers 2 or more, found --servers 1"),
         (("--servers", "3", "--kinds", "redis-lose"), "redis-lose needs --servers 1, found --servers 3"),
         (("--set", "redis.url=redis://localhost:1/0"), "leave it unset"),

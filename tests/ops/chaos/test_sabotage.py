@@ -46,12 +46,13 @@ for rid in ("r1", "r2", "r3"):
     run.take()
     run.chunk(rid, finish="eos", tokens=(2, 3, 4))
     run.score(rid)
-    verdict = (rid, make_verdict(rid).encode(), 2, 0, "", 4, "inactive", *run.score_entries())
+    verdict = (rid, make_verdict(rid).encode(), 2, 0, "", 4, "inactive", "", *run.score_entries())
     run.lease("arbiter").call(fenced("verdict", *verdict))
 def new():
     run.client.delete(run.key("lease:learner"))
     facts = read_facts(student)
-    learner = Learner(run.config, run.plane, Pair(facts, facts, facts.stop_ids, facts.vocab_size), threading.Event())
+    pair = Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
+    learner = Learner(run.config, run.plane, pair, threading.Event())
     learner.open()
     learner.start()
     return learner

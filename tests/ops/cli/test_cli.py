@@ -64,6 +64,36 @@ def test_run_and_check_refuse_bad_settings(
     assert not list(tmp_path.iterdir()), "something was written before the config was refused"
 
 
+@pytest.mark.parametrize(
+    ("config", "flags", "told"),
+    [
+        (
+            "demo-teachers",
+            ("--teacher", "math"),
+            "--teacher math: the config has no such teacher; allowed: plain, shifted",
+        ),
+        ("demo-teachers", (), "--teacher is missing: a worker is for one of the teachers; allowed: plain, shifted"),
+        (
+            "demo",
+            ("--teacher", "math"),
+            "--teacher math: the config has one teacher, in `teacher`; leave --teacher out",
+        ),
+    ],
+)
+def test_a_teacher_worker_is_for_a_teacher_of_the_config(
+    config: str, flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "ops" / "experiments" / f"{config}.yaml")
+    assert told in refused(capsys, "teacher", path, *flags, "--set", "redis.url=redis://127.0.0.1:1/0")
+
+
+def test_a_command_for_one_teacher_refuses_several(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(ROOT / "ops" / "experiments" / "demo-teachers.yaml")
+    assert main(["pretrain", "--shift", "ops/models/teacher", "--out", str(tmp_path / "shifted")]) == 0
+    told = refused(capsys, "bench", "score", path, "--set", f"teachers.shifted.model={tmp_path / 'shifted'}")
+    assert "teachers (plain, shifted): this command works with one teacher" in told
+
+
 def test_a_config_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no/such.yaml" in refused(capsys, "check", "no/such.yaml")
 

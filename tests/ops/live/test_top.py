@@ -82,7 +82,7 @@ def judge(run: Run, rid: str, text: str, *, keep: int, **changes: Any) -> None:
     values = {"tokens": np.array(ids, np.int32), "divergence": np.full(len(ids), 0.5, np.float32), "keep": keep}
     body = make_verdict(rid, **values | {"trigger": len(ids), "train": keep, "generated": len(ids)} | changes)
     entries = run.score_entries()
-    answer = run.lease("arbiter").call(fenced("verdict", rid, body.encode(), keep, 0, "", 4, "0.25", *entries))
+    answer = run.lease("arbiter").call(fenced("verdict", rid, body.encode(), keep, 0, "", 4, "0.25", "", *entries))
     assert answer == [b"ok"]
 
 
@@ -136,6 +136,30 @@ except KeyboardInterrupt:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def test_each_of_several_teachers_has_its_threshold_and_its_chunks(
+    any_redis: EmbeddedRedis, start: Callable[..., Run], observe: Callable[..., Observer]
+) -> None:
+    model = {"model": "ops/models/teacher"}
+    several = {"teacher": None, "teachers": {"plain": model, "shifted": model}, "data": {"teacher_key": "dialect"}}
+    run = start(any_redis, student=SHIPPED["student"], **several, liveness=PATIENT)
+    for rid, teacher in (("r1", "plain"), ("r2", "shifted"), ("r3", "shifted")):
+        run.admit(rid, teacher=teacher)
+    run.take()
+    for rid in ("r1", "r2", "r3"):
+        run.chunk(rid)
+    run.client.set(run.key("threshold:plain"), "0.25")
+    run.client.rpush(run.key("minima:plain"), "0.5", "0.25")
+    snapshot = observe(at(run.config, any_redis.url)).look()
+    assert snapshot.threshold_of == {"plain": 0.25, "shifted": None} and snapshot.threshold_nats is None
+    assert snapshot.minima == 2
+    assert {name: one.outstanding for name, one in snapshot.streams.items() if name.startswith("chunks")} == {
+        "chunks of plain": 1,
+        "chunks of shifted": 2,
+    }
+    text = rendered(snapshot)
+    assert "plain 2.50e-01, shifted inactive" in text and "chunks of shifted" in text
 
 
 # --- what grows ---

@@ -173,7 +173,7 @@ class Desk:
         ids = ids_of("12+7=19")[:3]
         body = make_verdict(rid, **{"tokens": np.array(ids, np.int32)} | changes).encode()
         answer = self.run.lease("arbiter").call(
-            fenced("verdict", rid, body, 2, 1, "", 4, "0.25", *self.run.score_entries())
+            fenced("verdict", rid, body, 2, 1, "", 4, "0.25", "", *self.run.score_entries())
         )
         assert answer == [b"ok"]
 

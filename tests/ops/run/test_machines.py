@@ -36,7 +36,7 @@ def test_a_machine_s_config_fits_it(name: str, student: str, gpus: int) -> None:
         pytest.skip("this version has no such learner")
     config = load(path)
     assert config.student.model == f"Qwen/Qwen3-{student}-Base"
-    found = needs(config, qwen3(student), qwen3("8B"), Machine(gpus, 80 * GB), vocab=VOCAB)
+    found = needs(config, qwen3(student), {"": qwen3("8B")}, Machine(gpus, 80 * GB), vocab=VOCAB)
     total = by_device(found)
     assert set(total) == {f"cuda:{index}" for index in range(gpus)}
     assert max(total.values()) <= 80 * GB, {device: size / GB for device, size in total.items()}
@@ -46,7 +46,7 @@ def test_a_machine_s_config_fits_it(name: str, student: str, gpus: int) -> None:
 
 def test_the_paper_s_config_of_1_7b_fits_two_gpus() -> None:
     config = load(EXPERIMENTS / "paper" / "1.7b-kat.yaml")
-    total = by_device(needs(config, qwen3("1.7B"), qwen3("8B"), Machine(2, 80 * GB), vocab=VOCAB))
+    total = by_device(needs(config, qwen3("1.7B"), {"": qwen3("8B")}, Machine(2, 80 * GB), vocab=VOCAB))
     assert max(total.values()) <= 80 * GB
 
 

@@ -144,9 +144,9 @@ def test_auto_slots_take_a_quarter_of_what_is_left(tmp_path: Path) -> None:
     for name, settings in auto.items():
         tree[name] |= settings
     config = Config.model_validate(tree)
-    found = {one.name: one for one in needs(config, shape(), shape(), Machine(1, 2 * GB), vocab=1000)}
+    found = {one.name: one for one in needs(config, shape(), {"": shape()}, Machine(1, 2 * GB), vocab=1000)}
     assert {one.device for one in found.values()} == {"cuda:0"}
     assert 1 <= found["rollout-0"].slots <= config.most_slots
-    tight = {one.name: one for one in needs(config, shape(), shape(), Machine(1, GB // 2), vocab=1000)}
+    tight = {one.name: one for one in needs(config, shape(), {"": shape()}, Machine(1, GB // 2), vocab=1000)}
     assert tight["evaluator"].slots == 1
     assert set(by_device([*found.values()])) == {"cuda:0"}

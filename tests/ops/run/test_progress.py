@@ -10,7 +10,7 @@ from run_folders import step_line
 from samples import make_config
 
 from common.wire.connect import connect
-from common.wire.plane import open_plane
+from common.wire.plane import new_run_key, open_plane
 from ops.reach.embedded import EmbeddedRedis
 from ops.run.progress import RunProgress
 
@@ -50,6 +50,23 @@ def test_without_a_budget_progress_is_by_steps(
     figures = progress._figures()
     assert (figures["step"], figures["left"]) == ("11 / 200", "about 189 s")  # a step a second
     assert first_figures(capsys) == ["step 11 / 200"]
+
+
+def test_each_of_several_teachers_has_its_threshold_on_show(tmp_path: Path, embedded_redis: EmbeddedRedis) -> None:
+    teachers = {"teacher": None, "teachers": {"math": {"model": "a"}, "code": {"model": "b"}}}
+    config = make_config(tmp_path, **teachers, data={"teacher_key": "kind"})
+    config.run_dir.mkdir(parents=True)
+    plane = open_plane(config, connect(embedded_redis.url), new_run_key("progress"))
+    progress = RunProgress(config, plane)
+    progress._ask()
+    assert progress._figures()["threshold"] == "inactive (0 of 4 minima)"
+    plane.client.set(plane.key("threshold:math"), "0.25")
+    plane.client.set(plane.key("threshold:code"), "inactive")
+    progress._ask()
+    assert progress._figures()["threshold"] == "math 2.50e-01 nats"
+    plane.client.set(plane.key("threshold:code"), "2.5")
+    progress._ask()
+    assert progress._figures()["threshold"] == "math 2.50e-01 nats, code 2.50e+00 nats"
 
 
 def test_with_a_budget_progress_and_time_left_are_by_tokens(

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalL
 from common.config import Rollout, load
 from common.pretrained import check_pair
 from ops.cli.main import main
-from ops.tasks.arithmetic import ALPHABET, Arithmetic, split_of
+from ops.tasks.arithmetic import ALPHABET, Arithmetic, shifted, split_of
 from ops.tasks.pretrain import (
     EOS,
     STUDENT,
@@ -24,6 +24,7 @@ from ops.tasks.pretrain import (
     VOCABULARY,
     PretrainSettings,
     _command,
+    bilingual,
     build_tokenizer,
     chain,
     document,
@@ -149,6 +150,21 @@ def test_models_of_other_loops_say_so_in_their_records() -> None:
     assert _command("student", 3, settings.student) == "katana pretrain --which student --seed 3 --loop 0.6"
     assert with_loops() == PretrainSettings()
     assert _command("student", 3, STUDENT) == "katana pretrain --which student --seed 3"
+
+
+def test_half_of_the_documents_of_a_bilingual_student_are_in_the_other_dialect() -> None:
+    settings = bilingual()
+    assert _command("student", 3, settings.student, 50) == "katana pretrain --which student --seed 3 --bilingual"
+    kinds = []
+    for seed in range(60):
+        mix = settings.student.documents
+        plain = document(Arithmetic(), mix, random.Random(seed), 224)
+        found = document(settings.task, mix, random.Random(seed), 224)
+        other = [(text if text == EOS else shifted(text), learned) for text, learned in plain]
+        assert found in (plain, other)
+        kinds.append(found == other)
+        assert encode(found, 224)[0]  # every token of it is known
+    assert 15 <= sum(kinds) <= 45
 
 
 @pytest.mark.slow
