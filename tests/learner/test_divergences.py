@@ -128,6 +128,7 @@ def micro_of(teacher: Tensor, support: Tensor, stops: list[int], dtype: torch.dt
         rollout_logprobs=nothing,
         sampling_logprobs=nothing,
         to_go=nothing,
+        advantages=nothing,
         weights=torch.linspace(0.5, 1.5, rows, dtype=dtype),
     )
 
