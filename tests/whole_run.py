@@ -40,6 +40,9 @@ SETTINGS = (
     "termination.stride=1",
     f"eval.every_steps={EVALUATED_EVERY}",
     "feeder.record_audit=true",
+    "data.num_generations=4",
+    "reward.mode=grpo",
+    "reward.weight=0.1",
     "trace=true",
 )
 # In front of every Python process of the run, and so in what is forked from one: writes down each class that an

@@ -86,3 +86,23 @@ compare stop-set --policies none --seeds 0-2 --set learner.max_steps=50 --set st
 compare calibration --policies kat --seeds 0-2 --set learner.max_steps=80 \
     --variant completed:termination.policy=kat,termination.calibrate_on=completed \
     --variant everything:termination.policy=kat,termination.calibrate_on=all
+
+# 6. Policies that read more than the divergence, on both tasks at equal tokens; and how many right and wrong rollouts of
+#    the second task each would cut, from one run that cuts nothing.
+compare traps-signals --policies none,fixed,random_matched,kat,repetition,entropy,margin_change,adaptive --seeds $seeds \
+    --budget tokens:100000 "${traps[@]}"
+compare signals --policies none,random_matched,kat,repetition,entropy,margin_change,adaptive --seeds $seeds \
+    --budget tokens:100000
+[ -f $runs/views-traps/summary.json ] || $katana run $demo --name views-traps "${common[@]}" "${traps[@]}" --fresh \
+    --set learner.max_steps=50 --set termination.shadow=true --set feeder.record_views=true
+$katana replay $runs/views-traps --sweep termination.policy=fixed,kat,repetition,entropy,margin_change,adaptive
+keep views-traps/replay/replay replay-views-traps
+
+# 7. Is forward KL robust to stale text, and reverse KL not?
+compare staleness --policies none --seeds 0-2 --budget tokens:100000 --set rollout.teacher_support=2 \
+    --loss reverse_kl_topk_tail,forward_kl_topk_tail --sweep learner.max_staleness=0,1,4,8
+
+# 8. A verifier's reward beside the teacher, at equal tokens.
+compare reward --policies none --seeds $seeds --budget tokens:100000 --set data.num_generations=4 \
+    --variant grpo_0.1:termination.policy=none,reward.mode=grpo,reward.weight=0.1 \
+    --variant grpo_0.3:termination.policy=none,reward.mode=grpo,reward.weight=0.3

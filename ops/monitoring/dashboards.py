@@ -544,10 +544,13 @@ _REWARDS = PanelRow(
         ),
         Panel(
             "Groups without reward",
-            "Trained by the teacher alone, by reason: one of it is dead or lost; too few have a reward; a batch was "
-            "due before all were admitted (split), or one would have become stale (late).",
-            "suffix: groups/s",
-            (Query(rate("learner_groups_without_reward_total", "reason", job="learner"), "{{reason}}"),),
+            "Trained by the teacher alone since the learner began, by reason: one of it is dead or lost; too few have "
+            "a reward; a batch was due before all were admitted (split), or one would have become stale (late).",
+            "short",
+            (
+                Query(f"sum by (reason) ({of('learner_groups_without_reward_total', job='learner')})", "{{reason}}"),
+                Query(total("learner_groups_without_reward_total"), "all"),
+            ),
         ),
     ),
 )

@@ -27,6 +27,7 @@ NOTHING_HAPPENED = {
     ("Failed calls", "{{kind}}"): "all",
     ("Taken over", "{{stream}}"): "all",
     ("Trajectories dropped", "{{reason}}"): "all",
+    ("Groups without reward", "{{reason}}"): "all",
 }
 
 
