@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from actors.engine.adapters import Adapter, header_of, merged
 from common.config import Lora
 from learner import checkpoint
-from learner.lora import factors_of, inject, targets_of
+from learner.lora import factors_of, inject, missing, targets_of
 
 QWEN3_0_6B = {
     "vocab_size": 151_936,
@@ -94,14 +95,18 @@ def _seconds_to_merge(adapter: Adapter) -> dict[str, float]:
     return {"merge_cpu_s": merge_s, "merge_by_product_cpu_s": product_s}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=QWEN3_0_6B["num_hidden_layers"], help="fewer for a quick look")
     arguments = parser.parse_args()
+    if problem := missing():
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     shape = QWEN3_0_6B | {"num_hidden_layers": arguments.layers}
     print(json.dumps(sizes(shape, Lora(rank=arguments.rank)), indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
