@@ -31,7 +31,7 @@ class SettingPoint:
 
 
 def draw(points: Sequence[SettingPoint], recorded: Sequence[SettingPoint], title: str, key: str) -> Figure:
-    """`points` of one group are joined in their order; `key`: what their names are values of.
+    """`points` of one group are joined in their order if their names are numbers; `key`: what these are values of.
 
     `recorded`: the run's own settings, by the numbers on record and by computed ones, marked apart.
     """
@@ -98,15 +98,24 @@ def _draw_group(axes: Any, points: Sequence[SettingPoint], colour: str, marker: 
         return
     places = np.array([_at(point) for point in points])
     shown = points[0].group if len(axes.get_legend_handles_labels()[1]) < _MOST_NAMED else None
-    axes.plot(
-        places[:, 0], places[:, 1], "-", marker=marker, color=colour, markersize=7, linewidth=1.4, label=shown, zorder=3
-    )
+    line = "-" if all(_is_number(point.name) for point in points) else "none"
+    look: dict[str, Any] = {"marker": marker, "color": colour, "markersize": 7, "linewidth": 1.4}
+    axes.plot(places[:, 0], places[:, 1], linestyle=line, label=shown, zorder=3, **look)
     for point, (x, y) in zip(points, places, strict=True):
         share, saving = _risk(point), point.outcome.saving_interval
         if share is not None and share.interval is not None:
             axes.plot([x, x], [100 * end for end in share.interval], color=colour, linewidth=1, alpha=0.35)
         if saving is not None:
             axes.plot([100 * end for end in saving], [y, y], color=colour, linewidth=1, alpha=0.35)
+
+
+def _is_number(name: str) -> bool:
+    """A line says that there are values between two points: there are none between two policies."""
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _finish(axes: Any, drawn: Sequence[SettingPoint], title: str, key: str) -> None:
