@@ -189,8 +189,9 @@ def test_value_and_gradient_against_the_reference(
         pieces.PIECE_ROWS = former
     assert exact[0] == pytest.approx(expected, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(exact[1], by_logits, rtol=1e-8, atol=1e-11)
-    # Rounding the logits to float32 alone moves log-probabilities by 1e-7 times their size.
-    room = 4e-6 * (1 + scale)
+    # Rounding the logits to float32 alone moves log-probabilities by 1e-7 times their size; a gradient p (log p/q - KL)
+    # at p near 1 is the difference of two ratios of that size (in 20,000 draws at most 0.63 of this room).
+    room = 2e-5 * (1 + scale)
     assert rounded[0] == pytest.approx(expected, rel=10 * room, abs=room)
     torch.testing.assert_close(rounded[1].double(), by_logits, rtol=1e-4, atol=room * (1 + largest))
     for gradient in (exact[1], rounded[1]):
