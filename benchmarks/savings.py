@@ -2,9 +2,11 @@
 
     .venv/bin/python benchmarks/savings.py --out savings.json
     .venv/bin/python benchmarks/savings.py --out savings.json --only cost --repeats 5 --steps 60
+    .venv/bin/python benchmarks/savings.py --out savings.json --only saving --pair made --steps 12
 
-Whole runs of the demo without evaluation, in turn within every repeat; all figures are read from their folders, in
-runs/savings. README.md in this folder says what is compared.
+Whole runs without evaluation, in turn within every repeat: of the demo, or of the random pair of made_pair.py, whose
+tokens cost arithmetic. All figures are read from their folders, in runs/savings. README.md in this folder says what is
+compared.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from comparison import in_words, markdown
+from made_pair import make_pair
 from sides import ROOT, SideFailed, exit_code, run_katana
 
 from common.config import Config, load
@@ -28,7 +31,7 @@ from ops.cli.arguments import positive
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"termination.policy": "none"},
-    "kat": {},
+    "kat": {"termination.policy": "kat"},
     "no control arm": {"termination.control_fraction": 0.0, "termination.calibrate_on": "all"},
     "no traces of rollouts": {"feeder.record_traces": False},
     "neither": {
@@ -37,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "feeder.record_traces": False,
     },
 }
-"""By name: what differs from the config as it is. `kat` is the config as it is."""
+"""By name: what differs from the config as it is. All but `none` run `kat`: the demo's config does."""
 
 PARTS = {"saving": ("none", "kat"), "cost": ("kat", "no control arm", "no traces of rollouts", "neither")}
 """By part: the runs that it needs. The overshoot is that of `kat`, in either."""
@@ -200,6 +203,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for all figures")
     parser.add_argument("--only", help=f"parts, comma-separated (default: all): {', '.join(PARTS)}")
+    parser.add_argument(
+        "--pair", choices=("shipped", "made"), default="shipped", help="the demo, or the random pair of made_pair.py"
+    )
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each kind, in turn (default 3)")
     parser.add_argument("--steps", type=positive, default=40, help="optimizer steps of a run (default 40)")
     parser.add_argument("--work", type=Path, default=Path("runs/savings"), help="folder for the runs and their logs")
@@ -214,11 +220,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--only: {wrong[0]!r:.40} is not a part; allowed: {', '.join(PARTS)}")
     arguments.runs = [name for name in VARIANTS if any(name in PARTS[part] for part in parts)]
     arguments.work = arguments.work.resolve()
+    arguments.config = ROOT / "ops/experiments/demo.yaml"
     return arguments
 
 
 def config_of(arguments: argparse.Namespace, variant: str, repeat: int) -> Config:
-    """The demo's config with a run's own changes; a seed for each repeat, the same for all of its runs. Raises
+    """The config of the pair with a run's own changes; a seed for each repeat, the same for all of its runs. Raises
     ConfigError."""
     sets = {
         "name": f"{variant.replace(' ', '-')}-{repeat}",
@@ -226,11 +233,10 @@ def config_of(arguments: argparse.Namespace, variant: str, repeat: int) -> Confi
         "learner.max_steps": arguments.steps,
         "eval.every_steps": 0,
         "seed": repeat,
+        **VARIANTS["kat"],
         **VARIANTS[variant],
     }
-    return load(
-        ROOT / "ops/experiments/demo.yaml", [*arguments.overrides, *(f"{key}={one}" for key, one in sets.items())]
-    )
+    return load(arguments.config, [*arguments.overrides, *(f"{key}={one}" for key, one in sets.items())])
 
 
 def measure_all(arguments: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
@@ -252,11 +258,18 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
     facts = {
         "what": "savings and costs of termination",
-        "arguments": {"steps": arguments.steps, "runs": arguments.runs, "set": arguments.overrides},
+        "arguments": {
+            "pair": arguments.pair,
+            "steps": arguments.steps,
+            "runs": arguments.runs,
+            "set": arguments.overrides,
+        },
         "machine": machine(),
     }
 
     def measure() -> str:
+        if arguments.pair == "made":
+            arguments.config = make_pair(arguments.work / "made-pair")
         for name in arguments.runs:
             config_of(arguments, name, 1)  # before any run begins
         return table(measure_all(arguments, lambda done: write_json(arguments.out, facts | {"repeats": done})))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import savings
 from comparison import in_words
+from made_pair import make_config
 from run_folders import line, step_line, write_lines
-from savings import NeverActive, active_from, compared, control_share, overshoot, table
+from savings import ROOT, NeverActive, active_from, compared, control_share, overshoot, table
 
 from common.runfiles.run import RunFolder
 
@@ -140,3 +141,11 @@ def test_each_part_makes_the_runs_that_it_needs(tmp_path: Path) -> None:
     }
     neither = configs["neither"]
     assert (neither.termination.control_fraction, neither.feeder.record_traces) == (0.0, False)
+
+
+def test_all_runs_but_none_have_kat_on_the_made_pair_too(tmp_path: Path) -> None:
+    arguments = savings.parse_arguments(["--out", str(tmp_path / "o.json"), "--pair", "made"])
+    arguments.config = tmp_path / "made.yaml"
+    arguments.config.write_text(make_config(ROOT / "ops/models"))
+    policies = [savings.config_of(arguments, name, 1).termination.policy for name in arguments.runs]
+    assert policies == ["none", "kat", "kat", "kat", "kat"]
