@@ -101,6 +101,9 @@ keep views-traps/replay/replay replay-views-traps
 # 7. Is forward KL robust to stale text, and reverse KL not?
 compare staleness --policies none --seeds 0-2 --budget tokens:100000 --set rollout.teacher_support=2 \
     --loss reverse_kl_topk_tail,forward_kl_topk_tail --sweep learner.max_staleness=0,1,4,8
+#    Forward KL at lower learning rates than the demo's 5e-4.
+compare forward-rates --policies none --seeds 0-1 --budget tokens:100000 --set loss.mode=forward_kl_topk_tail \
+    --sweep learner.learning_rate=5e-5,1.5e-4
 
 # 8. A verifier's reward beside the teacher, at equal tokens.
 compare reward --policies none --seeds $seeds --budget tokens:100000 --set data.num_generations=4 \
