@@ -31,12 +31,16 @@ _TOGETHER = {
     "tests/e2e/test_panels_live.py": "whole run",
     "tests/e2e/test_top_live.py": "whole run",
     "tests/e2e/test_whole_run.py": "whole run",
+    "tests/e2e/test_all_together_run.py": "all together",
     "tests/e2e/test_deterministic.py": "deterministic",
     "tests/e2e/test_report_page.py": "browser",
     "tests/ops/chaos/test_poison_shim.py": "poison",
 }
 # What takes longest, longest first: whoever begins it late is waited for.
-_LONGEST = ("tests/e2e/test_experiment_run.py", "tests/e2e/test_chaos.py", "whole run", "deterministic", "tests/e2e/")
+_LONGEST = (
+    *("tests/e2e/test_experiment_run.py", "tests/e2e/test_chaos.py", "whole run", "deterministic", "all together"),
+    "tests/e2e/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

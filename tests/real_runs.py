@@ -13,9 +13,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from common.runfiles.run import RunFolder
+from ops.replay.command import replay
+
 DEMO = Path(__file__).parents[1] / "ops" / "experiments" / "demo.yaml"
+TEACHERS = DEMO.with_name("demo-teachers.yaml")
 SMALL = (
     "learner.batch_size=16",
     "learner.max_steps=6",
@@ -114,3 +119,22 @@ def check_books(folder: Path, steps: int) -> dict[str, Any]:
         assert line["tokens_generated"] == parts, line
         assert line["tokens_trained"] == (line["tokens_kept"] if line["ending"] == "trained" else 0)
     return summary
+
+
+def check_views(folder: Path, *, stopped_by: str | None) -> None:
+    """Every trace has its view, the policy fired on some, and all verdicts come out the same from the record. Those
+    that it stopped have this finish reason; None: it stopped nobody."""
+    traces = list(RunFolder(folder).traces())
+    fired = [trace for trace in traces if trace.fired]
+    assert fired and {trace.finish_reason for trace in fired if trace.stopped} == ({stopped_by} - {None})
+    for trace in traces:
+        assert trace.view is not None
+        entropy, student, teacher = trace.view
+        assert entropy.min() >= 0 and entropy.max() < np.log(38)  # outcomes of the shipped vocabulary
+        assert student.max() <= 1e-3 and teacher.max() <= 1e-3
+    # The divergence is the mean of student - teacher over what could have been sampled: near that over what was.
+    both = np.concatenate([trace.view for trace in traces if trace.view is not None], axis=1)
+    divergence = np.concatenate([trace.divergence for trace in traces])
+    assert (both[1] - both[2]).mean() == pytest.approx(divergence.mean(), rel=0.3)
+    text = replay(folder, sweeps=["termination.policy=kat,entropy,margin_change,adaptive,repetition"])
+    assert re.search(rf"{len(traces)} of {len(traces)} recorded verdicts", text), text
