@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import _server
-from real_runs import DEMO, SMALL, check_books
+from real_runs import DEMO, SMALL, check_books, children_of, finish, start
 from samples import Run, make_config, script, start_run
 
 from actors.app import (
@@ -319,7 +319,7 @@ def test_whoever_calls_a_script_may_do_what_is_in_it(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_run_of_separate_users_ends_with_a_closed_ledger(guarded: Server, tmp_path: Path) -> None:
     passwords = {role: (tmp_path / "secrets" / role).read_text().strip() for role in ROLES}
     given = (
@@ -329,54 +329,33 @@ def test_a_run_of_separate_users_ends_with_a_closed_ledger(guarded: Server, tmp_
         "data.num_generations=3",  # a batch splits a group: every script is called
         "eval.every_steps=2",
         "eval.problems=4",
-        f"runs_dir={tmp_path}",
-        "name=guarded",
         f"redis.url={guarded.url}",
         "redis.username='{role}'",
         f"redis.password_file='{tmp_path}/secrets/{{role}}'",
     )
-    flags = [flag for item in given for flag in ("--set", item)]
-    processes: dict[str, subprocess.Popen[str]] = {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    folder = tmp_path / "guarded"
+    folder, shown = tmp_path / "guarded", b""
+    process = start(tmp_path, name="guarded", settings=given)
     try:
-        for role in ("feeder", "learner", "arbiter", "rollout", "teacher", "evaluator"):
-            with (tmp_path / f"{role}.log").open("w") as log:
-                processes[role] = subprocess.Popen(
-                    [sys.executable, "-m", "ops.cli", role, str(DEMO), *flags],
-                    stdout=log,
-                    stderr=log,
-                    text=True,
-                    cwd=ROOT,
-                    env=environment,
-                )
-        shown = b"".join(Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in processes.values())
-        waiting = {"feeder", "learner", "arbiter", "evaluator"}
-        while waiting:
+        while process.poll() is None:
             assert not denials(guarded)
-            for role in list(processes):
-                code = processes[role].poll()
-                assert not code, (role, (tmp_path / f"{role}.log").read_text()[-2000:])
-                waiting -= {role} if code == 0 else set()
+            for pid in (process.pid, *children_of(folder).values()):
+                with contextlib.suppress(OSError):  # it has ended
+                    shown += Path(f"/proc/{pid}/cmdline").read_bytes()
             time.sleep(0.2)
-        check_books(folder, steps=3)
     finally:
-        for process in processes.values():
-            process.send_signal(signal.SIGTERM)
-        for process in processes.values():
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        process.send_signal(signal.SIGTERM)
+        code, output = finish(process, timeout_s=60)
+    assert code == 0, output
+    check_books(folder, steps=3)
+    assert all(f"ops.cli\0{role}\0".encode() in shown for role in ROLES[:-1])
     assert not denials(guarded)
     # The words that open the door are nowhere but in their files.
-    written = [path for path in [*tmp_path.glob("*.log"), *folder.rglob("*")] if path.is_file()]
+    written = [path for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "config.yaml" for path in written)
     for path in written:
         held = path.read_bytes()
         assert not any(password.encode() in held for password in passwords.values()), path
-    assert not any(password.encode() in shown for password in passwords.values())
+    assert not any(password in output or password.encode() in shown for password in passwords.values())
     kept = read_json(folder / "run.json")["run_key"]
     assert b"{role}" in as_role(guarded, "operator").get(f"katana:{{{kept}}}:config")
 
