@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parents[2]
 PYTEST = f"{sys.executable} -m pytest -p no:cacheprovider"
 PROCESSES, WHOLE_RUN = "tests/e2e/interrupted.py", "tests/e2e/test_run.py -k fails_slowly"
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def pytest_of(shell: int) -> int:
@@ -54,11 +54,18 @@ def _hear_interrupts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tests", "number", "times"),
-    [*((PROCESSES, number, times) for number in NUMBERS for times in (1, 8)), (WHOLE_RUN, signal.SIGINT, 8)],
+    ("tests", "numbers"),
+    [
+        (PROCESSES, [INT]),
+        (PROCESSES, [TERM]),
+        (PROCESSES, [HUP]),
+        (PROCESSES, [INT, TERM, HUP] * 3),
+        (WHOLE_RUN, [INT] * 8),
+    ],
+    ids=["SIGINT", "SIGTERM", "SIGHUP", "each in turn, three times", "SIGINT, eight times, to a whole run"],
 )
 def test_nothing_is_left_of_a_test_run_that_is_told_to_end(
-    tmp_path: Path, tests: str, number: signal.Signals, times: int
+    tmp_path: Path, tests: str, numbers: list[signal.Signals]
 ) -> None:
     run = subprocess.Popen(
         [*PYTEST.split(), *tests.split(), f"--basetemp={tmp_path / 'inner'}"],
@@ -69,7 +76,7 @@ def test_nothing_is_left_of_a_test_run_that_is_told_to_end(
     )
     pid = pytest_of(run.pid)
     [mark] = [one for one in marks() if one.startswith(f"{pid}-")]
-    for _ in range(times):
+    for number in numbers:
         run.send_signal(number)  # to a process that has ended: nothing
         time.sleep(0.2)
     assert run.wait(60) != 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_runs import check_books, children_of, finish, read, start
+from real_runs import DEMO, check_books, children_of, read
 from whole_run import EVALUATED_EVERY, NAME, STEPS, WholeRun
 
 from common.runfiles.tracing import read_traces
@@ -66,10 +66,11 @@ def test_a_run_trains_cuts_evaluates_and_closes_its_ledger(whole_run: WholeRun) 
     assert model(input_ids=ids).logits.isfinite().all()
 
 
-def test_a_folder_that_exists_is_not_written_over(whole_run: WholeRun) -> None:
-    code, output = finish(start(whole_run.folder.parent, name=NAME))
-    assert code == 2
-    assert "exists already" in output
+def test_a_folder_that_exists_is_not_written_over(whole_run: WholeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole_run.folder.rglob("*")}
+    assert main(["run", str(DEMO), "--set", f"runs_dir={whole_run.folder.parent}", "--name", NAME]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in whole_run.folder.rglob("*")} == before
 
 
 def test_no_process_of_a_run_unpickles_anything(whole_run: WholeRun) -> None:
