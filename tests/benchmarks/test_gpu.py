@@ -60,6 +60,7 @@ def arguments_of(work: Path, **changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**given | {"parts": []} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "points"), [("engine", 4), ("scorer", 2), ("learner", 2)])
 def test_a_part_is_measured_against_its_floor(part: str, points: int, tmp_path: Path) -> None:
     found: list[dict[str, Any]] = []
@@ -77,7 +78,15 @@ def test_a_part_is_measured_against_its_floor(part: str, points: int, tmp_path: 
     assert (tmp_path / "1.7B/model.safetensors").is_file() == (part == "learner")  # the large teacher never is
 
 
-def test_a_compiled_step_is_measured_beside_the_plain_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_compiled_step_is_measured_beside_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, and not translated to C++: that takes long, and tests/actors/engine/test_compiled.py does it."""
+
+    def traced(function: Any, device: Any) -> Any:
+        return gpu_models.torch.compile(function, dynamic=True, backend="eager")
+
+    for module in ("slots", "decode"):
+        monkeypatch.setattr(f"actors.engine.{module}.compiled", traced)
     found: list[dict[str, Any]] = []
     gpu.compiled(arguments_of(tmp_path), found.append)
     (one,) = found
@@ -86,6 +95,7 @@ def test_a_compiled_step_is_measured_beside_the_plain_one(tmp_path: Path) -> Non
     assert text.count("\n| ") == 3
 
 
+@pytest.mark.slow
 def test_a_point_without_enough_memory_is_reported_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from real_runs import DEMO, SMALL
 from run_folders import step_line, write_lines
 from samples import make_config
 from transformers import AutoModelForCausalLM
 
-from common.config import Config, ConfigError, load
+from common.config import Config, ConfigError
 from common.runfiles.names import CHECKPOINTS, METRICS
 from common.runfiles.records import Scores
 from learner.checkpoint import capture, save
@@ -93,12 +93,24 @@ def test_a_target_belongs_to_time_to_accuracy_alone(words: list[str], capsys: py
     assert "target" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_real_runs_are_measured(tmp_path: Path) -> None:
-    config = load(DEMO, [f"runs_dir={tmp_path}", *SMALL, "learner.max_steps=4"])
-    found = time_to_accuracy(config, 1, target=0.05)
-    assert (found["runs"], found["reached"], found["problems"], found["k"]) == (1, 1, 8, 2)
-    [[look]] = found["looks"]
-    assert look["step"] == 2 and look["avg_at_k"] >= 0.05
-    assert found["seconds"]["median"] == look["since_first_step_s"] > 0
-    assert not list(tmp_path.iterdir())  # its run has a folder of its own, which is gone
+def test_each_repeat_is_a_run_of_its_own_evaluated_on_the_problems_of_the_first(
+    config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are a recorded one here; tests/benchmarks/test_gpu.py makes a real one in the same way."""
+    ran: list[Config] = []
+
+    def run(here: Config) -> None:
+        ran.append(here)
+        here.run_dir.mkdir()
+        for name in (CHECKPOINTS, METRICS):
+            os.symlink(folder / name, here.run_dir / name)
+
+    monkeypatch.setattr("ops.bench.accuracy.run_quietly", run)
+    found = time_to_accuracy(config, 2, target=0.05)
+    assert (found["runs"], found["reached"], found["problems"], found["k"]) == (2, 2, 6, 2)
+    assert [[look["step"] for look in looks] for looks in found["looks"]] == [[1, 2]] * 2
+    assert all(looks[1]["avg_at_k"] >= 0.05 for looks in found["looks"])
+    assert found["seconds"]["median"] == found["looks"][0][1]["since_first_step_s"] == 3.0
+    assert [here.seed for here in ran] == [config.seed, config.seed + 1]
+    assert all((here.eval.every_steps, here.checkpoints.keep) == (0, here.learner.max_steps) for here in ran)
+    assert not any(here.run_dir.exists() for here in ran)  # each had a folder of its own, which is gone

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,12 @@ import pytest
 from samples import make_config
 
 from actors.engine import ScoreRequest
+from common.pretrained import PACKAGE_ROOT
 from common.rids import rid_of
 from ops.bench import speed as bench
 from ops.bench.arbiter import arbiter
 from ops.bench.bus import bus
 from ops.bench.learner import learner, trajectory_of
-from ops.bench.pieces import pieces
 from ops.bench.recorded import record
 from ops.bench.replayed import ReplayedDecoder, ReplayedScorer
 from ops.bench.score import score
@@ -98,15 +101,12 @@ def test_a_rate_is_offered_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [None, 20.0])
-def test_the_bus_is_measured_through_real_roles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float | None
-) -> None:
+def test_the_bus_is_measured_through_real_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_RECORDED": 3, "_WARM_UP_S": 0.5, "_MEASURE_S": 2.0}.items():
         monkeypatch.setattr(f"ops.bench.bus.{name}", value)
     config = make_config(tmp_path, **SHIPPED, rollout=SHORT, learner={"batch_size": 2})
-    found = bus(config, 2, rate=rate)
-    assert (found["rate"], found["slots"], found["workers"]) == (rate, 2, {"rollout": 1, "teacher": 1})
+    found = bus(config, 2, rate=20.0)
+    assert (found["rate"], found["slots"], found["workers"]) == (20.0, 2, {"rollout": 1, "teacher": 1})
     assert found["chunks_per_s"]["min"] > 0
     assert 0 < found["mean_chunk_tokens"] <= 4
     for name in ("scored", "seen", "verdict"):
@@ -143,9 +143,43 @@ def test_a_recorded_rollout_is_a_whole_trajectory(tmp_path: Path) -> None:
     assert (found.finish_reason, found.prompt is rollout.prompt) == (rollout.chunks[-1].chunk.finish, True)
 
 
+# Measurements, each in a process of its own: the first one is started as ever, the others are forked, since starting
+# one means importing torch.
+PIECES = """
+import json, os, sys, tempfile
+from dataclasses import asdict
+from ops.bench import pieces
+from pathlib import Path
+from common.config import load
+started = pieces._in_a_process
+def forked(what, shape, repeats):
+    with tempfile.TemporaryFile() as file:
+        if not (child := os.fork()):
+            os.dup2(file.fileno(), 1)
+            pieces._main(what, json.dumps(asdict(shape)), str(repeats))
+            sys.stdout.flush()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        file.seek(0)
+        return json.loads(file.read())
+def first(*asked):
+    pieces._in_a_process = forked
+    return started(*asked)
+pieces._in_a_process = first
+sizes = {"vocab_size": 4000, "hidden_size": 16, "tokens": 4096, "compared_tokens": 2048}
+print(json.dumps(pieces.pieces(load(Path(sys.argv[1])), 1, **sizes)))
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_logits_in_pieces_are_measured_beside_whole_ones(tmp_path: Path) -> None:
-    found = pieces(make_config(tmp_path), 1, vocab_size=4000, hidden_size=16, tokens=4096, compared_tokens=2048)
+    source = tmp_path / "config.yaml"
+    source.write_text(make_config(tmp_path).to_yaml())
+    command = [sys.executable, "-c", PIECES, str(source)]
+    done = subprocess.run(command, cwd=PACKAGE_ROOT, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     for dtype in ("float32", "bfloat16"):
         ours, beside, scores = (found[dtype][name] for name in ("in_pieces", "beside_whole_logits", "scores"))
         assert 0.0 < ours["memory_share"] < 1.0 < beside["whole"]["memory_share"]
