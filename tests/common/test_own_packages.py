@@ -48,12 +48,14 @@ def run(*command: str | Path, cwd: Path, path: str = "") -> subprocess.Completed
 BY_FILE = ("--set", "termination.policy=ops/policy.py:Mine", "--set", "termination.options={tokens: 5}")
 
 
+@pytest.mark.slow
 def test_the_command_sees_none_of_them(project: Path) -> None:
     done = run(KATANA, "check", "my.yaml", *BY_FILE, cwd=project)
     assert done.returncode == 0, done.stderr
     assert f"policy     {project}/ops/policy.py:Mine" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "."])
 def test_nor_does_a_process_that_has_the_working_directory_on_its_path(project: Path, path: str) -> None:
     """All but `ops`: where another one is found in its stead nothing of ours is asked."""
@@ -63,6 +65,7 @@ def test_nor_does_a_process_that_has_the_working_directory_on_its_path(project: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_celery_starts_sees_none_of_them(project: Path) -> None:
     (project / "actors").rename(project / "mine")
     done = run(sys.executable, "-m", "celery", "-A", "actors.app", "report", cwd=project)
@@ -71,7 +74,7 @@ def test_a_worker_that_celery_starts_sees_none_of_them(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_starts_its_roles_past_them_and_finds_the_policy_again_from_elsewhere(
-    project: Path, tmp_path: Path
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [f"runs_dir={tmp_path}/runs", "learner.max_steps=1", "eval.every_steps=0", "learner.batch_size=8"]
     sets = [part for one in small for part in ("--set", one)]
@@ -80,11 +83,10 @@ def test_a_run_starts_its_roles_past_them_and_finds_the_policy_again_from_elsewh
     folder = tmp_path / "runs" / "demo"
     lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     assert "mine" in {line["finish_reason"] for line in lines}
-    checked = run(KATANA, "check", folder / "config.yaml", cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
-    assert f"policy     {project}/ops/policy.py:Mine" in checked.stdout
-    replayed = run(KATANA, "replay", folder, cwd=tmp_path)
-    assert replayed.returncode == 0, replayed.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", str(folder / "config.yaml")]) == 0
+    assert f"policy     {project}/ops/policy.py:Mine" in capsys.readouterr().out
+    assert main(["replay", str(folder)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_what_cannot_be_is_said(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_module_that_would_have_to_lie_in_a_package_of_ours_is_refused_in_words(project: Path) -> None:
     done = run(KATANA, "check", "my.yaml", "--set", "termination.policy=ops.policy:Mine", cwd=project)
     assert done.returncode == 2

@@ -8,6 +8,7 @@ import pytest
 from properties import WORDS, check_config, check_record, configs, mutate_bytes, mutate_tree, records
 
 
+@pytest.mark.slow
 def test_valid_inputs_are_taken() -> None:
     assert [check_record(data) for data in records()] == [1] * len(records())
     assert sum(check_config(data) for data in configs()) > len(configs()) / 3

@@ -154,6 +154,7 @@ def versions_of(site: Path, **environment: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_repository_around_an_installed_copy_is_not_katanas(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another project")

@@ -156,6 +156,7 @@ print(int((peak_mb("cpu") - before) * (1 << 20)))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_reads_bombs_does_not_grow(tmp_path: Path) -> None:
     """The same by what the system says, so that memory which Python does not count is seen as well."""
     for number, data in enumerate(bombs(Verdict, make_verdict().encode()).values()):
