@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from actors.placing import DEVICE
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, check_resume
 from common.files import write_json
 from common.runfiles.making import lock, open_folder
-from common.runfiles.names import BUSY, CONFIG, LOGS, REDIS, WALL
+from common.runfiles.names import BUSY, CONFIG, LOGS, REDIS, RUN, WALL
 from common.runfiles.records import Wall
 from common.runfiles.run import RunFolder
 from common.teachers import process
 from common.wire.plane import Plane, RedisUnavailable
-from common.wire.planes import create_on, open_planes
+from common.wire.planes import check_places, create_on, open_planes
 from ops.reach.children import Child, end, katana, start
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.run import with_redis
@@ -249,8 +249,12 @@ def run_locally(config: Config, nursery: Nursery | None, *, resume: bool, fresh:
     found = check(config)
     for problem in [*found.problems, *found.unchecked]:
         raise ConfigError(problem)
-    if config.redis.url is not None:
-        reach(config)  # before anything is written
+    if config.redis.url is not None:  # refused before anything is written
+        clients = reach(config)
+        if resume and (config.run_dir / RUN).is_file():
+            known = RunFolder(config.run_dir)
+            check_resume(known.config, config)
+            check_places(config, open_planes(config, clients, known.run_key))
     print("\n".join(found.lines), flush=True)
     run_key = open_folder(config, resume=resume, fresh=fresh)
     try:
