@@ -1,7 +1,7 @@
 """The engine of the stand-in for a vLLM server (vllm_standin.py): requests written together on the slots of one model.
 
-It answers what vLLM 0.32 answers, found by asking that (tests/vllm holds both against each other): a token drawn is in
-the answer whatever ends the request, with the label that the weights had when it was drawn.
+It answers as vLLM 0.32 does (tests/servers asks both the same): a token drawn is in the answer whatever ends the
+request, with the label that the weights had when it was drawn.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _listed(values: torch.Tensor, chosen: torch.Tensor, entries: list[int | None
     """For each row of `values` [requests, vocabulary] the token drawn first, then by rank, cut at its `entries` (at
     least the token): one that is not among the most probable pushes the last of them out. None where it is None."""
     most = max((wanted or 0 for wanted in entries), default=0)
-    top = values.topk(min(most, values.shape[1]), dim=1)
+    top = values.topk(most, dim=1)  # more than there are is the end of vLLM too
     own = values.gather(1, chosen[:, None])
     ranks = (values >= own).sum(dim=1)  # 0 where the value is not a number
     found: list[dict[str, Any] | None] = []

@@ -4,7 +4,7 @@
 
 Options are vLLM's, and its variable VLLM_SERVER_DEV_MODE=1 opens the routes that change weights. It runs models that
 vLLM does not (the shipped ones have heads of 20 and 28) and starts in seconds. Where it knows less than vLLM it refuses
-rather than ignores. It ends when its parent does. tests/vllm holds it and the real server to the same answers.
+rather than ignores. It ends when its parent does. tests/servers holds it and the real server to the same answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from standin_engine import Broken, Engine, Request  # noqa: E402
+from standin_engine import Engine, Request  # noqa: E402
 
 DEV = {"/pause", "/resume", "/is_paused", "/collective_rpc", "/update_weight_version", "/weight_info", "/server_info"}
 SCALE_OUT = {"/inference/v1/generate", "/inference/v1/abort_requests"}
@@ -302,7 +302,7 @@ def main() -> int:
     print(f"serving {options.model} on port {server.server_port}", flush=True)
     try:
         engine.run()
-    except Broken as error:
+    except RuntimeError as error:
         print(f"EngineCore encountered a fatal error: {error}", flush=True)
     time.sleep(0.2)  # the answers to what was pending
     return 1
