@@ -28,7 +28,7 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 VLLM = (str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager")
 KINDS = ("standin", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(900)]))
 """For a fixture's params: the real one only where `-m vllm` asks for it (make test-vllm)."""
-OPTIONS = ("--enable-scale-out", "--dtype", "float32", "--logprobs-mode", "raw_logprobs", "--block-size", "16")
+OPTIONS = ("--enable-scale-out", "--dtype", "float32", "--logprobs-mode", "raw_logprobs", "--block-size", "32")
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -179,7 +179,7 @@ def serving(kind: str, model: Path, log: Path, *options: str, port: int = 0, **e
         server.stop()
 
 
-def wait_until_ready(server: Server, timeout_s: float = 400) -> None:
+def wait_until_ready(server: Server, timeout_s: float = 800) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(httpx.TransportError):

@@ -360,7 +360,7 @@ def test_a_server_says_what_it_was_started_with(server: Server, models: dict[str
     assert (model["max_model_len"], model["max_logprobs"]) == (LONGEST, MOST_LOGPROBS)
     assert model["logprobs_mode"] == "raw_logprobs"
     assert config["scheduler_config"]["max_num_seqs"] == 32
-    assert (cache["block_size"], cache["enable_prefix_caching"]) == (16, True)
+    assert (cache["block_size"], cache["enable_prefix_caching"]) == (32, True)
     (served,) = server.get("/v1/models").json()["data"]
     assert (served["root"], served["max_model_len"]) == (str(models["a"]), LONGEST)
 
