@@ -39,6 +39,7 @@ DISABLED = "Scale-out endpoints are disabled. Restart vllm serve with --enable-s
 GENERATE = {"request_id", "token_ids", "sampling_params", "cache_salt", "stream", "model"}
 SAMPLING = {
     *("max_tokens", "temperature", "top_p", "logprobs", "seed", "stop_token_ids", "ignore_eos", "detokenize"),
+    "logit_bias",
 }
 Answer = tuple[int, Any]
 
@@ -165,40 +166,51 @@ class Server(ThreadingHTTPServer):
             raise Refused(f"the stand-in does not have {', '.join(unknown)}")
         if body.get("stream"):
             raise Refused("the stand-in does not stream")
-        if not ids or min(ids) < 0:
-            raise Refused("1 validation error: token_ids", "body.token_ids", kind="Bad Request")
-        most, longest = self.options.max_logprobs, self.options.max_model_len
-        logprobs, max_tokens = given.get("logprobs"), given.get("max_tokens", longest)
-        if logprobs is not None and logprobs > most:
-            text = f"Requested sample logprobs of {logprobs}, which is greater than max allowed: {most}"
-            raise Refused(f"{text} (parameter=logprobs, value={logprobs})", "logprobs")
-        if max_tokens < 1:
+        if body.get("cache_salt") == "":
+            raise Refused("Parameter 'cache_salt' must be a non-empty string if provided.", "cache_salt")
+        self._check_sampling(given)
+        self._check_prompt(ids)
+        if "logit_bias" in given:  # what makes no difference to what is written is all that it has of it
+            raise Refused("the stand-in does not have a logit_bias inside the vocabulary")
+        ends, seed = () if given.get("ignore_eos") else self.engine.stop_ids, given.get("seed")
+        longest = self.options.max_model_len
+        return Request(
+            name=f"generate-tokens-{body.get('request_id') or secrets.token_hex(16)}",
+            prompt=ids,
+            limit=min(given.get("max_tokens", longest), longest - len(ids)),
+            stop_ids=frozenset([*ends, *given.get("stop_token_ids", [])]),
+            logprobs=given.get("logprobs"),
+            temperature=given.get("temperature", 1.0),
+            top_p=given.get("top_p", 1.0),
+            seed=secrets.randbits(64) if seed is None else seed % 2**64,
+        )
+
+    def _check_sampling(self, given: dict[str, Any]) -> None:
+        if (max_tokens := given.get("max_tokens", 1)) < 1:
             raise Refused(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
         if (temperature := given.get("temperature", 1.0)) < 0:
             raise Refused(f"temperature must be non-negative, got {temperature}.", "temperature")
         if not 0 < (top_p := given.get("top_p", 1.0)) <= 1:
             raise Refused(f"top_p must be in (0, 1], got {top_p}.", "top_p")
-        if body.get("cache_salt") == "":
-            raise Refused("Parameter 'cache_salt' must be a non-empty string if provided.", "cache_salt")
-        if max(ids) >= self.engine.vocab_size:
-            raise Refused(f"Token id {max(ids)} is out of vocabulary")
-        if len(ids) >= longest:
+        if (logprobs := given.get("logprobs") or 0) > (most := self.options.max_logprobs):
+            text = f"Requested sample logprobs of {logprobs}, which is greater than max allowed: {most}"
+            raise Refused(f"{text} (parameter=logprobs, value={logprobs})", "logprobs")
+        size = self.engine.vocab_size
+        if beyond := [int(one) for one in given.get("logit_bias", {}) if int(one) >= size]:
+            text = f"token_id(s) {beyond} in logit_bias contain out-of-vocab token ids. Vocabulary size: {size}"
+            raise Refused(f"{text} (parameter=logit_bias, value={beyond})", "logit_bias")
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        longest = self.options.max_model_len
+        if not ids or min(ids) < 0:
+            raise Refused("1 validation error: token_ids", "body.token_ids", kind="Bad Request")
+        if len(ids) >= longest:  # before the vocabulary is looked at
             more = "" if len(ids) > longest else " plus the number of requested output tokens (at least 1)"
             raise Refused(
                 f"The decoder prompt (length {len(ids)}){more} is longer than the maximum model length of {longest}."
             )
-        ends = () if given.get("ignore_eos") else self.engine.stop_ids
-        seed = given.get("seed")
-        return Request(
-            name=f"generate-tokens-{body.get('request_id') or secrets.token_hex(16)}",
-            prompt=ids,
-            limit=min(max_tokens, longest - len(ids)),
-            stop_ids=frozenset([*ends, *given.get("stop_token_ids", [])]),
-            logprobs=logprobs,
-            temperature=temperature,
-            top_p=top_p,
-            seed=secrets.randbits(64) if seed is None else seed % 2**64,
-        )
+        if max(ids) >= self.engine.vocab_size:
+            raise Refused(f"Token id {max(ids)} is out of vocabulary")
 
     def metrics(self) -> bytes:
         labels = f'{{engine="0",model_name="{self.options.model}"}}'
