@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # a minute of g++ at the first request, for one small function of the sampler
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }

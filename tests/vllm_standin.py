@@ -39,7 +39,6 @@ DISABLED = "Scale-out endpoints are disabled. Restart vllm serve with --enable-s
 GENERATE = {"request_id", "token_ids", "sampling_params", "cache_salt", "stream", "model"}
 SAMPLING = {
     *("max_tokens", "temperature", "top_p", "logprobs", "seed", "stop_token_ids", "ignore_eos", "detokenize"),
-    "logit_bias",
 }
 Answer = tuple[int, Any]
 
@@ -170,8 +169,6 @@ class Server(ThreadingHTTPServer):
             raise Refused("Parameter 'cache_salt' must be a non-empty string if provided.", "cache_salt")
         self._check_sampling(given)
         self._check_prompt(ids)
-        if "logit_bias" in given:  # what makes no difference to what is written is all that it has of it
-            raise Refused("the stand-in does not have a logit_bias inside the vocabulary")
         ends, seed = () if given.get("ignore_eos") else self.engine.stop_ids, given.get("seed")
         longest = self.options.max_model_len
         return Request(
@@ -196,9 +193,9 @@ class Server(ThreadingHTTPServer):
             text = f"Requested sample logprobs of {logprobs}, which is greater than max allowed: {most}"
             raise Refused(f"{text} (parameter=logprobs, value={logprobs})", "logprobs")
         size = self.engine.vocab_size
-        if beyond := [int(one) for one in given.get("logit_bias", {}) if int(one) >= size]:
-            text = f"token_id(s) {beyond} in logit_bias contain out-of-vocab token ids. Vocabulary size: {size}"
-            raise Refused(f"{text} (parameter=logit_bias, value={beyond})", "logit_bias")
+        if beyond := [one for one in given.get("stop_token_ids", []) if not 0 <= one < size]:
+            text = f"token_id(s) {beyond} in stop_token_ids contain out-of-vocab token ids. Vocabulary size: {size}"
+            raise Refused(f"{text} (parameter=stop_token_ids, value={beyond})", "stop_token_ids")
 
     def _check_prompt(self, ids: list[int]) -> None:
         longest = self.options.max_model_len

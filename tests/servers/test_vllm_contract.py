@@ -334,7 +334,8 @@ def test_the_servers_count_is_that_of_all_answers(server: Server) -> None:
         # The length is looked at first, so no id that is not there can be asked for without a token written.
         ([37] * LONGEST, {}, f"is longer than the maximum model length of {LONGEST}"),
         # But this names the size of the vocabulary, and writes nothing.
-        (PROMPT, {"logit_bias": {"1000000000": 0.0}}, "Vocabulary size: 37"),
+        (PROMPT, {"stop_token_ids": [2**31 - 1]}, "Vocabulary size: 37"),
+        (PROMPT, {"stop_token_ids": [37]}, "Vocabulary size: 37"),
         ([], {}, ""),
         ([5, -1], {}, ""),
         (PROMPT, {"max_tokens": 0}, "max_tokens must be at least 1, got 0."),
