@@ -46,7 +46,8 @@ class ClosedChunk:
     besides STOP; support_logprobs: float32 [n, K+1], column 0 STOP's; tail_logprobs: float32 [n], or None
     where the support is everything. rollout_logprobs: float32 [n], of the outcome drawn, over the full
     distribution at temperature 1; sampled_logprobs: float32 [n], the same as sampled, after temperature and
-    top-p. finish: why the rollout ended with this chunk, or None.
+    top-p. finish: why the rollout ended with this chunk, or None. version: of the weights that wrote it; None: those
+    that were swapped in last.
     """
 
     key: str
@@ -58,6 +59,7 @@ class ClosedChunk:
     rollout_logprobs: NDArray[np.float32]
     sampled_logprobs: NDArray[np.float32]
     finish: Finish | None
+    version: int | None = None
 
 
 class Decoder(TextSlots):
