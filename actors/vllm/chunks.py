@@ -63,8 +63,8 @@ class Outcomes:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What an answer adds to a rollout. refused: tokens at its end that nobody may use, since the server wrote them with
-    weights that are not of this run."""
+    """What an answer adds to a rollout. refused: tokens at its end that nobody may use, since weights wrote them that are
+    not of this run."""
 
     chunks: list[ClosedChunk]
     refused: int
@@ -168,7 +168,8 @@ def _columns(answer: Answer, outcomes: Outcomes) -> _Columns:
 
 def _log(mass: _Numbers) -> _Numbers:
     """log of probabilities, those of 0 as UNLISTED, at most 0."""
-    return np.where(mass > 0, np.log(np.where(mass > 0, mass, 1.0)), UNLISTED).clip(UNLISTED, 0.0)
+    logs: _Numbers = np.where(mass > 0, np.log(np.where(mass > 0, mass, 1.0)), UNLISTED)
+    return logs.clip(UNLISTED, 0.0)
 
 
 def _support(answer: Answer, outcome: NDArray[np.bool_], outcomes: Outcomes) -> tuple[NDArray[np.int32], _Numbers]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from actors.engine.outcomes import FLOOR_NATS, log_outcomes, student_support
-from actors.vllm.answers import Answer, BadAnswer, read_answer
+from actors.vllm.answers import BadAnswer, read_answer
 from actors.vllm.chunks import LEAST_TAIL, UNLISTED, Outcomes, Written, chunks_of, unlisted_stop_bound
 
 LABELS = {"v4": 4, "v5": 5}
@@ -263,60 +264,45 @@ def test_nothing_written_is_no_chunk() -> None:
     assert written(empty, Outcomes((0,), 20, 20, 4), asked=5) == Written([], 0)
 
 
-def damaged(change: str) -> dict[str, Any]:
-    body = body_of(logits_of(3, 20, seed=6), [1, 2, 3], 6)
-    choice = body["choices"][0]
-    first = choice["logprobs"]["content"][0]
-    match change:
-        case "no choices":
-            return {"choices": []}
-        case "another answer":
-            return {"text": "hello"}
-        case "no logprobs":
-            choice["logprobs"] = None
-        case "a token is a text":
-            choice["token_ids"][0] = "1"
-        case "a token is huge":
-            choice["token_ids"][0] = 1 << 40
-        case "not a number":
-            first["logprob"] = -9999.0
-        case "no rank":
-            first["rank"] = None
-        case "a probability above 1":
-            first["top_logprobs"][0]["logprob"] = 0.5
-        case "a span is missing":
-            choice["weight_versions"] = [{"version": "v4", "start": 0, "end": 2}]
-        case "no spans":
-            choice["weight_versions"] = None
-        case "spans overlap":
-            choice["weight_versions"].append({"version": "v5", "start": 1, "end": 3})
-        case "an unknown ending":
-            choice["finish_reason"] = "error"
-        case "a stop that is none":
-            choice["finish_reason"] = "stop"
-        case "too short":
-            choice["token_ids"].pop()
-            choice["logprobs"]["content"].pop()
-            choice["weight_versions"][0]["end"] = 2
-        case "beyond a stop":
-            choice["token_ids"][1] = 0
-    return body
+def choice_of() -> dict[str, Any]:
+    found: dict[str, Any] = body_of(logits_of(3, 20, seed=6), [1, 2, 3], 6)["choices"][0]
+    return found
 
 
-CHANGES = [
-    *("no choices", "another answer", "no logprobs", "a token is a text", "a token is huge", "not a number", "no rank"),
-    *("a probability above 1", "a span is missing", "no spans", "spans overlap", "an unknown ending"),
-    *("a stop that is none", "too short", "beyond a stop"),
-]
+def without_a_token(choice: dict[str, Any]) -> None:
+    choice["token_ids"].pop()
+    choice["logprobs"]["content"].pop()
+    choice["weight_versions"][0]["end"] = 2
 
 
-@pytest.mark.parametrize("change", CHANGES)
+DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no tokens": lambda choice: choice.pop("token_ids"),
+    "no logprobs": lambda choice: choice.update(logprobs=None),
+    "a token is a text": lambda choice: choice["token_ids"].__setitem__(0, "1"),
+    "a token is huge": lambda choice: choice["token_ids"].__setitem__(0, 1 << 40),
+    "not a number": lambda choice: choice["logprobs"]["content"][0].update(logprob=-9999.0),
+    "no rank": lambda choice: choice["logprobs"]["content"][0].update(rank=None),
+    "above 1": lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][0].update(logprob=0.5),
+    "a span is short": lambda choice: choice["weight_versions"][0].update(end=2),
+    "no spans": lambda choice: choice.update(weight_versions=None),
+    "spans overlap": lambda choice: choice["weight_versions"].append({"version": "v5", "start": 1, "end": 3}),
+    "an unknown ending": lambda choice: choice.update(finish_reason="error"),
+    "a stop that is none": lambda choice: choice.update(finish_reason="stop"),
+    "too short": without_a_token,
+    "beyond a stop": lambda choice: choice["token_ids"].__setitem__(1, 0),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE)
 def test_an_answer_that_cannot_be_right_is_refused(change: str) -> None:
+    choice = choice_of()
+    assert len(written({"choices": [choice]}, Outcomes((0,), 20, 20, 4), asked=3).chunks) == 1
+    DAMAGE[change](choice)
     with pytest.raises(BadAnswer):
-        written(damaged(change), Outcomes((0,), 20, 20, 4), asked=3)
+        written({"choices": [choice]}, Outcomes((0,), 20, 20, 4), asked=3)
 
 
-def test_an_undamaged_answer_is_not() -> None:
-    answer = read_answer(damaged(""))
-    assert isinstance(answer, Answer)
-    assert len(written(damaged(""), Outcomes((0,), 20, 20, 4), asked=3).chunks) == 1
+@pytest.mark.parametrize("body", [{"choices": []}, {"text": "hello"}, [], None, "hello"])
+def test_an_answer_of_something_else_is_refused(body: Any) -> None:
+    with pytest.raises(BadAnswer):
+        read_answer(body)
