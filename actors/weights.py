@@ -20,8 +20,8 @@ _AGAIN_S = 2.0  # before refused weights are read again: they are large, and rar
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One version in memory. `content`: as the writer read it: tensors by the model's names or an adapter, on the CPU, or
-    the file itself; `step`: the optimizer step."""
+    """One version in memory. `content`: as the writer read it: tensors by the model's names or an adapter, on the CPU,
+    or the file itself; `step`: the optimizer step."""
 
     version: int
     step: int

@@ -63,8 +63,8 @@ class Outcomes:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What an answer adds to a rollout. refused: tokens at its end that nobody may use, since weights wrote them that are
-    not of this run."""
+    """What an answer adds to a rollout. refused: tokens at its end that nobody may use, since weights wrote them that
+    are not of this run."""
 
     chunks: list[ClosedChunk]
     refused: int

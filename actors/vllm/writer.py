@@ -87,8 +87,8 @@ class _Open:
 class VllmWriter:
     """Writes with a server: one of `urls`, or one that it starts by `command` and that ends with this process.
 
-    student: its facts. slots: rollouts at a time, at most the server's `--max-num-seqs`. max_length: tokens of prompt and
-    completion together. chunk_tokens: length of a full chunk. temperature, top_p: how the server samples; what it
+    student: its facts. slots: rollouts at a time, at most the server's `--max-num-seqs`. max_length: tokens of prompt
+    and completion together. chunk_tokens: length of a full chunk. temperature, top_p: how the server samples; what it
     lists is at temperature 1.
     """
 
