@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from common.wire import scripts
 from common.wire.plane import Plane, Stopping
@@ -27,7 +28,7 @@ def exclusively(
     """
     token, end = secrets.token_hex(8), threading.Event()
 
-    def call(mode: str) -> scripts.Call[Leased]:
+    def call(mode: Literal["take", "drop"]) -> scripts.Call[Leased]:
         return scripts.exclusive(what, token, int(held_s * 1000), mode)
 
     def renew() -> None:

@@ -316,7 +316,7 @@ def reopen(config: str) -> Call[Done]:
     return Call("reopen", (config,), _done)
 
 
-def exclusive(what: str, token: str, ms: int, mode: str) -> Call[Leased]:
+def exclusive(what: str, token: str, ms: int, mode: Literal["take", "drop"]) -> Call[Leased]:
     return Call("exclusive", (what, token, ms, mode), lambda reply: _word(Leased, reply))
 
 
