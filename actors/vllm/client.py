@@ -114,6 +114,19 @@ class Client:
         """Like `get`."""
         return self._wait(self._send("POST", path, body, timeout_s), timeout_s + CONTROL_S)
 
+    def load(self, path: str, body: Mapping[str, Any], timeout_s: float) -> None:
+        """Like `post`, of work that may take long: given up sooner if the server does not say that it is well."""
+        future = asyncio.run_coroutine_threadsafe(self._send("POST", path, body, timeout_s), self._loop)
+        try:
+            while True:
+                try:
+                    future.result(CONTROL_S)
+                    return
+                except TookTooLong:
+                    self.get("/health")
+        finally:
+            future.cancel()
+
     def label(self) -> str:
         """What the server calls its weights. Raises as `get`."""
         return str(_field(self.get("/weight_info"), "weight_version"))

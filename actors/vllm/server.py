@@ -73,7 +73,7 @@ class OwnServer:
 
     def last_words(self) -> str:
         """How it ended, with the last lines of its log."""
-        code = None if self._process is None else self._process.poll()
+        code = "none" if self._process is None else self._process.poll()
         lines = "".join(f"\n    {line}" for line in self._lines)
         return f"{self._argv[0]} ended with code {code}; its last lines:{lines or ' none'}"
 

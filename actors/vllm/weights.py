@@ -26,6 +26,7 @@ FOLDER = "vllm"  # inside the run's folder of weights
 _LABEL = re.compile(r"katana:([A-Za-z0-9._-]+):([0-9]{1,15}):[0-9a-f]{12}", re.ASCII)
 _LOADING = "katana:loading"
 LOAD_S = 600.0  # the longest that a server may take to load weights
+_PAUSE_S = 30.0  # it ends the step that it computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def install(client: Client, shared: Shared, version: int, weights: Published) ->
         with _paused(client):
             _relabel(client, mine, f"{_LOADING}:{shared.run}:{secrets.token_hex(6)}")
             arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-            client.post("/collective_rpc", arguments, timeout_s=LOAD_S)
+            client.load("/collective_rpc", arguments, LOAD_S)
             _relabel(client, mine, label_of(shared.run, version, weights))
         for other in folder.iterdir():
             if other != path:
@@ -88,7 +89,7 @@ def _has(client: Client, run: str, version: int) -> bool:
 @contextlib.contextmanager
 def _paused(client: Client) -> Iterator[None]:
     """Nothing is generated inside; requests stay."""
-    client.post("/pause?mode=keep", timeout_s=LOAD_S)
+    client.post("/pause?mode=keep", timeout_s=_PAUSE_S)
     try:
         yield
     except SwapLost:

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import queue
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -116,7 +115,7 @@ class VllmWriter:
         self.decoded_tokens = 0
         self._answers = 0
         self._heard_at = self._trouble_at = self._failed_at = 0.0
-        self._down = False
+        self._down = self._was_ready = False
         self._next_try = 0.0
         self._pause_s = 0.0
         self._health: Future[object] | None = None
@@ -133,8 +132,10 @@ class VllmWriter:
 
     @property
     def free(self) -> int:
-        """Rollouts that `add` takes now: none while the server is down."""
-        return 0 if self._down else max(0, self._slots - len(self._texts))
+        """Rollouts that `add` takes now: none while the server is down. Without any, nobody calls `step`, so it is here
+        that the server is asked whether it is back."""
+        ready = self._up() if self._down and not self._texts else not self._down
+        return max(0, self._slots - len(self._texts)) if ready else 0
 
     @property
     def busy(self) -> tuple[str, ...]:
@@ -149,7 +150,7 @@ class VllmWriter:
             weakref.finalize(self, self._client.close)
         until = self._clock() + self._settings.start_timeout_s
         while (most := self._checked()) is None:
-            if self._clock() > until:
+            if self._clock() > until or (self._own is not None and not self._own.runs):
                 self._give_up_start()
             if shared.pause(0.25):
                 return False
@@ -177,21 +178,23 @@ class VllmWriter:
         assert self._client is not None
         if self._own is not None and not self._own.runs:
             self._own.start()
+            self._was_ready = False
         try:
-            self._client.get("/health", timeout_s=2.0)
+            self._client.get("/health", timeout_s=_QUIET_S)
         except (ServerDown, ServerFailed, RequestRefused, BadAnswer):
             return False
+        self._was_ready = True
         return True
 
     def _give_up_start(self) -> None:
         assert self._client is not None
-        waited = f"no answer from {self._client.url} in {self._settings.start_timeout_s:g} s"
+        waited = f"no answer from {self._client.url}, tried for {self._settings.start_timeout_s:g} s"
         if self._own is None:
             raise ModelError(
                 f"rollout.vllm.urls: {waited}; start it with `vllm serve {self._student.folder} --enable-scale-out …` "
                 f"(docs/vllm.md), or raise rollout.vllm.start_timeout_s"
             )
-        raise ModelError(f"rollout.vllm.command: {waited}; {self._own.last_words()}")
+        raise ModelError(f"rollout.vllm.command: {self._own.last_words()}")
 
     def _failed(self, reason: str, *, down: bool) -> None:
         """Something did not work, and no rollout is at fault. Raises EngineBroken where that lasts too long."""
@@ -207,12 +210,16 @@ class VllmWriter:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             self._next_try = now + self._pause_s
             self._episode.seen(f"the vLLM server cannot be used, rollouts wait: {reason}")
-        if now - self._trouble_at > self._patience_s:
-            raise EngineBroken(f"the vLLM server cannot be used since {now - self._trouble_at:.0f} s: {reason}")
+        lasts_s = now - self._trouble_at
+        if self._own is not None and self._was_ready and lasts_s > self._settings.patience_s:
+            log.warning("the vLLM server is ended and started again: %s", reason)
+            self._own.end()
+        if lasts_s > self._patience_s:
+            raise EngineBroken(f"the vLLM server cannot be used for {lasts_s:.0f} s: {reason}")
 
     @property
     def _patience_s(self) -> float:
-        # A server that is being started again has the time that it had at first.
+        # A server of one's own is started again, and has the time that it had at first.
         return self._settings.patience_s + (self._settings.start_timeout_s if self._own is not None else 0.0)
 
     def _now_up(self) -> None:
@@ -230,9 +237,7 @@ class VllmWriter:
             return True
         if self._clock() < self._next_try:
             return False
-        restarts = self._own is not None and not self._own.runs
-        if restarts:
-            assert self._own is not None
+        if self._own is not None and self._was_ready and not self._own.runs:
             log.warning("%s", self._own.last_words())
         if not self._there():
             self._failed("it does not answer", down=True)
@@ -411,8 +416,7 @@ class VllmWriter:
     def _collect(self, wait_s: float) -> None:
         """Take what has been answered; wait for the first answer if there is none."""
         if not self._any_open():
-            if wait_s and not any(text.error for text in self._texts.values()):
-                threading.Event().wait(wait_s)
+            time.sleep(wait_s)
             return
         while True:
             try:

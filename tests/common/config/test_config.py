@@ -37,7 +37,9 @@ def leaf(config: Config, dotted: str) -> Any:
 
 def test_everything_but_the_two_models_has_a_default() -> None:
     config, with_lora, several = parse(LEAST), parse(LEAST + "learner: {lora: {}}"), parse(SEVERAL)
-    with_url, with_command = (parse(LEAST, [f"rollout.vllm.{one}"]) for one in ("urls=['http://a']", "command=['{port}']"))
+    with_url, with_command = (
+        parse(LEAST, [f"rollout.vllm.{one}"]) for one in ("urls=['http://a']", "command=['{port}']")
+    )
     assert {name for name, default, _ in keys() if default == "required"} == {"student.model", "teacher.model"}
     for name, default, meaning in keys():
         assert meaning.endswith((".", "…", ")")), f"{name} has no meaning"
