@@ -75,9 +75,13 @@ class Client:
     def __init__(self, url: str, *, request_timeout_s: float) -> None:
         self.url, self._request_timeout_s = url, request_timeout_s
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="vllm", daemon=True)
         self._thread.start()
         self._http = self._wait(self._open(), CONTROL_S)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     async def _open(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -87,9 +91,16 @@ class Client:
     def close(self) -> None:
         """End the loop; what is open is cancelled, and with that at the server too."""
         if self._loop.is_running():
-            self._wait(self._http.aclose(), CONTROL_S)
+            self._wait(self._end(), CONTROL_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CONTROL_S)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
 
     def generate(self, request: TokenRequest, done: Callable[[Future[Answer]], None]) -> Future[Answer]:
         """Ask for tokens; `done` is called in the client's thread. The future has the answer, or raises ServerDown,

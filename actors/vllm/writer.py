@@ -36,7 +36,6 @@ from actors.vllm.server import OwnServer
 from actors.vllm.weights import Published, SwapLost, install, version_in
 from common import metrics
 from common.config.sections import Vllm
-from common.episode import Episode
 from common.failing import brief
 from common.pretrained import ModelError, ModelFacts
 
@@ -114,14 +113,12 @@ class VllmWriter:
         self._answered: queue.SimpleQueue[_Open] = queue.SimpleQueue()
         self.decoded_tokens = 0
         self._answers = 0
-        self._heard_at = self._trouble_at = self._failed_at = 0.0
+        self._heard_at = self._down_at = self._trouble_at = self._failed_at = 0.0
         self._down = self._was_ready = False
         self._next_try = 0.0
         self._pause_s = 0.0
         self._health: Future[object] | None = None
-        self._episode = Episode(log)
-        if self._own is not None:
-            weakref.finalize(self, self._own.end)
+        self._closers = [weakref.finalize(self, self._own.end)] if self._own is not None else []
 
     # --- the server --------------------------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class VllmWriter:
         self._shared, self._wanted = shared, None
         if self._client is None:
             self._client = Client(self._url(shared.worker), request_timeout_s=self._settings.request_timeout_s)
-            weakref.finalize(self, self._client.close)
+            self._closers.append(weakref.finalize(self, self._client.close))
         until = self._clock() + self._settings.start_timeout_s
         while (most := self._checked()) is None:
             if self._clock() > until or (self._own is not None and not self._own.runs):
@@ -157,6 +154,11 @@ class VllmWriter:
         self._slots = min(self._slots, most)
         self._now_up()
         return True
+
+    def end(self) -> None:
+        """End a server of its own, and all connections; done at the latest when the process ends."""
+        for close in self._closers:
+            close()
 
     def _url(self, worker: str) -> str:
         if self._own is not None:
@@ -203,13 +205,13 @@ class VllmWriter:
             self._trouble_at = now
         self._failed_at = now
         if down and not self._down:
-            self._down = True
+            self._down, self._down_at = True, now
             self._pause_s = 0.05
+            log.warning("the vLLM server cannot be used, rollouts wait: %s", reason)
             metrics.vllm_up.set(0)
         if self._down:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             self._next_try = now + self._pause_s
-            self._episode.seen(f"the vLLM server cannot be used, rollouts wait: {reason}")
         lasts_s = now - self._trouble_at
         if self._own is not None and self._was_ready and lasts_s > self._settings.patience_s:
             log.warning("the vLLM server is ended and started again: %s", reason)
@@ -223,6 +225,8 @@ class VllmWriter:
         return self._settings.patience_s + (self._settings.start_timeout_s if self._own is not None else 0.0)
 
     def _now_up(self) -> None:
+        if self._down:
+            log.warning("the vLLM server answers again, after %.1f s", self._clock() - self._down_at)
         self._down = False
         self._heard_at = self._clock()
         self._health = None
@@ -233,7 +237,6 @@ class VllmWriter:
         if not self._down:
             self._watch()
         if not self._down:
-            self._episode.not_seen("the vLLM server answers again")
             return True
         if self._clock() < self._next_try:
             return False
