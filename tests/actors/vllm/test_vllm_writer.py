@@ -1,88 +1,24 @@
-"""The writer before a server: the stand-in, and with `make test-vllm` the real one. What it writes, whose it is, and
-what happens when the server fails."""
+"""The writer before a server: the stand-in, and with `make test-vllm` the real one. What it writes, and whose it is."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from vllm_servers import ENVIRONMENT, KINDS, OPTIONS, Server, begin, command_of, make_qwen3, serving, wait_until
+from safetensors.torch import save_file
+from vllm_servers import KINDS, Server, serving
+from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models
 
-from actors.blame import EngineBroken
-from actors.engine import ClosedChunk, Shared
 from actors.engine.adapters import header_of
-from actors.vllm.answers import BadAnswer
-from actors.vllm.chunks import Outcomes
-from actors.vllm.client import RequestRefused, ServerFailed
-from actors.vllm.server import OwnServer
 from actors.vllm.weights import label_of
-from actors.vllm.writer import VllmWriter
 from common import metrics
-from common.config import Vllm
-from common.pretrained import ModelError, read_facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-PROMPT = np.array([5, 11, 6, 15], np.int32)
-CHUNK, LENGTH = 8, 120
-SERVER = (*OPTIONS, "--max-model-len", "128", "--max-logprobs", "20", "--max-num-seqs", "16")
-RUN = "run-1"
-
-
-@dataclass
-class Models:
-    """A student's folder, and weights of it by version, of which one is hardly like another."""
-
-    folder: Path
-    model: PreTrainedModel
-    published: dict[int, bytes] = field(default_factory=dict)
-
-    def outcomes(self, top_p: float = 1.0) -> Outcomes:
-        facts = read_facts(self.folder)
-        return Outcomes(facts.stop_ids, facts.vocab_size, facts.vocab_size, 8, top_p)
-
-    @torch.inference_mode()
-    def logprobs(self, version: int, tokens: list[int]) -> np.ndarray:
-        """Of what follows each token of a text, float64 [n, V]."""
-        path = self.folder.parent / "loaded.safetensors"
-        path.write_bytes(self.published[version])
-        self.model.load_state_dict(load_file(path), strict=False)
-        logits = self.model(input_ids=torch.tensor([tokens])).logits[0]
-        return np.asarray(logits.double().log_softmax(-1).numpy())
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("models")
-    student = make_qwen3(folder / "student", 0)
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    found = Models(student, model)
-    (stop,) = read_facts(student).stop_ids
-    for version in range(1, 5):
-        torch.manual_seed(version)
-        state = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
-        changed = {name: tensor + 0.3 * torch.randn_like(tensor).mul(tensor.std()) for name, tensor in state.items()}
-        embedding = changed["model.embed_tokens.weight"]
-        embedding[stop] = 0.05 * embedding[stop]  # so that texts do not end at once
-        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, folder / "weights.safetensors")
-        found.published[version] = (folder / "weights.safetensors").read_bytes()
-    return found
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -96,109 +32,8 @@ def server(kind: str, models: Models, tmp_path_factory: pytest.TempPathFactory) 
         yield found
 
 
-class Locks:
-    """One lock a name, in place of those on Redis."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.lost = False
-
-    @contextlib.contextmanager
-    def __call__(self, _: str) -> Iterator[Callable[[], bool]]:
-        with self._lock:
-            yield lambda: not self.lost
-
-
-@dataclass
-class Written:
-    """A writer, and what it has written, by rollout."""
-
-    writer: VllmWriter
-    chunks: dict[str, list[ClosedChunk]] = field(default_factory=dict)
-
-    def add(self, *keys: str, seed: int = 0, length: int = 40, **more: Any) -> None:
-        for place, key in enumerate(keys):
-            self.chunks.setdefault(key, [])
-            self.writer.add(key, PROMPT, seed=seed + place, max_new_tokens=length, **more)
-
-    def take(self, closed: list[ClosedChunk]) -> list[ClosedChunk]:
-        for chunk in closed:
-            so_far = self.chunks[chunk.key]
-            assert chunk.start == sum(len(one.tokens) for one in so_far)
-            so_far.append(chunk)
-        return closed
-
-    def step_until(self, true: Callable[[], bool], timeout_s: float = 120) -> None:
-        until = time.monotonic() + timeout_s
-        while not true():
-            assert time.monotonic() < until, "it did not come to that"
-            self.take(self.writer.step())
-
-    def finish(self, timeout_s: float = 120) -> None:
-        self.step_until(lambda: not self.writer.busy, timeout_s)
-
-    def tokens(self, key: str) -> list[int]:
-        return [token for chunk in self.chunks[key] for token in chunk.tokens.tolist()]
-
-
-Make = Callable[..., Written]
-
-
-@pytest.fixture
-def make(models: Models, tmp_path: Path) -> Iterator[Make]:
-    """`make(server)`: a writer before it, attached and with the weights of version 1."""
-    writers: list[VllmWriter] = []
-    locks = Locks()
-
-    def made(
-        server: Server | str | None, *, version: int | None = 1, run: str = RUN, top_p: float = 1.0, **settings: Any
-    ) -> Written:
-        if server is not None:
-            settings["urls"] = [server if isinstance(server, str) else server.url]
-        writer = VllmWriter(
-            Vllm.model_validate({"start_timeout_s": 60.0, "patience_s": 60.0, **settings}),
-            read_facts(models.folder),
-            outcomes=models.outcomes(top_p),
-            slots=8,
-            max_length=LENGTH,
-            chunk_tokens=CHUNK,
-        )
-        writers.append(writer)
-        shared = Shared(run, tmp_path / "weights", f"w{len(writers)}", locks, lambda s: time.sleep(s) or False)
-        assert writer.attach(shared)
-        if version is not None:
-            writer.swap(writer.read_weights(models.published[version]), version)
-        return Written(writer)
-
-    yield made
-    for writer in writers:
-        writer.end()
-
-
 def label(server: Server) -> str:
     return str(server.get("/weight_info").json()["weight_version"])
-
-
-def check_chunk(models: Models, text: list[int], chunk: ClosedChunk, outcomes: Outcomes) -> float:
-    """The largest difference, in nats, between a chunk and a plain forward of the weights that it names; of outcomes
-    whose probability is not nothing."""
-    (stop,) = outcomes.stop_ids
-    assert chunk.version is not None
-    start = len(PROMPT) + chunk.start
-    rows = models.logprobs(chunk.version, text)[start - 1 : start - 1 + len(chunk.tokens)]
-    drawn = rows[np.arange(len(rows)), chunk.tokens]
-    kept = np.take_along_axis(rows, chunk.support_ids.astype(np.int64), axis=1)
-    assert (chunk.support_ids != stop).all()
-    listed = chunk.support_logprobs[:, 0] > -100.0
-    rest = 1 - np.exp(chunk.support_logprobs.astype(np.float64)).sum(axis=1)
-    assert chunk.tail_logprobs is not None
-    assert np.allclose(np.exp(chunk.tail_logprobs), rest, atol=1e-6)
-    differences = [
-        np.abs(chunk.rollout_logprobs - drawn),
-        np.abs(chunk.support_logprobs[:, 1:] - kept).max(axis=1),
-        np.where(listed, np.abs(chunk.support_logprobs[:, 0] - rows[:, stop]), 0.0),
-    ]
-    return float(np.max(differences))
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -218,8 +53,7 @@ def test_rollouts_are_written_in_chunks_and_counted_to_the_token(server: Server,
         assert lengths[:-1] == ([64, 16, 8, 8][: len(lengths) - 1] if key == "long" else [CHUNK] * (len(lengths) - 1))
         assert [chunk.finish for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
         assert chunks[-1].finish == ("length" if len(written.tokens(key)) == (100 if key == "long" else 42) else "eos")
-        text = [*PROMPT.tolist(), *written.tokens(key)]
-        assert max(check_chunk(models, text, chunk, models.outcomes()) for chunk in chunks) < 2e-3
+        assert models.worst(chunks) < 2e-3
         assert all(np.array_equal(chunk.sampled_logprobs, chunk.rollout_logprobs) for chunk in chunks)
     assert any(chunk.finish == "length" for chunks in written.chunks.values() for chunk in chunks)
 
@@ -243,16 +77,13 @@ def test_a_nucleus_is_sampled_and_its_mass_known(server: Server, make: Make, mod
     for key in written.chunks:
         text = [*PROMPT.tolist(), *written.tokens(key)]
         rows = np.exp(models.logprobs(1, text)[len(PROMPT) - 1 : -1])
-        for row, token, chunk, at in (
-            (rows[chunk.start + at], int(chunk.tokens[at]), chunk, at)
-            for chunk in written.chunks[key]
-            for at in range(len(chunk.tokens))
-        ):
+        sampled = np.concatenate([chunk.sampled_logprobs for chunk in written.chunks[key]])
+        for row, token, logprob in zip(rows, written.tokens(key), sampled, strict=True):
             order = np.argsort(-row)
             nucleus = order[: int(np.searchsorted(np.cumsum(row[order]), 0.5)) + 1]
             assert token in nucleus or row[token] == pytest.approx(row[nucleus[-1]], rel=1e-3)
             expected = row[token] / row[nucleus].sum()
-            found = float(np.exp(chunk.sampled_logprobs[at]))
+            found = float(np.exp(logprob))
             # Where the list ends before the nucleus, its mass is taken as top_p.
             assert expected * 0.999 <= found <= expected * (1 + row[order[9]] / 0.5) * 1.001
 
@@ -297,9 +128,7 @@ def test_closing_chunks_takes_what_is_written_so_far(server: Server, make: Make,
     assert written.writer.close_chunks() == []
     written.finish()
     assert server.generated() - before == sum(len(written.tokens(key)) for key in ("a", "b"))
-    for key, chunks in written.chunks.items():
-        text = [*PROMPT.tolist(), *written.tokens(key)]
-        assert max(check_chunk(models, text, chunk, models.outcomes()) for chunk in chunks) < 2e-3
+    assert max(map(models.worst, written.chunks.values())) < 2e-3
 
 
 def test_what_cannot_be_written_is_refused(server: Server, make: Make, models: Models) -> None:
@@ -342,7 +171,7 @@ def test_a_swap_while_another_worker_writes_splits_its_chunk(server: Server, mak
         for chunk in chunks:
             # The first token after a swap is drawn from what the former weights had read of the text before it.
             if chunk.version == 2:
-                assert check_chunk(models, text, chunk, models.outcomes()) < 2e-3
+                assert models.difference(text, chunk) < 2e-3
             else:
                 rows = models.logprobs(2, text)[len(PROMPT) + chunk.start - 1 :][: len(chunk.tokens)]
                 assert np.abs(rows[np.arange(len(rows)), chunk.tokens] - chunk.rollout_logprobs).max() > 1e-2
@@ -365,8 +194,7 @@ def test_older_weights_do_not_replace_newer_ones_of_the_run_but_those_of_another
     assert metrics.vllm_tokens_refused._value.get() > refused
     assert label(server) == had
     assert [chunk.version for chunk in new.chunks["a"]] == [4] * len(new.chunks["a"])
-    text = [*PROMPT.tolist(), *new.tokens("a")]
-    assert max(check_chunk(models, text, chunk, models.outcomes()) for chunk in new.chunks["a"]) < 2e-3
+    assert models.worst(new.chunks["a"]) < 2e-3
 
 
 def test_a_swap_that_was_interrupted_is_made_again(server: Server, make: Make, models: Models) -> None:
