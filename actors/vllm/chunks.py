@@ -168,8 +168,8 @@ def _columns(answer: Answer, outcomes: Outcomes) -> _Columns:
 
 def _log(mass: _Numbers) -> _Numbers:
     """log of probabilities, those of 0 as UNLISTED, at most 0."""
-    logs: _Numbers = np.where(mass > 0, np.log(np.where(mass > 0, mass, 1.0)), UNLISTED)
-    return logs.clip(UNLISTED, 0.0)
+    logs = np.where(mass > 0, np.log(np.where(mass > 0, mass, 1.0)), UNLISTED)
+    return np.asarray(logs.clip(UNLISTED, 0.0), np.float64)
 
 
 def _support(answer: Answer, outcome: NDArray[np.bool_], outcomes: Outcomes) -> tuple[NDArray[np.int32], _Numbers]:

@@ -116,6 +116,7 @@ class VllmWriter:
         self._heard_at = self._down_at = self._trouble_at = self._failed_at = 0.0
         self._down = self._was_ready = False
         self._next_try = 0.0
+        self._why = ""  # it was last not reached
         self._pause_s = 0.0
         self._health: Future[object] | None = None
         self._closers = [weakref.finalize(self, self._own.end)] if self._own is not None else []
@@ -173,7 +174,8 @@ class VllmWriter:
             return None
         try:
             return check_server(self._client, self._student, self._outcomes, self._max_length)
-        except ServerDown:
+        except ServerDown as error:
+            self._why = str(error)
             return None
 
     def _there(self) -> bool:
@@ -183,14 +185,15 @@ class VllmWriter:
             self._was_ready = False
         try:
             self._client.get("/health", timeout_s=_QUIET_S)
-        except (ServerDown, ServerFailed, RequestRefused, BadAnswer):
+        except (ServerDown, ServerFailed, RequestRefused, BadAnswer) as error:
+            self._why = str(error)
             return False
         self._was_ready = True
         return True
 
     def _give_up_start(self) -> None:
         assert self._client is not None
-        waited = f"no answer from {self._client.url}, tried for {self._settings.start_timeout_s:g} s"
+        waited = f"no usable answer in {self._settings.start_timeout_s:g} s ({self._why})"
         if self._own is None:
             raise ModelError(
                 f"rollout.vllm.urls: {waited}; start it with `vllm serve {self._student.folder} --enable-scale-out …` "
@@ -243,7 +246,7 @@ class VllmWriter:
         if self._own is not None and self._was_ready and not self._own.runs:
             log.warning("%s", self._own.last_words())
         if not self._there():
-            self._failed("it does not answer", down=True)
+            self._failed(self._why, down=True)
             return False
         try:
             self._install()

@@ -68,10 +68,10 @@ def test_a_server_of_another_model_is_refused(make: Make, tmp_path: Path) -> Non
 
 
 def test_nobody_there_and_something_else_there(make: Make) -> None:
-    with pytest.raises(ModelError, match=r"no answer from http://127.0.0.1:9, tried for 0.5 s.*vllm serve"):
+    with pytest.raises(ModelError, match=r"no usable answer in 0.5 s \(http://127.0.0.1:9/health: .*vllm serve"):
         make("http://127.0.0.1:9", start_timeout_s=0.5)
     with web(lambda _, __: (200, b"<html>hello</html>")) as url, pytest.raises(ModelError, match="not JSON"):
-        make(url)
+        make(url, start_timeout_s=0.5)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
