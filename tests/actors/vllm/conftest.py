@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,22 @@ def make(models: Models, tmp_path: Path) -> Iterator[Make]:
     locks = Locks()
 
     def made(
-        server: Server | str | None, *, version: int | None = 1, run: str = RUN, top_p: float = 1.0, **settings: Any
+        server: Server | str | None,
+        *,
+        version: int | None = 1,
+        run: str = RUN,
+        top_p: float = 1.0,
+        student: Path = models.folder,
+        head_size: int | None = None,
+        **settings: Any,
     ) -> Written:
         if server is not None:
             settings["urls"] = [server if isinstance(server, str) else server.url]
+        outcomes = models.outcomes(top_p)
         writer = VllmWriter(
             Vllm.model_validate({"start_timeout_s": 60.0, "patience_s": 60.0, **settings}),
-            read_facts(models.folder),
-            outcomes=models.outcomes(top_p),
+            read_facts(student),
+            outcomes=replace(outcomes, head_size=head_size or outcomes.head_size),
             slots=8,
             max_length=LENGTH,
             chunk_tokens=CHUNK,
