@@ -43,6 +43,7 @@ class OwnServer:
         """Start it if it does not run. Raises OSError."""
         if self.runs:
             return
+        self.end()  # what is left of one that has ended
         self._lines.clear()
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
         self._process = subprocess.Popen(

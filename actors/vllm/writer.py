@@ -146,6 +146,7 @@ class VllmWriter:
         if self._client is None:
             self._client = Client(self._url(shared.worker), request_timeout_s=self._settings.request_timeout_s)
             self._closers.append(weakref.finalize(self, self._client.close))
+        self._start_own()
         until = self._clock() + self._settings.start_timeout_s
         while (most := self._checked()) is None:
             if self._clock() > until or (self._own is not None and not self._own.runs):
@@ -178,11 +179,16 @@ class VllmWriter:
             self._why = str(error)
             return None
 
-    def _there(self) -> bool:
-        assert self._client is not None
+    def _start_own(self) -> None:
+        """Start a server of its own, if that does not run."""
         if self._own is not None and not self._own.runs:
+            if self._was_ready:
+                log.warning("%s", self._own.last_words())
             self._own.start()
             self._was_ready = False
+
+    def _there(self) -> bool:
+        assert self._client is not None
         try:
             self._client.get("/health", timeout_s=_QUIET_S)
         except (ServerDown, ServerFailed, RequestRefused, BadAnswer) as error:
@@ -243,8 +249,7 @@ class VllmWriter:
             return True
         if self._clock() < self._next_try:
             return False
-        if self._own is not None and self._was_ready and not self._own.runs:
-            log.warning("%s", self._own.last_words())
+        self._start_own()
         if not self._there():
             self._failed(self._why, down=True)
             return False

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm_servers import begin, command_of, serving, wait_until, wait_until_ready
+from vllm_servers import Server, begin, command_of, serving, wait_until, wait_until_ready
 from vllm_writers import SERVER, Make, Models
 
 from actors.blame import EngineBroken, step_or_part
@@ -193,9 +193,9 @@ def in_front_of(url: str, spoil: Any) -> Iterator[str]:
         def answer(path: str, body: bytes | None) -> tuple[int, bytes]:
             if (own := spoil(path, body)) is not None:
                 return int(own[0]), bytes(own[1])
-            found = client.get(path) if body is None and "pause" not in path and "resume" not in path else None
-            if found is None:
-                found = client.post(path, content=body, headers={"Content-Type": "application/json"})
+            asks = body is None and path not in ("/resume", "/pause?mode=keep")
+            headers = {"Content-Type": "application/json"}
+            found = client.request("GET" if asks else "POST", path, content=body, headers=headers)
             return found.status_code, found.content
 
         with web(answer) as front:
