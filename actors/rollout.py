@@ -19,7 +19,7 @@ import numpy as np
 
 from actors.blame import ALONE_AFTER, Blame, step_or_part
 from actors.busy import BusyShare, Idling
-from actors.engine import ClosedChunk, Decoder
+from actors.engine import ClosedChunk, Shared, Writer
 from actors.weights import Weights, WeightsReader
 from common import metrics, tracing
 from common.config import Config
@@ -29,6 +29,7 @@ from common.policies import unwatched
 from common.pulse import Pulse
 from common.runfiles.names import WEIGHTS
 from common.wire import scripts
+from common.wire.exclusive import exclusively
 from common.wire.messages import (
     ChunkLogprobs,
     ChunkSupport,
@@ -94,7 +95,7 @@ class RolloutWorker:
         self,
         config: Config,
         plane: Plane,
-        decoder: Decoder,
+        decoder: Writer,
         *,
         worker: str,
         stop: threading.Event,
@@ -118,10 +119,10 @@ class RolloutWorker:
         self._blame = Blame(decoder.prove, deed="written", model="student")
         self._idle = Idling(_CONTROL_S, min(_LONGEST_IDLE_S, config.liveness.heartbeat_s))
         self._full = Episode(log)
+        self._written = decoder.decoded_tokens  # of them, counted
         self._due: dict[str, float] = {}
         live = config.liveness
         self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
-        metrics.slots_total.labels("rollout").set(decoder.slots)
 
     def serve(self, until: float) -> None:
         """Generate until `until` (monotonic seconds), the end of the run, or a stop; then release all rollouts."""
@@ -162,7 +163,6 @@ class RolloutWorker:
 
     def _write(self) -> list[ClosedChunk]:
         """One engine step. For each rollout on which it fails an attempt is counted; the others continue."""
-        before = self._decoder.decoded_tokens
         with (
             self._pulse.busy("an engine step"),
             self._busy.work(),
@@ -173,7 +173,8 @@ class RolloutWorker:
                 [rid for rid in self._decoder.busy if not self._waits_for_another(rid)],
                 may_economize=not self._config.deterministic,
             )
-            written = self._decoder.decoded_tokens - before
+            written = self._decoder.decoded_tokens - self._written
+            self._written += written
             tracing.note(rows=len(self._decoder.busy), tokens=written)
         metrics.decode_tokens.labels("rollout").inc(written)
         for rid, error in failures:
@@ -423,7 +424,7 @@ class RolloutWorker:
         """Queue chunks that the decoder closed; the next round trip sends them."""
         for chunk in closed:
             if (writing := self._writing.get(chunk.key)) is not None:
-                writing.closed.append((chunk, self.version))
+                writing.closed.append((chunk, self.version if chunk.version is None else chunk.version))
                 self._hold_or_release(writing)
 
     def _chunk_calls(self, sent: list[tuple[_Writing, ClosedChunk, int]]) -> list[Call[Stored]]:
@@ -485,7 +486,11 @@ class RolloutWorker:
     # --- weights -----------------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Load the newest weights before taking rollouts. False if the run ends or the worker is stopped first."""
+        """Make the writer ready, and load the newest weights, before taking rollouts. False if the run ends or the
+        worker is stopped first."""
+        if not self._decoder.attach(self._shared()):
+            return False
+        metrics.slots_total.labels("rollout").set(self._decoder.slots)
         while not self._stop.is_set():
             self._follow(self._plane.policy(), wait=True)
             if self.version >= 0:
@@ -494,6 +499,19 @@ class RolloutWorker:
                 return False
             self._stop.wait(0.1)
         return False
+
+    def _shared(self) -> Shared:
+        def pause(seconds: float) -> bool:
+            self._pulse.turn()
+            return self._stop.wait(seconds)
+
+        return Shared(
+            run=self._plane.run_key,
+            weights=self._config.run_dir / WEIGHTS,
+            worker=self._worker,
+            exclusively=lambda what: exclusively(self._plane, what, pause),
+            pause=pause,
+        )
 
     def _has_weights_of(self, step: int | None) -> bool:
         """Swap weights if a rollout needs those of another step. All rollouts in slots are then of an earlier step:
@@ -513,7 +531,7 @@ class RolloutWorker:
         """Swap in other weights; every open chunk is closed first."""
         self._close(self._decoder.close_chunks())
         with self._pulse.busy("swapping weights"):
-            self._decoder.swap(weights.content)
+            self._decoder.swap(weights.content, weights.version)
         self.version, self._step = weights.version, weights.step
         metrics.policy_version.labels("rollout").set(weights.version)
 

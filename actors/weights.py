@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from actors.engine.adapters import Adapter, unpacked
+from actors.engine.adapters import unpacked
 from common import metrics
 from common.wire.weights import BadWeights, WeightsRef, read_pointer, verified
 
@@ -21,12 +20,12 @@ _AGAIN_S = 2.0  # before refused weights are read again: they are large, and rar
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One version in memory. `content`: tensors by the model's names, or an adapter, on the CPU; `step`: the optimizer
-    step."""
+    """One version in memory. `content`: as the writer read it: tensors by the model's names or an adapter, on the CPU,
+    or the file itself; `step`: the optimizer step."""
 
     version: int
     step: int
-    content: Mapping[str, Tensor] | Adapter
+    content: Any
 
 
 class WeightsReader:
@@ -40,7 +39,7 @@ class WeightsReader:
         self,
         folder: Path,
         refused: Callable[[int], None] = lambda version: None,
-        read: Callable[[bytes], Mapping[str, Tensor] | Adapter] = unpacked,
+        read: Callable[[bytes], Any] = unpacked,
     ) -> None:
         self._folder, self._refused, self._unpack = folder, refused, read
         self._thread: threading.Thread | None = None  # reads `_ref`, or has read it

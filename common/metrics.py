@@ -100,6 +100,13 @@ rebuilt_tokens = _counter(
     "rebuilt_tokens_total", "Tokens that a teacher forwarded again because its cache no longer held them"
 )
 engine_step_seconds = _histogram("engine_step_seconds", "Time of one engine step", _SECONDS, "role")
+# A worker in front of a vLLM server; NaN without one.
+vllm_up = _gauge("vllm_up", "1 while a rollout worker's vLLM server can be used, 0 while it cannot")
+vllm_up.set(float("nan"))
+vllm_tokens_refused = _counter(
+    "vllm_tokens_refused_total",
+    "Tokens that a vLLM server wrote with weights that are not of the run",
+)
 policy_version = _gauge("policy_version", "Policy version in use", "role")
 claims = _counter("claims_total", "Entries taken over from a silent consumer", "stream")
 busy_ratio = _gauge("busy_ratio", "Share of time a role is busy", "role")

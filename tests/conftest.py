@@ -35,6 +35,7 @@ _TOGETHER = {
     "tests/e2e/test_deterministic.py": "deterministic",
     "tests/e2e/test_report_page.py": "browser",
     "tests/ops/chaos/test_poison_shim.py": "poison",
+    "tests/servers/test_vllm_contract.py": "server",
 }
 # What takes longest, longest first: whoever begins it late is waited for.
 _LONGEST = (

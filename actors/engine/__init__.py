@@ -11,7 +11,9 @@ from actors.engine.decode import ClosedChunk, Decoder, Finish
 from actors.engine.proof import self_test
 from actors.engine.score import Scorer
 from actors.engine.scored import OwnSupport, Scored, ScoreRequest
+from actors.engine.shared import Shared
 from actors.engine.slots import SlotCache, SlotModel
+from actors.engine.writer import Writer
 
 __all__ = [
     "ClosedChunk",
@@ -21,8 +23,10 @@ __all__ = [
     "ScoreRequest",
     "Scored",
     "Scorer",
+    "Shared",
     "SlotCache",
     "SlotModel",
     "UnsupportedModelError",
+    "Writer",
     "self_test",
 ]

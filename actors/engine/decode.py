@@ -24,6 +24,7 @@ from actors.engine.adapters import Adapter, unpacked
 from actors.engine.base import Base
 from actors.engine.compiled import CompileError, check_close, compiled, in_few_sizes
 from actors.engine.outcomes import PIECE_ROWS, log_outcomes, sample, student_support, support_size, uniforms
+from actors.engine.shared import Shared
 from actors.engine.slots import IntArray, padded, rectangles
 from actors.engine.texts import TextSlots
 from common import tracing
@@ -32,7 +33,7 @@ from common.failing import brief
 Finish = Literal["eos", "length"]
 
 _ROWS = 8  # a step's rows are a multiple of this
-_UNWATCHED_CHUNK = 64  # tokens of a chunk that nobody waits for: what a worker that dies may lose
+UNWATCHED_CHUNK = 64  # tokens of a chunk that nobody waits for: what a worker that dies may lose
 
 NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -46,7 +47,8 @@ class ClosedChunk:
     besides STOP; support_logprobs: float32 [n, K+1], column 0 STOP's; tail_logprobs: float32 [n], or None
     where the support is everything. rollout_logprobs: float32 [n], of the outcome drawn, over the full
     distribution at temperature 1; sampled_logprobs: float32 [n], the same as sampled, after temperature and
-    top-p. finish: why the rollout ended with this chunk, or None.
+    top-p. finish: why the rollout ended with this chunk, or None. version: of the weights that wrote it; None: those
+    that were swapped in last.
     """
 
     key: str
@@ -58,6 +60,7 @@ class ClosedChunk:
     rollout_logprobs: NDArray[np.float32]
     sampled_logprobs: NDArray[np.float32]
     finish: Finish | None
+    version: int | None = None
 
 
 class Decoder(TextSlots):
@@ -100,7 +103,7 @@ class Decoder(TextSlots):
         self._all = np.arange(slots)
         self._top_k, self._support = teacher_top_k, support_size(teacher_top_k, vocab_size, len(stop_ids))
         self._chunk_tokens = chunk_tokens
-        self._longest_chunk = max(chunk_tokens, _UNWATCHED_CHUNK)
+        self._longest_chunk = max(chunk_tokens, UNWATCHED_CHUNK)
         self._temperature, self._top_p = temperature, top_p
         self._alone = alone
         self._base = Base(model, base)
@@ -233,7 +236,11 @@ class Decoder(TextSlots):
             self._base.check(weights)
         return weights
 
-    def swap(self, weights: Mapping[str, Tensor] | Adapter) -> None:
+    def attach(self, shared: Shared) -> bool:
+        """Slots are ready as soon as they are there: True."""
+        return True
+
+    def swap(self, weights: Mapping[str, Tensor] | Adapter, version: int = 0) -> None:
         """Load new weights in place, or merge an adapter into those of the model's folder; the cache, and so what
         rollouts have read, stays.
 

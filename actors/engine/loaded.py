@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine import Decoder, Scorer
+from actors.engine import Decoder, Scorer, Writer
 from actors.engine.adapters import weights_digest
 from actors.engine.compiled import Choice, CompileError, is_wanted
 from actors.engine.models import load_model
 from actors.engine.width import fast_slots
+from actors.vllm.chunks import Outcomes
 from common.config import Config, Rollout, Teacher, parse
 from common.config.sections import MOST_EVAL_SLOTS
 from common.pretrained import ModelError, Pair, check_pair, find_model, is_hub_id
 
 log = logging.getLogger("katana.engine")
+_VLLM_SLOTS = 64  # of `auto`: a server does with more what it does with these, and a worker only waits
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
@@ -32,8 +34,35 @@ class Engines:
         self.pair: Pair = check_pair(config)
 
     @cached_property
+    def writer(self) -> Writer:
+        """What writes rollouts, by `rollout.engine`."""
+        if self._config.rollout.engine == "vllm":
+            return self._before_a_server()
+        return self.decoder
+
+    def _before_a_server(self) -> Writer:
+        from actors.vllm.writer import VllmWriter  # only where it is used: it brings an HTTP client
+
+        config, student = self._config, self.pair.student
+        assert config.rollout.vllm is not None
+        return VllmWriter(
+            config.rollout.vllm,
+            student,
+            outcomes=Outcomes(
+                self.pair.stop_ids,
+                self.pair.vocab_size,
+                student.vocab_size,
+                config.termination.teacher_top_k,
+                config.rollout.top_p,
+            ),
+            slots=min(_VLLM_SLOTS, config.most_slots) if config.rollout.slots == "auto" else config.rollout.slots,
+            max_length=config.max_length,
+            chunk_tokens=config.rollout.chunk_tokens,
+        )
+
+    @cached_property
     def decoder(self) -> Decoder:
-        """The student's engine, with the weights of the model's folder until others are swapped in."""
+        """The student's slots, with the weights of the model's folder until others are swapped in."""
         config, rollout = self._config, self._config.rollout
         model, slots = self._load(self.pair.student.folder, rollout), config.most_slots
         if rollout.slots == "auto" and not config.deterministic:

@@ -32,6 +32,7 @@ from common.config.sections import (
     Student,
     Teacher,
     Termination,
+    Vllm,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Student",
     "Teacher",
     "Termination",
+    "Vllm",
     "check_resume",
     "flatten",
     "keys",

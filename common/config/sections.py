@@ -20,6 +20,8 @@ from common.teachers import ALLOWED, is_name, section
 MOST_SLOTS = 256  # that `auto` chooses
 MOST_EVAL_SLOTS = 64  # the same, of the evaluator
 
+_SERVER = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb"]
 TemplateColumn = Literal["tools", "documents", "chat_template_kwargs"]
@@ -153,7 +155,67 @@ class Data(Section):
         return self
 
 
+class Vllm(Section):
+    urls: list[str] = Field(
+        default_factory=list,
+        json_schema_extra=_RESUMABLE,
+        description="Servers that are there already: `http://host:port`. Each worker uses one of them.",
+    )
+    command: list[str] = Field(
+        default_factory=list,
+        json_schema_extra=_RESUMABLE,
+        description="A server that each worker starts, watches and ends: its program and arguments, in which `{port}` "
+        "and `{model}` are replaced.",
+    )
+    start_timeout_s: float = Field(
+        600.0, gt=0, json_schema_extra=_RESUMABLE, description="How long a worker waits at its start for the server."
+    )
+    request_timeout_s: float = Field(
+        120.0, gt=0, json_schema_extra=_RESUMABLE, description="How long the server may take for one chunk."
+    )
+    patience_s: float = Field(
+        120.0,
+        gt=0,
+        json_schema_extra=_RESUMABLE,
+        description="How long a server may not be usable before the worker ends and its rollouts go to others.",
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if not _SERVER.fullmatch(url):
+                raise ValueError(
+                    f"{url!r:.80} is not the address of a server; allowed: http://host:port, nothing after"
+                )
+        if len(set(urls)) != len(urls):
+            raise ValueError("a server is named twice")
+        return urls
+
+    @field_validator("command")
+    @classmethod
+    def _check_command(cls, command: list[str]) -> list[str]:
+        if command and not any("{port}" in part for part in command):
+            raise ValueError("the command lacks {port}: the port that the worker has chosen for the server")
+        return command
+
+    @model_validator(mode="after")
+    def _check(self) -> Vllm:
+        if bool(self.urls) == bool(self.command):
+            found = "both" if self.urls else "neither"
+            raise ValueError(f"found {found}; one is needed: urls (servers that are there) or command (one to start)")
+        return self
+
+
 class Rollout(Section):
+    engine: Literal["slots", "vllm"] = Field(
+        "slots",
+        json_schema_extra=_UNLESS_DETERMINISTIC,
+        description="Who writes: `slots`, in the worker's own process, or `vllm`, a server (docs/vllm.md).",
+    )
+    vllm: Vllm | None = Field(
+        None, json_schema_extra=_RESUMABLE, description="The server of `engine: vllm`; null: there is none."
+    )
     dtype: Dtype = Field("float32", description="Student's dtype in generation; weights are published in it.")
     device: str = Field(
         "cpu",
@@ -212,6 +274,17 @@ class Rollout(Section):
     @classmethod
     def _slots_or_auto(cls, value: object) -> object:
         return _count_or_auto(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Rollout:
+        if self.engine == "vllm" and self.vllm is None:
+            raise ValueError("engine vllm needs vllm.urls (servers that are there) or vllm.command (one to start)")
+        if self.engine == "vllm" and self.temperature != 1.0:
+            raise ValueError(
+                f"temperature is {self.temperature:g}; with engine vllm only 1 is allowed: the server does not say "
+                f"what another temperature divides by"
+            )
+        return self
 
 
 class Termination(Section):
@@ -920,6 +993,11 @@ class Config(Section):
                 f"learner.lora.dropout is {lora.dropout:g}; with loss.mode reverse_kl_sampled only 0 is allowed: its "
                 f"ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
             )
+        if lora is not None and self.rollout.engine == "vllm":
+            raise ValueError(
+                "learner.lora with rollout.engine vllm: the server is given whole weights; allowed: rollout.engine "
+                "slots, or learner.lora null"
+            )
         self._check_data()
         if self.reward.mode != "none":
             self._check_reward()
@@ -986,6 +1064,11 @@ class Config(Section):
                     f"{section(name)}.device_map is {teacher.device_map!r}; with deterministic only null is "
                     f"allowed: other devices than 'cpu' sum in no fixed order"
                 )
+        if self.rollout.engine == "vllm":
+            raise ValueError(
+                "rollout.engine is 'vllm'; with deterministic only 'slots' is allowed: what a server draws depends on "
+                "what else it writes"
+            )
         if self.rollout.compile == "on":
             raise ValueError(
                 "rollout.compile is 'on'; with deterministic only 'auto' and 'off' are allowed, which compile nothing "

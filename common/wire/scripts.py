@@ -24,7 +24,7 @@ from common.wire.entries import bare, tagged
 NAMES = (
     *("admit", "take", "beat", "release", "chunk", "count", "claim", "attempt", "score", "look", "verdict"),
     *("settle", "book", "restore", "fail", "again", "reopen", "publish", "advance", "lease", "adopt", "close"),
-    *("seen", "gone", "sweep", "refused", "calibrate", "reward", "unreward", "forgo"),
+    *("seen", "gone", "sweep", "refused", "calibrate", "reward", "unreward", "forgo", "exclusive"),
 )
 Entry = tuple[bytes, dict[bytes, bytes]]
 Argument = str | int | bytes
@@ -314,6 +314,10 @@ def sweep(silence_ms: int, groups: Iterable[tuple[str, str]]) -> Call[int]:
 
 def reopen(config: str) -> Call[Done]:
     return Call("reopen", (config,), _done)
+
+
+def exclusive(what: str, token: str, ms: int, mode: Literal["take", "drop"]) -> Call[Leased]:
+    return Call("exclusive", (what, token, ms, mode), lambda reply: _word(Leased, reply))
 
 
 # --- feeder, arbiter, learner ----------------------------------------------------------------------------------

@@ -89,7 +89,10 @@ class ReplayedDecoder:
     def read_weights(self, data: bytes) -> Any:
         return unpacked(data)
 
-    def swap(self, state: Any) -> None:
+    def attach(self, shared: Any) -> bool:
+        return True
+
+    def swap(self, state: Any, version: int = 0) -> None:
         pass
 
     def prove(self) -> None:

@@ -74,6 +74,7 @@ class Recipe:
     """One model's shape, documents and training.
 
     sharpness: factor of the logits after training, through the weight of the last norm.
+    head_dim: width of a head; None: hidden_size / heads.
     """
 
     hidden_size: int
@@ -85,6 +86,7 @@ class Recipe:
     peak_lr: float
     documents: DocumentMix
     sharpness: float = 1.0
+    head_dim: int | None = None
 
 
 TEACHER = Recipe(
@@ -158,7 +160,7 @@ def build_model(recipe: Recipe, context_tokens: int) -> Qwen3ForCausalLM:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
-        head_dim=recipe.hidden_size // recipe.heads,
+        head_dim=recipe.head_dim or recipe.hidden_size // recipe.heads,
         max_position_embeddings=context_tokens,
         # The usual 0.02 is meant for widths in the thousands; 1 / sqrt(width) would be 0.1 here.
         initializer_range=0.06,
@@ -403,6 +405,12 @@ def with_loops(*, student_loop: float | None = None, teacher_leaves: float | Non
     return PretrainSettings(teacher=replace(TEACHER, documents=teacher), student=replace(STUDENT, documents=student))
 
 
+def with_heads(settings: PretrainSettings, head_dim: int) -> PretrainSettings:
+    """The same models with heads of another width, for an engine that does not run those of the shipped ones."""
+    teacher, student = (replace(recipe, head_dim=head_dim) for recipe in (settings.teacher, settings.student))
+    return replace(settings, teacher=teacher, student=student)
+
+
 def bilingual() -> PretrainSettings:
     """For a student that knows a little of both dialects: the shipped one, trained on for a while with half of the
     documents in the other dialect. One that has never seen the other marks gives them no probability, and reverse KL
@@ -452,6 +460,8 @@ def _command(role: Role, seed: int, recipe: Recipe, shifted_percent: int = 0) ->
         other = f" --leave-loop {mix.leave_loop:g}"
     if role == "student" and mix.loop != STUDENT.documents.loop:
         other = f" --loop {mix.loop:g}"
+    if recipe.head_dim is not None:
+        other += f" --head-dim {recipe.head_dim}"
     if shifted_percent:
         other += " --bilingual"
     return f"katana pretrain --which {role} --seed {seed}{other}"

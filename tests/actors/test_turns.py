@@ -90,7 +90,10 @@ class Counting:
     def read_weights(self, data: bytes) -> Any:
         return unpacked(data)
 
-    def swap(self, state: Any) -> None:
+    def attach(self, shared: Any) -> bool:
+        return True
+
+    def swap(self, state: Any, version: int = 0) -> None:
         self.swapped.append(state)
 
     def prove(self) -> None:

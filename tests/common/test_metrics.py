@@ -43,6 +43,8 @@ EXPECTED = {
     "kat_threshold_nats": ("gauge", ("teacher",)),
     "kat_buffer_size": ("gauge", ("teacher",)),
     "kat_cut_rate": ("gauge", ()),
+    "vllm_up": ("gauge", ()),
+    "vllm_tokens_refused": ("counter", ()),
     "policy_version": ("gauge", ("role",)),
     "policy_lag_versions": ("histogram", ("role",)),
     "learner_step_seconds": ("histogram", ()),

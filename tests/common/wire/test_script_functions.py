@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Any, type[Enum] | None, dict[Any, str]]] = {
     ),
     "gone": (scripts.gone("name", "role", ["streams that it read as one of the role's group"]), None, {}),
     "lease": (scripts.lease("role", "token", 1, "take"), scripts.Leased, {1: "ms", "take": "mode"}),
+    "exclusive": (scripts.exclusive("what", "token", 1, "take"), scripts.Leased, {1: "ms", "take": "mode"}),
     "look": (scripts.look(2, [("rid", 1)]), None, {2: "most chunks of each", 0: "views", 1: "first chunk"}),
     "publish": (scripts.publish(1, 2, "file", "sha256"), scripts.Published, {1: "version", 2: "step"}),
     "refused": (scripts.refused(1), None, {1: "version of the weights that it could not take"}),
@@ -194,6 +195,7 @@ def test_words_are_those_of_the_header(name: str) -> None:
         ("fail", [b"again", 2], scripts.Failure(scripts.Failed.AGAIN, 2)),
         ("fail", [b"dead"], scripts.Failure(scripts.Failed.DEAD)),
         ("lease", [b"held"], scripts.Leased.HELD),
+        ("exclusive", [b"held"], scripts.Leased.HELD),
         (
             "look",
             [b"ok", msgpack.packb([[b"h", False, b"0.5", False, b"2", b"9", b"t", b"d"], [False] * 6])],

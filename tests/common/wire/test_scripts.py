@@ -949,6 +949,7 @@ def test_every_script_says_that_the_run_is_gone(run: Run) -> None:
         "advance": ("learner", "t", "step", 1),
         "again": ("1-1", "r1", "0"),
         "lease": ("learner", "t", 10, "take"),
+        "exclusive": ("server", "t", 10, "take"),
         "adopt": ("learner", "t", "trajectories", "learner", 10),
         "close": ("t", "scores", "arbiter"),
         "reopen": ("config",),

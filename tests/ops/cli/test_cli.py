@@ -355,6 +355,19 @@ def test_pretrain_refuses_a_loop_for_documents_that_are_not_generated(
     assert not (tmp_path / "out").exists()
 
 
+def test_pretrain_refuses_heads_that_no_model_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ("--out", str(tmp_path / "out"))
+    told = refused(capsys, "pretrain", "--bilingual", "--which", "student", "--head-dim", "64", *out)
+    assert "--bilingual needs --which student, and cannot be combined with --loop or --head-dim" in told
+    told = refused(capsys, "pretrain", "--shift", "ops/models/teacher", "--head-dim", "64", *out)
+    assert "--shift trains no model: it cannot be combined with --loop, --leave-loop, --head-dim or --bilingual" in told
+    with pytest.raises(SystemExit) as exit_:
+        main(["pretrain", "--head-dim", "63", *out])
+    assert exit_.value.code == 2
+    assert "expected an even number of at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "values"), [("--policies", ("none", "none,kat")), ("--seeds", ("0", "1")), ("--budget", ("steps",) * 2)]
 )

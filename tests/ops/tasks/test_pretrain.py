@@ -25,6 +25,7 @@ from ops.tasks.pretrain import (
     PretrainSettings,
     _command,
     bilingual,
+    build_model,
     build_tokenizer,
     chain,
     document,
@@ -32,6 +33,7 @@ from ops.tasks.pretrain import (
     ids_of,
     measure,
     pretrain,
+    with_heads,
     with_loops,
 )
 
@@ -155,6 +157,7 @@ def test_models_of_other_loops_say_so_in_their_records() -> None:
 def test_half_of_the_documents_of_a_bilingual_student_are_in_the_other_dialect() -> None:
     settings = bilingual()
     assert _command("student", 3, settings.student, 50) == "katana pretrain --which student --seed 3 --bilingual"
+
     kinds = []
     for seed in range(60):
         mix = settings.student.documents
@@ -165,6 +168,16 @@ def test_half_of_the_documents_of_a_bilingual_student_are_in_the_other_dialect()
         kinds.append(found == other)
         assert encode(found, 224)[0]  # every token of it is known
     assert 15 <= sum(kinds) <= 45
+
+
+def test_other_heads_are_as_wide_as_asked_and_in_the_command() -> None:
+    recipe = with_heads(with_loops(student_loop=0.6), 64).student
+    model = build_model(recipe, 32)
+    assert model.config.head_dim == 64
+    assert model.model.layers[0].self_attn.q_proj.out_features == 4 * 64
+    assert model.config.hidden_size == 80
+    assert build_model(STUDENT, 32).config.head_dim == 20
+    assert _command("student", 3, recipe) == "katana pretrain --which student --seed 3 --loop 0.6 --head-dim 64"
 
 
 @pytest.mark.slow
