@@ -115,6 +115,11 @@ def configured(kind: str) -> str:
     return f"max({of('config_value', job='feeder', kind=kind)})"
 
 
+def _of_server(metric: str, also: str = "") -> str:
+    """Growth a second of a counter of vLLM's own, by server: it knows no runs, as it may write for several."""
+    return f"sum by ({also}instance) (rate(vllm:{metric}[{RATE_INTERVAL}]))"
+
+
 def _zero() -> str:
     """0 for a run whose feeder is scraped; nothing for others."""
     return f"0 * max({of('rollouts_open', job='feeder')})"
@@ -734,6 +739,70 @@ _REDIS = PanelRow(
     ),
 )
 
+_ENGINES = PanelRow(
+    "vLLM servers",
+    (
+        Panel(
+            "Requests at each server",
+            "Chunks that a vLLM server writes now, and those that wait for a place. Many that wait: more slots in "
+            "front of it than it writes at a time.",
+            "short",
+            (
+                Query("sum by (instance) (vllm:num_requests_running)", "{{instance}} running"),
+                Query("sum by (instance) (vllm:num_requests_waiting)", "{{instance}} waiting"),
+            ),
+        ),
+        Panel(
+            "Tokens generated",
+            "Tokens a second: what each vLLM server generated, for whoever asked it, and what this run's workers "
+            "counted. The servers' sum may be larger: evaluations, other runs.",
+            "suffix: /s",
+            (
+                Query(_of_server("generation_tokens_total"), "{{instance}}"),
+                Query(rate("decode_tokens_total", role="rollout"), "rollout workers"),
+            ),
+        ),
+        Panel(
+            "Prefix cache hits",
+            "Share of the tokens in requests whose keys and values the server still held. A request repeats the "
+            "whole text, so it should be near 1; where it falls, the cache is too small for the rollouts in flight.",
+            "percentunit",
+            (
+                Query(
+                    f"{_of_server('prefix_cache_hits_total')} / {_of_server('prefix_cache_queries_total')}",
+                    "{{instance}}",
+                ),
+            ),
+            top=1.0,
+        ),
+        Panel(
+            "Cache in use",
+            "Share of a server's cache of keys and values that requests hold now.",
+            "percentunit",
+            (Query("max by (instance) (vllm:kv_cache_usage_perc)", "{{instance}}"),),
+            top=1.0,
+        ),
+        Panel(
+            "Time to the first token",
+            "From a request's arrival at a server until its first token: waiting, and reading what the prefix cache "
+            "lacks. It is paid once a chunk.",
+            "s",
+            tuple(
+                Query(
+                    f"histogram_quantile({share}, {_of_server('time_to_first_token_seconds_bucket', 'le, ')})", legend
+                )
+                for share, legend in ((0.5, "{{instance}} median"), (0.95, "{{instance}} p95"))
+            ),
+        ),
+        Panel(
+            "Preemptions",
+            "Requests a second that a server put back because its cache was full, and computes again.",
+            "suffix: /s",
+            (Query(_of_server("num_preemptions_total"), "{{instance}}"),),
+        ),
+    ),
+)
+
 DASHBOARDS = (
     Dashboard(
         "overview",
@@ -745,7 +814,7 @@ DASHBOARDS = (
         "flow",
         "Katana: flow and latency",
         "Where work piles up, and how long each stage takes.",
-        (_FLOW, _LATENCY),
+        (_FLOW, _LATENCY, _ENGINES),
     ),
     Dashboard(
         "learner",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from ops.cli.main import command_line
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "ops" / "docker"
 ROLES = ("feeder", "rollout", "teacher", "arbiter", "learner", "evaluator")
+OF_PROFILES = ("gpu", "vllm")  # whose services of a role have a name of their own, `ROLE-PROFILE`
 ONE_SHOT = ("init", "operator")  # they do one thing and end: nothing to ask for their health, nothing to restart
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
@@ -55,7 +57,7 @@ def test_no_service_is_root_or_can_become_it(name: str) -> None:
 def test_every_service_has_limits_and_time_to_drain(name: str) -> None:
     service = SERVICES[name]
     assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
-    assert 0 < service["pids_limit"] <= 256
+    assert 0 < service["pids_limit"] <= (4096 if name == "vllm" else 256)  # it has threads for each core
     assert int(service["stop_grace_period"].removesuffix("s")) > 20  # what the README promises
     assert service["logging"]["options"]["max-size"]
 
@@ -68,16 +70,21 @@ def test_every_service_is_watched_and_started_again(name: str) -> None:
         return
     assert service["restart"] == ("on-failure" if _ends_with_a_run(name) else "unless-stopped")
     test = service["healthcheck"]["test"]
-    if name.removesuffix("-gpu") in ROLES:
-        role = name.removesuffix("-gpu")
+    if (role := _role_of(name)) in ROLES:
         # A large checkpoint is written or restored in one turn of the loop.
         patience = ["--within", "600"] if role in ("learner", "evaluator") else []
         assert test == ["CMD", "katana-role", "health", role, *patience]
     assert test
 
 
+def _role_of(name: str) -> str:
+    """What a service is, in whichever profile."""
+    role, _, profile = name.rpartition("-")
+    return role if profile in OF_PROFILES else name
+
+
 def _ends_with_a_run(name: str) -> bool:
-    return name.removesuffix("-gpu") in ("feeder", "arbiter", "learner", "evaluator")
+    return _role_of(name) in ("feeder", "arbiter", "learner", "evaluator")
 
 
 @each_service
@@ -86,7 +93,7 @@ def test_images_are_ours_or_pinned(name: str) -> None:
     if image.startswith("katana:"):
         assert "build" in SERVICES[name] or SERVICES[name]["pull_policy"] == "never"
     else:
-        assert re.fullmatch(r"[a-z0-9_/]+:v?\d+\.\d+\.\d+(-[a-z]+)?", image)
+        assert re.fullmatch(r"[a-z0-9_/-]+:v?\d+\.\d+\.\d+(-[a-z]+)?", image)
 
 
 def test_each_of_our_images_is_built_once() -> None:
@@ -175,11 +182,19 @@ def test_no_model_of_yours_gets_into_the_image() -> None:
 def test_only_grafana_and_prometheus_are_seen_from_outside_and_only_on_this_host() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert published == {"grafana": ["127.0.0.1:3000:3000"], "prometheus": ["127.0.0.1:9090:9090"]}
-    assert TREE["networks"]["inside"] == {"internal": True}
+    assert TREE["networks"]["inside"] == TREE["networks"]["engine"] == {"internal": True}
     for name, service in SERVICES.items():
-        networks = set(service.get("networks", []))
-        assert networks == ({"inside", "front"} if name in published else set() if name == "init" else {"inside"})
+        networks = set(service.get("networks", [])) - {"engine"}
+        nowhere = name in ("init", "vllm")
+        assert networks == ({"inside", "front"} if name in published else set() if nowhere else {"inside"})
     assert SERVICES["init"]["network_mode"] == "none"
+
+
+def test_only_those_who_ask_vllm_to_write_and_prometheus_reach_it() -> None:
+    """Its routes for weights ask nobody for a password."""
+    there = {name for name, service in SERVICES.items() if "engine" in service.get("networks", [])}
+    assert there == {"vllm", "rollout-vllm", "prometheus"}
+    assert set(SERVICES["vllm"]["networks"]) == {"engine"} and "ports" not in SERVICES["vllm"]
 
 
 def test_mounted_files_are_there_and_read_only_and_volumes_declared() -> None:
@@ -203,10 +218,10 @@ def test_a_service_sees_no_password_but_its_own() -> None:
             assert set(secrets) == {f"/secrets/{user}" for user in (*users, "redis", "exporter")}
             folders = re.search(r"for name in ([\w ]+); do", (ROOT / "Dockerfile").read_text())
             assert folders is not None and set(folders[1].split()) == {Path(target).name for target in secrets}
-        elif name in ("prometheus", "grafana"):
+        elif name in ("prometheus", "grafana", "vllm"):
             assert secrets == {}
         else:
-            owner = owners.get(name, name.removesuffix("-gpu"))
+            owner = owners.get(name, _role_of(name))
             assert secrets == {f"/secrets/{owner}": f"secret-{owner}"}
 
 
@@ -221,6 +236,49 @@ def test_plain_up_is_the_cpu_cluster_and_the_gpu_profile_is_the_same_roles() -> 
         assert service["networks"]["inside"]["aliases"] == [role] and service["command"] == [role]
         assert ("deploy" in service) == (role != "feeder")
     assert SERVICES["feeder-gpu"]["environment"]["KATANA_DEVICE"] == "cuda"
+
+
+def test_the_profile_vllm_is_the_one_of_gpus_with_a_server_that_writes() -> None:
+    found = set(_in_profile("vllm")) - set(_in_profile("none"))
+    assert found == {"feeder-vllm", "rollout-vllm", "teacher-gpu", "learner-gpu", "evaluator-gpu", "vllm"}
+    for role in ("feeder", "rollout"):
+        service = SERVICES[f"{role}-vllm"]
+        assert service["networks"]["inside"]["aliases"] == [role] and service["command"] == [role]
+        assert service["image"] == "katana:cpu" and "deploy" not in service  # they hold no model
+    assert SERVICES["feeder-vllm"]["environment"] == {
+        **SERVICES["feeder-gpu"]["environment"],
+        "KATANA_VLLM_URLS": "http://vllm:8000",
+    }
+
+
+def test_the_vllm_server_has_what_katana_asks_of_it_and_sees_the_weights_that_are_published() -> None:
+    service = SERVICES["vllm"]
+    assert service["image"] == "vllm/vllm-openai:v0.32.0"
+    model, *flags = service["command"].split()
+    assert model == "/models/student" and "--enable-scale-out" in flags and "--enable-prefix-caching" in flags
+    given = dict(itertools.pairwise(flags))
+    assert (given["--logprobs-mode"], given["--block-size"], given["--port"]) == ("raw_logprobs", "16", "8000")
+    config = load(ROOT / "ops" / "experiments" / "qwen3-math.yaml")
+    assert int(given["--max-logprobs"]) > config.termination.teacher_top_k + 8  # and a place for each stop id
+    assert service["environment"]["VLLM_SERVER_DEV_MODE"] == "1"
+    rollout = {mount.split(":")[1]: mount.split(":")[0] for mount in SERVICES["rollout-vllm"]["volumes"]}
+    for folder in ("/runs", "/models"):  # the same path in both: the server is told which folder to read
+        assert f"{rollout[folder]}:{folder}:ro" in service["volumes"]
+    assert service["user"].split(":")[0] == SERVICES["rollout-vllm"]["user"].split(":")[0]
+    [device] = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    check = service["healthcheck"]
+    assert check["start_period"] == "600s" and "/health" in check["test"][-1]
+    # What is compiled into /tmp is loaded from there, and a read-only container has no other place to write to.
+    assert service["tmpfs"] == ["/tmp:exec,size=8g,mode=1777"] and service["environment"]["HOME"] == "/tmp"
+
+
+def test_the_feeder_tells_rollout_workers_which_servers_write(role_arguments: Any) -> None:
+    demo = ROOT / "ops" / "experiments" / "demo.yaml"
+    assert load(demo, role_arguments("feeder")[3::2]).rollout.engine == "slots"
+    told = role_arguments("feeder", KATANA_VLLM_URLS="http://vllm:8000,http://vllm-1:8000", KATANA_DEVICE="cuda")
+    rollout = load(demo, told[3::2]).rollout
+    assert rollout.engine == "vllm" and [*rollout.vllm.urls] == ["http://vllm:8000", "http://vllm-1:8000"]
 
 
 def test_a_learner_of_two_ranks_is_one_variable(role_arguments: Any) -> None:
@@ -246,7 +304,7 @@ def test_several_teachers_are_a_service_each_in_place_of_the_one() -> None:
         for name in names:
             service = several[f"teacher-{name}{suffix}"]
             assert service["extends"] == {"file": "docker-compose.yml", "service": f"teacher{suffix}"}
-            assert SERVICES[service["extends"]["service"]]["profiles"] == [profile]
+            assert profile in SERVICES[service["extends"]["service"]]["profiles"]
             assert service["environment"] == {"KATANA_TEACHER": name}
             merged = SERVICES[f"teacher{suffix}"]["networks"] if suffix else service["networks"]
             assert merged["inside"]["aliases"] == ["teacher"]  # where Prometheus looks
@@ -289,6 +347,8 @@ def test_prometheus_looks_for_services_that_are_there() -> None:
     for role in ROLES:
         (found,) = jobs[role]["dns_sd_configs"]
         assert (found["names"], found["port"]) == ([role], 9464)
+    (found,) = jobs["vllm"]["dns_sd_configs"]
+    assert (found["names"], found["port"]) == (["vllm"], 8000)
     (redis,) = jobs["redis"]["static_configs"]
     assert {target.removeprefix("redis://").removesuffix(":6379") for target in redis["targets"]} <= set(SERVICES)
 

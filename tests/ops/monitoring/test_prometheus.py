@@ -146,7 +146,7 @@ def test_every_section_of_the_runbook_says_how_bad_what_to_look_at_and_what_to_d
 
 def test_the_jobs_of_the_cluster_are_the_roles() -> None:
     jobs = {job["job_name"]: job for job in read("prometheus.yml")["scrape_configs"]}
-    assert set(jobs) == ROLES | {"redis", "prometheus"}
+    assert set(jobs) == ROLES | {"redis", "prometheus", "vllm"}
     for role in ROLES:
         (found,) = jobs[role]["dns_sd_configs"]
         assert (found["names"], found["type"], found["port"]) == ([role], "A", 9464)
