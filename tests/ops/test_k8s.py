@@ -32,7 +32,7 @@ KUBERNETES = "1.31"  # the oldest that is meant: podFailurePolicy is stable from
 ENDING, SERVING = ["feeder", "arbiter", "learner", "evaluator"], ["rollout", "teacher"]
 ROLES = [*ENDING, *SERVING]
 SERVERS = ["redis-data", "redis-broker"]
-OVERLAYS = ["base", "gpu", "autoscaled", "gpu-autoscaled", "gpu-ranks"]
+OVERLAYS = ["base", "gpu", "autoscaled", "gpu-autoscaled", "gpu-ranks", "gpu-vllm"]
 CUSTOM = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
 
 
@@ -152,6 +152,10 @@ def test_the_pod_monitor_names_every_job_after_its_role() -> None:
     assert {port["name"] for role in ROLES for port in container(role)["ports"]} == {endpoint["port"]}
     (_, components) = spec["selector"]["matchExpressions"]
     assert sorted(components["values"]) == sorted(ROLES)
+    of_vllm = of_kind("PodMonitor")["vllm"]["spec"]
+    assert of_vllm["jobLabel"] == spec["jobLabel"]
+    assert of_vllm["selector"]["matchLabels"] == of_kind("StatefulSet")["vllm"]["spec"]["selector"]["matchLabels"]
+    assert of_vllm["podMetricsEndpoints"][0]["port"] == of_kind("Service")["vllm"]["spec"]["ports"][0]["targetPort"]
 
 
 # --- what belongs together ---------------------------------------------------------------------------------------
@@ -429,7 +433,7 @@ def test_gpus_go_to_those_who_compute_and_the_feeder_tells_them(overlay: str) ->
     for name in ROLES:
         one = found["Job" if name in ENDING else "Deployment", name]["spec"]["template"]["spec"]
         (inside,) = one["containers"]
-        computes = gpu and name not in ("feeder", "arbiter")
+        computes = gpu and name not in ("feeder", "arbiter") and (overlay, name) != ("gpu-vllm", "rollout")
         assert inside["image"] == ("katana:gpu" if computes else "katana:cpu")
         gpus = 2 if (overlay, name) == ("gpu-ranks", "learner") else 1
         assert inside["resources"]["limits"].get("nvidia.com/gpu") == (gpus if computes else None)
@@ -472,6 +476,78 @@ def test_the_overlay_of_several_teachers_has_no_other() -> None:
     for one in deployments.values():
         check_schema(one)
         assert one["metadata"]["namespace"] == "katana"
+
+
+# --- vLLM --------------------------------------------------------------------------------------------------------
+
+
+def vllm_server() -> dict[str, Any]:
+    pod: dict[str, Any] = of_kind("StatefulSet")["vllm"]["spec"]["template"]["spec"]
+    return pod
+
+
+def test_a_vllm_server_is_started_as_under_compose() -> None:
+    (inside,) = vllm_server()["containers"]
+    theirs = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["vllm"]
+    assert inside["image"] == theirs["image"]
+    _, *flags = inside["args"]
+    _, *words = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", theirs["command"]).split()
+    assert " ".join(flags).replace("=", " ").split() == words
+    assert {one["name"]: one["value"] for one in inside["env"]} == theirs["environment"]
+
+
+def test_a_vllm_server_may_do_nothing_that_it_need_not_and_reads_what_is_published() -> None:
+    pod = vllm_server()
+    (inside,), context = pod["containers"], pod["securityContext"]
+    roles = container("rollout")["securityContext"]
+    assert inside["securityContext"] == roles
+    assert context["runAsNonRoot"] and context["runAsUser"] == pod_spec("rollout")["securityContext"]["runAsUser"]
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"} and pod["automountServiceAccountToken"] is False
+    assert not pod["enableServiceLinks"]  # VLLM_PORT is a setting of its own
+    mounts = {mount["mountPath"]: mount for mount in inside["volumeMounts"]}
+    assert mounts["/runs"] == {"name": "runs", "mountPath": "/runs", "readOnly": True}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in mounts.values()} == set(volumes)
+    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] in of_kind("PersistentVolumeClaim")
+    assert inside["resources"]["limits"]["nvidia.com/gpu"] == 1
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert inside[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    startup = inside["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
+
+
+def test_a_vllm_server_has_the_name_that_the_feeder_hands_out() -> None:
+    server, service = of_kind("StatefulSet")["vllm"]["spec"], of_kind("Service")["vllm"]["spec"]
+    assert server["selector"]["matchLabels"] == service["selector"] == server["template"]["metadata"]["labels"]
+    (port,) = service["ports"]
+    assert service["clusterIP"] == "None" and server["serviceName"] == "vllm"
+    component = yaml.safe_load((K8S / "components" / "vllm" / "kustomization.yaml").read_text())
+    (patch,) = component["patches"]
+    assert patch["target"] == {"kind": PODS["feeder"]["kind"], "name": "feeder"}
+    (change,) = yaml.safe_load(patch["patch"])
+    named = [f"http://vllm-{replica}.vllm:{port['port']}" for replica in range(server["replicas"])]
+    assert change["value"] == {"name": "KATANA_VLLM_URLS", "value": ",".join(named)}
+    assert "KATANA_VLLM_URLS" in (ROOT / "ops" / "docker" / "katana-role").read_text()
+
+
+def test_only_rollout_workers_and_prometheus_itself_reach_a_vllm_server() -> None:
+    policies = of_kind("NetworkPolicy")
+    incoming, outgoing = policies["vllm-from-rollout"]["spec"], policies["rollout-to-vllm"]["spec"]
+    (rule,), (way,) = incoming["ingress"], outgoing["egress"]
+    assert rule["ports"] == way["ports"] == [{"protocol": "TCP", "port": 8000}]
+    assert way["to"] == [{"podSelector": incoming["podSelector"]}]
+    workers, scraper = rule["from"]
+    assert workers == {"podSelector": outgoing["podSelector"]}
+    assert set(scraper) == {"namespaceSelector", "podSelector"}  # not all of that namespace
+
+
+@pytest.mark.slow
+def test_the_overlay_of_vllm_gives_the_gpu_to_the_server_and_its_address_to_the_feeder() -> None:
+    found = rendered("gpu-vllm")
+    (feeder,) = found["Job", "feeder"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "KATANA_VLLM_URLS", "value": "http://vllm-0.vllm:8000"} in feeder["env"]
+    (server,) = found["StatefulSet", "vllm"]["spec"]["template"]["spec"]["containers"]
+    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 def test_the_component_of_ranks_patches_what_is_there() -> None:
