@@ -17,11 +17,11 @@ from actors.engine.models import load_model
 from actors.engine.width import fast_slots
 from actors.vllm.chunks import Outcomes
 from common.config import Config, Rollout, Teacher, parse
-from common.config.sections import MOST_EVAL_SLOTS
-from common.pretrained import ModelError, Pair, check_pair, find_model, is_hub_id
+from common.config.sections import MOST_EVAL_SLOTS, MOST_VLLM_SLOTS
+from common.pretrained import ModelError, Pair, check_pair, find_model, is_hub_id, read_facts
 
 log = logging.getLogger("katana.engine")
-_VLLM_SLOTS = 64  # of `auto`: a server does with more what it does with these, and a worker only waits
+_SAMPLED_CHUNK = 1024  # that a server is asked for at a time, so that one answer takes no longer than that of a rollout
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
@@ -55,7 +55,7 @@ class Engines:
                 config.termination.teacher_top_k,
                 config.rollout.top_p,
             ),
-            slots=min(_VLLM_SLOTS, config.most_slots) if config.rollout.slots == "auto" else config.rollout.slots,
+            slots=min(MOST_VLLM_SLOTS, config.most_slots) if config.rollout.slots == "auto" else config.rollout.slots,
             max_length=config.max_length,
             chunk_tokens=config.rollout.chunk_tokens,
         )
@@ -136,6 +136,25 @@ def sampler(
     if config.rollout.compile != "off":  # an evaluation is too short for what pays on a CPU only in the long run
         compile_step(decoder, "auto")
     return decoder
+
+
+def sampler_before_a_server(config: Config, pair: Pair, folder: Path) -> Writer:
+    """Like `sampler`, by a vLLM server that has no other purpose: `eval.vllm`. It is to be attached, and has no weights
+    until some are swapped in. Raises ModelError."""
+    from actors.vllm.writer import VllmWriter  # only where it is used: it brings an HTTP client
+
+    settings, model = config.eval, read_facts(folder)
+    assert settings.vllm is not None
+    return VllmWriter(
+        settings.vllm,
+        model,
+        section="eval.vllm",
+        outcomes=Outcomes(pair.stop_ids, pair.vocab_size, model.vocab_size, 1, settings.top_p),
+        slots=MOST_EVAL_SLOTS if settings.slots == "auto" else settings.slots,
+        max_length=config.max_length,
+        chunk_tokens=_SAMPLED_CHUNK,
+        temperature=settings.temperature,
+    )
 
 
 def compile_step(decoder: Decoder, choice: Choice) -> None:

@@ -23,9 +23,18 @@ _SHAPE = (
 )
 
 
-def check_server(client: Client, student: ModelFacts, outcomes: Outcomes, max_length: int) -> int:
-    """How many rollouts the server writes at a time. Raises ModelError for a server that cannot write this run, and
-    ServerDown."""
+def check_server(
+    client: Client, student: ModelFacts, outcomes: Outcomes, max_length: int, *, section: str = "rollout.vllm"
+) -> int:
+    """How many rollouts the server writes at a time. `section`: of the config, for errors. Raises ModelError for a
+    server that cannot write this run, and ServerDown."""
+    try:
+        return _check(client, student, outcomes, max_length)
+    except ModelError as error:
+        raise ModelError(f"{section}: {error}") from error
+
+
+def _check(client: Client, student: ModelFacts, outcomes: Outcomes, max_length: int) -> int:
     try:
         config = _config(client)
         _check_options(client.url, config, outcomes, max_length)
@@ -33,11 +42,11 @@ def check_server(client: Client, student: ModelFacts, outcomes: Outcomes, max_le
         _check_vocabulary(client, outcomes.head_size)
         return int(config["scheduler_config"]["max_num_seqs"])
     except (ServerFailed, RequestRefused, BadAnswer) as error:
-        raise ModelError(f"rollout.vllm: {error}") from error
+        raise ModelError(f"{error}") from error
     except ModelError:
         raise
     except (LookupError, TypeError, ValueError) as error:
-        raise ModelError(f"rollout.vllm: {client.url} is not a vLLM server that Katana knows: {error!r}") from error
+        raise ModelError(f"{client.url} is not a vLLM server that Katana knows: {error!r}") from error
 
 
 def _config(client: Client) -> Any:
@@ -46,7 +55,7 @@ def _config(client: Client) -> Any:
         return client.get("/server_info?config_format=json", timeout_s=_INFO_S)["vllm_config"]
     except ServerDown as error:
         if ": 404 " in str(error):
-            raise ModelError(f"rollout.vllm: {error}: it has not the routes that swap weights; {_DEV}") from error
+            raise ModelError(f"{error}: it has not the routes that swap weights; {_DEV}") from error
         raise
 
 
@@ -66,7 +75,7 @@ def _check_options(url: str, config: Any, outcomes: Outcomes, max_length: int) -
     if not cache["enable_prefix_caching"]:
         wrong.append("caches no prefixes, so every chunk would read its whole text again: --enable-prefix-caching")
     if wrong:
-        raise ModelError(f"rollout.vllm: the server {url} " + "; it ".join(wrong))
+        raise ModelError(f"the server {url} " + "; it ".join(wrong))
 
 
 def _check_model(url: str, config: Any, student: ModelFacts) -> None:
@@ -76,7 +85,7 @@ def _check_model(url: str, config: Any, student: ModelFacts) -> None:
     for name in _SHAPE if theirs is not None and ours is not None else ():
         if theirs.get(name) != ours.get(name):
             raise ModelError(
-                f"rollout.vllm: the server {url} has the model {named}, whose {name} is {theirs.get(name)}; the "
+                f"the server {url} has the model {named}, whose {name} is {theirs.get(name)}; the "
                 f"student {student.folder} has {ours.get(name)}: start it with --model {student.folder}"
             )
 
@@ -103,10 +112,10 @@ def _check_vocabulary(client: Client, head_size: int) -> None:
         found = _SIZE.search(str(error))
         if found and int(found[1]) != head_size:
             raise ModelError(
-                f"rollout.vllm: the server {client.url} has a vocabulary of {found[1]}, the student's is {head_size}: "
+                f"the server {client.url} has a vocabulary of {found[1]}, the student's is {head_size}: "
                 f"it has another model"
             ) from None
     except ServerDown as error:
         if any(code in str(error) for code in (": 403 ", ": 404 ", ": 405 ")):
-            raise ModelError(f"rollout.vllm: {error}: start the server with --enable-scale-out") from error
+            raise ModelError(f"{error}: start the server with --enable-scale-out") from error
         raise

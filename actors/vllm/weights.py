@@ -41,7 +41,21 @@ class Published:
         return cls(hashlib.sha256(data).hexdigest(), data)
 
 
-def label_of(run: str, version: int, weights: Published) -> str:
+@dataclass(frozen=True, slots=True)
+class OfModel:
+    """The weights in a model's folder, which a server reads where they are. sha256: of the folder's path; who swaps
+    such weights numbers them, which tells them apart."""
+
+    sha256: str
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> OfModel:
+        path = folder.resolve()
+        return cls(hashlib.sha256(str(path).encode()).hexdigest(), path)
+
+
+def label_of(run: str, version: int, weights: Published | OfModel) -> str:
     return f"katana:{run}:{version}:{weights.sha256[:12]}"
 
 
@@ -55,7 +69,7 @@ class SwapLost(Exception):
     """Another worker has the lock on this server by now, since this one was stopped or slow: it must do no more."""
 
 
-def install(client: Client, shared: Shared, version: int, weights: Published) -> None:
+def install(client: Client, shared: Shared, version: int, weights: Published | OfModel) -> None:
     """Let the server write with these weights, unless it has these or later ones of the run. What is being written goes
     on with them. One worker at a time; the server generates whenever this returns or raises, if it can be reached.
 
@@ -70,13 +84,13 @@ def install(client: Client, shared: Shared, version: int, weights: Published) ->
                 client.post("/resume")
             return
         folder = shared.weights.resolve() / FOLDER / name
-        path = _written(folder, f"v{version:08d}-{weights.sha256[:12]}", weights.data)
+        path = weights.folder if isinstance(weights, OfModel) else _written(folder, version, weights)
         with _paused(client):
             _relabel(client, mine, f"{_LOADING}:{shared.run}:{secrets.token_hex(6)}")
             arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
             client.load("/collective_rpc", arguments, LOAD_S)
             _relabel(client, mine, label_of(shared.run, version, weights))
-        for other in folder.iterdir():
+        for other in folder.glob("*"):
             if other != path:
                 shutil.rmtree(other, ignore_errors=True)
 
@@ -107,13 +121,13 @@ def _relabel(client: Client, mine: Callable[[], bool], label: str) -> None:
     client.post("/update_weight_version", {"new_version": label})
 
 
-def _written(folder: Path, name: str, data: bytes) -> Path:
+def _written(folder: Path, version: int, weights: Published) -> Path:
     """A folder with these weights alone, from which a server can read them."""
-    path = folder / name
+    path = folder / f"v{version:08d}-{weights.sha256[:12]}"
     path.mkdir(parents=True, exist_ok=True)
 
     def write(draft: Path) -> None:
-        draft.write_bytes(data)
+        draft.write_bytes(weights.data)
 
     write_atomically(path / "model.safetensors", write)
     return path

@@ -33,7 +33,7 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import Published, SwapLost, install, version_in
+from actors.vllm.weights import OfModel, Published, SwapLost, install, version_in
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -95,6 +95,7 @@ class VllmWriter:
         settings: Vllm,
         student: ModelFacts,
         *,
+        section: str = "rollout.vllm",
         outcomes: Outcomes,
         slots: int,
         max_length: int,
@@ -103,12 +104,13 @@ class VllmWriter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._student, self._outcomes = settings, student, outcomes
+        self._section = section
         self._slots, self._max_length, self._chunk_tokens = slots, max_length, chunk_tokens
         self._temperature, self._clock = temperature, clock
         self._own = OwnServer(tuple(settings.command), student.folder) if settings.command else None
         self._client: Client | None = None
         self._shared: Shared | None = None
-        self._wanted: tuple[int, Published] | None = None
+        self._wanted: tuple[int, Published | OfModel] | None = None
         self._texts: dict[str, _Text] = {}
         self._answered: queue.SimpleQueue[_Open] = queue.SimpleQueue()
         self.decoded_tokens = 0
@@ -174,7 +176,7 @@ class VllmWriter:
         if not self._there():
             return None
         try:
-            return check_server(self._client, self._student, self._outcomes, self._max_length)
+            return check_server(self._client, self._student, self._outcomes, self._max_length, section=self._section)
         except ServerDown as error:
             self._why = str(error)
             return None
@@ -202,10 +204,10 @@ class VllmWriter:
         waited = f"no usable answer in {self._settings.start_timeout_s:g} s ({self._why})"
         if self._own is None:
             raise ModelError(
-                f"rollout.vllm.urls: {waited}; start it with `vllm serve {self._student.folder} --enable-scale-out …` "
-                f"(docs/vllm.md), or raise rollout.vllm.start_timeout_s"
+                f"{self._section}.urls: {waited}; start it with `vllm serve {self._student.folder} "
+                f"--enable-scale-out …` (docs/vllm.md), or raise {self._section}.start_timeout_s"
             )
-        raise ModelError(f"rollout.vllm.command: {self._own.last_words()}")
+        raise ModelError(f"{self._section}.command: {self._own.last_words()}")
 
     def _failed(self, reason: str, *, down: bool) -> None:
         """Something did not work, and no rollout is at fault. Raises EngineBroken where that lasts too long."""
@@ -284,7 +286,7 @@ class VllmWriter:
             raise ValueError("an adapter: a vLLM server is given whole weights")
         return Published.of(data)
 
-    def swap(self, weights: Published, version: int = 0) -> None:
+    def swap(self, weights: Published | OfModel, version: int = 0) -> None:
         """Give the server these weights, unless another worker has. A server that cannot take them now gets them before
         anything else is asked of it."""
         self._wanted = (version, weights)

@@ -19,6 +19,7 @@ from common.teachers import ALLOWED, is_name, section
 
 MOST_SLOTS = 256  # that `auto` chooses
 MOST_EVAL_SLOTS = 64  # the same, of the evaluator
+MOST_VLLM_SLOTS = 64  # the same, before a vLLM server: with more it does no other work, and a worker only waits
 
 _SERVER = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
@@ -646,6 +647,17 @@ class Eval(Section):
     )
     problems: int = Field(64, ge=1, description="Held-out problems.")
     k: int = Field(4, ge=1, description="Samples a problem, for avg@k and pass@k.")
+    engine: Literal["slots", "vllm"] = Field(
+        "slots",
+        json_schema_extra=_RESUMABLE,
+        description="Who writes samples: `slots`, in the evaluator's own process, or `vllm`, a server of its own "
+        "(docs/vllm.md).",
+    )
+    vllm: Vllm | None = Field(
+        None,
+        json_schema_extra=_RESUMABLE,
+        description="The server of `engine: vllm`, none of `rollout.vllm`: it has the weights that are evaluated.",
+    )
     data: dict[str, Benchmark] = Field(
         default_factory=dict,
         description="Task `dataset`: benchmarks by name, each with a `path` and, where they differ, `prompt_key`, "
@@ -668,6 +680,14 @@ class Eval(Section):
     @classmethod
     def _slots_or_auto(cls, value: object) -> object:
         return _count_or_auto(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> Eval:
+        if self.engine == "vllm" and self.vllm is None:
+            raise ValueError("engine vllm needs vllm.urls (a server that is there) or vllm.command (one to start)")
+        if self.vllm is not None and len(self.vllm.urls) > 1:
+            raise ValueError(f"vllm.urls names {len(self.vllm.urls)} servers; the evaluator uses one")
+        return self
 
     @field_validator("data")
     @classmethod
@@ -998,6 +1018,7 @@ class Config(Section):
                 "learner.lora with rollout.engine vllm: the server is given whole weights; allowed: rollout.engine "
                 "slots, or learner.lora null"
             )
+        self._check_evaluator_s_server()
         self._check_data()
         if self.reward.mode != "none":
             self._check_reward()
@@ -1036,6 +1057,22 @@ class Config(Section):
                 f"learner.lora.dropout is {self.learner.lora.dropout:g}; with reward.mode {mode} only 0 is allowed: "
                 f"its ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
             )
+
+    def _check_evaluator_s_server(self) -> None:
+        if self.eval.engine != "vllm" or not self.eval.every_steps:
+            return
+        if self.learner.lora is not None:
+            raise ValueError(
+                "learner.lora with eval.engine vllm: the server is given whole weights, and adapters are published; "
+                "allowed: eval.engine slots, or eval.every_steps 0"
+            )
+        of_rollouts = self.rollout.vllm.urls if self.rollout.engine == "vllm" and self.rollout.vllm else []
+        for url in self.eval.vllm.urls if self.eval.vllm else []:
+            if url in of_rollouts:
+                raise ValueError(
+                    f"eval.vllm.urls: {url} is in rollout.vllm.urls too; the evaluator needs a server of its own: it "
+                    f"judges one version, while that of the rollouts goes on to others"
+                )
 
     def _check_deterministic(self) -> None:
         if self.redis.data:

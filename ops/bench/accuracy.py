@@ -38,7 +38,7 @@ def to_be_evaluated(config: Config) -> Config:
     if config.data.task == "dataset" and not config.eval.data:
         raise ConfigError("eval.data: names no benchmark; the task dataset has no held-out rows")
     tree = config.model_dump()
-    tree["eval"] |= {"every_steps": 0}
+    tree["eval"] |= {"every_steps": 0, "engine": "slots"}
     tree["checkpoints"] |= {"keep": config.learner.max_steps}
     return Config.model_validate(tree)
 
@@ -52,7 +52,7 @@ def looks_until(evaluator: Evaluator, folder: Path, target: float) -> list[Looke
     first, looks = min(ends.values()), []
     for path in sorted((folder / CHECKPOINTS).glob("step-*[0-9]")):
         state = load(path)
-        evaluator.decoder.swap(weights_in(state))
+        evaluator.writer.swap(weights_in(state))
         scores = evaluator.measure()
         assert scores is not None
         seconds = ends[state.step] - first
@@ -73,7 +73,7 @@ def time_to_accuracy(config: Config, repeats: int, *, target: float) -> dict[str
     Evaluated are the checkpoints (`checkpoints.every_steps`), so a time is that of the first checkpoint that reached
     the target: with noise in avg@k, sooner than the true one by chance. Raises ConfigError.
     """
-    evaluator = Evaluator(config)
+    evaluator = Evaluator(to_be_evaluated(config))
     runs = [_one_run(config, repeat, target, evaluator) for repeat in range(repeats)]
     reached = [one[-1] for one in runs if one[-1].avg_at_k >= target]
     return {

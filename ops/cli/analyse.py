@@ -22,6 +22,14 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     add_config(evaluate)
     evaluate.add_argument("--model", required=True, help="folder or hub id of the model to measure")
     evaluate.add_argument(
+        "--engine", choices=("slots", "vllm"), help="what writes the samples (default: eval.engine of the config)"
+    )
+    evaluate.add_argument(
+        "--vllm-url",
+        metavar="URL",
+        help="with --engine vllm: a server that is there (default: eval.vllm of the config)",
+    )
+    evaluate.add_argument(
         "--k", type=positive, help="samples per problem (default: the k of each benchmark; 8 on held-out problems)"
     )
 
@@ -117,14 +125,28 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from common.pretrained import find_model
-    from ops.run.evaluator import Evaluator
+    from ops.run.evaluator import Evaluator, NotWritten
 
-    config = load_config(arguments)
+    config = load_config(arguments, _engine_of(arguments))
     folder = find_model(arguments.model)
-    scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
+    try:
+        scores = Evaluator(config, folder).measure(k=arguments.k or (None if config.eval.data else 8))
+    except NotWritten as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     assert scores is not None
     print(json.dumps({"model": str(folder), **scores.to_json()}))
     return 0
+
+
+def _engine_of(arguments: argparse.Namespace) -> list[str]:
+    """Overrides for --engine and --vllm-url. Raises ConfigError."""
+    url = arguments.vllm_url
+    if url is not None and arguments.engine != "vllm":
+        raise ConfigError("--vllm-url is the server of --engine vllm: give both")
+    # No run is evaluated while it goes on: its rollout workers' server, and a config with adapters, will do.
+    chosen = [f"eval.engine={arguments.engine}", "eval.every_steps=0"] if arguments.engine else []
+    return chosen + ([f"eval.vllm={json.dumps({'urls': [url]})}"] if url is not None else [])
 
 
 def _replay(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from ops.run.check_redis import check_redis
 from ops.run.devices import absent, devices_of, unknown
 from ops.run.findings import Findings
 from ops.run.heads import whole_logits
-from ops.run.memory import Machine, lines, machine_here, needs, shape_in
+from ops.run.memory import Machine, lines, machine_here, needs, server_lines, shape_in
 from ops.run.tracking import missing
 from ops.tasks.rows import DataMissing
 from ops.tasks.source import TaskSource
@@ -210,7 +210,7 @@ def _estimate_memory(
     student = shape_in(pair.student.folder)
     teachers = {name: shape_in(facts.folder) for name, facts in pair.teachers.items()}
     needed = needs(config, student, teachers, machine, vocab=pair.vocab_size, whole_logits=whole_logits)
-    found.lines += lines(needed, machine)
+    found.lines += [*lines(needed, machine), *server_lines(config, student)]
 
 
 def _add_summary(config: Config, found: Findings) -> None:

@@ -10,12 +10,12 @@ from common.teachers import process, section
 
 
 def devices_of(config: Config) -> Iterator[tuple[str, str]]:
-    """Key and value of every device that a config names; `auto` is not one."""
-    named = [("rollout.device", config.rollout.device)]
+    """Key and value of every device that a config names and somebody computes on; `auto` is not one."""
+    named = [("rollout.device", config.rollout.device)] if config.rollout.engine == "slots" else []
     named += [(f"{section(name)}.device", teacher.device) for name, teacher in config.all_teachers.items()]
     if config.learner.device != AUTO:
         named += [("learner.device", config.learner.device_of(rank)) for rank in range(config.learner.nproc_per_node)]
-    if config.eval.every_steps:
+    if config.eval.every_steps and config.eval.engine == "slots":
         named.append(("eval.device", config.eval.device))
     yield from ((key, device) for key, device in named if device != AUTO)
 
@@ -25,13 +25,15 @@ def spread(config: Config, gpus: int) -> dict[str, str]:
 
     `auto`, with one GPU, is that one for all. With several, the learner has the first ones, one for each of its
     processes: it needs the most memory. Teacher workers (teacher after teacher), rollout workers and the evaluator are
-    dealt over the others in this order; over all, if none is left.
+    dealt over the others in this order; over all, if none is left. Who has a vLLM server write needs none.
     """
     given = {"learner": config.learner.device}
     for name, teacher in config.all_teachers.items():
         given |= {f"{process(name)}-{n}": teacher.device for n in range(teacher.workers)}
-    given |= {f"rollout-{n}": config.rollout.device for n in range(config.rollout.workers)}
-    given |= {"evaluator": config.eval.device} if config.eval.every_steps else {}
+    if config.rollout.engine == "slots":
+        given |= {f"rollout-{n}": config.rollout.device for n in range(config.rollout.workers)}
+    if config.eval.every_steps and config.eval.engine == "slots":
+        given |= {"evaluator": config.eval.device}
     others = [name for name in given if name != "learner"]
     everywhere = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     free = everywhere[config.learner.nproc_per_node :] or everywhere

@@ -1,10 +1,13 @@
-"""avg@k and pass@k on the held-out split or on benchmarks, by sampling with the slot engine."""
+"""avg@k and pass@k on the held-out split or on benchmarks, by sampling: with the slots, or a vLLM server."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import secrets
+import shutil
 import threading
 import time
 from collections import Counter
@@ -12,14 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.engine.loaded import sampler
+import numpy as np
+
+from actors.engine import ClosedChunk, Shared, Writer
+from actors.engine.loaded import sampler, sampler_before_a_server
 from common import metrics, tracing
 from common.config import Config, ConfigError
-from common.pretrained import check_pair, compare_tokenizers, load_tokenizer
+from common.failing import brief
+from common.pretrained import Pair, check_pair, compare_tokenizers, load_tokenizer
 from common.runfiles.lines import append_lines, open_whole_lines
+from common.runfiles.names import TO_EVALUATE
 from common.runfiles.records import Evaluation, Scores, ToEvaluate
 from common.runfiles.run import RunFolder, read_json
 from common.wire.messages import Ints
+from common.wire.plane import Stopping
 from common.wire.weights import BadWeights, WeightsRef, file_of, verified
 from ops.tasks.source import TaskSource
 
@@ -73,31 +82,63 @@ def _problems(config: Config) -> list[_Problems]:
     return found
 
 
-class Evaluator:
-    """Samples k completions of every problem, with the same seeds for every version."""
+class NotWritten(RuntimeError):
+    """A server does not write the samples."""
 
-    def __init__(self, config: Config, folder: Path | None = None) -> None:
+
+class Evaluator:
+    """Samples k completions of every problem, with the same seeds for every version.
+
+    folder: of the model, by default the student's. stop: ends the wait for a server, with Stopping. Raises ConfigError,
+    ModelError.
+    """
+
+    def __init__(self, config: Config, folder: Path | None = None, stop: threading.Event | None = None) -> None:
         self._config, settings = config, config.eval
         pair = check_pair(config)
         if folder is not None:
             theirs = load_tokenizer(folder).get_vocab()
             compare_tokenizers(load_tokenizer(pair.student.folder).get_vocab(), theirs)
-        self.decoder = sampler(
-            config,
-            pair,
-            folder or pair.student.folder,
-            dtype=config.rollout.dtype,
-            device=settings.device,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
         self._problems = _problems(config)
+        self._swaps = 0
+        model = folder or pair.student.folder
+        if settings.engine == "vllm":
+            self.writer = self._before_a_server(pair, model, stop or threading.Event())
+        else:
+            self.writer = sampler(
+                config,
+                pair,
+                model,
+                dtype=config.rollout.dtype,
+                device=settings.device,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+            )
         for one in self._problems:
             one.source.prepare()
 
+    def _before_a_server(self, pair: Pair, model: Path, stop: threading.Event) -> Writer:
+        """A server that nobody else gives weights to: it needs no lock, and the versions in its labels count our swaps,
+        since those of a run may come again after a crash."""
+        from actors.vllm.weights import OfModel
+
+        writer = sampler_before_a_server(self._config, pair, model)
+        shared = Shared(
+            run=f"eval-{self._config.name}-{secrets.token_hex(4)}",
+            weights=self._config.run_dir / TO_EVALUATE,
+            worker="evaluator",
+            exclusively=lambda _: contextlib.nullcontext(lambda: True),
+            pause=stop.wait,
+        )
+        if not writer.attach(shared):
+            raise Stopping
+        writer.swap(OfModel.of(model), self._swaps)
+        return writer
+
     def swap(self, weights: bytes) -> None:
         """Swap in other weights, the bytes of a published file. Raises ValueError if they do not fit the model."""
-        self.decoder.swap(self.decoder.read_weights(weights))
+        self._swaps += 1
+        self.writer.swap(self.writer.read_weights(weights), self._swaps)
 
     def measure(self, *, k: int | None = None, stop: threading.Event | None = None) -> Scores | None:
         """Sample and judge; None if stopped before the end. `k`: samples per problem, by default as in the config."""
@@ -113,21 +154,35 @@ class Evaluator:
         waiting = [(problem, sample) for problem in range(problems.n) for sample in range(k)]
         waiting.reverse()
         done: list[_Sample] = []
-        while waiting or self.decoder.busy:
+        begun: dict[str, list[Ints]] = {}  # what a server sends in pieces
+        while waiting or self.writer.busy:
             metrics.turned("evaluator")
             if stop is not None and stop.is_set():
-                for key in self.decoder.busy:
-                    self.decoder.remove(key)
+                for key in self.writer.busy:
+                    self.writer.remove(key)
                 return None
-            while waiting and self.decoder.free:
+            while waiting and self.writer.free:
                 self._add(problems.source, *waiting.pop())
-            for chunk in self.decoder.step():
+            for chunk in self._step():
+                begun.setdefault(chunk.key, []).append(chunk.tokens)
+                if chunk.finish is None:
+                    continue
                 metrics.turned("evaluator")  # judging a completion may take seconds
-                done.append(_judged(problems.source, chunk.key, chunk.tokens, chunk.finish == "eos"))
+                tokens = np.concatenate(begun.pop(chunk.key))
+                done.append(_judged(problems.source, chunk.key, tokens, chunk.finish == "eos"))
         return _scores(done, problems.n, k)
 
+    def _step(self) -> list[ClosedChunk]:
+        """Raises NotWritten if a server fails for good, or on one of the samples."""
+        try:
+            return self.writer.step()
+        except Exception as error:
+            if self._config.eval.engine == "slots":
+                raise
+            raise NotWritten(f"eval.vllm: {brief(error)}") from error
+
     def _add(self, source: TaskSource, problem: int, sample: int) -> None:
-        self.decoder.add(
+        self.writer.add(
             f"{problem}:{sample}",
             source.prompt(problem),
             seed=(problem << 20) + sample,
@@ -194,6 +249,15 @@ def follow(
     `begun`: where Linux shares out the CPU by session, a priority does not keep one role back for another.
     """
     os.nice(19)
+    copies = config.run_dir / TO_EVALUATE / "vllm"  # of weights, which a server was given
+    shutil.rmtree(copies, ignore_errors=True)
+    try:
+        _follow(config, stop, finished, begun)
+    finally:
+        shutil.rmtree(copies, ignore_errors=True)
+
+
+def _follow(config: Config, stop: threading.Event, finished: Callable[[], bool], begun: Callable[[], bool]) -> None:
     evaluator: Evaluator | None = None
     run = RunFolder(config.run_dir)
     for last in [*run.evaluations()][-1:]:
@@ -210,7 +274,7 @@ def follow(
         path = waiting[0]
         note = ToEvaluate.from_json(read_json(path))
         if note.step not in {one.step for one in run.evaluations()}:
-            evaluator = evaluator or Evaluator(config)
+            evaluator = evaluator or Evaluator(config, stop=stop)
             if not _evaluate_one(evaluator, note, path.parent, run.evaluations.path, stop):
                 return
         (path.parent / file_of(note.version)).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.config import Config
-from common.config.sections import MOST_EVAL_SLOTS
+from common.config.sections import MOST_EVAL_SLOTS, MOST_VLLM_SLOTS
 from common.memory import PROCESS_BYTES, SIZE, ModelShape, Part, Training, learner, scorer, shape_of, writer
 from common.pretrained import attention_of, read_model_config, weight_files
 from common.teachers import process
@@ -75,6 +75,7 @@ def needs(
             return None
         return machine.gpu_bytes - sum(_on_device(one) for one in found if one.device == device)
 
+    found += _before_servers(config, student)
     for name, device in spread(config, machine.gpus).items():
         ranks = [*_ranks(config, device)] if name == "learner" else [device]
         for rank, own in enumerate(ranks):
@@ -82,6 +83,14 @@ def needs(
             # Rank 0 alone publishes, and writes checkpoints.
             found.append(replace(one, part=replace(one.part, host=0)) if rank else one)
     return found
+
+
+def _before_servers(config: Config, student: ModelShape) -> list[Need]:
+    """Processes that have a vLLM server write: they hold published weights, those in use and those that come."""
+    names = [f"rollout-{n}" for n in range(config.rollout.workers)] if config.rollout.engine == "vllm" else []
+    names += ["evaluator"] if config.eval.every_steps and config.eval.engine == "vllm" else []
+    copies = 2 * SIZE[config.rollout.dtype] * student.parameters
+    return [Need(name, "cpu", Part({"published weights": copies}, copies)) for name in names]
 
 
 def _need(
@@ -194,6 +203,25 @@ def lines(found: list[Need], machine: Machine) -> list[str]:
 
 def _text(size: int) -> str:
     return f"{size / GB:.1f} GB" if size >= GB else f"{size / 1_000_000:,.0f} MB"
+
+
+def server_lines(config: Config, student: ModelShape) -> list[str]:
+    """What `katana check` prints of vLLM servers: they are no processes of the run, wherever they are."""
+    dtype = config.rollout.dtype
+    weights, a_slot = SIZE[dtype] * student.parameters, student.cache(1, config.max_length, dtype)
+    found = []
+    for key, settings, slots in (
+        ("rollout", config.rollout, config.rollout.slots),
+        ("eval", config.eval, config.eval.slots),
+    ):
+        if settings.engine == "vllm" and (key == "rollout" or config.eval.every_steps):
+            many = MOST_VLLM_SLOTS if slots == "auto" else slots
+            found.append(
+                f"memory     the vLLM server of {key}.vllm: weights {_text(weights)}, and keys and values "
+                f"{_text(a_slot)} for each rollout at full length: {_text(many * a_slot)} for {many}, as many as one "
+                f"{'rollout worker' if key == 'rollout' else 'evaluator'} has there; with less, some wait"
+            )
+    return found
 
 
 # --- the table of docs/scaling.md ------------------------------------------------------------------------------------

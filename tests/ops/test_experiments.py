@@ -41,6 +41,7 @@ def test_qwen3_math_has_the_paper_s_setting() -> None:
     assert (rule.window, rule.patience, rule.eta, rule.teacher_top_k) == (64, 4, 0.3, 64)
     assert (rule.min_calibration, rule.buffer_size, rule.warmup_steps) == (512, 4096, 50)
     assert (rollout.temperature, rollout.top_p, rollout.dtype) == (1.0, 0.95, "bfloat16")
+    assert rollout.engine == "vllm" and rollout.vllm is not None
     assert (learner.learning_rate, learner.schedule, learner.warmup_ratio) == (1e-6, "cosine", 0.03)
 
 

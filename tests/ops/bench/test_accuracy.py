@@ -51,7 +51,7 @@ def test_the_first_checkpoint_that_reaches_the_target_is_the_last_one_evaluated(
     evaluator = Evaluator(config)
     start = evaluator.measure()
     assert start is not None and 0.1 < start.avg_at_k < 1.0
-    evaluator.decoder.swap({name: torch.zeros_like(value) for name, value in _state().items()})
+    evaluator.writer.swap({name: torch.zeros_like(value) for name, value in _state().items()})
     looks = looks_until(evaluator, folder, start.avg_at_k)
     assert [(look.step, look.avg_at_k) for look in looks] == [(1, 0.0), (2, start.avg_at_k)]
     assert [look.since_first_step_s for look in looks] == [0.0, 3.0]

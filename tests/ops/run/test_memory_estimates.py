@@ -19,7 +19,8 @@ from common import memory
 from common.config import Config
 from common.memory import ModelShape, Training, shape_of
 from common.pretrained import PACKAGE_ROOT as ROOT
-from ops.run.memory import GB, Machine, by_device, needs, qwen3, shape_in, training_of
+from ops.run.devices import devices_of
+from ops.run.memory import GB, Machine, by_device, needs, qwen3, server_lines, shape_in, training_of
 
 LAYERS = 4
 
@@ -150,3 +151,25 @@ def test_auto_slots_take_a_quarter_of_what_is_left(tmp_path: Path) -> None:
     tight = {one.name: one for one in needs(config, shape(), {"": shape()}, Machine(1, GB // 2), vocab=1000)}
     assert tight["evaluator"].slots == 1
     assert set(by_device([*found.values()])) == {"cuda:0"}
+
+
+def test_who_has_a_server_write_holds_no_model_and_needs_no_gpu(tmp_path: Path) -> None:
+    config = learner_config(tmp_path, tmp_path, {"device": "auto"})
+    tree = config.model_dump()
+    tree["rollout"] |= {"device": "auto", "workers": 2, "engine": "vllm", "vllm": {"urls": ["http://a:8000"]}}
+    tree["eval"] |= {"device": "auto", "engine": "vllm", "vllm": {"urls": ["http://b:8000"]}, "slots": 8}
+    tree["teacher"] |= {"device": "auto"}
+    config = Config.model_validate(tree)
+    found = {one.name: one for one in needs(config, shape(), {"": shape()}, Machine(2, 2 * GB), vocab=1000)}
+    copies = 2 * 4 * shape().parameters
+    for name in ("rollout-0", "rollout-1", "evaluator"):
+        assert (found[name].device, found[name].part.peak, found[name].slots) == ("cpu", copies, 0)
+    assert found["teacher-0"].device == "cuda:1"  # nobody else is dealt over what the learner leaves
+    rollouts, evaluations = server_lines(config, shape())
+    assert "of rollout.vllm: weights" in rollouts and "for 64, as many as one rollout worker has there" in rollouts
+    assert "of eval.vllm: weights" in evaluations and "for 8, as many as one evaluator has there" in evaluations
+    elsewhere = Config.model_validate(tree | {"rollout": tree["rollout"] | {"device": "cuda"}})
+    assert "rollout.device" not in dict(devices_of(elsewhere))
+    tree["rollout"] |= {"engine": "slots"}
+    tree["eval"] |= {"every_steps": 0}
+    assert server_lines(Config.model_validate(tree), shape()) == []
