@@ -99,6 +99,10 @@ def test_images_are_ours_or_pinned(name: str) -> None:
 def test_each_of_our_images_is_built_once() -> None:
     built = {service["image"]: service["build"]["target"] for service in SERVICES.values() if "build" in service}
     assert built == {"katana:cpu": "cpu", "katana:gpu": "gpu"}
+    for profile in ("cpu", *OF_PROFILES):  # and whatever is started together is built together
+        names = _in_profile(profile)
+        ours = {SERVICES[name]["image"] for name in names} & set(built)
+        assert ours <= {SERVICES[name]["image"] for name in names if "build" in SERVICES[name]}, profile
     dockerfile = (ROOT / "Dockerfile").read_text()
     for target in built.values():
         assert re.search(rf"^FROM runtime AS {target}$", dockerfile, re.MULTILINE)
