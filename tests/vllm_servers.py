@@ -19,7 +19,7 @@ import httpx
 import pytest
 import torch
 
-from ops.tasks.pretrain import PretrainSettings, build_model, build_tokenizer, with_heads
+from ops.tasks.pretrain import PretrainSettings, build_model, build_tokenizer, for_vllm, untie
 
 ROOT = Path(__file__).parents[1]
 STANDIN = (sys.executable, str(ROOT / "tests" / "vllm_standin.py"))
@@ -41,10 +41,11 @@ ENVIRONMENT = {
 
 
 def make_qwen3(folder: Path, seed: int) -> Path:
-    """A random student of a width of heads that vLLM runs on a CPU too, over the shipped tokenizer."""
+    """A random student that vLLM can run and swap on a CPU, over the shipped tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(with_heads(PretrainSettings(), 64).student, 256)
+        model = build_model(for_vllm(PretrainSettings()).student, 256)
+    untie(model)
     model.save_pretrained(folder)
     build_tokenizer(256).save_pretrained(folder)
     return folder

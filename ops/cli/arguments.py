@@ -88,10 +88,6 @@ def positive(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
 
 
-def even(text: str) -> int:
-    return _number(text, int, lambda value: value >= 2 and value % 2 == 0, "an even number of at least 2")
-
-
 def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
 

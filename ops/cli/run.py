@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from common.config import ConfigError, keys
-from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, even, load_config, positive
+from ops.cli.arguments import Commands, add_config, add_run_folder, chance, command, load_config, positive
 
 ROLES = {
     "feeder": "opens the run, admits rollouts, sends worker tasks, keeps the books",
@@ -83,11 +83,9 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "--loop", type=chance, metavar="P", help="probability of a loop in a document of the student (default 0.12)"
     )
     pretrain.add_argument(
-        "--head-dim",
-        type=even,
-        metavar="N",
-        help="width of each attention head (default 20 for the student, 28 for the teacher); "
-        "vLLM on a CPU runs 32, 64, 80, 96, 112, 128 and more",
+        "--for-vllm",
+        action="store_true",
+        help="heads 64 wide and an untied output head: models that vLLM can run on a CPU (docs/development.md)",
     )
 
 
@@ -156,15 +154,16 @@ def _keys(arguments: argparse.Namespace) -> int:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from ops.tasks.pretrain import bilingual, exchange_end, pretrain, shift, with_heads, with_loops
+    from ops.tasks.pretrain import bilingual, exchange_end, for_vllm, pretrain, shift, with_loops
 
     copies = {"--exchange-end": (arguments.exchange_end, exchange_end), "--shift": (arguments.shift, shift)}
     asked = {name: one for name, one in copies.items() if one[0] is not None}
     if len(asked) > 1:
         raise ConfigError("--exchange-end and --shift each make a copy: give one of them")
     for name, (source, copy) in asked.items():
-        if not (arguments.loop is arguments.leave_loop is arguments.head_dim is None) or arguments.bilingual:
-            others = "--loop, --leave-loop, --head-dim or --bilingual"
+        loops = arguments.loop is not None or arguments.leave_loop is not None
+        if loops or arguments.bilingual or arguments.for_vllm:
+            others = "--loop, --leave-loop, --for-vllm or --bilingual"
             raise ConfigError(f"{name} trains no model: it cannot be combined with {others}")
         copy(source, arguments.out)
         return 0
@@ -174,13 +173,13 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     ):
         if value is not None and arguments.which == other:
             raise ConfigError(f"{option} is for the {role}'s documents: use it with --which {role} or both")
-    changed = arguments.loop is not None or arguments.head_dim is not None
+    changed = arguments.loop is not None or arguments.for_vllm
     if arguments.bilingual and (changed or arguments.which != "student"):
-        raise ConfigError("--bilingual needs --which student, and cannot be combined with --loop or --head-dim")
+        raise ConfigError("--bilingual needs --which student, and cannot be combined with --loop or --for-vllm")
     settings = with_loops(student_loop=arguments.loop, teacher_leaves=arguments.leave_loop)
     if arguments.bilingual:
         settings = bilingual()
-    if arguments.head_dim is not None:
-        settings = with_heads(settings, arguments.head_dim)
+    if arguments.for_vllm:
+        settings = for_vllm(settings)
     pretrain(arguments.out, which=arguments.which, seed=arguments.seed, settings=settings)
     return 0

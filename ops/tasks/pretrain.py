@@ -74,7 +74,7 @@ class Recipe:
     """One model's shape, documents and training.
 
     sharpness: factor of the logits after training, through the weight of the last norm.
-    head_dim: width of a head; None: hidden_size / heads.
+    head_dim: width of a head; None: hidden_size / heads. untied: the output head is saved as a tensor of its own.
     """
 
     hidden_size: int
@@ -87,6 +87,7 @@ class Recipe:
     documents: DocumentMix
     sharpness: float = 1.0
     head_dim: int | None = None
+    untied: bool = False
 
 
 TEACHER = Recipe(
@@ -405,10 +406,17 @@ def with_loops(*, student_loop: float | None = None, teacher_leaves: float | Non
     return PretrainSettings(teacher=replace(TEACHER, documents=teacher), student=replace(STUDENT, documents=student))
 
 
-def with_heads(settings: PretrainSettings, head_dim: int) -> PretrainSettings:
-    """The same models with heads of another width, for an engine that does not run those of the shipped ones."""
-    teacher, student = (replace(recipe, head_dim=head_dim) for recipe in (settings.teacher, settings.student))
+def for_vllm(settings: PretrainSettings) -> PretrainSettings:
+    """The same models as vLLM can run and swap them on a CPU: heads 64 wide, and an output head of its own, since its
+    reload there leaves a tied one as it was."""
+    teacher, student = (replace(recipe, head_dim=64, untied=True) for recipe in (settings.teacher, settings.student))
     return replace(settings, teacher=teacher, student=student)
+
+
+def untie(model: Qwen3ForCausalLM) -> None:
+    """Give a model an output head of its own, in place: for now equal to the embedding."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 def bilingual() -> PretrainSettings:
@@ -460,8 +468,8 @@ def _command(role: Role, seed: int, recipe: Recipe, shifted_percent: int = 0) ->
         other = f" --leave-loop {mix.leave_loop:g}"
     if role == "student" and mix.loop != STUDENT.documents.loop:
         other = f" --loop {mix.loop:g}"
-    if recipe.head_dim is not None:
-        other += f" --head-dim {recipe.head_dim}"
+    if recipe.untied:
+        other += " --for-vllm"
     if shifted_percent:
         other += " --bilingual"
     return f"katana pretrain --which {role} --seed {seed}{other}"
@@ -482,6 +490,8 @@ def _make(folder: Path, role: Role, settings: PretrainSettings, seed: int, log: 
     train_s = time.monotonic() - started
     measured = measure(model, settings, seed=seed)
     log(f"{role}: {measured}")
+    if recipe.untied:
+        untie(model)
     model.save_pretrained(folder)
     build_tokenizer(settings.context_tokens).save_pretrained(folder)
     record = {

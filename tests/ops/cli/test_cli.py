@@ -355,16 +355,14 @@ def test_pretrain_refuses_a_loop_for_documents_that_are_not_generated(
     assert not (tmp_path / "out").exists()
 
 
-def test_pretrain_refuses_heads_that_no_model_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrain_refuses_to_change_models_that_it_copies_or_goes_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ("--out", str(tmp_path / "out"))
-    told = refused(capsys, "pretrain", "--bilingual", "--which", "student", "--head-dim", "64", *out)
-    assert "--bilingual needs --which student, and cannot be combined with --loop or --head-dim" in told
-    told = refused(capsys, "pretrain", "--shift", "ops/models/teacher", "--head-dim", "64", *out)
-    assert "--shift trains no model: it cannot be combined with --loop, --leave-loop, --head-dim or --bilingual" in told
-    with pytest.raises(SystemExit) as exit_:
-        main(["pretrain", "--head-dim", "63", *out])
-    assert exit_.value.code == 2
-    assert "expected an even number of at least 2" in capsys.readouterr().err
+    told = refused(capsys, "pretrain", "--bilingual", "--which", "student", "--for-vllm", *out)
+    assert "--bilingual needs --which student, and cannot be combined with --loop or --for-vllm" in told
+    told = refused(capsys, "pretrain", "--shift", "ops/models/teacher", "--for-vllm", *out)
+    assert "--shift trains no model: it cannot be combined with --loop, --leave-loop, --for-vllm or --bilingual" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -30,10 +30,11 @@ from ops.tasks.pretrain import (
     chain,
     document,
     encode,
+    for_vllm,
     ids_of,
     measure,
     pretrain,
-    with_heads,
+    untie,
     with_loops,
 )
 
@@ -170,14 +171,20 @@ def test_half_of_the_documents_of_a_bilingual_student_are_in_the_other_dialect()
     assert 15 <= sum(kinds) <= 45
 
 
-def test_other_heads_are_as_wide_as_asked_and_in_the_command() -> None:
-    recipe = with_heads(with_loops(student_loop=0.6), 64).student
+def test_a_model_for_vllm_has_wide_heads_and_an_output_head_of_its_own(tmp_path: Path) -> None:
+    recipe = for_vllm(with_loops(student_loop=0.6)).student
     model = build_model(recipe, 32)
-    assert model.config.head_dim == 64
     assert model.model.layers[0].self_attn.q_proj.out_features == 4 * 64
     assert model.config.hidden_size == 80
-    assert build_model(STUDENT, 32).config.head_dim == 20
-    assert _command("student", 3, recipe) == "katana pretrain --which student --seed 3 --loop 0.6 --head-dim 64"
+    text = torch.arange(2, 20)[None]
+    before = model(input_ids=text).logits
+    untie(model)
+    assert torch.equal(model(input_ids=text).logits, before)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+    assert not Qwen3ForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings
+    assert _command("student", 3, recipe) == "katana pretrain --which student --seed 3 --loop 0.6 --for-vllm"
 
 
 @pytest.mark.slow
