@@ -94,15 +94,6 @@ class Client:
             self._wait(self._end(), CONTROL_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CONTROL_S)
-        if not self._thread.is_alive():
-            self._loop.close()
-
-    async def _end(self) -> None:
-        open_ones = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in open_ones:
-            task.cancel()
-        await asyncio.gather(*open_ones, return_exceptions=True)
-        await self._http.aclose()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
