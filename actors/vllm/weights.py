@@ -30,18 +30,18 @@ _PAUSE_S = 30.0  # it ends the step that it computes
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class WeightsFile:
     """A published file, whole and verified. sha256: of `data`."""
 
     sha256: str
     data: bytes
 
     @classmethod
-    def of(cls, data: bytes) -> Published:
+    def of(cls, data: bytes) -> WeightsFile:
         return cls(hashlib.sha256(data).hexdigest(), data)
 
 
-def label_of(run: str, version: int, weights: Published) -> str:
+def label_of(run: str, version: int, weights: WeightsFile) -> str:
     return f"katana:{run}:{version}:{weights.sha256[:12]}"
 
 
@@ -55,7 +55,7 @@ class SwapLost(Exception):
     """Another worker has the lock on this server by now, since this one was stopped or slow: it must do no more."""
 
 
-def install(client: Client, shared: Shared, version: int, weights: Published) -> None:
+def install(client: Client, shared: Shared, version: int, weights: WeightsFile) -> None:
     """Let the server write with these weights, unless it has these or later ones of the run. What is being written goes
     on with them. One worker at a time; the server generates whenever this returns or raises, if it can be reached.
 
