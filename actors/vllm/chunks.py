@@ -221,4 +221,5 @@ def unlisted_stop_bound(
     (p_t - u) log(p_t / (p_t - u)) - (p_s - u) log(p_s / (p_s - u)) + u log(p_t / q_t) + u log(q_s / p_s): the first
     two terms have opposite signs, and each is at most u.
     """
-    return np.exp(unlisted) * (1 + np.abs(tail - teacher_tail) + np.abs(teacher_stop - stop))
+    bound: _Numbers = np.exp(unlisted) * (1 + np.abs(tail - teacher_tail) + np.abs(teacher_stop - stop))
+    return bound
