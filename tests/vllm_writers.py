@@ -1,4 +1,7 @@
-"""Writers before a server of the vLLM API, for tests: models, a lock, and what was written."""
+"""Writers before a server of the vLLM API, for tests: models, a lock, what was written, and fixtures.
+
+A module that imports `models_fixture` and `make_fixture` has the fixtures `models` and `make`.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedModel
-from vllm_servers import OPTIONS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm_servers import OPTIONS, Server, make_qwen3
 
-from actors.engine import ClosedChunk
+from actors.engine import ClosedChunk, Shared
 from actors.vllm.chunks import Outcomes
 from actors.vllm.writer import VllmWriter
+from common.config import Vllm
 from common.pretrained import read_facts
 
 PROMPT = np.array([5, 11, 6, 15], np.int32)
@@ -121,3 +126,60 @@ class Written:
 
 
 Make = Callable[..., Written]
+
+
+@pytest.fixture(scope="module", name="models")
+def models_fixture(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    student = make_qwen3(folder / "student", 0)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    found = Models(student, model)
+    (stop,) = read_facts(student).stop_ids
+    for version in range(1, 5):
+        torch.manual_seed(version)
+        state = {name: tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
+        changed = {name: tensor + 0.3 * torch.randn_like(tensor).mul(tensor.std()) for name, tensor in state.items()}
+        embedding = changed["model.embed_tokens.weight"]
+        embedding[stop] = 0.05 * embedding[stop]  # so that texts do not end at once
+        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, folder / "weights.safetensors")
+        found.published[version] = (folder / "weights.safetensors").read_bytes()
+    return found
+
+
+@pytest.fixture(name="make")
+def make_fixture(models: Models, tmp_path: Path) -> Iterator[Make]:
+    """`make(server)`: a writer before it, attached and with the weights of version 1."""
+    writers: list[VllmWriter] = []
+    locks = Locks()
+
+    def made(
+        server: Server | str | None,
+        *,
+        version: int | None = 1,
+        run: str = RUN,
+        top_p: float = 1.0,
+        student: Path = models.folder,
+        head_size: int | None = None,
+        **settings: Any,
+    ) -> Written:
+        if server is not None:
+            settings["urls"] = [server if isinstance(server, str) else server.url]
+        outcomes = models.outcomes(top_p)
+        writer = VllmWriter(
+            Vllm.model_validate({"start_timeout_s": 60.0, "patience_s": 60.0, **settings}),
+            read_facts(student),
+            outcomes=replace(outcomes, head_size=head_size or outcomes.head_size),
+            slots=8,
+            max_length=LENGTH,
+            chunk_tokens=CHUNK,
+        )
+        writers.append(writer)
+        shared = Shared(run, tmp_path / "weights", f"w{len(writers)}", locks, lambda s: time.sleep(s) or False)
+        assert writer.attach(shared)
+        if version is not None:
+            writer.swap(writer.read_weights(models.published[version]), version)
+        return Written(writer)
+
+    yield made
+    for writer in writers:
+        writer.end()

@@ -15,7 +15,7 @@ _NO_PROBABILITY = -9000.0  # the server writes -9999 for -inf and for what is no
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class LabelSpan:
     """Tokens start..end (exclusive) were written by the weights that the server called `label`."""
 
     label: str
@@ -36,7 +36,7 @@ class Answer:
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float64]
     finish: Finish
-    spans: tuple[Span, ...]
+    spans: tuple[LabelSpan, ...]
 
 
 class BadAnswer(ValueError):
@@ -88,14 +88,14 @@ def _listed(rows: list[list[tuple[Any, Any]]]) -> tuple[NDArray[np.int32], NDArr
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
 
 
-def _span(values: Mapping[str, Any]) -> Span:
+def _span(values: Mapping[str, Any]) -> LabelSpan:
     label = values["version"]
     if not isinstance(label, str):
         raise BadAnswer(f"weight_versions: the version {label!r:.40} is not a text")
-    return Span(label, _count(values["start"], "start"), _count(values["end"], "end"))
+    return LabelSpan(label, _count(values["start"], "start"), _count(values["end"], "end"))
 
 
-def _check_spans(spans: tuple[Span, ...], tokens: int) -> None:
+def _check_spans(spans: tuple[LabelSpan, ...], tokens: int) -> None:
     at = 0
     for one in spans:
         if one.start != at or one.end <= at:

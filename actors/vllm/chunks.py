@@ -62,7 +62,7 @@ class Outcomes:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class AnswerChunks:
     """What an answer adds to a rollout. refused: tokens at its end that nobody may use, since weights wrote them that
     are not of this run."""
 
@@ -79,7 +79,7 @@ def chunks_of(
     asked: int,
     last: bool,
     version_of: Callable[[str], int | None],
-) -> Written:
+) -> AnswerChunks:
     """The chunks of an answer, one for each set of weights that wrote some of it.
 
     `start`: index of the first token in the completion. `asked`: tokens that the request was for; `last`: whether the
@@ -92,7 +92,7 @@ def chunks_of(
     for span in answer.spans:
         version = version_of(span.label)
         if version is None:  # what follows was drawn after these tokens
-            return Written(chunks, len(answer.tokens) - span.start)
+            return AnswerChunks(chunks, len(answer.tokens) - span.start)
         ends = span.end == len(answer.tokens)
         finish: Finish | None = None
         if ends and answer.tokens[-1] in outcomes.stop_ids:
@@ -100,7 +100,7 @@ def chunks_of(
         elif ends and last and span.end == asked:
             finish = "length"
         chunks.append(columns.chunk(span.start, span.end, key=key, start=start, finish=finish, version=version))
-    return Written(chunks, 0)
+    return AnswerChunks(chunks, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,9 @@ def _columns(answer: Answer, outcomes: Outcomes) -> _Columns:
 
 def _log(mass: _Numbers) -> _Numbers:
     """log of probabilities, those of 0 as UNLISTED, at most 0."""
-    logs = np.where(mass > 0, np.log(np.where(mass > 0, mass, 1.0)), UNLISTED)
-    return np.asarray(logs.clip(UNLISTED, 0.0), np.float64)
+    logs: _Numbers = np.full(mass.shape, UNLISTED)
+    logs[mass > 0] = np.log(mass[mass > 0]).clip(UNLISTED, 0.0)
+    return logs
 
 
 def _support(answer: Answer, outcome: NDArray[np.bool_], outcomes: Outcomes) -> tuple[NDArray[np.int32], _Numbers]:

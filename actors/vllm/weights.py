@@ -30,14 +30,14 @@ _PAUSE_S = 30.0  # it ends the step that it computes
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class WeightsFile:
     """A published file, whole and verified. sha256: of `data`."""
 
     sha256: str
     data: bytes
 
     @classmethod
-    def of(cls, data: bytes) -> Published:
+    def of(cls, data: bytes) -> WeightsFile:
         return cls(hashlib.sha256(data).hexdigest(), data)
 
 
@@ -55,7 +55,7 @@ class OfModel:
         return cls(hashlib.sha256(str(path).encode()).hexdigest(), path)
 
 
-def label_of(run: str, version: int, weights: Published | OfModel) -> str:
+def label_of(run: str, version: int, weights: WeightsFile | OfModel) -> str:
     return f"katana:{run}:{version}:{weights.sha256[:12]}"
 
 
@@ -69,7 +69,7 @@ class SwapLost(Exception):
     """Another worker has the lock on this server by now, since this one was stopped or slow: it must do no more."""
 
 
-def install(client: Client, shared: Shared, version: int, weights: Published | OfModel) -> None:
+def install(client: Client, shared: Shared, version: int, weights: WeightsFile | OfModel) -> None:
     """Let the server write with these weights, unless it has these or later ones of the run. What is being written goes
     on with them. One worker at a time; the server generates whenever this returns or raises, if it can be reached.
 
@@ -121,7 +121,7 @@ def _relabel(client: Client, mine: Callable[[], bool], label: str) -> None:
     client.post("/update_weight_version", {"new_version": label})
 
 
-def _written(folder: Path, version: int, weights: Published) -> Path:
+def _written(folder: Path, version: int, weights: WeightsFile) -> Path:
     """A folder with these weights alone, from which a server can read them."""
     path = folder / f"v{version:08d}-{weights.sha256[:12]}"
     path.mkdir(parents=True, exist_ok=True)

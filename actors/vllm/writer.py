@@ -33,7 +33,7 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import OfModel, Published, SwapLost, install, version_in
+from actors.vllm.weights import OfModel, SwapLost, WeightsFile, install, version_in
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -110,7 +110,7 @@ class VllmWriter:
         self._own = OwnServer(tuple(settings.command), student.folder) if settings.command else None
         self._client: Client | None = None
         self._shared: Shared | None = None
-        self._wanted: tuple[int, Published | OfModel] | None = None
+        self._wanted: tuple[int, WeightsFile | OfModel] | None = None
         self._texts: dict[str, _Text] = {}
         self._answered: queue.SimpleQueue[_Open] = queue.SimpleQueue()
         self.decoded_tokens = 0
@@ -280,13 +280,13 @@ class VllmWriter:
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def read_weights(self, data: bytes) -> Published:
+    def read_weights(self, data: bytes) -> WeightsFile:
         """A published file as it is, for the server to read. Raises ValueError, SafetensorError."""
         if isinstance(unpacked(data), Adapter):
             raise ValueError("an adapter: a vLLM server is given whole weights")
-        return Published.of(data)
+        return WeightsFile.of(data)
 
-    def swap(self, weights: Published | OfModel, version: int = 0) -> None:
+    def swap(self, weights: WeightsFile | OfModel, version: int = 0) -> None:
         """Give the server these weights, unless another worker has. A server that cannot take them now gets them before
         anything else is asked of it."""
         self._wanted = (version, weights)

@@ -172,7 +172,7 @@ def test_a_worker_at_one_long_piece_of_work_keeps_its_rollouts(
             decoder.sleeps_s = LONG_S
         else:
             swap = decoder.swap
-            monkeypatch.setattr(decoder, "swap", lambda state: (time.sleep(LONG_S), swap(state)))
+            monkeypatch.setattr(decoder, "swap", lambda *given: (time.sleep(LONG_S), swap(*given)))
             announce(run, 1)
         time.sleep(LONG_S + CLAIM_S)
         assert (worker_of(run), run.field("r1", "claims")) == (b"first", None)

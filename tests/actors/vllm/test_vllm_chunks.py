@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from actors.engine.outcomes import FLOOR_NATS, log_outcomes, student_support
 from actors.vllm.answers import BadAnswer, read_answer
-from actors.vllm.chunks import LEAST_TAIL, UNLISTED, Outcomes, Written, chunks_of, unlisted_stop_bound
+from actors.vllm.chunks import LEAST_TAIL, UNLISTED, AnswerChunks, Outcomes, chunks_of, unlisted_stop_bound
 
 LABELS = {"v4": 4, "v5": 5}
 
@@ -51,7 +51,7 @@ def body_of(
     return {"choices": [choice]}
 
 
-def written(body: dict[str, Any], outcomes: Outcomes, *, asked: int | None = None, **more: Any) -> Written:
+def written(body: dict[str, Any], outcomes: Outcomes, *, asked: int | None = None, **more: Any) -> AnswerChunks:
     answer = read_answer(body)
     given: dict[str, Any] = {"key": "r1", "start": 7, "last": False, "version_of": LABELS.get, **more}
     return chunks_of(answer, outcomes, asked=len(answer.tokens) if asked is None else asked, **given)
@@ -261,7 +261,7 @@ def test_tokens_of_other_weights_and_all_after_them_are_refused() -> None:
 
 def test_nothing_written_is_no_chunk() -> None:
     empty = body_of(np.zeros((0, 20)), [], 6, finish="abort", spans=[])
-    assert written(empty, Outcomes((0,), 20, 20, 4), asked=5) == Written([], 0)
+    assert written(empty, Outcomes((0,), 20, 20, 4), asked=5) == AnswerChunks([], 0)
 
 
 def choice_of() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from vllm_servers import Server, begin, command_of, serving, wait_until, wait_until_ready
-from vllm_writers import SERVER, Make, Models
+from vllm_writers import SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
 from actors.blame import EngineBroken, step_or_part
 from actors.vllm.client import RequestRefused, ServerFailed

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from vllm_servers import KINDS, Server, serving
-from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models
+from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
 from actors.engine.adapters import header_of
 from actors.vllm.weights import label_of
