@@ -96,7 +96,12 @@ class Server(ThreadingHTTPServer):
         cache = {"block_size": options.block_size, "enable_prefix_caching": options.enable_prefix_caching}
         scheduler = {"max_num_seqs": options.max_num_seqs}
         return 200, {
-            "vllm_config": {"model_config": model, "cache_config": cache, "scheduler_config": scheduler},
+            "vllm_config": {
+                "model_config": model,
+                "cache_config": cache,
+                "scheduler_config": scheduler,
+                "device_config": {"device": options.says_device},
+            },
             "vllm_env": {},
             "system_env": {},
         }
@@ -290,6 +295,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    # Its heads are swapped as on a GPU, tied or not: see DECISIONS.md, 137.
+    parser.add_argument("--says-device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", default="float32", choices=("float32",))
     return parser.parse_args()

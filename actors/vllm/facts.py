@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from actors.vllm.answers import BadAnswer
 from actors.vllm.chunks import Outcomes
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed
-from common.pretrained import ModelError, ModelFacts
+from common.pretrained import ModelError, ModelFacts, weight_files
 
 _DEV = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, and where only the run's machines reach it"
 
@@ -39,6 +41,7 @@ def _check(client: Client, student: ModelFacts, outcomes: Outcomes, max_length: 
         config = _config(client)
         _check_options(client.url, config, outcomes, max_length)
         _check_model(client.url, config, student)
+        _check_head(client.url, config, student)
         _check_vocabulary(client, outcomes.head_size)
         return int(config["scheduler_config"]["max_num_seqs"])
     except (ServerFailed, RequestRefused, BadAnswer) as error:
@@ -88,6 +91,25 @@ def _check_model(url: str, config: Any, student: ModelFacts) -> None:
                 f"the server {url} has the model {named}, whose {name} is {theirs.get(name)}; the "
                 f"student {student.folder} has {ours.get(name)}: start it with --model {student.folder}"
             )
+
+
+def _check_head(url: str, config: Any, student: ModelFacts) -> None:
+    """On a CPU vLLM (0.32) packs the output head when it starts, and a reload leaves a tied one as it was: the server
+    would write with the new body and the old head, under the new label (DECISIONS.md, 137)."""
+    if config.get("device_config", {}).get("device") == "cpu" and _is_tied(student.folder):
+        raise ModelError(
+            f"rollout.vllm: the server {url} computes on a CPU, where vLLM does not swap an output head that is tied "
+            f"to the embedding, as that of {student.folder} is; allowed: a model whose head is not tied, or a GPU"
+        )
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether the head has no tensor of its own."""
+    names: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="np") as tensors:
+            names.update(tensors.keys())
+    return not any(name.endswith("lm_head.weight") for name in names)
 
 
 def _model_config(folder: Path) -> Any:

@@ -358,7 +358,7 @@ def test_the_largest_id_of_the_vocabulary_is_taken(server: Server, models: dict[
     assert server.ask([read_facts(models["a"]).vocab_size - 1]).status_code == 200
 
 
-def test_a_server_says_what_it_was_started_with(server: Server, models: dict[str, Path]) -> None:
+def test_a_server_says_what_it_was_started_with(server: Server, kind: str, models: dict[str, Path]) -> None:
     config = server.get("/server_info?config_format=json").json()["vllm_config"]
     model, cache = config["model_config"], config["cache_config"]
     assert model["model"] == str(models["a"])
@@ -367,11 +367,12 @@ def test_a_server_says_what_it_was_started_with(server: Server, models: dict[str
     assert model["logprobs_mode"] == "raw_logprobs"
     assert config["scheduler_config"]["max_num_seqs"] == 32
     assert (cache["block_size"], cache["enable_prefix_caching"]) == (32, True)
+    assert config["device_config"]["device"] == {"standin": "cuda", "vllm": "cpu"}[kind]
     (served,) = server.get("/v1/models").json()["data"]
     assert (served["root"], served["max_model_len"]) == (str(models["a"]), LONGEST)
 
 
-# --- how it ends, and servers of their own ---
+# --- servers of their own, and how they end ---
 
 
 def check_its_end(server: Server, **given: Any) -> None:
