@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,7 @@ def test_a_swap_while_another_worker_writes_splits_its_chunk(server: Server, mak
     before = server.generated()
     other.add("a", "b", "c", length=110, unwatched=110)
     other.step_until(lambda: server.generated() > before + 10)
+    httpx.post(f"{server.url}/pause?mode=keep")  # before it has written all: the swap goes on from there
     one.writer.swap(one.writer.read_weights(models.published[3]), 3)
     assert label(server).startswith(f"katana:{RUN}:3:")
     other.finish()

@@ -173,7 +173,7 @@ def test_a_server_that_cannot_write_is_refused_with_the_key(server: Server, tmp_
             make_config(tmp_path, **config_of(tmp_path, server.url).model_dump() | {"data": {"max_prompt_length": 25}})
         )
     nobody = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ModelError, match=r"^eval\.vllm\.urls: no answer from .* 0\.5 s"):
+    with pytest.raises(ModelError, match=r"^eval\.vllm\.urls: no usable answer in 0\.5 s \(http.*ConnectError"):
         Evaluator(config_of(tmp_path, nobody, vllm={"urls": [nobody], "start_timeout_s": 0.5}))
 
 
