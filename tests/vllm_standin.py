@@ -100,7 +100,7 @@ class Server(ThreadingHTTPServer):
                 "model_config": model,
                 "cache_config": cache,
                 "scheduler_config": scheduler,
-                "device_config": {"device": options.says_device},
+                "device_config": {"device": "cuda"},  # as a GPU it swaps all heads: DECISIONS.md, 137
             },
             "vllm_env": {},
             "system_env": {},
@@ -295,8 +295,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    # Its heads are swapped as on a GPU, tied or not: see DECISIONS.md, 137.
-    parser.add_argument("--says-device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", default="float32", choices=("float32",))
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +18,11 @@ from typing import Any
 import httpx
 import pytest
 from vllm_servers import Server, begin, command_of, make_qwen3, serving, wait_until, wait_until_ready
-from vllm_writers import LENGTH, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
+from vllm_writers import SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
 from actors.blame import EngineBroken, step_or_part
-from actors.vllm.client import Client, RequestRefused, ServerFailed
-from actors.vllm.facts import check_server
-from common.pretrained import ModelError, read_facts
+from actors.vllm.client import RequestRefused, ServerFailed
+from common.pretrained import ModelError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -76,18 +76,21 @@ def test_a_server_of_another_vocabulary_is_refused(server: Server, make: Make, m
         make(server, head_size=38)
 
 
-def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(models: Models, tmp_path: Path) -> None:
+def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(server: Server, make: Make, tmp_path: Path) -> None:
+    info = server.get("/server_info?config_format=json").json()
+    info["vllm_config"]["device_config"]["device"] = "cpu"
+
+    def on_a_cpu(path: str, _: bytes | None) -> tuple[int, bytes] | None:
+        return (200, json.dumps(info).encode()) if path.startswith("/server_info") else None
+
     tied = make_qwen3(tmp_path / "tied", 0, tied=True)
-    with serving("standin", models.folder, tmp_path / "log", *SERVER, "--says-device", "cpu") as server:
-        client = Client(server.url, request_timeout_s=60.0)
-        try:
-            assert check_server(client, read_facts(models.folder), models.outcomes(1.0), LENGTH) == 16
-            with pytest.raises(
-                ModelError, match=r"does not swap an output head that is tied .* allowed: a model whose"
-            ):
-                check_server(client, read_facts(tied), models.outcomes(1.0), LENGTH)
-        finally:
-            client.close()
+    with in_front_of(server.url, on_a_cpu) as url:
+        make(url)
+        with pytest.raises(
+            ModelError, match=r"does not swap an output head that is tied .* allowed: a model whose head"
+        ):
+            make(url, student=tied)
+    make(server, student=tied)
 
 
 def test_nobody_there_and_something_else_there(make: Make) -> None:
