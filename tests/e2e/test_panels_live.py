@@ -16,7 +16,7 @@ from whole_run import NAME, WholeRun
 
 from common.runfiles.run import RunFolder
 from ops.monitoring import panels
-from ops.monitoring.dashboards import DASHBOARDS, Panel
+from ops.monitoring.dashboards import DASHBOARDS, Panel, Query
 from ops.stats.saving import length_saving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -52,18 +52,17 @@ def measured(whole_run: WholeRun) -> Measured:
     return Measured(whole_run.prometheus, whole_run.folder, span)
 
 
-def of_exporter(panel: Panel) -> bool:
-    """Whether all of a panel comes from redis_exporter, which one machine's run has none of."""
-    return all("redis_" in query.expr and "katana_" not in query.expr for query in panel.queries)
+def of_another(query: Query) -> bool:
+    """Whether it asks redis_exporter or a vLLM server, of which this run has none."""
+    return any(word in query.expr for word in ("redis_", "vllm:")) and "katana_" not in query.expr
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
 def test_each_panel_of_the_dashboards_has_data(measured: Measured, panel: Panel) -> None:
     # A question that does not parse is refused, with ConfigError, by Prometheus.
     found = {query.legend: panels.ask(measured.prometheus, query, NAME, measured.span) for query in panel.queries}
-    if of_exporter(panel):
-        assert not any(found.values()), "there is an exporter after all"
-        return
+    for query in filter(of_another, panel.queries):
+        assert not found.pop(query.legend), "there is an exporter or a vLLM server after all"
     for legend, series in found.items():
         if any(one.last is not None for one in series):
             continue
@@ -72,8 +71,13 @@ def test_each_panel_of_the_dashboards_has_data(measured: Measured, panel: Panel)
         assert [one.last for one in found[total]] == [0.0], f"{panel.title}: something happened, but not by {legend}"
 
 
-def test_only_the_exporter_s_panels_are_without_data() -> None:
-    assert [panel.title for panel in PANELS if of_exporter(panel)] == [
+def test_only_panels_of_other_programs_are_without_data() -> None:
+    assert [panel.title for panel in PANELS if all(map(of_another, panel.queries))] == [
+        "Requests at each server",
+        "Prefix cache hits",
+        "Cache in use",
+        "Time to the first token",
+        "Preemptions",
         "Memory",
         "Commands",
         "Clients",
