@@ -38,15 +38,15 @@ def leaf(config: Config, dotted: str) -> Any:
 def test_everything_but_the_two_models_has_a_default() -> None:
     config, with_lora, several = parse(LEAST), parse(LEAST + "learner: {lora: {}}"), parse(SEVERAL)
     with_url, with_command = (
-        parse(LEAST, [f"rollout.vllm.{one}"]) for one in ("urls=['http://a']", "command=['{port}']")
+        parse(LEAST, [f"rollout.vllm.{one}", f"eval.vllm.{one}"]) for one in ("urls=['http://a']", "command=['{port}']")
     )
     assert {name for name, default, _ in keys() if default == "required"} == {"student.model", "teacher.model"}
     for name, default, meaning in keys():
         assert meaning.endswith((".", "…", ")")), f"{name} has no meaning"
         if default != "required":
             of = with_lora if name.startswith("learner.lora.") else several if name == "teacher" else config
-            if name.startswith("rollout.vllm."):  # one of these two is given
-                of = with_command if name == "rollout.vllm.urls" else with_url
+            if ".vllm." in name:  # one of these two is given
+                of = with_command if name.endswith(".urls") else with_url
             assert leaf(of, name) == yaml.safe_load(default), name
 
 
