@@ -38,6 +38,32 @@ UNWATCHED_CHUNK = 64  # tokens of a chunk that nobody waits for: what a worker t
 NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
+def checked_text(
+    key: str,
+    prompt: NDArray[np.int32],
+    generated: NDArray[np.int32],
+    max_new_tokens: int,
+    *,
+    length: int,
+    vocab_size: int,
+) -> tuple[NDArray[np.int32], int]:
+    """Prompt and completion so far of a rollout that a writer takes, int32 [m + n], and how long they may become.
+
+    `length`: the most that the writer holds. Raises ValueError where they do not fit it, or a token is outside the
+    vocabulary.
+    """
+    limit = len(prompt) + max_new_tokens
+    if len(prompt) == 0 or limit > length or len(prompt) + len(generated) >= limit:
+        raise ValueError(
+            f"{key}: a prompt of {len(prompt)} tokens (at least 1) and {len(generated)} generated "
+            f"of at most {max_new_tokens} do not fit a length of {length}"
+        )
+    text = np.concatenate([prompt, generated])
+    if text.min() < 0 or text.max() >= vocab_size:
+        raise ValueError(f"{key}: a token id is outside the vocabulary of {vocab_size}")
+    return text, limit
+
+
 @dataclass(frozen=True, slots=True)
 class ClosedChunk:
     """Consecutive tokens of one rollout, written by one set of weights.
@@ -161,16 +187,10 @@ class Decoder(TextSlots):
         ends at 64 tokens (or at `chunk_tokens`, if that is more). Raises ValueError where the lengths do not
         fit, a token is outside the vocabulary or the key is here already, RuntimeError where no slot is free.
         """
-        begin = len(prompt) + len(generated)
-        limit = len(prompt) + max_new_tokens
-        if len(prompt) == 0 or limit > self._text.shape[1] or begin >= limit:
-            raise ValueError(
-                f"{key}: a prompt of {len(prompt)} tokens (at least 1) and {len(generated)} generated "
-                f"of at most {max_new_tokens} do not fit a length of {self._text.shape[1]}"
-            )
-        text = np.concatenate([prompt, generated])
-        if text.min() < 0 or text.max() >= self._vocab_size:
-            raise ValueError(f"{key}: a token id is outside the vocabulary of {self._vocab_size}")
+        text, limit = checked_text(
+            key, prompt, generated, max_new_tokens, length=self._text.shape[1], vocab_size=self._vocab_size
+        )
+        begin = len(text)
         if key in self._slot:
             raise ValueError(f"{key} is being written already")
         if not self.free:

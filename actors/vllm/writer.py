@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from actors.blame import EngineBroken
 from actors.engine.adapters import Adapter, unpacked
-from actors.engine.decode import NO_TOKENS, UNWATCHED_CHUNK, ClosedChunk
+from actors.engine.decode import NO_TOKENS, UNWATCHED_CHUNK, ClosedChunk, checked_text
 from actors.engine.shared import Shared
 from actors.vllm.answers import Answer, BadAnswer
 from actors.vllm.chunks import Outcomes, chunks_of
@@ -315,15 +315,9 @@ class VllmWriter:
         unwatched: int = 0,
     ) -> None:
         """Take a rollout: see `Writer.add`."""
-        begin, limit = len(prompt) + len(generated), len(prompt) + max_new_tokens
-        if len(prompt) == 0 or limit > self._max_length or begin >= limit:
-            raise ValueError(
-                f"{key}: a prompt of {len(prompt)} tokens (at least 1) and {len(generated)} generated "
-                f"of at most {max_new_tokens} do not fit a length of {self._max_length}"
-            )
-        tokens = np.concatenate([prompt, generated])
-        if tokens.min() < 0 or tokens.max() >= self._outcomes.vocab_size:
-            raise ValueError(f"{key}: a token id is outside the vocabulary of {self._outcomes.vocab_size}")
+        tokens, limit = checked_text(
+            key, prompt, generated, max_new_tokens, length=self._max_length, vocab_size=self._outcomes.vocab_size
+        )
         if key in self._texts:
             raise ValueError(f"{key} is being written already")
         if len(self._texts) >= self._slots:
