@@ -12,7 +12,7 @@ from typing import IO
 from common import metrics
 from common.config import Config
 from common.policies import unit_of
-from common.runfiles.records import Step, Trained
+from common.runfiles.records import Step, StepReuse, Trained
 from common.runfiles.run import RunFolder
 from common.wire.messages import row_digest
 from learner.batch import Trajectory
@@ -39,6 +39,7 @@ class Journal:
         self,
         trajectories: Sequence[Trajectory],
         seen: Diagnostics,
+        reuse: StepReuse | None,
         *,
         step: int,
         policy_version: int,
@@ -67,6 +68,7 @@ class Journal:
                 topk_overlap=seen.topk_overlap,
                 **asdict(drift),
                 rewards=rewards,
+                reuse=reuse,
                 ratio_mean=seen.ratio_mean,
                 ratio_max=seen.ratio_max,
                 grad_norm=grad_norm,

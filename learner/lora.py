@@ -106,7 +106,7 @@ class LoraStudent(TrainableStudent):
             raise ConfigError(problem)
         assert config.learner.lora is not None
         self._lora: Lora = config.learner.lora
-        self._of, self._seed, self._steps = _absolute(config.student.model), config.seed, 0
+        self._of, self._seed, self._updates = _absolute(config.student.model), config.seed, 0
         super().__init__(folder, config)
         base, self._scaling = weights_digest(folder), self._lora.alpha / self._lora.rank
         self.header = header_of(base, self._scaling)
@@ -141,13 +141,13 @@ class LoraStudent(TrainableStudent):
         self._seed_dropout()
 
     def step(self, rate: float) -> None:
-        self._steps += 1
+        self._updates += 1
         super().step(rate)
 
     def _seed_dropout(self) -> None:
-        """Every try of a step leaves out the same inputs, be it the first, one after a failure or after a restart."""
+        """Each try of an update leaves out the same inputs, be it the first, or after a failure or a restart."""
         if self._lora.dropout:
-            torch.manual_seed(uniform_bits(self._seed, "dropout", self._steps) >> 1)
+            torch.manual_seed(uniform_bits(self._seed, "dropout", self._updates) >> 1)
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The adapter: workers hold the base, and merge the two in their own dtype. float32, whatever `dtype`."""
@@ -180,8 +180,13 @@ class LoraStudent(TrainableStudent):
 
     def restore(self, state: CheckpointState) -> None:
         super().restore(state)
-        self._steps = state.step
+        self._updates = _updates(self.optimizer)
         self._seed_dropout()
+
+
+def _updates(optimizer: torch.optim.AdamW) -> int:
+    """Updates that it has made: a step of the learner may have several."""
+    return max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from common.footprint import free_bytes, rollout_bytes
 from common.pretrained import Pair
 from common.pulse import Pulse
 from common.runfiles.names import CHECKPOINTS, COUNTED, LEARNER_LOCK, MODEL, TO_EVALUATE, WEIGHTS
-from common.runfiles.records import ToEvaluate
+from common.runfiles.records import StepReuse, ToEvaluate
 from common.wire import scripts
 from common.wire.lease import Lease
 from common.wire.plane import Plane
@@ -220,7 +220,7 @@ class Learner:
             self.checkpoint()
 
     def step(self, batch: list[Received]) -> None:
-        """One optimizer step on a batch; its line in metrics.jsonl; weights and checkpoint if they are due.
+        """The updates on a batch; its line in metrics.jsonl; weights and checkpoint if they are due.
 
         If a trajectory is at fault there is no step: it is set aside, and the others go into the next batch. Raises
         StepImpossible if the step fails and no trajectory is at fault.
@@ -243,8 +243,8 @@ class Learner:
         self._aside = 0
         for one in batch:
             tracing.stage(one.trajectory.rid, "trained")
-        with self._pulse.busy("the optimizer's step"):
-            self.student.step(rate)
+        self._update(rate)
+        reused = self._reuse([one.trajectory for one in batch], rate)
         self.step_count += 1
         self._tokens_trained += seen.tokens
         self._generated.count(self.step_count)
@@ -258,6 +258,7 @@ class Learner:
         self._journal.write(
             [one.trajectory for one in batch],
             seen,
+            reused,
             step=self.step_count,
             policy_version=self.version,
             loss=loss,
@@ -273,6 +274,29 @@ class Learner:
         if self._checkpoint_is_due():
             self.checkpoint()
         self._starved_at = time.monotonic() + STARVED_S
+
+    def _update(self, rate: float) -> None:
+        with self._pulse.busy("the optimizer's step"):
+            self.student.step(rate)
+
+    def _reuse(self, batch: list[Trajectory], rate: float) -> StepReuse | None:
+        """The other updates on a batch; None if `learner.num_iterations` is 1.
+
+        They are of the same step: one checkpoint covers them all. A failure ends them. No trajectory is at fault then,
+        since the first update worked, and none is put back, since the batch has been trained on.
+        """
+        most = self._config.learner.num_iterations
+        reuse = StepReuse(1, None, None, None, None) if most > 1 else None
+        for made in range(1, most):
+            self._lease.keep()
+            try:
+                loss, _, seen = self._gradients(batch)
+            except FloatingPointError as error:
+                log.warning("step %d: %d of %d updates on its batch: %s", self.step_count + 1, made, most, error)
+                break
+            self._update(rate)
+            reuse = StepReuse(made + 1, loss, seen.kl_nats, seen.ratio_mean, seen.ratio_max)
+        return reuse
 
     def _checkpoint_is_due(self) -> bool:
         settings = self._config.checkpoints

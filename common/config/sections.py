@@ -545,7 +545,9 @@ class LearnerSettings(Section):
     threads: int = Field(
         1, ge=1, json_schema_extra=_UNLESS_DETERMINISTIC, description="torch threads of the learner (CPU)."
     )
-    max_steps: int = Field(100, ge=1, json_schema_extra=_RESUMABLE, description="Optimizer steps of the run, at most.")
+    max_steps: int = Field(
+        100, ge=1, json_schema_extra=_RESUMABLE, description="Steps of the run, at most: each trains on one batch."
+    )
     max_generated_tokens: int | None = Field(
         None,
         ge=1,
@@ -554,6 +556,11 @@ class LearnerSettings(Section):
         "not, in both arms; learning rate and warm-up follow this count, not the steps. null: max_steps alone.",
     )
     batch_size: int = Field(32, ge=1, description="Trajectories of a step.")
+    num_iterations: int = Field(
+        1,
+        ge=1,
+        description="Updates on each batch, each with the step's learning rate (docs/losses.md).",
+    )
     micro_batch_tokens: int = Field(
         8192,
         ge=1,

@@ -305,10 +305,22 @@ class StepRewards(Record):
     without: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class StepReuse(Record):
+    """With several updates on a batch. iterations: updates that were made. Of the last one, before it changed the
+    weights: loss, mean reverse KL, and p_θ / p_rollout of the sampled tokens; None if there was one update alone."""
+
+    iterations: int
+    loss: float | None
+    kl: float | None
+    ratio_mean: float | None
+    ratio_max: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Record):
-    """Figures of an optimizer step, of its batch unless stated otherwise. None: no trajectory in the batch has the
-    figure, or the file is older than the field."""
+    """Figures of a step, of its batch before the first update unless stated otherwise. None: no trajectory in the batch
+    has the figure, or the file is older than the field."""
 
     step: int
     policy_version: int  # of the weights after it
@@ -324,6 +336,7 @@ class Step(Record):
     cut_rate_control: float | None = None
     threshold: float | None = None  # mean, in the policy's unit
     rewards: StepRewards | None = field(default=None, metadata=stored(sparse=True))  # with `reward.mode`
+    reuse: StepReuse | None = field(default=None, metadata=stored(sparse=True))  # with `learner.num_iterations`
     ratio_mean: float  # p_θ / p_rollout of the sampled tokens
     ratio_max: float
     grad_norm: float  # before clipping

@@ -251,8 +251,8 @@ def _add_summary(config: Config, found: Findings) -> None:
     learner = config.learner
     found.lines += [
         f"policy     {rule.policy}: {text}",
-        f"training   {_length_text(config)} of {learner.batch_size} trajectories, {_loss_text(config)}"
-        f"{_reward_text(config)}, "
+        f"training   {_length_text(config)} of {learner.batch_size} trajectories{_reuse_text(config)}, "
+        f"{_loss_text(config)}{_reward_text(config)}, "
         f"AdamW {learner.learning_rate:g} {learner.schedule}, weights every {learner.weight_sync_steps}, staleness up "
         f"to {learner.max_staleness}",
         f"processes  feeder, arbiter, learner{_ranks_text(learner.nproc_per_node)}, {config.rollout.workers} rollout, "
@@ -260,6 +260,11 @@ def _add_summary(config: Config, found: Findings) -> None:
         + (f", evaluator (every {config.eval.every_steps} steps)" if config.eval.every_steps else ""),
     ]
     found.lines += [*_loss_warnings(config), *_reward_warnings(config)]
+
+
+def _reuse_text(config: Config) -> str:
+    updates = config.learner.num_iterations
+    return f", {updates} updates on each" if updates > 1 else ""
 
 
 _READ_BY = {

@@ -188,6 +188,13 @@ def _train_point(step: Step) -> TrackedPoint:
     if step.rewards is not None:
         found = {"mean": step.rewards.mean, "signal": step.rewards.signal}
         values |= {f"reward/{name}": value for name, value in found.items() if value is not None}
+    if step.reuse is not None:
+        updates = (
+            ("iterations", float(step.reuse.iterations)),
+            ("kl", step.reuse.kl),
+            ("ratio_max", step.reuse.ratio_max),
+        )
+        values |= {f"train/reuse_{name}": value for name, value in updates if value is not None}
     return TrackedPoint("train", step.step, values, step.unix_s)
 
 

@@ -21,6 +21,7 @@ EXACT = (
     "deterministic=true",
     "student.model=ops/models/student",
     "data.num_generations=4",
+    "learner.num_iterations=2",
     "learner.batch_size=6",  # every other batch splits a group of four
     f"learner.max_steps={STEPS}",
     "learner.lora.rank=8",
@@ -58,7 +59,7 @@ def test_a_killed_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path: 
         assert check_folder(folder) == []
         assert {line["teacher"] for line in read(folder / "rollouts.jsonl")} == {"plain", "shifted"}
     for name, fields in (
-        ("metrics.jsonl", ("step", "loss")),
+        ("metrics.jsonl", ("step", "loss", "reuse")),
         ("trained.jsonl", ("step", "rids", "digests", "advantages", "without_reward")),
     ):
         expected, found = ([[line[field] for field in fields] for line in read(one / name)] for one in (whole, broken))

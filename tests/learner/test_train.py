@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -22,6 +23,7 @@ from common.pretrained import PACKAGE_ROOT, Pair, read_facts
 from common.wire.weights import read_pointer, verified
 from learner.checkpoint import load_newest
 from learner.head import LinearHead
+from learner.lora import make_student
 from learner.train import Learner
 from ops.reach.embedded import EmbeddedRedis
 
@@ -54,12 +56,20 @@ def run(embedded_redis: EmbeddedRedis, start: Callable[..., Run]) -> Run:
     )
 
 
+def pair_of_students() -> Pair:
+    facts = read_facts(Path(MODELS["student"]))
+    return Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
+
+
+def learning(run: Run, **settings: Any) -> None:
+    """Other settings of the learner."""
+    run.config = run.config.model_copy(update={"learner": run.config.learner.model_copy(update=settings)})
+
+
 def make_learner(run: Run) -> Learner:
     """A new learner; whoever was before it is gone, its lease with it."""
     run.client.delete(run.key("lease:learner"))
-    facts = read_facts(Path(MODELS["student"]))
-    pair = Pair(facts, {"": facts}, facts.stop_ids, facts.vocab_size)
-    learner_ = Learner(run.config, run.plane, pair, threading.Event())
+    learner_ = Learner(run.config, run.plane, pair_of_students(), threading.Event())
     learner_.open()
     MADE.append(learner_)
     return learner_
@@ -281,8 +291,7 @@ def test_the_end_leaves_a_model_that_loads_and_tells_the_feeder(run: Run) -> Non
 
 
 def test_in_bfloat16_the_head_alone_computes_in_float32(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = run.config.learner.model_copy(update={"dtype": "bfloat16"})
-    run.config = run.config.model_copy(update={"learner": half})
+    learning(run, dtype="bfloat16")
     made, trunk = [], []
 
     def logits(self: LinearHead, rows: torch.Tensor, out: torch.Tensor) -> None:
@@ -525,8 +534,7 @@ def test_a_finished_run_goes_on_when_its_budget_is_raised(budget: Callable[..., 
     first.start()
     one_step(run, first, 0)
     assert first.done
-    more = run.config.learner.model_copy(update={"max_generated_tokens": 12})
-    run.config = run.config.model_copy(update={"learner": more})
+    learning(run, max_generated_tokens=12)
     second = make_learner(run)
     second.start()
     assert (second.step_count, second.done) == (1, False)
@@ -562,3 +570,59 @@ def test_a_step_records_its_drift_guards_and_what_it_cannot_tell_leaves_the_gaug
         assert 0 <= second[name] <= 1.000001
     assert REGISTRY.get_sample_value("katana_learner_entropy_nats") == second["entropy"]
     assert REGISTRY.get_sample_value("katana_learner_threshold_nats") == 0.25
+
+
+def test_several_updates_on_a_batch_are_one_step_whose_trajectories_are_trained_once(run: Run) -> None:
+    learning(run, num_iterations=3, learning_rate=1e-5)
+    for number in range(2):
+        trajectory(run, number)
+    learner_ = make_learner(run)
+    learner_.start()
+    version = learner_.version
+    alone = make_student(Path(MODELS["student"]), run.config)
+    batch = learner_.next_batch(block_s=0.01)
+    assert batch is not None
+    learner_.step(batch)
+    learner_.checkpoint()
+
+    losses = []
+    for _ in range(3):
+        loss, _ = alone.add_gradients(
+            [one.trajectory for one in batch],
+            pair_of_students(),
+            max_tokens=run.config.learner.micro_batch_tokens,
+            busy=contextlib.nullcontext,
+            between=lambda: None,
+        )
+        alone.clip()
+        alone.step(1e-5)
+        losses.append(loss)
+    for (name, found), (_, expected) in zip(
+        learner_.student.model.state_dict().items(), alone.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+    assert losses[2] < losses[1] < losses[0]
+
+    (line,) = map(json.loads, (run.config.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert (line["step"], line["loss"], line["trajectories"]) == (1, losses[0], 2)
+    assert (line["reuse"]["iterations"], line["reuse"]["loss"]) == (3, losses[2])
+    assert line["ratio_max"] != line["reuse"]["ratio_max"]
+    assert learner_.version == version + 1
+    assert endings(run) == [("r0", "trained"), ("r1", "trained")]
+
+
+def test_an_update_that_fails_after_the_first_ends_the_step_and_gives_nothing_back(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    learning(run, num_iterations=3, learning_rate=1e30)  # no update makes sense after the first
+    for number in range(2):
+        trajectory(run, number)
+    learner_ = make_learner(run)
+    learner_.start()
+    take_step(learner_)
+    assert "step 1: 1 of 3 updates on its batch" in caplog.text
+    (line,) = map(json.loads, (run.config.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert line["reuse"] == {"iterations": 1, "loss": None, "kl": None, "ratio_mean": None, "ratio_max": None}
+    learner_.checkpoint()
+    assert endings(run) == [("r0", "trained"), ("r1", "trained")]
+    assert learner_.next_batch(block_s=0.01) is None

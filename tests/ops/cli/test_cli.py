@@ -112,6 +112,8 @@ def test_check_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["termination.calibrate_on=completed"], "calibrated on completed; control arm", ""),
         (["termination.policy=kat_inverse", "termination.calibrate_on=all"], "calibrated on all; control arm", ""),
         (["termination.policy=kat_absolute"], "policy     kat_absolute", "calibrated on"),
+        (["learner.num_iterations=3"], "steps of 32 trajectories, 3 updates on each, ", "1 updates"),
+        (["learner.num_iterations=1"], "steps of 32 trajectories, reverse", "updates"),
         (["termination.policy=repetition"], "repetition: treated rollouts are cut at the first 8 tokens that", "η"),
         (["termination.policy=entropy"], "entropy: cut where the student's entropy stays low; W 16", ""),
         (["termination.policy=margin_change"], "cut where the teacher's margin falls for good: CUSUM", "η"),

@@ -132,6 +132,22 @@ def test_complete_lines_of_a_growing_folder_are_shown_once(tmp_path: Path) -> No
     assert follower.look().points == []
 
 
+def test_several_updates_on_a_batch_show_how_far_the_last_one_was(tmp_path: Path) -> None:
+    reuse = {"iterations": 3, "loss": 0.5, "kl": 0.25, "ratio_mean": 1.0, "ratio_max": 4.0}
+    alone = reuse | dict.fromkeys(("loss", "kl", "ratio_mean", "ratio_max"))
+    append(
+        tmp_path / "metrics.jsonl",
+        {**step_line(1), "reuse": reuse},
+        {**step_line(2), "reuse": alone | {"iterations": 1}},
+    )
+    first, second = (
+        {name: value for name, value in point.values.items() if "reuse" in name}
+        for point in Follower(tmp_path).look().points
+    )
+    assert first == {"train/reuse_iterations": 3.0, "train/reuse_kl": 0.25, "train/reuse_ratio_max": 4.0}
+    assert second == {"train/reuse_iterations": 1.0}
+
+
 def test_after_a_learner_cut_back_everything_is_shown_again(tmp_path: Path) -> None:
     follower = Follower(tmp_path)
     append(tmp_path / "metrics.jsonl", *(step_line(step) for step in (1, 2, 3)))
