@@ -38,10 +38,11 @@ class Judge:
         return looks_until(Evaluator(self._config), folder, target)
 
 
-def katana_s(config: Config, *, steps: int, every: int) -> Config:
-    """Katana's run: `steps` long, with a checkpoint every `every` steps, all kept; no evaluation beside it."""
+def katana_s(config: Config, *, steps: int, every: int, iterations: int) -> Config:
+    """Katana's run: `steps` long, with `iterations` updates on each batch, and a checkpoint every `every` steps, all
+    kept; no evaluation beside it."""
     tree = config.model_dump()
-    tree["learner"] |= {"max_steps": steps}
+    tree["learner"] |= {"max_steps": steps, "num_iterations": iterations}
     tree["checkpoints"] |= {"every_steps": every}
     return to_be_evaluated(Config.model_validate(tree))
 

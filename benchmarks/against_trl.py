@@ -64,6 +64,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     race.add_argument("--katana-steps", type=positive, help="steps of Katana's run (default twice TRL's)")
     race.add_argument("--every", type=positive, help="Katana's steps between two evaluated checkpoints (default 5)")
+    race.add_argument(
+        "--num-iterations", type=positive, help="Katana's updates on each batch (default 1; TRL's trainer makes one)"
+    )
     race.add_argument("--problems", type=positive, help="held-out problems, 4 samples each (default 192)")
     arguments = parser.parse_args(words)
     if wrong := _misfit(arguments):
@@ -79,7 +82,7 @@ def _misfit(given: argparse.Namespace) -> str | None:
         return "--time-to-accuracy: the made pair learns nothing; expected --pair shipped"
     if given.time_to_accuracy and given.warmup is not None:
         return "--warmup is for the time of a step; the race counts from the first step on"
-    for name in ("katana_steps", "every", "problems"):
+    for name in ("katana_steps", "every", "num_iterations", "problems"):
         if not given.time_to_accuracy and getattr(given, name) is not None:
             return f"--{name.replace('_', '-')} is for --time-to-accuracy"
     if given.out.is_dir() or not given.out.absolute().parent.is_dir():
@@ -93,6 +96,7 @@ def _fill_in(given: argparse.Namespace) -> None:
     given.warmup = given.warmup or max(1, min(10, given.steps // 4))
     given.katana_steps = given.katana_steps or 2 * given.steps
     given.every = given.every or 5
+    given.num_iterations = given.num_iterations or 1
     given.problems = given.problems or 192
     given.work = given.work.resolve()
 
@@ -152,7 +156,10 @@ def race(arguments: argparse.Namespace, python: Path, keep: Callable[[dict[str, 
         theirs = run_trl(python, renamed(config, f"trl-{number}", **seed), threads=arguments.threads, save=model)
         goal = judge.of_model(model)
         ours_config = accuracy_race.katana_s(
-            renamed(config, f"katana-{number}", **seed), steps=arguments.katana_steps, every=arguments.every
+            renamed(config, f"katana-{number}", **seed),
+            steps=arguments.katana_steps,
+            every=arguments.every,
+            iterations=arguments.num_iterations,
         )
         ours = run_katana(ours_config)
         looks = judge.looks(ours_config.run_dir, goal.avg_at_k)

@@ -109,3 +109,13 @@ compare forward-rates --policies none --seeds 0-1 --budget tokens:100000 --set l
 compare reward --policies none --seeds $seeds --budget tokens:100000 --set data.num_generations=4 \
     --variant grpo_0.1:termination.policy=none,reward.mode=grpo,reward.weight=0.1 \
     --variant grpo_0.3:termination.policy=none,reward.mode=grpo,reward.weight=0.3
+
+# 9. Several updates on each batch, at equal tokens, beside higher learning rates with one; and whether cutting helps then.
+compare iterations --policies none --seeds 0-2 --budget tokens:100000 \
+    --variant n2:termination.policy=none,learner.num_iterations=2 \
+    --variant n3:termination.policy=none,learner.num_iterations=3 \
+    --variant n5:termination.policy=none,learner.num_iterations=5 \
+    --variant lr_1e-3:termination.policy=none,learner.learning_rate=1e-3 \
+    --variant lr_2e-3:termination.policy=none,learner.learning_rate=2e-3 \
+    --variant n3_lr_1e-3:termination.policy=none,learner.num_iterations=3,learner.learning_rate=1e-3 \
+    --variant n3_kat:termination.policy=kat,learner.num_iterations=3

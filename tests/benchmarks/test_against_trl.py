@@ -68,6 +68,7 @@ def test_the_race_has_its_own_defaults(tmp_path: Path) -> None:
     speed, race = against_trl.parse_arguments(out), against_trl.parse_arguments([*out, "--time-to-accuracy"])
     assert (speed.steps, speed.warmup, speed.policy) == (40, 10, "none")
     assert (race.steps, race.katana_steps, race.every, race.problems, race.policy) == (50, 100, 5, 192, "kat")
+    assert race.num_iterations == 1
 
 
 def test_both_sides_have_the_demo_s_settings(tmp_path: Path) -> None:
@@ -184,6 +185,6 @@ def test_a_goal_that_is_not_reached_has_no_time() -> None:
 
 
 def test_katana_s_race_keeps_every_checkpoint(tmp_path: Path) -> None:
-    config = katana_s(shipped(tmp_path), steps=9, every=2)
+    config = katana_s(shipped(tmp_path), steps=9, every=2, iterations=4)
     assert (config.learner.max_steps, config.checkpoints.every_steps, config.eval.every_steps) == (9, 2, 0)
-    assert config.checkpoints.keep >= 5
+    assert config.checkpoints.keep >= 5 and config.learner.num_iterations == 4
