@@ -127,7 +127,7 @@ def _run(bench: Bench, arguments: argparse.Namespace, keep: Keep) -> str:
 
 def _verdicts(bench: Bench, arguments: argparse.Namespace, keep: Keep) -> str:
     config = bench.config_of("vllm")
-    texts = write_texts(writer_of(config, bench.server), config, arguments.texts)
+    texts = [*write_texts(writer_of(config, bench.server), config, arguments.texts)]
     judge = Judge(config)
     found = figures([judge.judge(text) for text in texts], config.termination)
     keep(found)

@@ -25,18 +25,15 @@ def figures_of(folder: Path, counted: int | None = None) -> dict[str, Any]:
     Raises NeverActive where no rollout was stopped, ConfigError for a damaged folder.
     """
     run = RunFolder(folder)
-    lines = list(run.rollouts())
-    generated = sum(line.tokens_generated for line in lines)
-    found: dict[str, Any] = {
+    return {
         "seconds": _seconds(folder),
-        "tokens_generated": generated,
+        "tokens_generated": sum(line.tokens_generated for line in run.rollouts()),
         "server_counted": counted,
         "books_closed": books_closed(run),
         "accuracy": accuracy(run),
         "saved": saved(run),
         "overshoot": overshoot(run, run.config.rollout.chunk_tokens),
     }
-    return found
 
 
 def _seconds(folder: Path) -> float:

@@ -7,9 +7,11 @@ are recorded as in a run.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,9 +43,10 @@ class Supply:
 
 
 def written_per_s(writer: Writer, supply: Supply, seconds: float) -> Figures:
-    """Tokens a second, the prompts' forwards and the first and last chunks included, and how much of a processor this
-    process needs for it. A rollout that ends is replaced at once; the writer is left empty."""
-    before, began, worked = writer.decoded_tokens, time.perf_counter(), time.process_time()
+    """Tokens a second, the prompts' forwards and the first and last chunks included, and how many processors were at
+    work meanwhile: of this process, and of the whole machine. A rollout that ends is replaced at once; the writer is
+    left empty."""
+    before, began, worked, busy = writer.decoded_tokens, time.perf_counter(), time.process_time(), _busy_s()
     while time.perf_counter() - began < seconds:
         supply.fill(writer)
         writer.step()
@@ -52,9 +55,16 @@ def written_per_s(writer: Writer, supply: Supply, seconds: float) -> Figures:
     found = {
         "tokens_per_s": (writer.decoded_tokens - before) / took,
         "own_processors": (time.process_time() - worked) / took,
+        "all_processors": (_busy_s() - busy) / took,
     }
     empty(writer)
     return found
+
+
+def _busy_s() -> float:
+    """Processor seconds of everything on this machine since it started: a server's processes are not ours to ask."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def stop_ms(writer: Writer, supply: Supply, count: int, *, seed: int) -> list[float]:
@@ -130,11 +140,11 @@ def speed_table(repeats: Sequence[dict[str, dict[str, Figures]]]) -> str:
                 *(in_words(speeds[engine]) for engine in ENGINES),
                 in_words(_ratios(speeds["vllm"], speeds["slots"])),
                 in_words(_ratios(speeds["vllm"], whole)),
-                *(in_words([one[chunk][engine]["own_processors"] for one in repeats]) for engine in ENGINES),
+                *(in_words([one[chunk][engine]["all_processors"] for one in repeats]) for engine in ENGINES),
             ]
         )
     head = ["chunk_tokens", "slots, tokens/s", "vllm, tokens/s", "vllm / slots", f"vllm / vllm at {longest}"]
-    return markdown([*head, "worker's processors, slots", "worker's processors, vllm"], rows)
+    return markdown([*head, "processors at work, slots", "processors at work, vllm"], rows)
 
 
 def _ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:

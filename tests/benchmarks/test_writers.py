@@ -84,7 +84,7 @@ def test_verdicts_differ_in_being_or_in_place() -> None:
 def test_tables_have_ratios_within_a_repeat() -> None:
     def point(slots: float, vllm: float) -> dict[str, dict[str, float]]:
         speeds = {"slots": slots, "vllm": vllm}
-        return {engine: {"tokens_per_s": speed, "own_processors": 0.5} for engine, speed in speeds.items()}
+        return {engine: {"tokens_per_s": speed, "all_processors": 0.5} for engine, speed in speeds.items()}
 
     text = speed_table([{"16": point(100, 50), "64": point(100, 100)}, {"16": point(200, 40), "64": point(200, 50)}])
     assert "| 16 | 150 (100–200) | 45 (40–50) | 0.35 (0.2–0.5) | 0.65 (0.5–0.8) | 0.5 (0.5–0.5) |" in text
@@ -167,7 +167,9 @@ def test_speed_stops_and_verdicts_are_measured_before_a_server(tmp_path: Path) -
     found = json.loads(out.read_text())
     speeds = found["speed, student"]
     assert [[*one] for one in speeds] == [["8", "192"]] * 2  # 500 is longer than a completion
-    assert all(point[engine]["tokens_per_s"] > 0 for one in speeds for point in one.values() for engine in point)
+    points = [point[engine] for one in speeds for point in one.values() for engine in ("slots", "vllm")]
+    assert all(point["tokens_per_s"] > 0 for point in points)
+    assert all(0 < point["own_processors"] < point["all_processors"] + 0.1 for point in points)  # counted in 10 ms
     assert all(len(one[engine]) == 3 for one in found["stop, student"] for engine in ("slots", "vllm"))
     verdicts = found["verdicts, student"]
     assert verdicts["texts"] == 6
