@@ -174,7 +174,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=positive, default=1, help="of torch, in the slots' process and in the server (default 1)")
     add("--rollouts", type=positive, default=32, help="written at a time (default 32)")
     add("--chunks", type=_chunks, default=[16, 32, 64], help="chunk_tokens of speed, besides the whole completion")
-    add("--seconds", type=positive, default=4, help="of each point of speed (default 4)")
+    add("--seconds", type=positive, default=5, help="of each point of speed (default 5)")
     add("--stops", type=positive, default=40, help="of stop, for each engine and repeat (default 40)")
     add("--steps", type=positive, default=40, help="optimizer steps of a run (default 40)")
     add("--texts", type=positive, default=256, help="of verdicts (default 256)")
