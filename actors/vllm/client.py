@@ -18,6 +18,7 @@ from actors.vllm.answers import Answer, BadAnswer, read_answer
 logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
 logging.getLogger("httpcore").setLevel(logging.WARNING)
 CONTROL_S = 10.0  # for a small question; a server that generates answers in milliseconds
+_IDLE_S = 2.0  # an idle connection is dropped; vLLM closes it after 5 s, and a request that is sent then is lost
 _ID_PREFIX = "generate-tokens-"  # what vLLM puts in front of a request's id
 _MOST_TEXT = 500
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class Client:
         self._loop.close()
 
     async def _open(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
         # No proxy from the environment: a server is a machine of one's own.
         return httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False)
 
