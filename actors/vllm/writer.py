@@ -218,7 +218,7 @@ class VllmWriter:
         if down and not self._down:
             self._down, self._down_at = True, now
             self._pause_s = 0.05
-            log.warning("the vLLM server cannot be used, rollouts wait: %s", reason)
+            log.warning("the vLLM server cannot be used, what it writes waits: %s", reason)
             metrics.vllm_up.set(0)
         if self._down:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,12 @@ from typing import Any
 import httpx
 import pytest
 from vllm_servers import Server, begin, command_of, make_qwen3, serving, wait_until, wait_until_ready
-from vllm_writers import SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
+from vllm_writers import LENGTH, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
 from actors.blame import EngineBroken, step_or_part
-from actors.vllm.client import RequestRefused, ServerFailed
-from common.pretrained import ModelError
+from actors.vllm.client import Client, RequestRefused, ServerFailed
+from actors.vllm.facts import check_server
+from common.pretrained import ModelError, read_facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -67,16 +69,18 @@ def test_a_server_without_the_routes_is_refused(server: Server, make: Make) -> N
 
 
 def test_a_server_of_another_model_is_refused(server: Server, make: Make) -> None:
-    with pytest.raises(ModelError, match=r"has the model .*student, whose hidden_size is"):
+    with pytest.raises(ModelError, match=r"has the model .*student, whose hidden_size is .*models/teacher has"):
         make(server, student=Path("ops/models/teacher").resolve())
 
 
 def test_a_server_of_another_vocabulary_is_refused(server: Server, make: Make, models: Models) -> None:
-    with pytest.raises(ModelError, match="has a vocabulary of 37, the student's is 38"):
+    with pytest.raises(ModelError, match=r"has a vocabulary of 37, that of .*student is 38"):
         make(server, head_size=38)
 
 
-def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(server: Server, make: Make, tmp_path: Path) -> None:
+def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
     info = server.get("/server_info?config_format=json").json()
     info["vllm_config"]["device_config"]["device"] = "cpu"
 
@@ -86,10 +90,12 @@ def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(server: Serve
     tied = make_qwen3(tmp_path / "tied", 0, tied=True)
     with in_front_of(server.url, on_a_cpu) as url:
         make(url)
-        with pytest.raises(
-            ModelError, match=r"does not swap an output head that is tied .* allowed: a model whose head"
-        ):
+        words = r": the server .* does not swap an output head that is tied .* allowed: a model whose head"
+        with pytest.raises(ModelError, match=rf"^rollout\.vllm{words}"):
             make(url, student=tied)
+        client = Client(url, request_timeout_s=60.0)
+        with contextlib.closing(client), pytest.raises(ModelError, match=rf"^eval\.vllm{words}"):
+            check_server(client, read_facts(tied), models.outcomes(), LENGTH, section="eval.vllm")
     make(server, student=tied)
 
 
