@@ -200,7 +200,8 @@ def test_katana_eval_refuses_a_url_without_the_engine(tmp_path: Path, capsys: py
     assert main(["eval", str(config), "--model", str(STUDENT), "--engine", "vllm", "--vllm-url", "a:8000"]) == 2
     assert "'a:8000' is not the address of a server" in capsys.readouterr().err
     assert main(["eval", str(config), "--model", str(STUDENT), "--engine", "vllm"]) == 2
-    assert "engine vllm needs vllm.urls" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"eval.vllm of {config} names none: give --vllm-url http://host:port, or eval.vllm.urls" in told
 
 
 def test_to_end_while_a_server_is_waited_for_is_no_failure(tmp_path: Path) -> None:
