@@ -33,7 +33,7 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import OfModel, SwapLost, WeightsFile, install, version_in
+from actors.vllm.weights import NotLoaded, OfModel, SwapLost, Unread, WeightsFile, install, version_in
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -47,7 +47,7 @@ _QUIET_S = 2.0  # without an answer, while some are due, before the server is as
 _LONGEST_PAUSE_S = 2.0  # between two attempts to reach it
 _MOST_FAILURES = 3  # of one rollout's requests, others being answered between
 _ONE_TROUBLE_S = 10.0  # failures that are no further apart are one
-_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, OSError)
+_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, Unread, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,8 +117,10 @@ class VllmWriter:
         self._answers = 0
         self._heard_at = self._down_at = self._trouble_at = self._failed_at = 0.0
         self._down = self._was_ready = False
+        self._reads = False  # the server is known to read the run's folder
         self._next_try = 0.0
         self._why = ""  # it was last not reached
+        self._first = ""  # reason for which it is down
         self._pause_s = 0.0
         self._health: Future[object] | None = None
         self._closers = [weakref.finalize(self, self._own.end)] if self._own is not None else []
@@ -216,7 +218,8 @@ class VllmWriter:
             self._trouble_at = now
         self._failed_at = now
         if down and not self._down:
-            self._down, self._down_at = True, now
+            self._down, self._down_at, self._reads = True, now, False
+            self._first = reason
             self._pause_s = 0.05
             log.warning("the vLLM server cannot be used, what it writes waits: %s", reason)
             metrics.vllm_up.set(0)
@@ -228,7 +231,8 @@ class VllmWriter:
             log.warning("the vLLM server is ended and started again: %s", reason)
             self._own.end()
         if lasts_s > self._patience_s:
-            raise EngineBroken(f"the vLLM server cannot be used for {lasts_s:.0f} s: {reason}")
+            first = f"{self._first}; then " if self._down and self._first != reason else ""
+            raise EngineBroken(f"the vLLM server cannot be used for {lasts_s:.0f} s: {first}{reason}")
 
     @property
     def _patience_s(self) -> float:
@@ -288,19 +292,25 @@ class VllmWriter:
 
     def swap(self, weights: WeightsFile | OfModel, version: int = 0) -> None:
         """Give the server these weights, unless another worker has. A server that cannot take them now gets them before
-        anything else is asked of it."""
+        anything else is asked of it. Raises ModelError if it does not read the run's folder, or the model's."""
         self._wanted = (version, weights)
         if self._down:
             return
         try:
             self._install()
+        except Unread as error:
+            raise ModelError(f"{self._section}: {error}") from error
         except _SERVER_ERRORS as error:
+            if isinstance(error, NotLoaded) and isinstance(weights, OfModel):
+                raise ModelError(f"{self._section}: {error}") from error
             self._failed(f"version {version} was not swapped in: {brief(error)}", down=True)
 
     def _install(self) -> None:
         if self._wanted is not None:
             assert self._client is not None and self._shared is not None
-            install(self._client, self._shared, *self._wanted)
+            version, weights = self._wanted
+            install(self._client, self._shared, version, weights, reads=self._reads)
+            self._reads = self._reads or not isinstance(weights, OfModel)
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 
