@@ -160,6 +160,7 @@ def make_fixture(models: Models, tmp_path: Path) -> Iterator[Make]:
         top_p: float = 1.0,
         student: Path = models.folder,
         head_size: int | None = None,
+        number: int = 0,
         **settings: Any,
     ) -> Written:
         if server is not None:
@@ -174,7 +175,7 @@ def make_fixture(models: Models, tmp_path: Path) -> Iterator[Make]:
             chunk_tokens=CHUNK,
         )
         writers.append(writer)
-        shared = Shared(run, tmp_path / "weights", f"w{len(writers)}", locks, lambda s: time.sleep(s) or False)
+        shared = Shared(run, tmp_path / "weights", lambda: number, locks, lambda s: time.sleep(s) or False)
         assert writer.attach(shared)
         if version is not None:
             writer.swap(writer.read_weights(models.published[version]), version)

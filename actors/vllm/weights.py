@@ -77,7 +77,7 @@ class SwapLost(Exception):
     """Another worker has the lock on this server by now, since this one was stopped or slow: it must do no more."""
 
 
-class Unread(Exception):
+class FolderUnread(Exception):
     """The server does not read what is written for it. What it has is as it was."""
 
 
@@ -92,7 +92,7 @@ def install(
     on with them. One worker at a time; the server generates whenever this returns or raises, if it can be reached.
 
     reads: it is known to read the run's folder. Raises ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost,
-    Unread, OSError; the server is to be asked again then. Stopping: the worker is to end.
+    FolderUnread, OSError; the server is to be asked again then. Stopping: the worker is to end.
     """
     if _has(client, shared.run, version) and not client.paused():
         return
@@ -126,7 +126,7 @@ def _has(client: Client, run: str, version: int) -> bool:
 def _check_reads(client: Client, folder: Path, pause: Callable[[float], bool]) -> None:
     """Have the server read a file without tensors, as numbers that replace single parameters: its model stays as it is,
     whether it can read the file or not (where it is given weights in a model's own form, the model is gone first).
-    Raises Unread, Stopping, and what a request raises."""
+    Raises FolderUnread, Stopping, and what a request raises."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", lambda draft: save_file({}, draft))
     until = time.monotonic() + _APPEARS_S
@@ -135,7 +135,9 @@ def _check_reads(client: Client, folder: Path, pause: Callable[[float], bool]) -
             return client.load("/collective_rpc", _reload(folder, is_checkpoint_format=False), LOAD_S)
         except ServerFailed as error:
             if time.monotonic() > until:
-                raise Unread(f"the server {client.url} does not read {folder}: {_SHARE}; it says: {error}") from error
+                raise FolderUnread(
+                    f"the server {client.url} does not read {folder}: {_SHARE}; it says: {error}"
+                ) from error
         if pause(_AGAIN_S):
             raise Stopping
 

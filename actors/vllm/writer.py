@@ -33,7 +33,7 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import NotLoaded, OfModel, SwapLost, Unread, WeightsFile, install, version_in
+from actors.vllm.weights import FolderUnread, NotLoaded, OfModel, SwapLost, WeightsFile, install, version_in
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -47,7 +47,7 @@ _QUIET_S = 2.0  # without an answer, while some are due, before the server is as
 _LONGEST_PAUSE_S = 2.0  # between two attempts to reach it
 _MOST_FAILURES = 3  # of one rollout's requests, others being answered between
 _ONE_TROUBLE_S = 10.0  # failures that are no further apart are one
-_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, Unread, OSError)
+_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, FolderUnread, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,9 +147,7 @@ class VllmWriter:
     def attach(self, shared: Shared) -> bool:
         """Reach the server, starting its own first, and check that it can write this run: see `Writer.attach`."""
         self._shared, self._wanted = shared, None
-        if self._client is None:
-            self._client = Client(self._url(shared.worker), request_timeout_s=self._settings.request_timeout_s)
-            self._closers.append(weakref.finalize(self, self._client.close))
+        self._choose(shared)
         self._start_own()
         until = self._clock() + self._settings.start_timeout_s
         while (most := self._checked()) is None:
@@ -166,11 +164,18 @@ class VllmWriter:
         for close in self._closers:
             close()
 
-    def _url(self, worker: str) -> str:
-        if self._own is not None:
-            return self._own.url
-        urls = self._settings.urls
-        return urls[hashlib.sha256(worker.encode()).digest()[0] % len(urls)]
+    def _choose(self, shared: Shared) -> None:
+        """The server of this task: of several, workers that begin one after the other have one after the other."""
+        urls = self._settings.urls if self._own is None else [self._own.url]
+        url = urls[shared.number() % len(urls)] if len(urls) > 1 else urls[0]
+        if self._client is not None and self._client.url != url:
+            self._closers.pop()()
+            self._client = None
+        if self._client is None:
+            self._client = Client(url, request_timeout_s=self._settings.request_timeout_s)
+            self._closers.append(weakref.finalize(self, self._client.close))
+            self._reads, self._health = False, None
+            log.info("the vLLM server of this task is %s", url)
 
     def _checked(self) -> int | None:
         """How many rollouts the server writes at a time; None if it does not answer yet. Raises ModelError."""
@@ -298,7 +303,7 @@ class VllmWriter:
             return
         try:
             self._install()
-        except Unread as error:
+        except FolderUnread as error:
             raise ModelError(f"{self._section}: {error}") from error
         except _SERVER_ERRORS as error:
             if isinstance(error, NotLoaded) and isinstance(weights, OfModel):

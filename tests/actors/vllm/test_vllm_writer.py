@@ -152,6 +152,20 @@ def test_what_cannot_be_written_is_refused(server: Server, make: Make, models: M
         writer.add("c", PROMPT, seed=1, max_new_tokens=10)
 
 
+def test_workers_go_round_servers_by_their_numbers(server: Server, make: Make, models: Models, tmp_path: Path) -> None:
+    with serving("standin", models.folder, tmp_path / "log", *SERVER) as other:
+        urls = [server.url, other.url]
+        before = [one.generated() for one in (server, other)]
+        for number in (1, 3):
+            written = make(None, urls=urls, number=number)
+            written.add("a", length=16)
+            written.finish()
+        assert server.generated() == before[0] and other.generated() > before[1]
+        for number in (0, 2):
+            assert make(None, urls=urls, number=number).writer.slots == 8
+        assert label(server) == label(other)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
