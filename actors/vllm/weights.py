@@ -21,6 +21,8 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
+from actors.engine.adapters import Adapter
+from actors.engine.base_files import BaseFiles
 from actors.engine.shared import Shared
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed
 from common.files import write_atomically
@@ -48,6 +50,27 @@ class WeightsFile:
     def of(cls, data: bytes) -> WeightsFile:
         return cls(hashlib.sha256(data).hexdigest(), data)
 
+    def write(self, path: Path) -> None:
+        path.write_bytes(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class WithAdapter:
+    """A published adapter, verified, and what it is merged into for a server. sha256: of the adapter's file."""
+
+    sha256: str
+    adapter: Adapter
+    base: BaseFiles
+
+    @classmethod
+    def of(cls, data: bytes, adapter: Adapter, base: BaseFiles) -> WithAdapter:
+        """Raises ValueError for an adapter of another base."""
+        base.check(adapter)
+        return cls(hashlib.sha256(data).hexdigest(), adapter, base)
+
+    def write(self, path: Path) -> None:
+        self.base.write(path, self.adapter)
+
 
 @dataclass(frozen=True, slots=True)
 class OfModel:
@@ -63,7 +86,10 @@ class OfModel:
         return cls(hashlib.sha256(str(path).encode()).hexdigest(), path)
 
 
-def label_of(run: str, version: int, weights: WeightsFile | OfModel) -> str:
+Given = WeightsFile | WithAdapter | OfModel
+
+
+def label_of(run: str, version: int, weights: Given) -> str:
     return f"katana:{run}:{version}:{weights.sha256[:12]}"
 
 
@@ -85,9 +111,7 @@ class NotLoaded(ServerFailed):
     """The server did not load weights; it ends itself at the next token (DECISIONS.md, 137)."""
 
 
-def install(
-    client: Client, shared: Shared, version: int, weights: WeightsFile | OfModel, *, reads: bool = False
-) -> None:
+def install(client: Client, shared: Shared, version: int, weights: Given, *, reads: bool = False) -> None:
     """Let the server write with these weights, unless it has these or later ones of the run. What is being written goes
     on with them. One worker at a time; the server generates whenever this returns or raises, if it can be reached.
 
@@ -176,15 +200,11 @@ def _relabel(client: Client, mine: Callable[[], bool], label: str) -> None:
     client.post("/update_weight_version", {"new_version": label})
 
 
-def _written(folder: Path, version: int, weights: WeightsFile) -> Path:
+def _written(folder: Path, version: int, weights: WeightsFile | WithAdapter) -> Path:
     """A folder with these weights alone, from which a server can read them."""
     path = folder / f"v{version:08d}-{weights.sha256[:12]}"
     path.mkdir(parents=True, exist_ok=True)
-
-    def write(draft: Path) -> None:
-        draft.write_bytes(weights.data)
-
-    write_atomically(path / "model.safetensors", write)
+    write_atomically(path / "model.safetensors", weights.write)
     return path
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from actors.blame import EngineBroken
 from actors.engine.adapters import Adapter, unpacked
+from actors.engine.base_files import BaseFiles
 from actors.engine.decode import NO_TOKENS, UNWATCHED_CHUNK, ClosedChunk, checked_text
 from actors.engine.shared import Shared
 from actors.vllm.answers import Answer, BadAnswer
@@ -33,7 +34,17 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import FolderUnread, NotLoaded, OfModel, SwapLost, WeightsFile, install, version_in
+from actors.vllm.weights import (
+    FolderUnread,
+    Given,
+    NotLoaded,
+    OfModel,
+    SwapLost,
+    WeightsFile,
+    WithAdapter,
+    install,
+    version_in,
+)
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -87,7 +98,7 @@ class VllmWriter:
 
     student: its facts. slots: rollouts at a time, at most the server's `--max-num-seqs`. max_length: tokens of prompt
     and completion together. chunk_tokens: length of a full chunk. temperature, top_p: how the server samples; what it
-    lists is at temperature 1.
+    lists is at temperature 1. base: what adapters are merged into; None: there are none.
     """
 
     def __init__(
@@ -101,8 +112,10 @@ class VllmWriter:
         max_length: int,
         chunk_tokens: int,
         temperature: float = 1.0,
+        base: BaseFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._base = base
         self._settings, self._student, self._outcomes = settings, student, outcomes
         self._section = section
         self._slots, self._max_length, self._chunk_tokens = slots, max_length, chunk_tokens
@@ -110,7 +123,7 @@ class VllmWriter:
         self._own = OwnServer(tuple(settings.command), student.folder) if settings.command else None
         self._client: Client | None = None
         self._shared: Shared | None = None
-        self._wanted: tuple[int, WeightsFile | OfModel] | None = None
+        self._wanted: tuple[int, Given] | None = None
         self._texts: dict[str, _Text] = {}
         self._answered: queue.SimpleQueue[_Open] = queue.SimpleQueue()
         self.decoded_tokens = 0
@@ -289,13 +302,17 @@ class VllmWriter:
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def read_weights(self, data: bytes) -> WeightsFile:
-        """A published file as it is, for the server to read. Raises ValueError, SafetensorError."""
-        if isinstance(unpacked(data), Adapter):
-            raise ValueError("an adapter: a vLLM server is given whole weights")
-        return WeightsFile.of(data)
+    def read_weights(self, data: bytes) -> WeightsFile | WithAdapter:
+        """A published file, for the server to read: as it is, or an adapter, to be merged into its base. Raises
+        ValueError, SafetensorError."""
+        content = unpacked(data)
+        if not isinstance(content, Adapter):
+            return WeightsFile.of(data)
+        if self._base is None:
+            raise ValueError("an adapter, but the config has no learner.lora")
+        return WithAdapter.of(data, content, self._base)
 
-    def swap(self, weights: WeightsFile | OfModel, version: int = 0) -> None:
+    def swap(self, weights: Given, version: int = 0) -> None:
         """Give the server these weights, unless another worker has. A server that cannot take them now gets them before
         anything else is asked of it. Raises ModelError if it does not read the run's folder, or the model's."""
         self._wanted = (version, weights)

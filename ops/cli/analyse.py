@@ -144,7 +144,7 @@ def _engine_of(arguments: argparse.Namespace) -> list[str]:
     url = arguments.vllm_url
     if url is not None and arguments.engine != "vllm":
         raise ConfigError("--vllm-url is the server of --engine vllm: give both")
-    # No run is evaluated while it goes on: its rollout workers' server, and a config with adapters, will do.
+    # No run is evaluated while it goes on: its rollout workers' server will do.
     idle = "eval.every_steps=0"
     if arguments.engine == "vllm" and url is None and load_config(arguments, [idle]).eval.vllm is None:
         raise ConfigError(

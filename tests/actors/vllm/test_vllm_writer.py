@@ -11,13 +11,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 from vllm_servers import KINDS, Server, serving
 from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
-from actors.engine.adapters import header_of
+from actors.engine.adapters import Adapter, header_of, weights_digest
 from actors.vllm.weights import label_of
 from common import metrics
+from learner.lora import factors_of, targets_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -260,12 +262,46 @@ def test_the_weights_on_the_shared_disk_are_those_that_the_server_has(
     assert (held / "model.safetensors").read_bytes() == models.published[2]
 
 
+def test_an_adapter_is_merged_for_the_server_to_what_peft_makes_of_it(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    plain = AutoModelForCausalLM.from_pretrained(models.folder, dtype=torch.float32)
+    names = targets_of(plain, "all-linear")
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=12, target_modules=names))
+    torch.manual_seed(5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    inner = theirs.base_model.model
+    adapter = Adapter(weights_digest(models.folder), 12 / 4, factors_of(inner))
+    assert len(adapter.factors) == len(names) > 10
+    written = make(server)
+    weights = written.writer.read_weights(save(adapter.tensors(), header_of(adapter.base, adapter.scaling)))
+    written.writer.swap(weights, 9)
+    assert label(server) == label_of(RUN, 9, weights)
+    written.add("a", "b")
+    written.finish()
+    whole = {name: one.contiguous() for name, one in theirs.merge_and_unload().state_dict().items()}
+    models.published[9] = save(whole)
+    for chunks in written.chunks.values():
+        assert {chunk.version for chunk in chunks} == {9}
+        assert models.worst(chunks) < 2e-3
+    models.published[9] = (models.folder / "model.safetensors").read_bytes()
+    assert max(map(models.worst, written.chunks.values())) > 0.05  # without the adapter
+    (folder,) = (tmp_path / "weights" / "vllm").iterdir()
+    (held,) = folder.iterdir()
+    assert load_file(held / "model.safetensors").keys() == whole.keys()
+
+
 def test_weights_of_no_use_are_refused_before_the_server_is_touched(server: Server, make: Make, tmp_path: Path) -> None:
     writer = make(server, version=4).writer
     path = tmp_path / "adapter.safetensors"
     factors = {"a.left": torch.zeros(2, 1), "a.right": torch.zeros(1, 2)}
     save_file(factors, path, metadata=header_of("0" * 64, 1.0))
-    with pytest.raises(ValueError, match="whole weights"):
+    with pytest.raises(ValueError, match="an adapter for the base 000000000000…, this worker holds"):
         writer.read_weights(path.read_bytes())
+    with pytest.raises(ValueError, match=r"an adapter, but the config has no learner\.lora"):
+        make(server, version=4, adapters=False).writer.read_weights(path.read_bytes())
     with pytest.raises(Exception, match=r"(?i)header"):
         writer.read_weights(b"not weights")

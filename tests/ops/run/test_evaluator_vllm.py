@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file, save, save_file
 from samples import make_config
 from vllm_servers import OPTIONS, Server, free_port, serving
 
+from actors.engine.adapters import Adapter, header_of, weights_digest
 from common.config import Config
 from common.files import sha256_of
 from common.pretrained import PACKAGE_ROOT, ModelError
@@ -93,6 +95,23 @@ def test_a_server_and_the_slots_measure_the_same_of_a_model_and_of_published_wei
     assert texts_of(by_server) == own
     others = other_weights(tmp_path / "others")
     assert texts_of(by_server, others) == texts_of(slots, others) != own
+
+
+@pytest.mark.slow
+def test_a_server_and_the_slots_measure_the_same_of_an_adapter(server: Server, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows, columns = load_file(STUDENT / "model.safetensors")[name].shape
+    adapter = Adapter(weights_digest(STUDENT), 2.0, {name: (torch.randn(rows, 4), torch.randn(4, columns))})
+    data = save(adapter.tensors(), header_of(adapter.base, adapter.scaling))
+    found = []
+    for url in ("", server.url):
+        config = make_config(tmp_path, **config_of(tmp_path, url).model_dump() | {"learner": {"lora": {"rank": 4}}})
+        evaluator = Evaluator(config)
+        own = texts_of(evaluator)
+        evaluator.swap(data)
+        found.append((own, texts_of(evaluator)))
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 @pytest.mark.slow
@@ -188,8 +207,6 @@ def test_an_evaluator_has_one_server_and_not_that_of_the_rollouts(tmp_path: Path
     with pytest.raises(ValueError, match=r"http://b:8000 is in rollout\.vllm\.urls too; the evaluator needs"):
         make_config(tmp_path, **tree)
     assert make_config(tmp_path, **tree | {"eval": {**tree["eval"], "every_steps": 0}}).eval.engine == "vllm"
-    with pytest.raises(ValueError, match=r"learner\.lora with eval\.engine vllm"):
-        make_config(tmp_path, **config_of(tmp_path, "http://b:8000").model_dump() | {"learner": {"lora": {"rank": 4}}})
 
 
 def test_katana_eval_refuses_a_url_without_the_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
