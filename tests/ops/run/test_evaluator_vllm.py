@@ -176,6 +176,23 @@ def test_katana_eval_measures_a_model_by_a_server_that_serves_another(
 
 
 @pytest.mark.slow
+def test_a_model_that_the_server_cannot_load_ends_katana_eval_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(config_of(tmp_path).to_yaml())
+    model = shutil.copytree(STUDENT, tmp_path / "finished")
+    (model / "model.safetensors").write_bytes(b"not weights")
+    options = (*OPTIONS, "--max-model-len", str(LONGEST), "--max-logprobs", "16")
+    with serving("standin", STUDENT, tmp_path / "server.log", *options) as server:
+        call = ["eval", str(config), "--model", str(model), "--engine", "vllm", "--vllm-url", server.url]
+        assert main(call) == 2
+    told = capsys.readouterr().err
+    assert f"eval.vllm: the server {server.url} did not load {model}, and ends itself for that" in told
+    assert "read-only, under the same path" in told
+
+
+@pytest.mark.slow
 def test_a_server_that_does_not_come_back_ends_the_evaluation(tmp_path: Path) -> None:
     options = (*OPTIONS, "--max-model-len", str(LONGEST), "--max-logprobs", "16")
     with serving("standin", STUDENT, tmp_path / "server.log", *options) as server:

@@ -7,14 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 from vllm_servers import KINDS, Server, serving
-from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
+from vllm_writers import (  # noqa: F401
+    CHUNK,
+    LENGTH,
+    PROMPT,
+    RUN,
+    SERVER,
+    Make,
+    Models,
+    Written,
+    make_fixture,
+    models_fixture,
+)
 
 from actors.engine.adapters import Adapter, header_of, weights_digest
 from actors.vllm.weights import label_of
@@ -39,6 +49,16 @@ def label(server: Server) -> str:
     return str(server.get("/weight_info").json()["weight_version"])
 
 
+def write_a_little(server: Server, written: Written, tokens: int) -> None:
+    """Have a server write more than so many tokens and not all, however slow this process is: it is paused then."""
+    server.pause()
+    before = server.generated()
+    written.take(written.writer.step())  # asks for chunks
+    while server.generated() - before <= tokens:
+        server.resume()
+        server.pause()
+
+
 # --- what is written -----------------------------------------------------------------------------------------------
 
 
@@ -49,6 +69,11 @@ def test_rollouts_are_written_in_chunks_and_counted_to_the_token(server: Server,
     written.add("long", length=100, unwatched=80)
     assert (written.writer.slots, written.writer.free, written.writer.busy) == (8, 4, ("a", "b", "c", "long"))
     written.finish()
+    for more in range(40):  # servers draw differently: until one has not ended by itself
+        if any(chunk.finish == "length" for chunks in written.chunks.values() for chunk in chunks):
+            break
+        written.add(f"more {more}", seed=100 + more, length=42)
+        written.finish()
     assert written.writer.decoded_tokens == server.generated() - before
     assert written.writer.decoded_tokens == sum(len(written.tokens(key)) for key in written.chunks)
     for key, chunks in written.chunks.items():
@@ -63,14 +88,19 @@ def test_rollouts_are_written_in_chunks_and_counted_to_the_token(server: Server,
 
 def test_a_rollout_that_is_resumed_goes_on_with_the_same_draws(server: Server, make: Make) -> None:
     first = make(server)
-    first.add("a", seed=(1 << 63) + 5, length=3 * CHUNK)
-    first.finish()
+    for seed in range((1 << 63) + 5, (1 << 63) + 45):  # servers draw differently: the first that is long enough
+        key = f"{seed}"
+        first.add(key, seed=seed, length=3 * CHUNK)
+        first.finish()
+        if len(first.chunks[key]) == 3:
+            break
     again = make(server)
-    known = first.chunks["a"][0].tokens
-    again.chunks["a"] = [first.chunks["a"][0]]
-    again.writer.add("a", PROMPT, seed=(1 << 63) + 5, max_new_tokens=3 * CHUNK, generated=known)
+    known = first.chunks[key][0].tokens
+    again.chunks[key] = [first.chunks[key][0]]
+    again.writer.add(key, PROMPT, seed=seed, max_new_tokens=3 * CHUNK, generated=known)
     again.finish()
-    assert again.tokens("a") == first.tokens("a")
+    assert again.tokens(key) == first.tokens(key)
+    assert len(first.chunks[key]) == 3
 
 
 def test_a_nucleus_is_sampled_and_its_mass_known(server: Server, make: Make, models: Models) -> None:
@@ -110,9 +140,9 @@ def test_what_a_stopped_rollout_had_written_counts(server: Server, make: Make) -
     written = make(server)
     before = server.generated()
     written.add("a", "b", length=100, unwatched=100)
-    wait = server.generated
-    written.step_until(lambda: wait() > before + 4)
+    write_a_little(server, written, 4)
     counts = [written.writer.remove(key) for key in ("a", "b")]
+    server.resume()
     assert written.writer.busy == ()
     time.sleep(0.2)
     assert sum(counts) == server.generated() - before == written.writer.decoded_tokens
@@ -124,8 +154,9 @@ def test_closing_chunks_takes_what_is_written_so_far(server: Server, make: Make,
     written = make(server)
     before = server.generated()
     written.add("a", "b", length=100, unwatched=100)
-    written.step_until(lambda: server.generated() > before + 4)
+    write_a_little(server, written, 4)
     closed = written.take(written.writer.close_chunks())
+    server.resume()
     assert {chunk.key for chunk in closed} <= {"a", "b"} and closed
     assert server.generated() - before == sum(len(chunk.tokens) for chunk in closed)
     assert written.writer.close_chunks() == []
@@ -175,8 +206,7 @@ def test_a_swap_while_another_worker_writes_splits_its_chunk(server: Server, mak
     one, other = make(server, version=2), make(server, version=2)
     before = server.generated()
     other.add(*"abcdefgh", length=110, unwatched=110)  # some of them are long
-    other.step_until(lambda: server.generated() > before + 10)
-    httpx.post(f"{server.url}/pause?mode=keep")  # before it has written all: the swap goes on from there
+    write_a_little(server, other, 10)  # the swap goes on from there
     one.writer.swap(one.writer.read_weights(models.published[3]), 3)
     assert label(server).startswith(f"katana:{RUN}:3:")
     other.finish()
