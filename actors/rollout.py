@@ -29,7 +29,7 @@ from common.policies import unwatched
 from common.pulse import Pulse
 from common.runfiles.names import WEIGHTS
 from common.wire import scripts
-from common.wire.exclusive import exclusively
+from common.wire.exclusive import exclusively, numbered
 from common.wire.messages import (
     ChunkLogprobs,
     ChunkSupport,
@@ -121,6 +121,7 @@ class RolloutWorker:
         self._full = Episode(log)
         self._written = decoder.decoded_tokens  # of them, counted
         self._due: dict[str, float] = {}
+        self._kept = contextlib.ExitStack()  # until the end of the task
         live = config.liveness
         self._pulse = Pulse(self._report_alive, every_s=live.heartbeat_s, turn_s=live.claim_s, busy_s=live.busy_s)
 
@@ -137,6 +138,7 @@ class RolloutWorker:
                 finally:
                     self.close()
         finally:
+            self._kept.close()
             self._plane.gone(self._worker, role="rollout", streams=["prompts"])
 
     def step(self) -> bool:
@@ -508,7 +510,7 @@ class RolloutWorker:
         return Shared(
             run=self._plane.run_key,
             weights=self._config.run_dir / WEIGHTS,
-            worker=self._worker,
+            number=lambda: self._kept.enter_context(numbered(self._plane)),
             exclusively=lambda what: exclusively(self._plane, what, pause),
             pause=pause,
         )

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.engine.adapters import Adapter, header_of, merged
+from actors.engine.adapters import Adapter, header_of, merged, weights_digest
+from actors.engine.base_files import BaseFiles
 from common.config import Lora
 from learner import checkpoint
 from learner.lora import factors_of, inject, missing, targets_of
@@ -42,6 +44,7 @@ def sizes(shape: dict[str, Any], lora: Lora) -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = Qwen3ForCausalLM(Qwen3Config(**shape))
     whole = sum(one.numel() for one in model.parameters())
+    base = {name: tuple(one.shape) for name, one in model.named_parameters()}
     inject(model, lora, targets_of(model, lora.target_modules))
     for module in model.modules():  # the adapters alone become real
         for name, one in module.named_parameters(recurse=False):
@@ -70,6 +73,7 @@ def sizes(shape: dict[str, Any], lora: Lora) -> dict[str, Any]:
         "published_bytes": _beside(files["published_bytes"], 4 * whole),
         "published_bytes_beside_a_bfloat16_model": _beside(files["published_bytes"], 2 * whole),
         **_seconds_to_merge(adapter),
+        **_seconds_to_write(adapter, base),
     }
 
 
@@ -93,6 +97,23 @@ def _seconds_to_merge(adapter: Adapter) -> dict[str, float]:
         merge_s += between - began
         product_s += time.process_time() - between
     return {"merge_cpu_s": merge_s, "merge_by_product_cpu_s": product_s}
+
+
+def _seconds_to_write(adapter: Adapter, base: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    """What a worker before a vLLM server does for each version, in bfloat16, by one thread: a file of whole weights,
+    from a file. The second of two."""
+    with tempfile.TemporaryDirectory(prefix="katana-bench-") as name:
+        folder = Path(name)
+        model = folder / "model.safetensors"
+        save_file({one: torch.randn(shape).mul_(0.02).bfloat16() for one, shape in base.items()}, model)
+        files = BaseFiles(folder, torch.bfloat16)
+        files.check(replace(adapter, base=weights_digest(folder)))
+        out = folder / "merged"
+        for _ in range(2):
+            cpu, wall = time.process_time(), time.monotonic()
+            files.write(out, adapter)
+            found = {"merged_file_cpu_s": time.process_time() - cpu, "merged_file_wall_s": time.monotonic() - wall}
+        return {**found, "merged_file_bytes": out.stat().st_size}
 
 
 def main() -> int:

@@ -93,6 +93,12 @@ class Engine:
         """Other weights, between two tokens; the cache stays. Raises whatever is wrong, and the model is gone then."""
         self._ask(partial(self._reload, folder))
 
+    def read(self, folder: Path) -> None:
+        """As a reload that replaces single parameters, of a folder without any. Raises whatever is wrong; the model
+        stays as it is."""
+        if _tensors_in(folder):
+            raise ValueError("the stand-in replaces no single parameters")
+
     def run(self) -> None:
         """Write for ever. Raises Broken, and whatever else the model raises; all that is pending ended then."""
         try:
@@ -127,10 +133,7 @@ class Engine:
 
     def _reload(self, folder: Path) -> None:
         self._whole = False
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no *.safetensors in {folder}")
-        self._model.load({name: tensor for file in files for name, tensor in load_file(file).items()})
+        self._model.load(_tensors_in(folder))
         self._whole = True
 
     def _step(self) -> None:
@@ -189,6 +192,13 @@ class Engine:
         else:
             self._slots[self._slots.index(request)] = None
         request.end(finish)
+
+
+def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {folder}")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _listed(values: torch.Tensor, chosen: torch.Tensor, entries: list[int | None]) -> list[dict[str, Any] | None]:

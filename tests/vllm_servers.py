@@ -120,8 +120,8 @@ class Server:
     def resume(self) -> None:
         assert self.post("/resume").is_success
 
-    def reload(self, folder: Path) -> httpx.Response:
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    def reload(self, folder: Path, **more: bool) -> httpx.Response:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder), **more}}
         return self.post("/collective_rpc", body)
 
     def swap(self, folder: Path, label: str) -> None:

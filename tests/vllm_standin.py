@@ -126,8 +126,9 @@ class Server(ThreadingHTTPServer):
         method = _needed(body, "method")
         if method != "reload_weights":
             raise Refused(f"{failed} '{method}'", code=500, kind="InternalServerError")
+        folder, whole = Path(body["kwargs"]["weights_path"]), body["kwargs"].get("is_checkpoint_format", True)
         try:
-            self.engine.reload(Path(body["kwargs"]["weights_path"]))
+            (self.engine.reload if whole else self.engine.read)(folder)
         except Exception as error:
             raise Refused(f"{failed} '{error}'", code=500, kind="InternalServerError") from error
         return 200, {"results": [None]}

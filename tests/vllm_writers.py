@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllm_servers import OPTIONS, Server, make_qwen3
 
 from actors.engine import ClosedChunk, Shared
+from actors.engine.base_files import BaseFiles
 from actors.vllm.chunks import Outcomes
 from actors.vllm.writer import VllmWriter
 from common.config import Vllm
@@ -160,6 +161,8 @@ def make_fixture(models: Models, tmp_path: Path) -> Iterator[Make]:
         top_p: float = 1.0,
         student: Path = models.folder,
         head_size: int | None = None,
+        number: int = 0,
+        adapters: bool = True,
         **settings: Any,
     ) -> Written:
         if server is not None:
@@ -172,9 +175,10 @@ def make_fixture(models: Models, tmp_path: Path) -> Iterator[Make]:
             slots=8,
             max_length=LENGTH,
             chunk_tokens=CHUNK,
+            base=BaseFiles(student, torch.float32) if adapters else None,
         )
         writers.append(writer)
-        shared = Shared(run, tmp_path / "weights", f"w{len(writers)}", locks, lambda s: time.sleep(s) or False)
+        shared = Shared(run, tmp_path / "weights", lambda: number, locks, lambda s: time.sleep(s) or False)
         assert writer.attach(shared)
         if version is not None:
             writer.swap(writer.read_weights(models.published[version]), version)

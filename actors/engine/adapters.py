@@ -108,6 +108,17 @@ def merged(base: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return out
 
 
+def check_base(adapter: Adapter, digest: str | None) -> None:
+    """Raises ValueError unless the adapter was trained on the weights with this digest. None: of no base."""
+    if digest is None:
+        raise ValueError("an adapter, but this model is not the base of any: the config has no learner.lora")
+    if adapter.base != digest:
+        raise ValueError(
+            f"an adapter for the base {adapter.base[:12]}…, this worker holds {digest[:12]}…: student.model "
+            f"must be the same weights for the learner and for all workers"
+        )
+
+
 def weights_digest(folder: Path) -> str:
     """sha256 (hex) of the weights in a model's folder: names, dtypes, shapes and bytes of all tensors, in the order of
     their names, in however many files they are. Raises ModelError."""

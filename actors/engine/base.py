@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.adapters import Adapter, merged
+from actors.engine.adapters import Adapter, check_base, merged
 
 
 class Base:
@@ -22,13 +22,7 @@ class Base:
 
     def check(self, adapter: Adapter) -> None:
         """Raises ValueError unless the adapter was trained on this base."""
-        if self._digest is None:
-            raise ValueError("an adapter, but this model is not the base of any: the config has no learner.lora")
-        if adapter.base != self._digest:
-            raise ValueError(
-                f"an adapter for the base {adapter.base[:12]}…, this worker holds {self._digest[:12]}…: student.model "
-                f"must be the same weights for the learner and for all workers"
-            )
+        check_base(adapter, self._digest)
 
     def replaced(self) -> None:
         """All weights were loaded: the model is no base any more."""

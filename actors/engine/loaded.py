@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from actors.engine import Decoder, Scorer, Writer
 from actors.engine.adapters import weights_digest
+from actors.engine.base_files import BaseFiles
 from actors.engine.compiled import Choice, CompileError, is_wanted
 from actors.engine.models import load_model
 from actors.engine.width import fast_slots
@@ -58,6 +59,7 @@ class Engines:
             slots=min(MOST_VLLM_SLOTS, config.most_slots) if config.rollout.slots == "auto" else config.rollout.slots,
             max_length=config.max_length,
             chunk_tokens=config.rollout.chunk_tokens,
+            base=_base_files(config, student.folder),
         )
 
     @cached_property
@@ -154,6 +156,7 @@ def sampler_before_a_server(config: Config, pair: Pair, folder: Path) -> Writer:
         max_length=config.max_length,
         chunk_tokens=_SAMPLED_CHUNK,
         temperature=settings.temperature,
+        base=_base_files(config, folder) if folder == pair.student.folder else None,
     )
 
 
@@ -176,6 +179,11 @@ def compile_step(decoder: Decoder, choice: Choice) -> None:
 def _base(config: Config, folder: Path) -> str | None:
     """The digest of the weights in a folder, where adapters may come that were trained on it."""
     return weights_digest(folder) if config.learner.lora is not None else None
+
+
+def _base_files(config: Config, folder: Path) -> BaseFiles | None:
+    """The same, for a writer that holds no model."""
+    return BaseFiles(folder, getattr(torch, config.rollout.dtype)) if config.learner.lora is not None else None
 
 
 def engines_for(config: Config) -> Engines:

@@ -28,8 +28,8 @@ _SHAPE = (
 def check_server(
     client: Client, student: ModelFacts, outcomes: Outcomes, max_length: int, *, section: str = "rollout.vllm"
 ) -> int:
-    """How many rollouts the server writes at a time. `section`: of the config, for errors. Raises ModelError for a
-    server that cannot write this run, and ServerDown."""
+    """How many rollouts the server writes at a time. `student`: whose weights it is to have; `section`: of the config,
+    for errors. Raises ModelError for a server that cannot write this run, and ServerDown."""
     try:
         return _check(client, student, outcomes, max_length)
     except ModelError as error:
@@ -42,7 +42,7 @@ def _check(client: Client, student: ModelFacts, outcomes: Outcomes, max_length: 
         _check_options(client.url, config, outcomes, max_length)
         _check_model(client.url, config, student)
         _check_head(client.url, config, student)
-        _check_vocabulary(client, outcomes.head_size)
+        _check_vocabulary(client, student, outcomes.head_size)
         return int(config["scheduler_config"]["max_num_seqs"])
     except (ServerFailed, RequestRefused, BadAnswer) as error:
         raise ModelError(f"{error}") from error
@@ -88,8 +88,8 @@ def _check_model(url: str, config: Any, student: ModelFacts) -> None:
     for name in _SHAPE if theirs is not None and ours is not None else ():
         if theirs.get(name) != ours.get(name):
             raise ModelError(
-                f"the server {url} has the model {named}, whose {name} is {theirs.get(name)}; the "
-                f"student {student.folder} has {ours.get(name)}: start it with --model {student.folder}"
+                f"the server {url} has the model {named}, whose {name} is {theirs.get(name)}; "
+                f"{student.folder} has {ours.get(name)}: start it with --model {student.folder}"
             )
 
 
@@ -98,7 +98,7 @@ def _check_head(url: str, config: Any, student: ModelFacts) -> None:
     would write with the new body and the old head, under the new label (DECISIONS.md, 137)."""
     if config.get("device_config", {}).get("device") == "cpu" and _is_tied(student.folder):
         raise ModelError(
-            f"rollout.vllm: the server {url} computes on a CPU, where vLLM does not swap an output head that is tied "
+            f"the server {url} computes on a CPU, where vLLM does not swap an output head that is tied "
             f"to the embedding, as that of {student.folder} is; allowed: a model whose head is not tied, or a GPU"
         )
 
@@ -120,7 +120,7 @@ def _model_config(folder: Path) -> Any:
     return found if isinstance(found, dict) else None
 
 
-def _check_vocabulary(client: Client, head_size: int) -> None:
+def _check_vocabulary(client: Client, student: ModelFacts, head_size: int) -> None:
     """By what the server says of a stop id that no model has: it refuses that with its number of ids."""
     body = {
         "request_id": "vocabulary",
@@ -134,7 +134,7 @@ def _check_vocabulary(client: Client, head_size: int) -> None:
         found = _SIZE.search(str(error))
         if found and int(found[1]) != head_size:
             raise ModelError(
-                f"the server {client.url} has a vocabulary of {found[1]}, the student's is {head_size}: "
+                f"the server {client.url} has a vocabulary of {found[1]}, that of {student.folder} is {head_size}: "
                 f"it has another model"
             ) from None
     except ServerDown as error:

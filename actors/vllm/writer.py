@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from actors.blame import EngineBroken
 from actors.engine.adapters import Adapter, unpacked
+from actors.engine.base_files import BaseFiles
 from actors.engine.decode import NO_TOKENS, UNWATCHED_CHUNK, ClosedChunk, checked_text
 from actors.engine.shared import Shared
 from actors.vllm.answers import Answer, BadAnswer
@@ -33,7 +34,17 @@ from actors.vllm.chunks import Outcomes, chunks_of
 from actors.vllm.client import Client, RequestRefused, ServerDown, ServerFailed, TokenRequest
 from actors.vllm.facts import check_server
 from actors.vllm.server import OwnServer
-from actors.vllm.weights import OfModel, SwapLost, WeightsFile, install, version_in
+from actors.vllm.weights import (
+    FolderUnread,
+    Given,
+    NotLoaded,
+    OfModel,
+    SwapLost,
+    WeightsFile,
+    WithAdapter,
+    install,
+    version_in,
+)
 from common import metrics
 from common.config.sections import Vllm
 from common.failing import brief
@@ -47,7 +58,7 @@ _QUIET_S = 2.0  # without an answer, while some are due, before the server is as
 _LONGEST_PAUSE_S = 2.0  # between two attempts to reach it
 _MOST_FAILURES = 3  # of one rollout's requests, others being answered between
 _ONE_TROUBLE_S = 10.0  # failures that are no further apart are one
-_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, OSError)
+_SERVER_ERRORS = (ServerDown, ServerFailed, RequestRefused, BadAnswer, SwapLost, FolderUnread, OSError)
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +98,7 @@ class VllmWriter:
 
     student: its facts. slots: rollouts at a time, at most the server's `--max-num-seqs`. max_length: tokens of prompt
     and completion together. chunk_tokens: length of a full chunk. temperature, top_p: how the server samples; what it
-    lists is at temperature 1.
+    lists is at temperature 1. base: what adapters are merged into; None: there are none.
     """
 
     def __init__(
@@ -101,8 +112,10 @@ class VllmWriter:
         max_length: int,
         chunk_tokens: int,
         temperature: float = 1.0,
+        base: BaseFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._base = base
         self._settings, self._student, self._outcomes = settings, student, outcomes
         self._section = section
         self._slots, self._max_length, self._chunk_tokens = slots, max_length, chunk_tokens
@@ -110,15 +123,17 @@ class VllmWriter:
         self._own = OwnServer(tuple(settings.command), student.folder) if settings.command else None
         self._client: Client | None = None
         self._shared: Shared | None = None
-        self._wanted: tuple[int, WeightsFile | OfModel] | None = None
+        self._wanted: tuple[int, Given] | None = None
         self._texts: dict[str, _Text] = {}
         self._answered: queue.SimpleQueue[_Open] = queue.SimpleQueue()
         self.decoded_tokens = 0
         self._answers = 0
         self._heard_at = self._down_at = self._trouble_at = self._failed_at = 0.0
         self._down = self._was_ready = False
+        self._reads = False  # the server is known to read the run's folder
         self._next_try = 0.0
         self._why = ""  # it was last not reached
+        self._first = ""  # reason for which it is down
         self._pause_s = 0.0
         self._health: Future[object] | None = None
         self._closers = [weakref.finalize(self, self._own.end)] if self._own is not None else []
@@ -145,9 +160,7 @@ class VllmWriter:
     def attach(self, shared: Shared) -> bool:
         """Reach the server, starting its own first, and check that it can write this run: see `Writer.attach`."""
         self._shared, self._wanted = shared, None
-        if self._client is None:
-            self._client = Client(self._url(shared.worker), request_timeout_s=self._settings.request_timeout_s)
-            self._closers.append(weakref.finalize(self, self._client.close))
+        self._choose(shared)
         self._start_own()
         until = self._clock() + self._settings.start_timeout_s
         while (most := self._checked()) is None:
@@ -164,11 +177,18 @@ class VllmWriter:
         for close in self._closers:
             close()
 
-    def _url(self, worker: str) -> str:
-        if self._own is not None:
-            return self._own.url
-        urls = self._settings.urls
-        return urls[hashlib.sha256(worker.encode()).digest()[0] % len(urls)]
+    def _choose(self, shared: Shared) -> None:
+        """The server of this task: of several, workers that begin one after the other have one after the other."""
+        urls = self._settings.urls if self._own is None else [self._own.url]
+        url = urls[shared.number() % len(urls)] if len(urls) > 1 else urls[0]
+        if self._client is not None and self._client.url != url:
+            self._closers.pop()()
+            self._client = None
+        if self._client is None:
+            self._client = Client(url, request_timeout_s=self._settings.request_timeout_s)
+            self._closers.append(weakref.finalize(self, self._client.close))
+            self._reads, self._health = False, None
+            log.info("the vLLM server of this task is %s", url)
 
     def _checked(self) -> int | None:
         """How many rollouts the server writes at a time; None if it does not answer yet. Raises ModelError."""
@@ -216,9 +236,10 @@ class VllmWriter:
             self._trouble_at = now
         self._failed_at = now
         if down and not self._down:
-            self._down, self._down_at = True, now
+            self._down, self._down_at, self._reads = True, now, False
+            self._first = reason
             self._pause_s = 0.05
-            log.warning("the vLLM server cannot be used, rollouts wait: %s", reason)
+            log.warning("the vLLM server cannot be used, what it writes waits: %s", reason)
             metrics.vllm_up.set(0)
         if self._down:
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
@@ -228,7 +249,8 @@ class VllmWriter:
             log.warning("the vLLM server is ended and started again: %s", reason)
             self._own.end()
         if lasts_s > self._patience_s:
-            raise EngineBroken(f"the vLLM server cannot be used for {lasts_s:.0f} s: {reason}")
+            first = f"{self._first}; then " if self._down and self._first != reason else ""
+            raise EngineBroken(f"the vLLM server cannot be used for {lasts_s:.0f} s: {first}{reason}")
 
     @property
     def _patience_s(self) -> float:
@@ -280,27 +302,37 @@ class VllmWriter:
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def read_weights(self, data: bytes) -> WeightsFile:
-        """A published file as it is, for the server to read. Raises ValueError, SafetensorError."""
-        if isinstance(unpacked(data), Adapter):
-            raise ValueError("an adapter: a vLLM server is given whole weights")
-        return WeightsFile.of(data)
+    def read_weights(self, data: bytes) -> WeightsFile | WithAdapter:
+        """A published file, for the server to read: as it is, or an adapter, to be merged into its base. Raises
+        ValueError, SafetensorError."""
+        content = unpacked(data)
+        if not isinstance(content, Adapter):
+            return WeightsFile.of(data)
+        if self._base is None:
+            raise ValueError("an adapter, but the config has no learner.lora")
+        return WithAdapter.of(data, content, self._base)
 
-    def swap(self, weights: WeightsFile | OfModel, version: int = 0) -> None:
+    def swap(self, weights: Given, version: int = 0) -> None:
         """Give the server these weights, unless another worker has. A server that cannot take them now gets them before
-        anything else is asked of it."""
+        anything else is asked of it. Raises ModelError if it does not read the run's folder, or the model's."""
         self._wanted = (version, weights)
         if self._down:
             return
         try:
             self._install()
+        except FolderUnread as error:
+            raise ModelError(f"{self._section}: {error}") from error
         except _SERVER_ERRORS as error:
+            if isinstance(error, NotLoaded) and isinstance(weights, OfModel):
+                raise ModelError(f"{self._section}: {error}") from error
             self._failed(f"version {version} was not swapped in: {brief(error)}", down=True)
 
     def _install(self) -> None:
         if self._wanted is not None:
             assert self._client is not None and self._shared is not None
-            install(self._client, self._shared, *self._wanted)
+            version, weights = self._wanted
+            install(self._client, self._shared, version, weights, reads=self._reads)
+            self._reads = self._reads or not isinstance(weights, OfModel)
 
     # --- rollouts ----------------------------------------------------------------------------------------------
 

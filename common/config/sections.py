@@ -1020,11 +1020,6 @@ class Config(Section):
                 f"learner.lora.dropout is {lora.dropout:g}; with loss.mode reverse_kl_sampled only 0 is allowed: its "
                 f"ratio p_θ/p_sampled would be that of a student with dropout, which has written nothing"
             )
-        if lora is not None and self.rollout.engine == "vllm":
-            raise ValueError(
-                "learner.lora with rollout.engine vllm: the server is given whole weights; allowed: rollout.engine "
-                "slots, or learner.lora null"
-            )
         self._check_evaluator_s_server()
         self._check_data()
         if self.reward.mode != "none":
@@ -1068,11 +1063,6 @@ class Config(Section):
     def _check_evaluator_s_server(self) -> None:
         if self.eval.engine != "vllm" or not self.eval.every_steps:
             return
-        if self.learner.lora is not None:
-            raise ValueError(
-                "learner.lora with eval.engine vllm: the server is given whole weights, and adapters are published; "
-                "allowed: eval.engine slots, or eval.every_steps 0"
-            )
         of_rollouts = self.rollout.vllm.urls if self.rollout.engine == "vllm" and self.rollout.vllm else []
         for url in self.eval.vllm.urls if self.eval.vllm else []:
             if url in of_rollouts:

@@ -35,7 +35,8 @@ Keys, under `katana:{name-id}:` (the braces are literal: in a Redis cluster one 
     roster:{role}    zset     as workers, only live ones of a role;  changes:{role}: string, its revision;  of several
                                 teachers each has its own: roster:teacher:{teacher}
     lease:{role}     string   token of the holder, which is also its consumer name;  holder:{role}: last holder
-    exclusive:{what} hash     token · until (Redis's clock, ms): the rollout worker that swaps a vLLM server's weights
+    exclusive:{what} hash     token · until (Redis's clock, ms): the rollout worker that swaps a vLLM server's weights,
+                              or that has a number (number-{n}), by which workers share out several servers
     place            string   of several data servers, which one this is ("1/3")
     calibrated       string   of several data servers, the last call of that name (of several teachers each its own)
 

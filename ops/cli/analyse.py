@@ -144,8 +144,14 @@ def _engine_of(arguments: argparse.Namespace) -> list[str]:
     url = arguments.vllm_url
     if url is not None and arguments.engine != "vllm":
         raise ConfigError("--vllm-url is the server of --engine vllm: give both")
-    # No run is evaluated while it goes on: its rollout workers' server, and a config with adapters, will do.
-    chosen = [f"eval.engine={arguments.engine}", "eval.every_steps=0"] if arguments.engine else []
+    # No run is evaluated while it goes on: its rollout workers' server will do.
+    idle = "eval.every_steps=0"
+    if arguments.engine == "vllm" and url is None and load_config(arguments, [idle]).eval.vllm is None:
+        raise ConfigError(
+            f"--engine vllm needs a server, and eval.vllm of {arguments.config} names none: give --vllm-url "
+            f"http://host:port, or eval.vllm.urls or eval.vllm.command in the config"
+        )
+    chosen = [f"eval.engine={arguments.engine}", idle] if arguments.engine else []
     return chosen + ([f"eval.vllm={json.dumps({'urls': [url]})}"] if url is not None else [])
 
 

@@ -126,7 +126,7 @@ class Evaluator:
         shared = Shared(
             run=f"eval-{self._config.name}-{secrets.token_hex(4)}",
             weights=self._config.run_dir / TO_EVALUATE,
-            worker="evaluator",
+            number=lambda: 0,
             exclusively=lambda _: contextlib.nullcontext(lambda: True),
             pause=stop.wait,
         )

@@ -86,11 +86,15 @@ def needs(
 
 
 def _before_servers(config: Config, student: ModelShape) -> list[Need]:
-    """Processes that have a vLLM server write: they hold published weights, those in use and those that come."""
+    """Processes that have a vLLM server write: they hold published weights, those in use and those that come, and the
+    largest tensor of the base while they merge adapters into its files."""
     names = [f"rollout-{n}" for n in range(config.rollout.workers)] if config.rollout.engine == "vllm" else []
     names += ["evaluator"] if config.eval.every_steps and config.eval.engine == "vllm" else []
-    copies = 2 * SIZE[config.rollout.dtype] * student.parameters
-    return [Need(name, "cpu", Part({"published weights": copies}, copies)) for name in names]
+    held, lora = {"published weights": 2 * SIZE[config.rollout.dtype] * student.parameters}, config.learner.lora
+    if lora is not None:
+        largest = student.hidden * max(student.vocab, student.inner, student.queries)
+        held = {"published weights": 2 * SIZE["float32"] * student.adapter(lora.rank), "merging": 2 * 4 * largest}
+    return [Need(name, "cpu", Part(held, sum(held.values()))) for name in names]
 
 
 def _need(

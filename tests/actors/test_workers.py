@@ -663,6 +663,17 @@ def test_the_end_of_the_run_ends_the_worker_task(run: Run, student: PreTrainedMo
     assert run.plane.live(60) == {}
 
 
+def test_a_worker_has_a_number_of_its_own_until_its_task_ends(run: Run, student: PreTrainedModel) -> None:
+    announce(run, student, 0)
+    first, second = (rollout_worker(run, student, name) for name in ("w1", "w2"))
+    assert [one._shared().number() for one in (first, second)] == [0, 1]
+    first.serve(until=0.0)
+    third = rollout_worker(run, student, "w3")
+    assert third._shared().number() == 0
+    for one in (second, third):
+        one.serve(until=0.0)
+
+
 def test_shards_move_only_from_or_to_the_teacher_that_joins_or_leaves() -> None:
     before = {shard: rendezvous(shard, ["a", "b", "c"]) for shard in range(256)}
     after = {shard: rendezvous(shard, ["a", "b", "c", "d"]) for shard in range(256)}

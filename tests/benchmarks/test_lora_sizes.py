@@ -25,3 +25,5 @@ def test_sizes_are_those_of_the_files() -> None:
     assert 4 * trained < found["published_bytes"]["lora"] < 4 * trained + 8192, "factors, and a header"
     assert 12 * trained < found["checkpoint_bytes"]["lora"] < 12 * trained + 65536, "A, B, two moments, and headers"
     assert found["merge_cpu_s"] > 0
+    whole = 2 * (2 * layer + 50 * 32 + 32)
+    assert whole < found["merged_file_bytes"] < whole + 8192, "bfloat16, and a header"

@@ -295,6 +295,25 @@ def test_a_new_request_after_a_swap_reads_and_writes_with_the_new_weights(
         assert server.get("/weight_info").json() == {"weight_version": name}
 
 
+def test_whether_a_folder_is_read_can_be_asked_without_harm(
+    server: Server, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """By a reload of single parameters, of a file without any: where it fails, the model is as it was."""
+    save_file({}, tmp_path / "model.safetensors")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
+    (tmp_path / "bare").mkdir()
+    with server.pending(PROMPT, max_tokens=LONG, logprobs=20) as found:
+        for name, code in (("nowhere", 500), ("bare", 500), ("broken", 500), (".", 200)):
+            assert server.reload(tmp_path / name, is_checkpoint_format=False).status_code == code
+    (choice,) = found
+    assert choice["weight_versions"] == [{"version": "a", "start": 0, "end": LONG}]
+    check_logprobs(choice, models["a"], PROMPT)
+    assert server.get("/is_paused").json() == {"is_paused": False}
+    server.swap(models["b"], "b")
+    check_logprobs(server.generate(PROMPT, logprobs=20, ignore_eos=True), models["b"], PROMPT)
+
+
 def test_weights_that_are_not_numbers_come_as_the_floor_without_a_rank(
     server: Server, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -1,5 +1,5 @@
 -- rollout. what, token, ms, mode (take | drop) -> ok | held
--- A lock on a thing that the run's rollout workers share, a vLLM server: one of them holds it at a time. Unlike a role's
+-- A lock on a thing that the run's rollout workers share, a vLLM server or a number: one of them holds it at a time. Unlike a role's
 -- lease it is taken again and again, and needs no more rights than these workers have.
 local what, token, ms, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local name = key('exclusive:' .. what)

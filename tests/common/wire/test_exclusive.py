@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 from samples import Run
 
 from common.wire import scripts
-from common.wire.exclusive import exclusively
+from common.wire.exclusive import exclusively, numbered
 from common.wire.plane import Stopping
 
 
@@ -60,3 +61,28 @@ def test_who_is_to_stop_does_not_wait_for_it(run: Run) -> None:
     assert run.plane.call(scripts.exclusive("server", "other", 60_000, "take")) is scripts.Leased.OK
     with pytest.raises(Stopping), exclusively(run.plane, "server", lambda seconds: True):
         pass
+
+
+def test_workers_have_the_lowest_numbers_that_are_free(run: Run) -> None:
+    with ExitStack() as others, numbered(run.plane) as first:
+        numbers = [others.enter_context(numbered(run.plane)) for _ in range(3)]
+        assert [first, *numbers] == [0, 1, 2, 3]
+        with numbered(run.plane) as last:
+            assert last == 4
+        with numbered(run.plane) as again:
+            assert again == 4
+        others.close()
+        with numbered(run.plane) as again:
+            assert again == 1
+    assert not [*run.client.scan_iter(run.key("exclusive:*"))]
+
+
+def test_a_number_is_kept_while_its_worker_lives_and_free_when_it_is_silent(run: Run) -> None:
+    assert run.plane.call(scripts.exclusive("number-0", "killed", 300, "take")) is scripts.Leased.OK
+    with numbered(run.plane, held_s=0.4) as number:
+        assert number == 1
+        time.sleep(1.0)
+        with numbered(run.plane) as other:
+            assert other == 0, "the killed one's"
+            with numbered(run.plane) as third:
+                assert third == 2, "1 is held"

@@ -164,6 +164,9 @@ def test_who_has_a_server_write_holds_no_model_and_needs_no_gpu(tmp_path: Path) 
     copies = 2 * 4 * shape().parameters
     for name in ("rollout-0", "rollout-1", "evaluator"):
         assert (found[name].device, found[name].part.peak, found[name].slots) == ("cpu", copies, 0)
+    adapters = Config.model_validate(tree | {"learner": tree["learner"] | {"lora": {"rank": 4}}})
+    of_lora = {one.name: one for one in needs(adapters, shape(), {"": shape()}, Machine(2, 2 * GB), vocab=1000)}
+    assert of_lora["rollout-0"].part.device["published weights"] == 2 * 4 * shape().adapter(4) < copies / 2
     assert found["teacher-0"].device == "cuda:1"  # nobody else is dealt over what the learner leaves
     rollouts, evaluations = server_lines(config, shape())
     assert "of rollout.vllm: weights" in rollouts and "for 64, as many as one rollout worker has there" in rollouts

@@ -7,17 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 from vllm_servers import KINDS, Server, serving
-from vllm_writers import CHUNK, LENGTH, PROMPT, RUN, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
+from vllm_writers import (  # noqa: F401
+    CHUNK,
+    LENGTH,
+    PROMPT,
+    RUN,
+    SERVER,
+    Make,
+    Models,
+    Written,
+    make_fixture,
+    models_fixture,
+)
 
-from actors.engine.adapters import header_of
+from actors.engine.adapters import Adapter, header_of, weights_digest
 from actors.vllm.weights import label_of
 from common import metrics
+from learner.lora import factors_of, targets_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -37,6 +49,16 @@ def label(server: Server) -> str:
     return str(server.get("/weight_info").json()["weight_version"])
 
 
+def write_a_little(server: Server, written: Written, tokens: int) -> None:
+    """Have a server write more than so many tokens and not all, however slow this process is: it is paused then."""
+    server.pause()
+    before = server.generated()
+    written.take(written.writer.step())  # asks for chunks
+    while server.generated() - before <= tokens:
+        server.resume()
+        server.pause()
+
+
 # --- what is written -----------------------------------------------------------------------------------------------
 
 
@@ -47,6 +69,11 @@ def test_rollouts_are_written_in_chunks_and_counted_to_the_token(server: Server,
     written.add("long", length=100, unwatched=80)
     assert (written.writer.slots, written.writer.free, written.writer.busy) == (8, 4, ("a", "b", "c", "long"))
     written.finish()
+    for more in range(40):  # servers draw differently: until one has not ended by itself
+        if any(chunk.finish == "length" for chunks in written.chunks.values() for chunk in chunks):
+            break
+        written.add(f"more {more}", seed=100 + more, length=42)
+        written.finish()
     assert written.writer.decoded_tokens == server.generated() - before
     assert written.writer.decoded_tokens == sum(len(written.tokens(key)) for key in written.chunks)
     for key, chunks in written.chunks.items():
@@ -61,14 +88,19 @@ def test_rollouts_are_written_in_chunks_and_counted_to_the_token(server: Server,
 
 def test_a_rollout_that_is_resumed_goes_on_with_the_same_draws(server: Server, make: Make) -> None:
     first = make(server)
-    first.add("a", seed=(1 << 63) + 5, length=3 * CHUNK)
-    first.finish()
+    for seed in range((1 << 63) + 5, (1 << 63) + 45):  # servers draw differently: the first that is long enough
+        key = f"{seed}"
+        first.add(key, seed=seed, length=3 * CHUNK)
+        first.finish()
+        if len(first.chunks[key]) == 3:
+            break
     again = make(server)
-    known = first.chunks["a"][0].tokens
-    again.chunks["a"] = [first.chunks["a"][0]]
-    again.writer.add("a", PROMPT, seed=(1 << 63) + 5, max_new_tokens=3 * CHUNK, generated=known)
+    known = first.chunks[key][0].tokens
+    again.chunks[key] = [first.chunks[key][0]]
+    again.writer.add(key, PROMPT, seed=seed, max_new_tokens=3 * CHUNK, generated=known)
     again.finish()
-    assert again.tokens("a") == first.tokens("a")
+    assert again.tokens(key) == first.tokens(key)
+    assert len(first.chunks[key]) == 3
 
 
 def test_a_nucleus_is_sampled_and_its_mass_known(server: Server, make: Make, models: Models) -> None:
@@ -108,9 +140,9 @@ def test_what_a_stopped_rollout_had_written_counts(server: Server, make: Make) -
     written = make(server)
     before = server.generated()
     written.add("a", "b", length=100, unwatched=100)
-    wait = server.generated
-    written.step_until(lambda: wait() > before + 4)
+    write_a_little(server, written, 4)
     counts = [written.writer.remove(key) for key in ("a", "b")]
+    server.resume()
     assert written.writer.busy == ()
     time.sleep(0.2)
     assert sum(counts) == server.generated() - before == written.writer.decoded_tokens
@@ -122,8 +154,9 @@ def test_closing_chunks_takes_what_is_written_so_far(server: Server, make: Make,
     written = make(server)
     before = server.generated()
     written.add("a", "b", length=100, unwatched=100)
-    written.step_until(lambda: server.generated() > before + 4)
+    write_a_little(server, written, 4)
     closed = written.take(written.writer.close_chunks())
+    server.resume()
     assert {chunk.key for chunk in closed} <= {"a", "b"} and closed
     assert server.generated() - before == sum(len(chunk.tokens) for chunk in closed)
     assert written.writer.close_chunks() == []
@@ -152,6 +185,20 @@ def test_what_cannot_be_written_is_refused(server: Server, make: Make, models: M
         writer.add("c", PROMPT, seed=1, max_new_tokens=10)
 
 
+def test_workers_go_round_servers_by_their_numbers(server: Server, make: Make, models: Models, tmp_path: Path) -> None:
+    with serving("standin", models.folder, tmp_path / "log", *SERVER) as other:
+        urls = [server.url, other.url]
+        before = [one.generated() for one in (server, other)]
+        for number in (1, 3):
+            written = make(None, urls=urls, number=number)
+            written.add("a", length=16)
+            written.finish()
+        assert server.generated() == before[0] and other.generated() > before[1]
+        for number in (0, 2):
+            assert make(None, urls=urls, number=number).writer.slots == 8
+        assert label(server) == label(other)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -159,8 +206,7 @@ def test_a_swap_while_another_worker_writes_splits_its_chunk(server: Server, mak
     one, other = make(server, version=2), make(server, version=2)
     before = server.generated()
     other.add(*"abcdefgh", length=110, unwatched=110)  # some of them are long
-    other.step_until(lambda: server.generated() > before + 10)
-    httpx.post(f"{server.url}/pause?mode=keep")  # before it has written all: the swap goes on from there
+    write_a_little(server, other, 10)  # the swap goes on from there
     one.writer.swap(one.writer.read_weights(models.published[3]), 3)
     assert label(server).startswith(f"katana:{RUN}:3:")
     other.finish()
@@ -246,12 +292,46 @@ def test_the_weights_on_the_shared_disk_are_those_that_the_server_has(
     assert (held / "model.safetensors").read_bytes() == models.published[2]
 
 
+def test_an_adapter_is_merged_for_the_server_to_what_peft_makes_of_it(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    plain = AutoModelForCausalLM.from_pretrained(models.folder, dtype=torch.float32)
+    names = targets_of(plain, "all-linear")
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=12, target_modules=names))
+    torch.manual_seed(5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    inner = theirs.base_model.model
+    adapter = Adapter(weights_digest(models.folder), 12 / 4, factors_of(inner))
+    assert len(adapter.factors) == len(names) > 10
+    written = make(server)
+    weights = written.writer.read_weights(save(adapter.tensors(), header_of(adapter.base, adapter.scaling)))
+    written.writer.swap(weights, 9)
+    assert label(server) == label_of(RUN, 9, weights)
+    written.add("a", "b")
+    written.finish()
+    whole = {name: one.contiguous() for name, one in theirs.merge_and_unload().state_dict().items()}
+    models.published[9] = save(whole)
+    for chunks in written.chunks.values():
+        assert {chunk.version for chunk in chunks} == {9}
+        assert models.worst(chunks) < 2e-3
+    models.published[9] = (models.folder / "model.safetensors").read_bytes()
+    assert max(map(models.worst, written.chunks.values())) > 0.05  # without the adapter
+    (folder,) = (tmp_path / "weights" / "vllm").iterdir()
+    (held,) = folder.iterdir()
+    assert load_file(held / "model.safetensors").keys() == whole.keys()
+
+
 def test_weights_of_no_use_are_refused_before_the_server_is_touched(server: Server, make: Make, tmp_path: Path) -> None:
     writer = make(server, version=4).writer
     path = tmp_path / "adapter.safetensors"
     factors = {"a.left": torch.zeros(2, 1), "a.right": torch.zeros(1, 2)}
     save_file(factors, path, metadata=header_of("0" * 64, 1.0))
-    with pytest.raises(ValueError, match="whole weights"):
+    with pytest.raises(ValueError, match="an adapter for the base 000000000000…, this worker holds"):
         writer.read_weights(path.read_bytes())
+    with pytest.raises(ValueError, match=r"an adapter, but the config has no learner\.lora"):
+        make(server, version=4, adapters=False).writer.read_weights(path.read_bytes())
     with pytest.raises(Exception, match=r"(?i)header"):
         writer.read_weights(b"not weights")

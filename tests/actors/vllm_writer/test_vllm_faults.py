@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,11 +19,13 @@ from typing import Any
 import httpx
 import pytest
 from vllm_servers import Server, begin, command_of, make_qwen3, serving, wait_until, wait_until_ready
-from vllm_writers import SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
+from vllm_writers import LENGTH, SERVER, Make, Models, make_fixture, models_fixture  # noqa: F401
 
 from actors.blame import EngineBroken, step_or_part
-from actors.vllm.client import RequestRefused, ServerFailed
-from common.pretrained import ModelError
+from actors.vllm.client import Client, RequestRefused, ServerFailed
+from actors.vllm.facts import check_server
+from actors.vllm.weights import OfModel
+from common.pretrained import ModelError, read_facts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -67,16 +70,18 @@ def test_a_server_without_the_routes_is_refused(server: Server, make: Make) -> N
 
 
 def test_a_server_of_another_model_is_refused(server: Server, make: Make) -> None:
-    with pytest.raises(ModelError, match=r"has the model .*student, whose hidden_size is"):
+    with pytest.raises(ModelError, match=r"has the model .*student, whose hidden_size is .*models/teacher has"):
         make(server, student=Path("ops/models/teacher").resolve())
 
 
 def test_a_server_of_another_vocabulary_is_refused(server: Server, make: Make, models: Models) -> None:
-    with pytest.raises(ModelError, match="has a vocabulary of 37, the student's is 38"):
+    with pytest.raises(ModelError, match=r"has a vocabulary of 37, that of .*student is 38"):
         make(server, head_size=38)
 
 
-def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(server: Server, make: Make, tmp_path: Path) -> None:
+def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
     info = server.get("/server_info?config_format=json").json()
     info["vllm_config"]["device_config"]["device"] = "cpu"
 
@@ -86,10 +91,12 @@ def test_a_tied_head_is_refused_where_the_server_would_not_swap_it(server: Serve
     tied = make_qwen3(tmp_path / "tied", 0, tied=True)
     with in_front_of(server.url, on_a_cpu) as url:
         make(url)
-        with pytest.raises(
-            ModelError, match=r"does not swap an output head that is tied .* allowed: a model whose head"
-        ):
+        words = r": the server .* does not swap an output head that is tied .* allowed: a model whose head"
+        with pytest.raises(ModelError, match=rf"^rollout\.vllm{words}"):
             make(url, student=tied)
+        client = Client(url, request_timeout_s=60.0)
+        with contextlib.closing(client), pytest.raises(ModelError, match=rf"^eval\.vllm{words}"):
+            check_server(client, read_facts(tied), models.outcomes(), LENGTH, section="eval.vllm")
     make(server, student=tied)
 
 
@@ -98,6 +105,59 @@ def test_nobody_there_and_something_else_there(make: Make) -> None:
         make("http://127.0.0.1:9", start_timeout_s=0.5)
     with web(lambda _, __: (200, b"<html>hello</html>")) as url, pytest.raises(ModelError, match="not JSON"):
         make(url, start_timeout_s=0.5)
+
+
+def elsewhere(server: Server, folder: Path) -> Any:
+    """What a server answers for a folder that it does not see, as one on another machine: for `in_front_of`."""
+
+    def spoil(path: str, body: bytes | None) -> tuple[int, bytes] | None:
+        if path != "/collective_rpc" or body is None:
+            return None
+        asked = json.loads(body.replace(str(folder.resolve()).encode(), b"/nowhere"))
+        found = server.post(path, asked)
+        return found.status_code, found.content
+
+    return spoil
+
+
+def test_a_server_that_does_not_see_the_run_s_folder_is_refused_unharmed(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
+    had = make(server, version=2)
+    label = server.get("/weight_info").json()
+    with in_front_of(server.url, elsewhere(server, tmp_path)) as url:
+        words = r"^rollout\.vllm: the server .* does not read .*/weights/vllm/.* under the same path \(docs/vllm\.md\)"
+        with pytest.raises(ModelError, match=words):
+            make(url, version=3)
+        assert server.get("/weight_info").json() == label
+        # What another worker has brought to it can be used.
+        make(url, version=2)
+    had.add("a")
+    had.finish()
+    assert {chunk.version for chunk in had.chunks["a"]} == {2}
+    assert models.worst(had.chunks["a"]) < 2e-3
+
+
+def test_a_server_that_sees_the_folder_no_more_ends_the_worker_with_that_reason(
+    server: Server, make: Make, models: Models, tmp_path: Path
+) -> None:
+    gone = threading.Event()
+    spoil = elsewhere(server, tmp_path)
+    with in_front_of(server.url, lambda *asked: spoil(*asked) if gone.is_set() else None) as url:
+        written = make(url, version=2, patience_s=1.0)
+        gone.set()
+        server.swap(models.folder, "default")  # as one that was started again, with another mount
+        written.add("a")
+        with pytest.raises(EngineBroken, match=r"cannot be used for .* does not read .*/weights/vllm/"):
+            written.finish()
+    assert server.get("/health").is_success
+
+
+def test_a_model_s_folder_that_a_server_cannot_load_is_named(models: Models, make: Make, tmp_path: Path) -> None:
+    with serving("standin", models.folder, tmp_path / "log", *SERVER) as server:
+        writer = make(server, version=None).writer
+        with pytest.raises(ModelError, match=r"^rollout\.vllm: .* did not load /nowhere/model, .* same path"):
+            writer.swap(OfModel.of(Path("/nowhere/model")))
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
