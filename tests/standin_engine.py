@@ -93,10 +93,6 @@ class Engine:
         """Other weights, between two tokens; the cache stays. Raises whatever is wrong, and the model is gone then."""
         self._ask(partial(self._reload, folder))
 
-    def forget(self) -> None:
-        """Compute again what is cached of requests, by the weights of now."""
-        self._ask(self._forget)
-
     def run(self) -> None:
         """Write for ever. Raises Broken, and whatever else the model raises; all that is pending ended then."""
         try:
@@ -137,11 +133,6 @@ class Engine:
         self._model.load({name: tensor for file in files for name, tensor in load_file(file).items()})
         self._whole = True
 
-    def _forget(self) -> None:
-        for request in self._slots:
-            if request is not None:
-                request.cached = 0
-
     def _step(self) -> None:
         if not self._whole:
             raise Broken("the weights were not loaded to the end")
@@ -157,10 +148,10 @@ class Engine:
         self._draw(requests, logits.float()[:, : self.vocab_size])
 
     def _prefill(self) -> None:
-        """All of a text of which nothing is cached but its last token, which the step itself forwards."""
+        """All of a new request's prompt but its last token, which the step itself forwards."""
         for slot, request in enumerate(self._slots):
-            if request is not None and request.cached == 0 and (left := len(request.prompt + request.tokens) - 1):
-                tokens = np.array([(request.prompt + request.tokens)[:-1]])
+            if request is not None and request.cached == 0 and (left := len(request.prompt) - 1):
+                tokens = np.array([request.prompt[:-1]])
                 self._model.forward(np.array([slot]), tokens, np.zeros(1, dtype=np.int64), np.array([left]), [])
                 request.cached = left
 

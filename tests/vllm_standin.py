@@ -33,10 +33,7 @@ if __name__ == "__main__":  # PYTHONSAFEPATH, which a run's roles have, leaves o
 import torch  # noqa: E402
 from standin_engine import Engine, Request  # noqa: E402
 
-DEV = {
-    *("/pause", "/resume", "/is_paused", "/collective_rpc", "/update_weight_version", "/weight_info", "/server_info"),
-    "/reset_prefix_cache",
-}
+DEV = {"/pause", "/resume", "/is_paused", "/collective_rpc", "/update_weight_version", "/weight_info", "/server_info"}
 SCALE_OUT = {"/inference/v1/generate", "/inference/v1/abort_requests"}
 DISABLED = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
 GENERATE = {"request_id", "token_ids", "sampling_params", "cache_salt", "stream", "model"}
@@ -72,7 +69,6 @@ class Server(ThreadingHTTPServer):
             ("POST", "/resume"): self._resume,
             ("POST", "/collective_rpc"): self._rpc,
             ("POST", "/update_weight_version"): self._label,
-            ("POST", "/reset_prefix_cache"): self._reset,
             ("POST", "/inference/v1/generate"): self._generate,
             ("POST", "/inference/v1/abort_requests"): self._abort,
         }
@@ -120,13 +116,6 @@ class Server(ThreadingHTTPServer):
     def _resume(self, *_: Any) -> Answer:
         self.engine.pause(False)
         return 200, {"status": "resumed"}
-
-    def _reset(self, body: dict[str, Any], handler: Handler) -> Answer:
-        """The stand-in caches nothing of a text but while it writes it."""
-        if parse_qs(urlsplit(handler.path).query).get("reset_running_requests", ["false"])[0] != "true":
-            raise Refused("the stand-in resets running requests too", "query", kind="Bad Request")
-        self.engine.forget()
-        return 200, {"success": True}
 
     def _label(self, body: dict[str, Any], handler: Handler) -> Answer:
         self.engine.label(_needed(body, "new_version"))

@@ -83,16 +83,12 @@ def install(client: Client, shared: Shared, version: int, weights: WeightsFile |
             if client.paused():
                 client.post("/resume")
             return
-        of_others = version_in(client.label(), shared.run) is None
         folder = shared.weights.resolve() / FOLDER / name
         path = weights.folder if isinstance(weights, OfModel) else _written(folder, version, weights)
         with _paused(client):
             _relabel(client, mine, f"{_LOADING}:{shared.run}:{secrets.token_hex(6)}")
             arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
             client.load("/collective_rpc", arguments, LOAD_S)
-            if of_others:
-                # They may have computed some of this run's texts, under this run's salt: later requests would read it.
-                client.post("/reset_prefix_cache?reset_running_requests=true", timeout_s=_PAUSE_S)
             _relabel(client, mine, label_of(shared.run, version, weights))
         for other in folder.glob("*"):
             if other != path:

@@ -4,8 +4,8 @@ While the run is at work, its weights are copied as they are published, and roll
 are open. At the end the log-probabilities that a chunk came with are compared with those that the weights of its
 version give: a plain forward, on the text so far. The answer of a server is all that the run itself has to go by.
 
-Not exact: a server keeps what older weights have computed of a text, and a version may be published twice, by a learner
-and by the one after it. A mean over a chunk above MOST_NATS is neither.
+Not exact: a server may keep what older weights have computed of an open text, and a version may be published twice, by
+a learner and by the one after it. A mean over a chunk above MOST_NATS is neither.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def test_older_weights_do_not_replace_newer_ones_of_the_run_but_those_of_another
 
 
 def test_nothing_is_read_that_weights_of_another_run_have_cached(server: Server, make: Make, models: Models) -> None:
-    """Texts longer than a block of the cache (32 tokens on a CPU), computed by another run's weights first, and some of
-    them while the run's own come back."""
+    """Texts longer than a block of the cache (32 tokens on a CPU), computed by another run's weights first: vLLM
+    empties its cache at a pause."""
     mine = make(server, version=4)
     make(server, version=1, run="run-2")
     rng = np.random.default_rng(0)
