@@ -49,7 +49,7 @@ def describe(results: Sequence[ChaosResult]) -> str:
         if "chunks_compared" in counts:
             lines.append(
                 f"Seed {result.seed}: {counts['chunks_compared']} chunks compared with the weights of their version: "
-                f"at most {counts['worst_nats']:.3f} nats a token apart."
+                f"at most {counts['worst_nats']:.1g} nats a token apart."
             )
     return "\n".join(lines)
 

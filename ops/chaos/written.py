@@ -5,7 +5,8 @@ are open. At the end the log-probabilities that a chunk came with are compared w
 version give: a plain forward, on the text so far. The answer of a server is all that the run itself has to go by.
 
 Not exact: a server may keep what older weights have computed of an open text, and a version may be published twice, by
-a learner and by the one after it. A mean over a chunk above MOST_NATS is neither.
+a learner and by the one after it. A mean over a chunk above MOST_NATS is neither. Versions next to each other are not
+told apart here, but by tests/e2e/test_vllm_run.py.
 """
 
 from __future__ import annotations
