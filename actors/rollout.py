@@ -490,8 +490,9 @@ class RolloutWorker:
     def open(self) -> bool:
         """Make the writer ready, and load the newest weights, before taking rollouts. False if the run ends or the
         worker is stopped first."""
-        if not self._decoder.attach(self._shared()):
-            return False
+        with self._pulse.busy("making the writer ready"):
+            if not self._decoder.attach(self._shared()):
+                return False
         metrics.slots_total.labels("rollout").set(self._decoder.slots)
         while not self._stop.is_set():
             self._follow(self._plane.policy(), wait=True)

@@ -111,7 +111,7 @@ def writer_of(config: Config, server: Server) -> Writer:
     if config.rollout.engine == "vllm":
         alone = contextlib.nullcontext(lambda: True)
         writer.attach(
-            Shared(server.run, config.run_dir / "weights", "writers", lambda _: alone, lambda s: bool(time.sleep(s)))
+            Shared(server.run, config.run_dir / "weights", lambda: 0, lambda _: alone, lambda s: bool(time.sleep(s)))
         )
         writer.swap(OfModel.of(engines.pair.student.folder))
     return writer

@@ -13,7 +13,7 @@ from collections import deque
 from pathlib import Path
 
 log = logging.getLogger("katana.vllm")
-_GUARD = Path(__file__).with_name("guard.py")
+GUARD = Path(__file__).with_name("guard.py")
 _LAST_LINES = 20
 _END_S = 20.0
 # Of this process's Python: a server has its own.
@@ -47,7 +47,7 @@ class OwnServer:
         self._lines.clear()
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_GUARD), *self._argv],
+            [sys.executable, "-I", str(GUARD), *self._argv],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

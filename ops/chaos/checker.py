@@ -16,6 +16,8 @@ It reads only the run's folder and its Redis. Each violation names its statement
     dead_letters         the dead stream holds only what was broken on purpose
     record               a file, or a line of one, is missing or cannot be read
 
+    written_by_its_version   (`written.py`, where vLLM servers write) chunks are of the weights that they name
+
 The first nine come from the folder (`check_folder`), the next three from Redis (`check_redis`), `record` from both.
 Without audit.jsonl, `owners_only` and `tokens_as_generated` are not checked.
 """

@@ -30,8 +30,10 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from actors.cursors import Cursors
+from actors.vllm.weights import version_in
 from common import own_packages
 from common.config import Config
+from common.config.sections import Vllm
 from common.rids import rid_of
 from common.runfiles.names import CONFIG
 from common.runfiles.records import Step
@@ -39,6 +41,7 @@ from common.runfiles.run import RunFolder
 from common.wire.plane import Plane
 from common.wire.planes import open_planes
 from ops.chaos.proxy import RedisProxy
+from ops.chaos.servers import VllmServer, servers_of
 from ops.reach.children import end, katana, start
 from ops.reach.embedded import EmbeddedRedis
 from ops.reach.left_over import SOCKETS, harness_folder
@@ -58,6 +61,10 @@ _PROGRESS_S = 120.0  # without progress since it was last ended, until a role ma
 
 class RunEnded(RuntimeError):
     """`katana run` ended while faults were injected. The message has its last log lines."""
+
+
+class Missed(RuntimeError):
+    """The fault found nothing to strike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class Cluster:
         ]
         self.clocks, self.poison = self.harness_folder / "clocks", self.harness_folder / "poison"
         self.busy_redis = threading.Lock()  # held by a fault that takes Redis away
+        self.making_weights = threading.Lock()  # held by a fault that makes weights of another run
         self.closing = threading.Event()  # everything is being ended: no fault may begin or start anything
         # Faults that wait for a server to be started.
         self._wanted: queue.SimpleQueue[tuple[EmbeddedRedis, Future[None]]] = queue.SimpleQueue()
@@ -212,6 +220,14 @@ class Cluster:
         self.process.send_signal(signal.SIGINT)
         return self.wait(timeout_s)
 
+    def patience(self, seconds: float) -> float:
+        """How long something may take that takes at most `seconds` where no vLLM server has to start first."""
+        return seconds + (self._vllm.start_timeout_s if self._vllm is not None and self._vllm.command else 0.0)
+
+    @property
+    def _vllm(self) -> Vllm | None:
+        return self.config.rollout.vllm if self.config.rollout.engine == "vllm" else None
+
     def wait(self, timeout_s: float) -> int:
         """Wait for `katana run` to end. Raises RunEnded with its last log lines if it does not."""
         assert self.process is not None
@@ -231,6 +247,10 @@ class Cluster:
         return " | ".join(lines[-3:])[-800:]
 
     # --- processes ---------------------------------------------------------------------------------------------
+
+    def vllm_servers(self) -> list[VllmServer]:
+        """Those that rollout workers have started, or those of `urls`; none with `rollout.engine: slots`."""
+        return servers_of(self._vllm, self.pids("rollout"))
 
     def pids(self, role: str) -> list[int]:
         """Processes of a role that `katana run` started, the oldest first."""
@@ -266,6 +286,7 @@ class Cluster:
 
     def victim(self, role: str, rng: random.Random, timeout_s: float = 60.0) -> int:
         """A process of the role that is running (a worker: one that has sent heartbeats), the oldest half preferred."""
+        timeout_s = self.patience(timeout_s)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.check_alive()
@@ -301,10 +322,21 @@ class Cluster:
             for role in ("feeder", "arbiter", "learner")
             for part in self.plane.parts
         ]
-        return all(leases) and all(
-            len(self.worker_names(role)) >= wanted[role] and set(self.worker_names(role)) <= set(self.pids(role))
-            for role in WORKERS
+        return (
+            all(leases)
+            and all(
+                len(self.worker_names(role)) >= wanted[role] and set(self.worker_names(role)) <= set(self.pids(role))
+                for role in WORKERS
+            )
+            and self._servers_write()
         )
+
+    def _servers_write(self) -> bool:
+        """Whether every vLLM server has weights of the run."""
+        servers, wanted = self.vllm_servers(), 0
+        if self._vllm is not None:
+            wanted = self.config.rollout.workers if self._vllm.command else len(self._vllm.urls)
+        return len(servers) >= wanted and all(version_in(one.label(), self.run_key) is not None for one in servers)
 
     def spend_restart(self, role: str, times: int = 1) -> None:
         """Wait until a role may be ended once more without its supervisor giving it up: it has not ended too often

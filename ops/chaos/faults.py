@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import redis
@@ -30,9 +30,10 @@ from common.runfiles.names import CHECKPOINTS, WEIGHTS
 from common.teachers import called
 from common.wire.messages import ChunkTokens, MessageError, RolloutHead, ScoreDivergence
 from common.wire.weights import newest_version
-from ops.chaos.cluster import RANK, WORKERS, Cluster
+from ops.chaos.cluster import RANK, WORKERS, Cluster, Missed
 from ops.chaos.proxy import Hits
-from ops.chaos.recovery import continue_process, held_by
+from ops.chaos.recovery import continue_process, held_by, stopped
+from ops.chaos.server_faults import give_other_weights, kill_server, pause_server
 from ops.reach.embedded import EmbeddedRedis
 
 _ALL = ("chunks", "scores", "verdicts", "trained", "admitted")
@@ -41,10 +42,6 @@ _AWAY = (redis.exceptions.RedisError, OSError)
 _TRY_S = 30.0  # how long a fault looks for something to strike
 _GO_ON_S = 120.0  # how long a run with little memory may take for a few steps, other faults under way
 _REFUSE_S = 8.0  # within which a worker that goes on looks at new weights
-
-
-class Missed(RuntimeError):
-    """The fault found nothing to strike."""
 
 
 @dataclass(slots=True)
@@ -66,7 +63,7 @@ class Kind:
     """A kind of fault. `role`: whose process is struck, where it is one; `moves`: what shows that all is well again;
     `several`: whether it is for several data servers (True), for a single one (False) or for both; `ranks`: whether it
     is only for a learner of several processes; `rewards`: only for a run with `reward.mode`; `teachers`: only for
-    several teachers."""
+    several teachers; `vllm`: only where vLLM servers write, `own`: those that the run itself starts."""
 
     name: str
     inject: Inject
@@ -76,12 +73,13 @@ class Kind:
     ranks: bool = False
     rewards: bool = False
     teachers: bool = False
+    vllm: Literal["", "any", "own"] = ""
 
     @property
     def others_take_over(self) -> bool:
         """Whether the rest of the run is whole, so that it recovers while the victim is still dead or stopped."""
         strikes_one = self.name.startswith(("kill-", "term-", "pause-", "torn-checkpoint"))
-        return strikes_one and not self.ranks and not self.rewards
+        return strikes_one and not self.ranks and not self.rewards and not self.vllm
 
     @property
     def restarts(self) -> dict[str, int]:
@@ -135,19 +133,10 @@ def _terminate(cluster: Cluster, _: random.Random, __: Scene, pid: int) -> str:
     return "SIGTERM"
 
 
-@contextlib.contextmanager
-def _stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        continue_process(pid)
-
-
 def _pause_worker(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role: str) -> str:
     """Stopped until others have taken over what it held; it goes on at a moment when they are at work on it."""
     began = time.monotonic()
-    with _stopped(pid):
+    with stopped(pid):
         held = held_by(cluster, role, pid)
         if role == "rollout" and not held.rollouts:
             raise Missed("the worker held no rollout")
@@ -176,7 +165,7 @@ def _pause_holder(cluster: Cluster, rng: random.Random, _: Scene, pid: int, role
     holder = cluster.key(f"holder:{role}")
     before = cluster.plane.client.get(holder)
     with cluster.replacement(role):
-        with _stopped(pid):
+        with stopped(pid):
             limit = cluster.config.liveness.learner_lease_s + 45
             while cluster.plane.client.get(holder) == before and time.monotonic() - began < limit:
                 time.sleep(0.05)
@@ -265,7 +254,7 @@ def _at_stake(cluster: Cluster) -> set[str]:
 
 def _redis_pause(_cluster: Cluster, rng: random.Random, _: Scene, __: int) -> str:
     seconds = rng.choice((3.0, 5.0, 8.0, 20.0))
-    with _cluster.busy_redis, _stopped(_cluster.redis.pid):
+    with _cluster.busy_redis, stopped(_cluster.redis.pid):
         time.sleep(seconds)
     return f"stopped {seconds:.0f} s"
 
@@ -294,13 +283,14 @@ def _redis_small(cluster: Cluster, _: random.Random, __: Scene, ___: int) -> str
     with cluster.busy_redis:
         cluster.redis.maxmemory_mb = small
         cluster.plane.client.config_set("maxmemory", small << 20)
-    before, deadline = cluster.steps(), time.monotonic() + _GO_ON_S
+    before, limit = cluster.steps(), cluster.patience(_GO_ON_S)
+    deadline = time.monotonic() + limit
     while cluster.steps() < before + 2 * cluster.config.checkpoints.every_steps:
         cluster.check_open()
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{cluster.steps() - before} steps within {_GO_ON_S:.0f} s with {small} MB")
+            raise TimeoutError(f"{cluster.steps() - before} steps within {limit:.0f} s with {small} MB")
         time.sleep(0.2)
-    return f"{small} MB from now on: {cluster.steps() - before} steps in {time.monotonic() - deadline + _GO_ON_S:.1f} s"
+    return f"{small} MB from now on: {cluster.steps() - before} steps in {time.monotonic() - deadline + limit:.1f} s"
 
 
 def _network(cluster: Cluster, rng: random.Random, _: Scene, __: int, what: str) -> str:
@@ -359,7 +349,7 @@ def _malformed(cluster: Cluster, rng: random.Random, scene: Scene, _: int, strea
     with cluster.busy_redis:
         scene.broken_notices += 1
         entry = client.xadd(key, fields)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + cluster.patience(90.0)
     while time.monotonic() < deadline:
         cluster.check_open()
         with contextlib.suppress(Exception):  # Redis may be away by another fault: it is asked again
@@ -412,7 +402,7 @@ def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: 
     with scene.lock:
         scene.poisoned.add(rid)
     mark.touch()
-    deadline = time.monotonic() + _DEAD_S
+    deadline = time.monotonic() + (limit := cluster.patience(_DEAD_S))
     while time.monotonic() < deadline:
         cluster.check_open()
         time.sleep(0.05)
@@ -428,7 +418,7 @@ def _unusable(cluster: Cluster, rng: random.Random, scene: Scene, _: int, what: 
             if what == "step" and found and len(struck) > 1:
                 raise TimeoutError(f"{len(struck)} learners failed on {rid}, and it ended as {found.decode()}")
             raise Missed(f"{rid} had ended before")
-    raise TimeoutError(f"{rid} is not dead after {_DEAD_S:.0f} s")
+    raise TimeoutError(f"{rid} is not dead after {limit:.0f} s")
 
 
 def _broken(rng: random.Random, record: dict[bytes, bytes]) -> tuple[str, bytes, str]:
@@ -469,7 +459,7 @@ def _slow_teacher(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> s
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             cluster.check_open()
-            with _stopped(pid):
+            with stopped(pid):
                 time.sleep(0.18)
             time.sleep(0.02)
     return f"a tenth of its time for {seconds:.1f} s"
@@ -483,9 +473,9 @@ def _teacher_away(cluster: Cluster, rng: random.Random, _: Scene, __: int) -> st
     pids, began = cluster.pids_of_teacher(away), time.monotonic()
     if not pids:
         raise Missed(f"{called(away)} had no worker")
-    with contextlib.ExitStack() as stopped:
+    with contextlib.ExitStack() as away_now:
         for pid in pids:
-            stopped.enter_context(_stopped(pid))
+            away_now.enter_context(stopped(pid))
         waiting = _in_flight(cluster, others)
         if not waiting:
             raise Missed(f"no rollout of another teacher than {away} was in flight")
@@ -513,7 +503,7 @@ def _in_flight(cluster: Cluster, teachers: Sequence[str]) -> list[str]:
 
 def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: int) -> str:
     """Tear the newest checkpoint and kill the learner, which must continue from the one before."""
-    with _stopped(pid):
+    with stopped(pid):
         folders = sorted((cluster.folder / CHECKPOINTS).glob("step-????????"))
         if len(folders) < 2:
             raise Missed("there are not two whole checkpoints")
@@ -530,7 +520,7 @@ def _torn_checkpoint(cluster: Cluster, rng: random.Random, scene: Scene, pid: in
 def _torn_weights(cluster: Cluster, rng: random.Random, _: Scene, pid: int) -> str:
     """Tear a published file before one of the rollout workers has read it."""
     folder = cluster.folder / WEIGHTS
-    with _stopped(pid):
+    with stopped(pid):
         version = newest_version(folder)
         deadline = time.monotonic() + cluster.config.liveness.claim_s * 0.75
         while newest_version(folder) == version:
@@ -603,14 +593,20 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("torn-checkpoint", _torn_checkpoint, "learner", ("trained",))
     yield Kind("torn-weights", _torn_weights, "rollout")
     yield Kind("clock-shift", _clock)
+    yield Kind("kill-vllm", kill_server, moves=("chunks",), vllm="own")
+    yield Kind("pause-vllm", pause_server, moves=("chunks",), vllm="own")
+    yield Kind("stale-vllm", give_other_weights, moves=("chunks",), vllm="any")
 
 
 KINDS = {kind.name: kind for kind in _kinds()}
 
 
-def kinds_for(servers: int, ranks: int, *, rewards: bool, teachers: int = 1) -> list[str]:
+def kinds_for(
+    servers: int, ranks: int, *, rewards: bool, teachers: int = 1, vllm: Literal["", "urls", "command"] = ""
+) -> list[str]:
     """The kinds of faults for a run on so many data servers, with a learner of so many processes, with rewards or
-    not, and with so many teachers."""
+    not, and with so many teachers; `vllm`: how it came to the servers that write, '' without any."""
     fitting = [kind for kind in KINDS.values() if kind.several in (None, servers > 1)]
     fitting = [kind for kind in fitting if (ranks > 1 or not kind.ranks) and (rewards or not kind.rewards)]
-    return [kind.name for kind in fitting if teachers > 1 or not kind.teachers]
+    there = {"": ("",), "urls": ("", "any"), "command": ("", "any", "own")}[vllm]
+    return [kind.name for kind in fitting if (teachers > 1 or not kind.teachers) and kind.vllm in there]

@@ -16,20 +16,23 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Literal
 
 import redis
 
 from common.config import Config, ConfigError
+from common.failing import brief
 from common.files import write_json
 from common.runfiles.making import move_aside
 from common.runfiles.names import CHAOS, RUN
 from ops.chaos.checker import Allowed, check_folder, check_redis, count_folder
-from ops.chaos.cluster import Cluster, RunEnded
-from ops.chaos.faults import KINDS, Kind, Missed, Scene, kinds_for
+from ops.chaos.cluster import Cluster, Missed, RunEnded
+from ops.chaos.faults import KINDS, Kind, Scene, kinds_for
 from ops.chaos.records import Violation
 from ops.chaos.recovery import Held, continue_process, holder_of, stop_holding, wait_recovered, wait_whole
 from ops.chaos.schedule import ChaosResult, Fault, schedule
 from ops.chaos.table import describe
+from ops.chaos.written import Witness, check_written
 from ops.run.check import check
 
 _GAP_S = 2.0  # mean time between two faults that may overlap
@@ -59,12 +62,16 @@ def chaos(
     print(f"seed {seed}: {faults} faults, run in {config.run_dir}", flush=True)
     scene = Scene()
     began = time.monotonic()
-    with Cluster(config, servers) as cluster:
+    with Cluster(config, servers) as cluster, contextlib.ExitStack() as looking:
         try:
             begin(cluster)
+            witness = looking.enter_context(Witness(cluster)) if config.rollout.engine == "vllm" else None
             _inject_all(cluster, scene, result, began)
             result.violations += end(cluster, scene, calm_s)
             result.counts = asdict(count_folder(cluster.folder))
+            looking.close()
+            if witness is not None:
+                _hear(witness, config, scene, result)
         except (RunEnded, TimeoutError, redis.exceptions.RedisError) as error:
             result.violations.append(Violation("the run goes on", "", str(error)))
     for fault in result.faults:
@@ -74,6 +81,18 @@ def chaos(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.run_dir / CHAOS, asdict(result))
     return result
+
+
+def _hear(witness: Witness, config: Config, scene: Scene, result: ChaosResult) -> None:
+    """What a witness of the run has to say of its chunks; weights are kept where something is wrong with them."""
+    violations, looked_at = check_written(witness.seen, config.student.model, frozenset(scene.poisoned))
+    if witness.failed is not None:
+        violations.append(Violation("the harness works", "", f"witness: {brief(witness.failed)}"))
+    result.violations += violations
+    nats = [one.nats for one in looked_at]
+    result.counts |= {"chunks_compared": len(nats), "worst_nats": max(nats, default=0.0)}
+    if not violations:
+        witness.remove_copies()
 
 
 def prepared(config: Config) -> Config:
@@ -102,11 +121,12 @@ def prepared(config: Config) -> Config:
 
 def begin(cluster: Cluster) -> None:
     """Wait until the run has taken its first steps. Raises RunEnded, TimeoutError."""
-    deadline = time.monotonic() + _START_S
+    limit = cluster.patience(_START_S)
+    deadline = time.monotonic() + limit
     while not (cluster.folder / RUN).exists() or cluster.steps() < 3:
         cluster.check_alive()
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the run took no three steps within {_START_S:.0f} s: {cluster.last_words()}")
+            raise TimeoutError(f"the run took no three steps within {limit:.0f} s: {cluster.last_words()}")
         time.sleep(0.2)
 
 
@@ -240,7 +260,7 @@ def end(cluster: Cluster, scene: Scene, calm_s: float) -> list[Violation]:
     if code != 130:
         raise RunEnded(f"interrupted, katana run ended with {code}: {cluster.last_words()}")
     cluster.launch("--resume", overrides={"learner.max_steps": cluster.steps() + 4})
-    if code := cluster.wait(_END_S):
+    if code := cluster.wait(cluster.patience(_END_S)):
         raise RunEnded(f"resumed, katana run ended with {code}: {cluster.last_words()}")
     clients = [part.client for part in cluster.plane.parts]
     return check_folder(cluster.folder, allowed) + check_redis(clients, cluster.run_key, cluster.folder, allowed)
@@ -263,7 +283,9 @@ def run_chaos(
 ) -> int:
     """`katana chaos`: a run for each seed, a table over all. `kinds`: none: all. Returns the exit code."""
     ranks, teachers = config.learner.nproc_per_node, len(config.all_teachers)
-    fitting = kinds_for(servers, ranks, rewards=config.reward.mode != "none", teachers=teachers)
+    vllm = config.rollout.vllm if config.rollout.engine == "vllm" else None
+    found: Literal["", "urls", "command"] = "" if vllm is None else "urls" if vllm.urls else "command"
+    fitting = kinds_for(servers, ranks, rewards=config.reward.mode != "none", teachers=teachers, vllm=found)
     kinds = kinds or fitting
     if other := next((kind for kind in kinds if kind in KINDS and kind not in fitting), None):
         if KINDS[other].ranks:
@@ -272,6 +294,13 @@ def run_chaos(
             raise ConfigError(f"--kinds: {other} needs reward.mode grpo or reinforce_leave_one_out, found none")
         if KINDS[other].teachers and teachers == 1:
             raise ConfigError(f"--kinds: {other} needs teachers of two or more, found one teacher")
+        if KINDS[other].vllm and not found:
+            raise ConfigError(f"--kinds: {other} needs rollout.engine vllm, found {config.rollout.engine}")
+        if KINDS[other].vllm == "own" and found == "urls":
+            raise ConfigError(
+                f"--kinds: {other} needs rollout.vllm.command: a server that the run starts, and starts again; found "
+                f"urls {', '.join(vllm.urls if vllm else [])}"
+            )
         wanted = "--servers 2 or more" if KINDS[other].several else "--servers 1"
         raise ConfigError(f"--kinds: {other} needs {wanted}, found --servers {servers}")
     results = []

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import redis
@@ -97,7 +97,8 @@ def wait_recovered(
     repeatedly, and may raise. `replaced`: a role and its former holder, whose last actions do not count: progress is
     measured from the moment when another holds the lease. Raises TimeoutError, RunEnded.
     """
-    while time.monotonic() - began < RECOVERY_TIMEOUT_S:
+    limit = cluster.patience(RECOVERY_TIMEOUT_S)
+    while time.monotonic() - began < limit:
         cluster.check_alive()
         check()
         try:
@@ -112,7 +113,7 @@ def wait_recovered(
         except (redis.exceptions.RedisError, OSError):
             pass  # Redis does not answer: the fault itself, or another one
         time.sleep(_POLL_S)
-    raise TimeoutError(f"no recovery within {RECOVERY_TIMEOUT_S:.0f} s")
+    raise TimeoutError(f"no recovery within {limit:.0f} s")
 
 
 def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
@@ -120,7 +121,8 @@ def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
 
     It is stopped before it is inspected, so that it cannot finish its work meanwhile. Raises TimeoutError.
     """
-    deadline = time.monotonic() + _HOLDING_S
+    limit = cluster.patience(_HOLDING_S)
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         cluster.check_alive()
         began = time.monotonic()
@@ -136,7 +138,7 @@ def stop_holding(cluster: Cluster, role: str, pid: int) -> tuple[float, Held]:
             if not stopped:
                 continue_process(pid)
         time.sleep(0.02)
-    raise TimeoutError(f"the {role} worker held nothing for {_HOLDING_S:.0f} s")
+    raise TimeoutError(f"the {role} worker held nothing for {limit:.0f} s")
 
 
 def continue_process(pid: int) -> None:
@@ -145,8 +147,21 @@ def continue_process(pid: int) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Processes that do nothing inside. Raises ProcessLookupError if one is gone before."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            continue_process(pid)
+
+
 def wait_whole(cluster: Cluster, timeout_s: float = 90.0) -> None:
     """Wait until every process is at work again, so that the next fault strikes a healthy run. Raises TimeoutError."""
+    timeout_s = cluster.patience(timeout_s)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         cluster.check_alive()

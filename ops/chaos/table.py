@@ -46,6 +46,11 @@ def describe(results: Sequence[ChaosResult]) -> str:
                 f"Seed {result.seed}: {counts['rollouts']} rollouts in {counts['steps']} steps: {counts['trained']} "
                 f"trained, dropped {dropped}, {counts['dead']} dead."
             )
+        if "chunks_compared" in counts:
+            lines.append(
+                f"Seed {result.seed}: {counts['chunks_compared']} chunks compared with the weights of their version: "
+                f"at most {counts['worst_nats']:.1g} nats a token apart."
+            )
     return "\n".join(lines)
 
 

@@ -181,6 +181,24 @@ def test_a_worker_at_one_long_piece_of_work_keeps_its_rollouts(
         assert worker_of(run) == b"first"
 
 
+def test_a_worker_whose_writer_is_long_in_coming_is_seen_all_the_while(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vLLM server on a busy machine takes tens of seconds to say what it is."""
+    decoder, ready = Slow(), threading.Event()
+    monkeypatch.setattr(decoder, "attach", lambda _: ready.wait(20))
+
+    def seen_at() -> float:
+        return float(run.client.zscore(run.key("workers"), "first") or 0.0)
+
+    with serving(writer(run, "first", decoder)):
+        until(lambda: seen_at() > 0)
+        time.sleep(LONG_S)
+        before = seen_at()
+        until(lambda: seen_at() > before, seconds=5.0)
+        ready.set()
+
+
 def test_a_worker_whose_loop_hangs_loses_its_rollouts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs = threading.Event()
     call_all = run.plane.call_all

@@ -5,6 +5,7 @@ Python imports this file by itself where tests/negative is on PYTHONPATH; KATANA
     owner      a rollout's scripts no longer ask who owns it
     early_ack  the learner acknowledges a step when it is done, not with the checkpoint that holds it
     trim       the stream of chunks is trimmed by length
+    label      a rollout worker takes the label of another run's weights for one of its own
 
 Each is a patch applied right after the product's module was imported. One that no longer fits the product raises
 there: a control must not be switched off by a change of what it breaks.
@@ -63,10 +64,20 @@ def _acknowledge_early(train: Any) -> None:
     learner.step, learner.checkpoint = step_and_settle, checkpoint_without_settling
 
 
+def _take_any_label(weights: Any) -> None:
+    known = weights.version_in
+
+    def version_in(label: str, run: str) -> Any:
+        return known(label, label.split(":")[1] if label.count(":") == 3 else run)
+
+    weights.version_in = version_in
+
+
 _SABOTAGE: dict[str, tuple[str, Callable[[Any], None]]] = {
     "owner": ("common.wire.plane", lambda streams: _rewrite(streams, _OWNER)),
     "early_ack": ("learner.train", _acknowledge_early),
     "trim": ("common.wire.plane", lambda streams: _rewrite(streams, _TRIM)),
+    "label": ("actors.vllm.weights", _take_any_label),
 }
 
 

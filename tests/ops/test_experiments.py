@@ -34,6 +34,16 @@ def test_the_demo_with_lora_is_the_demo_with_adapters_and_a_higher_rate() -> Non
     assert lora == demo
 
 
+def test_chaos_before_vllm_servers_is_chaos_with_them_and_shorter_rollouts() -> None:
+    plain, served = (yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text()) for name in ("chaos", "chaos-vllm"))
+    assert served.pop("name") == "chaos-vllm" and plain.pop("name") == "chaos"
+    assert served.pop("student") != plain.pop("student")
+    assert served["rollout"].pop("engine") == "vllm" and "{port}" in served["rollout"].pop("vllm")["command"]
+    longest = [one["rollout"].pop("max_completion_length") for one in (plain, served)]
+    assert longest[0] > longest[1]
+    assert served == plain
+
+
 def test_qwen3_math_has_the_paper_s_setting() -> None:
     config = load(EXPERIMENTS / "qwen3-math.yaml")
     rule, learner, rollout = config.termination, config.learner, config.rollout

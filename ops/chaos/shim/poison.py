@@ -1,6 +1,7 @@
 """Makes marked rollouts poisonous in the process that imports it: they cannot be written, scored or trained on.
 
 `$KATANA_CHAOS_POISON/write-<rid>`: the student's logits for that rollout, and the keys of its slot, are not finite.
+    A vLLM server's answer has what vLLM says of such logits: log-probabilities of -9999 without a rank.
 `$KATANA_CHAOS_POISON/score-<rid>`: the teacher's logits for that rollout, and the keys of its slot, are not finite.
 `$KATANA_CHAOS_POISON/step-<rid>`: the student's logits for a micro-batch that holds it are not finite in the learner.
 `$KATANA_CHAOS_POISON/hold-batch`: the learner does not go on from a batch that it has chosen, until the mark is gone.
@@ -77,6 +78,20 @@ def _spoil_writes(decode: Any) -> None:
     decode.Decoder._decode = spoilt
 
 
+def _spoil_answers(client: Any) -> None:
+    inner = client.Client._send
+
+    async def spoilt(self: Any, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        answer = await inner(self, method, path, body, timeout_s)
+        if path == "/inference/v1/generate" and _marked("write", body["request_id"].partition("-")[0]):
+            for choice in answer["choices"]:
+                for token in choice["logprobs"]["content"]:
+                    token |= {"logprob": -9999.0, "rank": None}
+        return answer
+
+    client.Client._send = spoilt
+
+
 def _spoil_steps(gradients: Any) -> None:
     inner = gradients.kept_rows
 
@@ -126,6 +141,7 @@ def begin() -> None:
     for name, act in (
         ("actors.engine.decode", _spoil_writes),
         ("actors.engine.score", _spoil_scores),
+        ("actors.vllm.client", _spoil_answers),
         ("learner.gradients", _spoil_steps),
         ("learner.intake", _hold_batches),
     ):

@@ -247,6 +247,26 @@ def test_older_weights_do_not_replace_newer_ones_of_the_run_but_those_of_another
     assert models.worst(new.chunks["a"]) < 2e-3
 
 
+def test_nothing_is_read_that_weights_of_another_run_have_cached(server: Server, make: Make, models: Models) -> None:
+    """Texts longer than a block of the cache (32 tokens on a CPU), computed by another run's weights first: vLLM
+    empties its cache at a pause."""
+    mine = make(server, version=4)
+    make(server, version=1, run="run-2")
+    rng = np.random.default_rng(0)
+    prompts = {f"long-{place}": rng.integers(4, 30, 40).astype(np.int32) for place in range(4)}
+    for key, prompt in prompts.items():
+        mine.chunks[key] = []
+        mine.writer.add(key, prompt, seed=0, max_new_tokens=30)
+    refused = metrics.vllm_tokens_refused._value.get()
+    mine.finish()
+    assert metrics.vllm_tokens_refused._value.get() > refused
+    for key, prompt in prompts.items():
+        written = mine.tokens(key)
+        rows = models.logprobs(4, [*prompt.tolist(), *written])[len(prompt) - 1 : -1]
+        said = np.concatenate([chunk.rollout_logprobs for chunk in mine.chunks[key]])
+        assert np.abs(rows[np.arange(len(written)), written] - said).max() < 2e-3
+
+
 def test_a_swap_that_was_interrupted_is_made_again(server: Server, make: Make, models: Models) -> None:
     """A worker that died has left a paused server, with weights that no label vouches for."""
     written = make(server, version=4)

@@ -23,7 +23,7 @@ from common.rids import rid_of
 from common.wire.messages import ChunkTokens, MessageError, ScoreDivergence, ScoreView
 from common.wire.weights import BadWeights, WeightsRef, publish, verified
 from ops.chaos import faults, harness
-from ops.chaos.cluster import Cluster, RunEnded, Stage
+from ops.chaos.cluster import Cluster, Missed, RunEnded, Stage
 from ops.chaos.faults import KINDS, Kind, Scene, kinds_for
 from ops.chaos.harness import chaos
 from ops.chaos.records import Violation
@@ -80,10 +80,13 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     wanted |= {"slow-teacher", "torn-checkpoint", "torn-weights", "clock-shift", "nursery-kill", "kill-rank"}
     wanted |= {"kill-rewarded"}
     several = {"data-server-kill", "data-server-lose"}
-    wanted |= several | {"teacher-away"}
+    servers = {"kill-vllm", "pause-vllm", "stale-vllm"}
+    wanted |= several | {"teacher-away"} | servers
     assert set(KINDS) == wanted
     every = set(kinds_for(1, ranks=2, rewards=True, teachers=2))
-    assert set(KINDS) - every == several
+    assert set(KINDS) - every == several | servers
+    assert set(kinds_for(1, ranks=2, rewards=True, teachers=2, vllm="command")) - every == servers
+    assert set(kinds_for(1, ranks=2, rewards=True, teachers=2, vllm="urls")) - every == {"stale-vllm"}
     assert every - set(kinds_for(1, ranks=1, rewards=True, teachers=2)) == {"kill-rank"}
     assert every - set(kinds_for(1, ranks=2, rewards=False, teachers=2)) == {"kill-rewarded"}
     assert every - set(kinds_for(1, ranks=2, rewards=True)) == {"teacher-away"}
@@ -97,6 +100,11 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
         (("--kinds", "kill-rank"), "kill-rank needs learner.nproc_per_node 2 or more, found 1"),
         (("--kinds", "kill-rewarded"), "kill-rewarded needs reward.mode grpo or reinforce_leave_one_out, found none"),
         (("--kinds", "teacher-away"), "teacher-away needs teachers of two or more, found one teacher"),
+        (("--kinds", "stale-vllm"), "stale-vllm needs rollout.engine vllm, found slots"),
+        (
+            ("--kinds", "kill-vllm", "--set", "rollout.engine=vllm", "--set", "rollout.vllm.urls=[http://127.0.0.1:9]"),
+            "kill-vllm needs rollout.vllm.command: a server that the run starts, and starts again; found urls",
+        ),
         (("--kinds", "data-server-kill"), "data-server-kill needs --servers 2 or more, found --servers 1"),
         (("--servers", "3", "--kinds", "redis-lose"), "redis-lose needs --servers 1, found --servers 3"),
         (("--set", "redis.url=redis://localhost:1/0"), "leave it unset"),
@@ -389,7 +397,11 @@ def test_what_is_made_unusable_must_be_dead_of_it(
     run = start(embedded_redis)
     run.judged("r1") if what == "step" else run.admit("r1")
     cluster: Any = SimpleNamespace(
-        plane=run.plane, poison=tmp_path, open_rollouts=lambda: {"r1"}, check_open=lambda: None
+        plane=run.plane,
+        poison=tmp_path,
+        open_rollouts=lambda: {"r1"},
+        check_open=lambda: None,
+        patience=lambda seconds: seconds,
     )
     scene = faults.Scene()
 
@@ -408,7 +420,7 @@ def test_what_is_made_unusable_must_be_dead_of_it(
     assert scene.poisoned == {"r1"}
     assert strike("dead") == "r1 dead"
     run.client.hdel(run.key("rollout:r1"), field)
-    with pytest.raises(faults.Missed, match="had ended before"):
+    with pytest.raises(Missed, match="had ended before"):
         strike("another")
     mark = tmp_path / f"{what}-r1"
     assert not mark.exists()

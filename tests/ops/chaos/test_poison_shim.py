@@ -52,6 +52,31 @@ for alone in (False, True):
         except FloatingPointError as error:
             print(error)
 """
+ANSWER = """
+import asyncio
+from actors.vllm.answers import BadAnswer
+from actors.vllm.client import Client, TokenRequest
+class Reply:
+    is_success, content = True, b"{}"
+    def json(self):
+        listed = [{"token_id": 5, "logprob": -0.5, "rank": 1}]
+        content = [{"token_id": 5, "logprob": -0.5, "rank": 1, "top_logprobs": listed}]
+        spans = [{"version": "one", "start": 0, "end": 1}]
+        return {"choices": [{"token_ids": [5], "finish_reason": "length", "weight_versions": spans,
+                             "logprobs": {"content": content}}]}
+class Http:
+    async def request(self, *_, **__):
+        return Reply()
+    async def aclose(self): ...
+client = Client("http://127.0.0.1:9", request_timeout_s=5)
+client._http = Http()
+for rid in ("r1", "r2", "r3"):
+    request = TokenRequest(f"{rid}-4-abc", (5,), 1, 0, 1, (1,), 1.0, 1.0, "salt")
+    try:
+        print(client.generate(request, lambda _: None).result(5).tokens.tolist())
+    except BadAnswer as error:
+        print(error)
+"""
 STEP = """
 from types import SimpleNamespace
 import torch
@@ -68,11 +93,11 @@ for rids in (("r1", "r3"), ("r1", "r2")):
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """The lines that SCORE, WRITE and STEP print: in one process, since half of the work is to import torch."""
+    """The lines that SCORE, WRITE, STEP and ANSWER print: in one process, since half of the work is to import torch."""
     poison = tmp_path_factory.mktemp("poison")
     for what in ("score", "write", "step"):
         (poison / f"{what}-r2").touch()
-    parts = [SCORE, WRITE, STEP]
+    parts = [SCORE, WRITE, STEP, ANSWER]
     path = os.pathsep.join([str(SHIM), str(PACKAGE_ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "KATANA_CHAOS_POISON": str(poison)}
     models = [str(PACKAGE_ROOT / "ops" / "models" / name) for name in ("student", "teacher")]
@@ -92,3 +117,8 @@ def test_a_marked_rollout_cannot_be_written_and_the_others_can(said: list[list[s
 
 def test_a_marked_rollout_cannot_be_trained_on_and_the_others_can(said: list[list[str]]) -> None:
     assert said[2] == ["True", "False"]
+
+
+def test_a_server_s_answer_for_a_marked_rollout_is_of_no_use_and_others_are(said: list[list[str]]) -> None:
+    fails = "the log-probability of the token 0, 5, is not a number, or was not given"
+    assert said[3] == ["[5]", fails, "[5]"]

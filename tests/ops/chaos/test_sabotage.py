@@ -104,11 +104,23 @@ def test_a_sabotaged_learner_acknowledges_before_its_checkpoint(embedded_redis: 
     assert done.stdout.splitlines() == ["1 r1", "2 r1 r2", "3 r1 r2 r3", "2 r1 r2 r3", "None"], done.stderr
 
 
+@pytest.mark.parametrize(("sabotage", "words"), [(None, "None 7"), ("label", "7 7")])
+def test_sabotaged_labels_are_everybody_s(sabotage: str | None, words: str) -> None:
+    code = """
+from actors.vllm.weights import version_in
+from actors.vllm import writer
+assert writer.version_in is version_in
+print(version_in("katana:another:7:0123456789ab", "mine"), version_in("katana:mine:7:0123456789ab", "mine"))
+"""
+    done = python(code, sabotage=sabotage)
+    assert done.stdout.strip() == words, done.stderr
+
+
 def test_sabotage_that_no_longer_fits_is_refused() -> None:
     """An unknown name ends the interpreter, a script that was changed ends the import of whoever loads it."""
     done = python("print('started')", sabotage="owners")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "owner, early_ack, trim" in done.stderr
+    assert "owner, early_ack, trim, label" in done.stderr
     changed = "import common.wire.plane as s, sitecustomize as c\nc._TRIM['chunk'] = ('XADD2', '')\ns._source('chunk')"
     done = python(changed, sabotage="trim")
     assert "'XADD2' is there 0 times" in done.stderr
