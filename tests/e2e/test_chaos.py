@@ -106,8 +106,10 @@ def test_a_vllm_server_may_be_killed_stopped_and_taken_by_another_run(kind: str,
         # No checkpoint before the first kill.
         ("early_ack", "booked_as_trained", "kill-learner", 2, ("checkpoints.every_steps=40",)),
         ("trim", "ended_once", "kill-teacher", 2, ("redis.shards=1",)),
-        # Several: the witness looks at a sample.
-        ("label", "written_by_its_version", "stale-vllm", 6, served("standin", STUDENT)),
+        # Several: the witness looks at a sample. A minute, so it runs with the real server's tests.
+        pytest.param(
+            *("label", "written_by_its_version", "stale-vllm", 6, served("standin", STUDENT)), marks=pytest.mark.vllm
+        ),
     ],
 )
 def test_a_safeguard_that_is_missing_is_noticed(
