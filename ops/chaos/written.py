@@ -46,7 +46,7 @@ _AWAY = (redis.exceptions.RedisError, OSError, RunEnded)
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenChunk:
+class SeenChunk:
     """A chunk as it was stored. tokens: int32 [n]; logprobs: float32 [n], of these tokens at temperature 1."""
 
     version: int
@@ -60,7 +60,7 @@ class Seen:
     set of weights that was published under its number."""
 
     prompts: dict[str, NDArray[np.int32]] = field(default_factory=dict)
-    chunks: dict[str, list[WrittenChunk]] = field(default_factory=dict)
+    chunks: dict[str, list[SeenChunk]] = field(default_factory=dict)
     copies: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, rid: str, record: Mapping[bytes, bytes]) -> None:
@@ -70,12 +70,12 @@ class Seen:
             self.chunks[rid] = list(_chunks(record))
 
 
-def _chunks(record: Mapping[bytes, bytes]) -> Iterator[WrittenChunk]:
+def _chunks(record: Mapping[bytes, bytes]) -> Iterator[SeenChunk]:
     seq = 0
     while (data := record.get(tokens_field(seq).encode())) is not None:
         tokens = ChunkTokens.decode(data)
         support = ChunkSupport.decode(record[support_field(seq).encode()])
-        yield WrittenChunk(tokens.policy_version, tokens.tokens, support.rollout_logprobs)
+        yield SeenChunk(tokens.policy_version, tokens.tokens, support.rollout_logprobs)
         seq += 1
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from common.pretrained import PACKAGE_ROOT
-from ops.chaos.written import MOST_NATS, Seen, WrittenChunk, check_written
+from ops.chaos.written import MOST_NATS, Seen, SeenChunk, check_written
 
 STUDENT = PACKAGE_ROOT / "ops" / "models" / "student"
 PROMPT = np.array([5, 11, 6, 15], np.int32)
@@ -33,7 +33,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @torch.inference_mode()
-def written(path: Path, *lengths: int, version: int = 3) -> list[WrittenChunk]:
+def written(path: Path, *lengths: int, version: int = 3) -> list[SeenChunk]:
     """Chunks of these lengths as these weights write them."""
     model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
     model.load_state_dict(load_file(path), strict=False)
@@ -42,7 +42,7 @@ def written(path: Path, *lengths: int, version: int = 3) -> list[WrittenChunk]:
     logprobs = rows[range(len(TOKENS)), TOKENS].numpy()
     ends = np.cumsum(lengths)
     return [
-        WrittenChunk(version, TOKENS[end - length : end], logprobs[end - length : end])
+        SeenChunk(version, TOKENS[end - length : end], logprobs[end - length : end])
         for end, length in zip(ends, lengths, strict=True)
     ]
 
@@ -67,7 +67,7 @@ def test_a_chunk_of_other_weights_is_named(weights: dict[str, Path]) -> None:
 
 def test_logprobs_that_are_not_numbers_are_not_near_anything(weights: dict[str, Path]) -> None:
     (chunk,) = written(weights["own"], 8)
-    broken = WrittenChunk(chunk.version, chunk.tokens, np.full(8, np.nan, np.float32))
+    broken = SeenChunk(chunk.version, chunk.tokens, np.full(8, np.nan, np.float32))
     violations, _ = check_written(
         Seen({"r1": PROMPT}, {"r1": [broken]}, {3: [weights["own"]]}), str(STUDENT), frozenset()
     )
