@@ -111,7 +111,7 @@ fuzz: setup
 pretrain: setup
 	$(RUN_ENV) $(BIN)/katana pretrain --out ops/models
 
-# All runs of EVIDENCE.md: four to five hours on two cores, by the sum of its parts. May be interrupted and started again.
+# All runs of EVIDENCE.md: about five hours on two cores, by the sum of its parts. May be interrupted and started again.
 evidence: setup
 	ops/experiments/evidence.sh
 
