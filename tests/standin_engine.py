@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from actors.engine.outcomes import sample, uniforms
 from actors.engine.slots import SlotModel
 from common.pretrained import read_facts
 
+_STEP_S = 0.004  # at least, of a step: a server is no faster, and what tests do in the middle of a text happens there
 FLOOR = -9999.0  # what JSON says for -inf and for what is not a number
 
 
@@ -104,7 +106,9 @@ class Engine:
         try:
             while True:
                 self._do_what_was_asked()
+                began = time.monotonic()
                 self._step()
+                time.sleep(max(0.0, _STEP_S - (time.monotonic() - began)))
         finally:
             for request in (*self._waiting, *self._slots):
                 if request is not None:
