@@ -82,11 +82,12 @@ def overshoot(run: RunFolder, chunk_tokens: int) -> dict[str, float]:
     tokens = [one.tokens_overshoot for one in run.rollouts() if one.stopped and one.arm == "treated"]
     if not tokens:
         raise NeverActive(f"{run.path}: no rollout was stopped; expected more --steps")
-    p50, p95 = (float(value) for value in np.percentile(tokens, (50, 95)))
+    p50, p95, p99 = (float(value) for value in np.percentile(tokens, (50, 95, 99)))
     return {
         "stopped": len(tokens),
         "tokens_p50": p50,
         "tokens_p95": p95,
+        "tokens_p99": p99,
         "chunks_p50": p50 / chunk_tokens,
         "chunks_p95": p95 / chunk_tokens,
     }

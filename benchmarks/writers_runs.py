@@ -103,6 +103,7 @@ def run_table(repeats: Sequence[dict[str, dict[str, Any]]]) -> str:
         "rollouts stopped": lambda run: float(run["overshoot"]["stopped"]),
         "tokens written after the policy fired, p50": lambda run: float(run["overshoot"]["tokens_p50"]),
         "the same, p95": lambda run: float(run["overshoot"]["tokens_p95"]),
+        "the same, p99": lambda run: float(run["overshoot"]["tokens_p99"]),
         "seconds from the first step to the last": lambda run: float(run["seconds"]),
         "tokens generated, by the books": lambda run: f"{run['tokens_generated']:,}",
         "tokens written, by the server's counter": lambda run: _counted_text(run["server_counted"]),

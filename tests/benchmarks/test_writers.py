@@ -100,13 +100,14 @@ def test_the_table_of_runs_shows_books_and_counter() -> None:
         "books_closed": True,
         "accuracy": {"avg": 0.5, "se": 0.051},
         "saved": 0.25,
-        "overshoot": {"stopped": 12, "tokens_p50": 8.0, "tokens_p95": 20.0},
+        "overshoot": {"stopped": 12, "tokens_p50": 8.0, "tokens_p95": 20.0, "tokens_p99": 31.0},
     }
     other = {**run, "server_counted": 1234, "books_closed": False, "accuracy": None, "saved": 0.0}
     text = run_table([{"slots": run, "vllm": other}])
     assert "| held-out avg@k ± standard error | 0.500 ± 0.051 | not evaluated |" in text
     assert "| tokens written, by the server's counter |  | 1,234 |" in text
     assert "| books closed | yes | NO |" in text
+    assert "| the same, p99 | 31 (31–31) | 31 (31–31) |" in text
     assert "| share of tokens saved, treated against control | 0.25 (0.25–0.25) | 0 (0–0) |" in text
 
 
