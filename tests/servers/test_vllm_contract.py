@@ -267,8 +267,11 @@ def test_a_request_over_a_swap_has_two_versions_and_goes_on_with_the_new_weights
 
 def test_an_aborted_request_over_a_swap_has_two_versions(server: Server, models: dict[str, Path]) -> None:
     with server.pending(PROMPT, name="cut", max_tokens=LONG) as found:
-        server.swap(models["b"], "b")
+        server.pause()
+        assert server.reload(models["b"]).is_success
+        assert server.post("/update_weight_version", {"new_version": "b"}).is_success
         before = server.generated()
+        server.resume()
         wait_until(lambda: server.generated() > before)
         server.abort("cut")
     (choice,) = found
