@@ -26,7 +26,7 @@ from actors.engine.outcomes import sample, uniforms
 from actors.engine.slots import SlotModel
 from common.pretrained import read_facts
 
-_STEP_S = 0.002  # at least, of a step: a server is no faster, and what tests do in the middle of a text happens there
+_STEP_S = 0.004  # at least, of a step: a server is no faster, and what tests do in the middle of a text happens there
 FLOOR = -9999.0  # what JSON says for -inf and for what is not a number
 
 

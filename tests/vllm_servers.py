@@ -44,11 +44,11 @@ def make_qwen3(folder: Path, seed: int, *, tied: bool = False) -> Path:
     """A random student that vLLM can run and swap on a CPU, over the shipped tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(for_vllm(PretrainSettings()).student, 1024)
+        model = build_model(for_vllm(PretrainSettings()).student, 256)
     if not tied:
         untie(model)
     model.save_pretrained(folder)
-    build_tokenizer(1024).save_pretrained(folder)
+    build_tokenizer(256).save_pretrained(folder)
     return folder
 
 
