@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ ENVIRONMENT = {
 }
 
 
-def make_qwen3(folder: Path, seed: int, *, tied: bool = False) -> Path:
-    """A random student that vLLM can run and swap on a CPU, over the shipped tokenizer."""
+def make_qwen3(folder: Path, seed: int, *, tied: bool = False, layers: int | None = None) -> Path:
+    """A random student that vLLM can run and swap on a CPU, over the shipped tokenizer; `layers`: other than its."""
+    recipe = for_vllm(PretrainSettings()).student
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(for_vllm(PretrainSettings()).student, 256)
+        model = build_model(replace(recipe, layers=layers or recipe.layers), 256)
     if not tied:
         untie(model)
     model.save_pretrained(folder)

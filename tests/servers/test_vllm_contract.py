@@ -27,15 +27,16 @@ LONG = 230  # tokens of a request that is still open when something else happens
 EOS = 1
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: make_qwen3(folder / name, seed) for seed, name in enumerate("ab")}
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def models(kind: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For the real server deep ones: a text of two layers is over before a pause or an abort comes."""
+    folder, layers = tmp_path_factory.mktemp("models"), {"vllm": 32}.get(kind)
+    return {name: make_qwen3(folder / name, seed, layers=layers) for seed, name in enumerate("ab")}
 
 
 @pytest.fixture(scope="module")
