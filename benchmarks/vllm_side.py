@@ -17,9 +17,9 @@ from actors.engine.loaded import Engines
 from actors.vllm.server import OwnServer
 from actors.vllm.weights import OfModel
 from common.config import Config
+from ops.chaos.servers import written_tokens
 
 _START_S = 600.0
-_COUNTER = "vllm:generation_tokens_total{"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,9 @@ class Server:
     def generated(self) -> int:
         """How many tokens it has written since it started, by its own counter. Raises SideFailed."""
         try:
-            lines = httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text.splitlines()
+            return written_tokens(httpx.get(f"{self.url}/metrics", timeout=60, trust_env=False).text)
         except httpx.HTTPError as error:
             raise SideFailed(f"{self.url}/metrics: {error}") from error
-        return int(sum(float(line.split()[-1]) for line in lines if line.startswith(_COUNTER)))
 
 
 def command(python: Path, *, threads: int, length: int, slots: int) -> list[str]:
