@@ -24,6 +24,7 @@ import numpy as np
 import redis
 
 from actors.cursors import Cursors
+from common.config import Config
 from common.footprint import least_bytes, maxmemory_mb
 from common.rids import rid_of
 from common.runfiles.names import CHECKPOINTS, WEIGHTS
@@ -74,6 +75,26 @@ class Kind:
     rewards: bool = False
     teachers: bool = False
     vllm: Literal["", "any", "own"] = ""
+
+    def lacks(self, config: Config, servers: int) -> str:
+        """What a run of this config on so many data servers would need for it, and has instead; '' if it fits."""
+        ranks, vllm = config.learner.nproc_per_node, config.rollout.vllm
+        if self.ranks and ranks == 1:
+            return f"learner.nproc_per_node 2 or more, found {ranks}"
+        if self.rewards and config.reward.mode == "none":
+            return "reward.mode grpo or reinforce_leave_one_out, found none"
+        if self.teachers and len(config.all_teachers) == 1:
+            return "teachers of two or more, found one teacher"
+        if self.vllm and (config.rollout.engine != "vllm" or vllm is None):
+            return f"rollout.engine vllm, found {config.rollout.engine}"
+        if self.vllm == "own" and vllm is not None and vllm.urls:
+            return (
+                f"rollout.vllm.command: a server that the run starts, and starts again; found urls "
+                f"{', '.join(vllm.urls)}"
+            )
+        if self.several not in (None, servers > 1):
+            return f"--servers {'2 or more' if self.several else '1'}, found --servers {servers}"
+        return ""
 
     @property
     def others_take_over(self) -> bool:
@@ -601,12 +622,6 @@ def _kinds() -> Iterator[Kind]:
 KINDS = {kind.name: kind for kind in _kinds()}
 
 
-def kinds_for(
-    servers: int, ranks: int, *, rewards: bool, teachers: int = 1, vllm: Literal["", "urls", "command"] = ""
-) -> list[str]:
-    """The kinds of faults for a run on so many data servers, with a learner of so many processes, with rewards or
-    not, and with so many teachers; `vllm`: how it came to the servers that write, '' without any."""
-    fitting = [kind for kind in KINDS.values() if kind.several in (None, servers > 1)]
-    fitting = [kind for kind in fitting if (ranks > 1 or not kind.ranks) and (rewards or not kind.rewards)]
-    there = {"": ("",), "urls": ("", "any"), "command": ("", "any", "own")}[vllm]
-    return [kind.name for kind in fitting if (teachers > 1 or not kind.teachers) and kind.vllm in there]
+def kinds_for(config: Config, servers: int = 1) -> list[str]:
+    """The kinds of faults that fit a run of this config on so many data servers."""
+    return [kind.name for kind in KINDS.values() if not kind.lacks(config, servers)]

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Literal
 
 import redis
 
@@ -282,27 +281,10 @@ def run_chaos(
     config: Config, *, seeds: Sequence[int], faults: int, kinds: Sequence[str], calm_s: float, servers: int
 ) -> int:
     """`katana chaos`: a run for each seed, a table over all. `kinds`: none: all. Returns the exit code."""
-    ranks, teachers = config.learner.nproc_per_node, len(config.all_teachers)
-    vllm = config.rollout.vllm if config.rollout.engine == "vllm" else None
-    found: Literal["", "urls", "command"] = "" if vllm is None else "urls" if vllm.urls else "command"
-    fitting = kinds_for(servers, ranks, rewards=config.reward.mode != "none", teachers=teachers, vllm=found)
-    kinds = kinds or fitting
-    if other := next((kind for kind in kinds if kind in KINDS and kind not in fitting), None):
-        if KINDS[other].ranks:
-            raise ConfigError(f"--kinds: {other} needs learner.nproc_per_node 2 or more, found {ranks}")
-        if KINDS[other].rewards and config.reward.mode == "none":
-            raise ConfigError(f"--kinds: {other} needs reward.mode grpo or reinforce_leave_one_out, found none")
-        if KINDS[other].teachers and teachers == 1:
-            raise ConfigError(f"--kinds: {other} needs teachers of two or more, found one teacher")
-        if KINDS[other].vllm and not found:
-            raise ConfigError(f"--kinds: {other} needs rollout.engine vllm, found {config.rollout.engine}")
-        if KINDS[other].vllm == "own" and found == "urls":
-            raise ConfigError(
-                f"--kinds: {other} needs rollout.vllm.command: a server that the run starts, and starts again; found "
-                f"urls {', '.join(vllm.urls if vllm else [])}"
-            )
-        wanted = "--servers 2 or more" if KINDS[other].several else "--servers 1"
-        raise ConfigError(f"--kinds: {other} needs {wanted}, found --servers {servers}")
+    kinds = kinds or kinds_for(config, servers)
+    for kind in kinds:
+        if kind in KINDS and (lacking := KINDS[kind].lacks(config, servers)):
+            raise ConfigError(f"--kinds: {kind} needs {lacking}")
     results = []
     for seed in seeds:
         named = config.model_copy(update={"name": f"{config.name}-{seed}"})

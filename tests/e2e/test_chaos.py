@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from vllm_servers import ENVIRONMENT, KINDS, OPTIONS, command_of, make_qwen3
 
+from common.config import load
 from ops.chaos.faults import kinds_for
 from ops.reach.left_over import harness_folder
 
@@ -57,7 +58,7 @@ def injure(folder: Path, *flags: str, sabotage: str = "", timeout_s: float = 580
 
 
 def test_every_kind_of_fault_is_survived_with_nothing_lost(tmp_path: Path) -> None:
-    kinds = kinds_for(1, ranks=1, rewards=False)
+    kinds = kinds_for(load(CHAOS))
     code, output, result = injure(tmp_path, "--faults", str(len(kinds)))
     assert code == 0, output
     assert result["violations"] == []

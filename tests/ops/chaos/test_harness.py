@@ -83,14 +83,26 @@ def test_the_kinds_that_the_design_names_are_there() -> None:
     servers = {"kill-vllm", "pause-vllm", "stale-vllm"}
     wanted |= several | {"teacher-away"} | servers
     assert set(KINDS) == wanted
-    every = set(kinds_for(1, ranks=2, rewards=True, teachers=2))
+    ranks, rewards = "learner.nproc_per_node=2", ("reward.mode=grpo", "data.num_generations=4")
+    vllm = ("rollout.engine=vllm", 'rollout.vllm.command=[serve, "{port}"]')
+    every = fitting(ranks, *rewards, teachers=2)
     assert set(KINDS) - every == several | servers
-    assert set(kinds_for(1, ranks=2, rewards=True, teachers=2, vllm="command")) - every == servers
-    assert set(kinds_for(1, ranks=2, rewards=True, teachers=2, vllm="urls")) - every == {"stale-vllm"}
-    assert every - set(kinds_for(1, ranks=1, rewards=True, teachers=2)) == {"kill-rank"}
-    assert every - set(kinds_for(1, ranks=2, rewards=False, teachers=2)) == {"kill-rewarded"}
-    assert every - set(kinds_for(1, ranks=2, rewards=True)) == {"teacher-away"}
-    assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(3, ranks=1, rewards=True)) < set(KINDS)
+    assert fitting(ranks, *rewards, *vllm, teachers=2) - every == servers
+    urls = (vllm[0], "rollout.vllm.urls=[http://127.0.0.1:9]")
+    assert fitting(ranks, *rewards, *urls, teachers=2) - every == {"stale-vllm"}
+    assert every - fitting(*rewards, teachers=2) == {"kill-rank"}
+    assert every - fitting(ranks, teachers=2) == {"kill-rewarded"}
+    assert every - fitting(ranks, *rewards) == {"teacher-away"}
+    assert several | {"kill-arbiter", "redis-kill"} <= set(kinds_for(load(CHAOS, rewards), 3)) < set(KINDS)
+
+
+def fitting(*sets: str, teachers: int = 1) -> set[str]:
+    """The kinds for a run of chaos.yaml with these settings."""
+    config = load(CHAOS, sets)
+    if teachers > 1:
+        several = {f"t{number}": config.only_teacher for number in range(teachers)}
+        config = config.model_copy(update={"teacher": None, "teachers": several})
+    return set(kinds_for(config))
 
 
 @pytest.mark.parametrize(
