@@ -13,22 +13,26 @@ def in_time(limits: LearnerSettings, mean_length: float, long_length: float) -> 
     """How many rollouts may be written at a time, so that one of `long_length` tokens is trained before it is stale.
 
     While it is written, others are completed at the pace of the mean one: running / batch · long / mean steps are
-    made (Little's law), and it waits for up to one step more. At least a batch.
+    made (Little's law), and it waits for up to one step more. At worst its weights are replaced after one step. At
+    least a batch.
     """
     share = mean_length / max(mean_length, long_length, 1.0)
-    return max(limits.batch_size, int(limits.batch_size * (limits.max_staleness - 1) * share))
+    return max(limits.batch_size, int(limits.batch_size * limits.steps_in_time * share))
 
 
 def places(
     limits: LearnerSettings, *, concurrency: int, running: int, open_rollouts: int, step: int, covered: int
 ) -> int:
-    """min(concurrency - running, (max_staleness + 1) · batch - waiting - running), but no more than the run can train.
+    """min(concurrency - running, steps · batch - waiting - running), but no more than the run can train.
 
+    steps: as many as what is begun now is not stale in: max_staleness + 1 versions of weight_sync_steps steps each, less
+    those of this version that are over.
     `running`: rollouts without a verdict; `open_rollouts`: admitted and not booked; `covered`: step of the checkpoint.
     Rollouts trained since the checkpoint are open, but neither waiting nor running. Counting from the checkpoint, not
     from all ever trained, stays right when a learner goes back to an older checkpoint. Below 1: admit none.
     """
-    usable = min(limits.max_staleness + 1, limits.max_steps - step) * limits.batch_size
+    fresh = (limits.max_staleness + 1) * limits.weight_sync_steps - step % limits.weight_sync_steps
+    usable = min(fresh, limits.max_steps - step) * limits.batch_size
     in_flight = open_rollouts - (step - covered) * limits.batch_size
     return min(concurrency - running, usable - in_flight)
 

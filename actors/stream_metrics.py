@@ -15,6 +15,7 @@ def show_limits(config: Config) -> None:
     """Set the limits with which alerts compare."""
     values = {
         "max_staleness": config.learner.max_staleness,
+        "weight_sync_steps": config.learner.weight_sync_steps,
         "max_steps": config.learner.max_steps,
         "batch_size": config.learner.batch_size,
         "checkpoint_steps": config.checkpoints.every_steps,

@@ -591,19 +591,18 @@ class LearnerSettings(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped here.")
     max_staleness: int = Field(4, ge=0, description="Oldest usable kept token, in policy versions.")
-    weight_sync_steps: int = Field(1, ge=1, description="Steps between published weights.")
+    weight_sync_steps: int = Field(
+        1, ge=1, description="Steps between published weights, that is for each policy version."
+    )
     lora: Lora | None = Field(
         None, description="Train low-rank adapters and leave the model as it is (docs/lora.md); null: train the model."
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> LearnerSettings:
-        if self.weight_sync_steps > max(self.max_staleness, 1):
-            raise ValueError(
-                f"weight_sync_steps {self.weight_sync_steps} is above max_staleness {self.max_staleness}: "
-                f"allowed: 1 to {max(self.max_staleness, 1)}"
-            )
-        return self
+    @property
+    def steps_in_time(self) -> int:
+        """Steps that may be made while a rollout is written, whenever it begins, so that it can wait for one more
+        before it is stale; 0 if there is no such time."""
+        return max(0, self.max_staleness * self.weight_sync_steps - 1)
 
     def device_of(self, rank: int) -> str:
         """The device of one of its processes."""
@@ -1150,7 +1149,7 @@ class Config(Section):
         a time if all are equally long. A deterministic run admits a batch."""
         if self.rollout.slots != "auto":
             return self.rollout.slots
-        steps = 1 if self.deterministic else max(1, self.learner.max_staleness - 1)
+        steps = 1 if self.deterministic else max(1, self.learner.steps_in_time)
         admitted = self.feeder.concurrency or steps * self.learner.batch_size
         return min(MOST_SLOTS, -(-admitted // self.rollout.workers))
 

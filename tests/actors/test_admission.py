@@ -18,8 +18,8 @@ BATCH = {"open_rollouts": 0, "judged": 0, "useful": 0, "useful_ended": 0, "train
 
 
 def split(now: dict[str, int], max_steps: int) -> tuple[LearnerSettings, dict[str, int]]:
-    """The learner's limits, by default 4 rollouts a batch and a staleness of 1 step; and the rest."""
-    limits = {"batch_size": 4, "max_staleness": 1, "max_steps": max_steps}
+    """The learner's limits, by default 4 rollouts a batch and a staleness of 1 version of one step; and the rest."""
+    limits = {"batch_size": 4, "max_staleness": 1, "weight_sync_steps": 1, "max_steps": max_steps}
     changed = {name: now[name] for name in limits if name in now}
     return LearnerSettings(**limits | changed), {name: now[name] for name in now if name not in limits}
 
@@ -42,6 +42,11 @@ def test_the_invariant_is_the_module_s() -> None:
         ({"open_rollouts": 0, "step": 99, "covered": 99}, 4),  # the run's last batch
         ({"open_rollouts": 0, "step": 100, "covered": 100}, 0),  # it is over
         ({"concurrency": 100, "max_staleness": 9, "max_steps": 2}, 8),  # no more than the run can train
+        ({"concurrency": 100, "weight_sync_steps": 3}, 24),  # two versions of three steps
+        ({"concurrency": 100, "weight_sync_steps": 3, "step": 2, "covered": 2}, 16),  # two of this version are over
+        ({"concurrency": 100, "weight_sync_steps": 3, "step": 3, "covered": 3}, 24),
+        ({"concurrency": 100, "weight_sync_steps": 3, "max_staleness": 0, "step": 2, "covered": 2}, 4),
+        ({"concurrency": 100, "weight_sync_steps": 3, "step": 97, "covered": 97}, 12),  # as many as the run can train
     ],
 )
 def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> None:
@@ -50,18 +55,22 @@ def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("staleness", "mean", "long", "count"),
+    ("staleness", "sync", "mean", "long", "count"),
     [
-        (4, 100, 100, 96),  # all alike: 32 · (4 - 1)
-        (4, 100, 200, 48),  # the longest takes the time of two
-        (8, 100, 400, 56),
-        (4, 100, 1000, 32),  # at least a batch
-        (0, 100, 100, 32),
-        (4, 0, 0, 32),  # lengths of nothing
+        (4, 1, 100, 100, 96),  # all alike: 32 · (4 - 1)
+        (4, 1, 100, 200, 48),  # the longest takes the time of two
+        (8, 1, 100, 400, 56),
+        (4, 1, 100, 1000, 32),  # at least a batch
+        (0, 1, 100, 100, 32),
+        (0, 4, 100, 100, 32),
+        (1, 4, 100, 100, 96),  # at worst its weights are replaced after one step, and the next ones last for four
+        (4, 1, 0, 0, 32),  # lengths of nothing
     ],
 )
-def test_the_longest_rollouts_are_trained_in_time(staleness: int, mean: float, long: float, count: int) -> None:
-    limits = LearnerSettings(batch_size=32, max_staleness=staleness, max_steps=100)
+def test_the_longest_rollouts_are_trained_in_time(
+    staleness: int, sync: int, mean: float, long: float, count: int
+) -> None:
+    limits = LearnerSettings(batch_size=32, max_staleness=staleness, weight_sync_steps=sync, max_steps=100)
     assert admission.in_time(limits, mean, long) == count
 
 

@@ -113,6 +113,7 @@ def test_the_least_holds_a_batch_and_the_most_all_that_may_be_in_flight(tmp_path
     each = rollout_bytes(config())
     assert least_bytes(config()) - least_bytes(config(batch_size=7)) == each
     assert most_bytes(config()) - least_bytes(config()) == (2 + 1 + 5 - 1) * 8 * each
+    assert most_bytes(config(weight_sync_steps=3)) - least_bytes(config()) == (3 * (2 + 1) + 5 - 1) * 8 * each
     assert most_bytes(config(max_steps=1)) == least_bytes(config(max_steps=1))
     assert ALLOWED_SHARE * (maxmemory_mb(least_bytes(config())) << 20) >= least_bytes(config())
 

@@ -44,7 +44,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actors.engine.attention import UnsupportedModelError, check_attention
+from actors.engine.attention import ONE_QUERY, UnsupportedModelError, check_attention
 from actors.engine.decode import ClosedChunk, Decoder
 from actors.engine.outcomes import uniforms
 from actors.engine.proof import self_test
@@ -806,7 +806,7 @@ def test_self_test_states_the_difference() -> None:
 def test_eager_attention_is_switched_to_sdpa() -> None:
     model = qwen3(attn_implementation="eager")
     assert_written(model, prompt_of(6), 1, alone(model, prompt_of(6), 1))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ONE_QUERY
 
 
 # --- scoring ---

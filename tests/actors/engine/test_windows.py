@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from actors.engine import attention
-from actors.engine.attention import FULL, SLIDING, Masks, UnsupportedModelError, short_window
+from actors.engine.attention import FULL, ONE_QUERY, SLIDING, Masks, UnsupportedModelError, short_window
 from actors.engine.models import load_model
 from actors.engine.proof import self_test
 from actors.engine.slots import SlotModel
@@ -214,13 +214,13 @@ def test_a_running_engine_keeps_its_window_through_a_self_test() -> None:
 
 def test_masks_by_hand() -> None:
     model = gemma3(sliding_window=2)
-    masks = Masks(model, additive=False).at(torch.tensor([[0, 3], [2, 0]]), torch.arange(4))
+    masks = Masks(model, "sdpa").at(torch.tensor([[0, 3], [2, 0]]), torch.arange(4))
     assert isinstance(masks, dict)
     full = [[[1, 0, 0, 0], [1, 1, 1, 1]], [[1, 1, 1, 0], [1, 0, 0, 0]]]
     near = [[[1, 0, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [1, 0, 0, 0]]]
     assert masks[FULL][:, 0].int().tolist() == full
     assert masks[SLIDING][:, 0].int().tolist() == near
-    one = Masks(mistral(sliding_window=2), additive=True).at(torch.tensor([[0, 3], [2, 0]]), torch.arange(4))
+    one = Masks(mistral(sliding_window=2), "eager").at(torch.tensor([[0, 3], [2, 0]]), torch.arange(4))
     assert isinstance(one, Tensor)
     assert (one[:, 0] == 0).int().tolist() == near
     assert set(one.flatten().tolist()) == {0.0, torch.finfo(torch.float32).min}
@@ -230,11 +230,11 @@ def test_a_model_without_sdpa_runs_eagerly_and_others_do_not() -> None:
     for make in MODELS:
         model = make()
         SlotModel(model, slots=1, capacity=8)
-        assert model.config._attn_implementation == ("eager" if make in (gemma2, gpt_oss) else "sdpa")
+        assert model.config._attn_implementation == ("eager" if make in (gemma2, gpt_oss) else ONE_QUERY)
     eager: Any = qwen3()
     eager.set_attn_implementation("eager")
     SlotModel(eager, slots=1, capacity=8)
-    assert eager.config._attn_implementation == "sdpa"
+    assert eager.config._attn_implementation == ONE_QUERY
 
 
 @pytest.mark.parametrize("family", sorted(_WITHOUT_SDPA))

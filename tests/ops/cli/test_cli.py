@@ -43,7 +43,7 @@ def runs(tmp_path: Path) -> tuple[str, str]:
         ("learner.max_step=3", "the nearest known one is 'learner.max_steps'"),
         ("lerner.max_steps=3", "the nearest known one is 'learner"),
         ("learner.max_steps=many", "learner.max_steps"),
-        ("learner.weight_sync_steps=9", "above max_staleness 4"),
+        ("learner.weight_sync_steps=0", "learner.weight_sync_steps"),
         ("teacher.model=/no/such/folder", "/no/such/folder: there is no such folder"),
         ("rollout.max_completion_length=1000", "too short"),
         ("data.max_prompt_length=5", "data.max_prompt_length is 5"),
