@@ -25,7 +25,7 @@ def places(
 ) -> int:
     """min(concurrency - running, steps · batch - waiting - running), but no more than the run can train.
 
-    steps: as many as what is begun now is not stale in: max_staleness + 1 versions of weight_sync_steps steps each, less
+    steps: as many as what begins now is not stale in: max_staleness + 1 versions of weight_sync_steps steps each, less
     those of this version that are over.
     `running`: rollouts without a verdict; `open_rollouts`: admitted and not booked; `covered`: step of the checkpoint.
     Rollouts trained since the checkpoint are open, but neither waiting nor running. Counting from the checkpoint, not
