@@ -10,7 +10,7 @@ from typing import Any
 from comparison import markdown, number
 from sides import Course
 
-from common.config import Config
+from common.config import Config, parse
 from common.runfiles.records import Scores
 from ops.bench.accuracy import Looked, looks_until, standard_error_at_most, to_be_evaluated
 from ops.run.evaluator import Evaluator
@@ -38,13 +38,11 @@ class Judge:
         return looks_until(Evaluator(self._config), folder, target)
 
 
-def katana_s(config: Config, *, steps: int, every: int, iterations: int) -> Config:
-    """Katana's run: `steps` long, with `iterations` updates on each batch, and a checkpoint every `every` steps, all
-    kept; no evaluation beside it."""
-    tree = config.model_dump()
-    tree["learner"] |= {"max_steps": steps, "num_iterations": iterations}
-    tree["checkpoints"] |= {"every_steps": every}
-    return to_be_evaluated(Config.model_validate(tree))
+def katana_s(config: Config, *, steps: int, every: int, settings: Sequence[str] = ()) -> Config:
+    """Katana's run: `steps` long, with `settings` of its own (KEY=VALUE), and a checkpoint every `every` steps, all
+    kept; no evaluation beside it. Raises ConfigError."""
+    lengths = [f"learner.max_steps={steps}", f"checkpoints.every_steps={every}"]
+    return to_be_evaluated(parse(config.to_yaml(), [*settings, *lengths], source="--set"))
 
 
 def outcome(theirs: Course, goal: Scores, ours: Course, looks: Sequence[Looked]) -> dict[str, Any]:

@@ -32,6 +32,13 @@ from ops.cli.arguments import positive
 CALM_LOAD = 0.5  # load average above which something else is running
 STEPS = {"shipped": 40, "made": 8}
 RACE_STEPS = 50
+OPTION_OF = {
+    "learner.max_steps": "--katana-steps",
+    "checkpoints.every_steps": "--every",
+    "termination.policy": "--policy",
+    "eval.problems": "--problems",
+}
+"""Settings of Katana's side that have an option of their own."""
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +55,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=positive, help=f"optimizer steps of a run (default {STEPS}, {RACE_STEPS} in the race)"
     )
+    parser.add_argument("--batch-size", type=positive, help="trajectories of a step, both sides (default the config's)")
     parser.add_argument(
         "--warmup",
         type=positive,
@@ -65,7 +73,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     race.add_argument("--katana-steps", type=positive, help="steps of Katana's run (default twice TRL's)")
     race.add_argument("--every", type=positive, help="Katana's steps between two evaluated checkpoints (default 5)")
     race.add_argument(
-        "--num-iterations", type=positive, help="Katana's updates on each batch (default 1; TRL's trainer makes one)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of Katana's side alone, such as learner.batch_size=8 (may be repeated)",
     )
     race.add_argument("--problems", type=positive, help="held-out problems, 4 samples each (default 192)")
     arguments = parser.parse_args(words)
@@ -82,9 +94,12 @@ def _misfit(given: argparse.Namespace) -> str | None:
         return "--time-to-accuracy: the made pair learns nothing; expected --pair shipped"
     if given.time_to_accuracy and given.warmup is not None:
         return "--warmup is for the time of a step; the race counts from the first step on"
-    for name in ("katana_steps", "every", "num_iterations", "problems"):
-        if not given.time_to_accuracy and getattr(given, name) is not None:
+    for name in ("katana_steps", "every", "set", "problems"):
+        if not given.time_to_accuracy and getattr(given, name):
             return f"--{name.replace('_', '-')} is for --time-to-accuracy"
+    for key in (one.partition("=")[0].strip() for one in given.set):
+        if key in OPTION_OF:
+            return f"--set {key}: expected {OPTION_OF[key]}"
     if given.out.is_dir() or not given.out.absolute().parent.is_dir():
         return f"--out {given.out}: expected a file in a folder that is there"
     return None
@@ -96,7 +111,6 @@ def _fill_in(given: argparse.Namespace) -> None:
     given.warmup = given.warmup or max(1, min(10, given.steps // 4))
     given.katana_steps = given.katana_steps or 2 * given.steps
     given.every = given.every or 5
-    given.num_iterations = given.num_iterations or 1
     given.problems = given.problems or 192
     given.work = given.work.resolve()
 
@@ -113,6 +127,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
         "eval.problems": arguments.problems,
         "eval.k": 4,
     }
+    if arguments.batch_size is not None:
+        sets["learner.batch_size"] = arguments.batch_size
     return load(file, [f"{key}={value}" for key, value in sets.items()])
 
 
@@ -148,6 +164,7 @@ def _seconds(repeat: dict[str, Any], side: str) -> str:
 def race(arguments: argparse.Namespace, python: Path, keep: Callable[[dict[str, Any]], None]) -> str:
     """As `speed`, for the time to accuracy."""
     config, repeats = config_of(arguments), []
+    katana = accuracy_race.katana_s(config, steps=arguments.katana_steps, every=arguments.every, settings=arguments.set)
     judge = accuracy_race.Judge(config)
     for number in range(1, arguments.repeats + 1):
         load_before = os.getloadavg()[0]
@@ -155,12 +172,7 @@ def race(arguments: argparse.Namespace, python: Path, keep: Callable[[dict[str, 
         model = arguments.work / f"trl-{number}-model"
         theirs = run_trl(python, renamed(config, f"trl-{number}", **seed), threads=arguments.threads, save=model)
         goal = judge.of_model(model)
-        ours_config = accuracy_race.katana_s(
-            renamed(config, f"katana-{number}", **seed),
-            steps=arguments.katana_steps,
-            every=arguments.every,
-            iterations=arguments.num_iterations,
-        )
+        ours_config = renamed(katana, f"katana-{number}", **seed)
         ours = run_katana(ours_config)
         looks = judge.looks(ours_config.run_dir, goal.avg_at_k)
         repeats.append(accuracy_race.outcome(theirs, goal, ours, looks) | {"load_before": load_before})

@@ -50,6 +50,11 @@ def test_trl_s_script_compiles(tmp_path: Path) -> None:
         (["--out", "{}/none/o.json"], "expected a file in a folder that is there"),
         (["--out", "{}/o.json", "--problems", "9"], "--problems is for --time-to-accuracy"),
         (["--out", "{}/o.json", "--katana-steps", "9"], "--katana-steps is for --time-to-accuracy"),
+        (["--out", "{}/o.json", "--set", "seed=1"], "--set is for --time-to-accuracy"),
+        (
+            ["--out", "{}/o.json", "--time-to-accuracy", "--set", "learner.max_steps=9"],
+            "--set learner.max_steps: expected --katana-steps",
+        ),
         (["--out", "{}/o.json", "--time-to-accuracy", "--pair", "made"], "the made pair learns nothing"),
         (["--out", "{}/o.json", "--time-to-accuracy", "--warmup", "2"], "counts from the first step on"),
     ],
@@ -68,7 +73,11 @@ def test_the_race_has_its_own_defaults(tmp_path: Path) -> None:
     speed, race = against_trl.parse_arguments(out), against_trl.parse_arguments([*out, "--time-to-accuracy"])
     assert (speed.steps, speed.warmup, speed.policy) == (40, 10, "none")
     assert (race.steps, race.katana_steps, race.every, race.problems, race.policy) == (50, 100, 5, 192, "kat")
-    assert race.num_iterations == 1
+
+
+def test_both_sides_have_the_batch_that_is_asked_for(tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path / "o.json"), "--work", str(tmp_path), "--steps", "6", "--batch-size", "8"]
+    assert export(against_trl.config_of(against_trl.parse_arguments(words)), threads=2)["batch_size"] == 8
 
 
 def test_both_sides_have_the_demo_s_settings(tmp_path: Path) -> None:
@@ -185,6 +194,11 @@ def test_a_goal_that_is_not_reached_has_no_time() -> None:
 
 
 def test_katana_s_race_keeps_every_checkpoint(tmp_path: Path) -> None:
-    config = katana_s(shipped(tmp_path), steps=9, every=2, iterations=4)
+    config = katana_s(shipped(tmp_path), steps=9, every=2, settings=["learner.num_iterations=4"])
     assert (config.learner.max_steps, config.checkpoints.every_steps, config.eval.every_steps) == (9, 2, 0)
     assert config.checkpoints.keep >= 5 and config.learner.num_iterations == 4
+
+
+def test_a_wrong_setting_of_katana_s_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the nearest known one is 'learner.batch_size'"):
+        katana_s(shipped(tmp_path), steps=9, every=2, settings=["learner.batch_sise=4"])
