@@ -119,3 +119,10 @@ compare iterations --policies none --seeds 0-2 --budget tokens:100000 \
     --variant lr_2e-3:termination.policy=none,learner.learning_rate=2e-3 \
     --variant n3_lr_1e-3:termination.policy=none,learner.num_iterations=3,learner.learning_rate=1e-3 \
     --variant n3_kat:termination.policy=kat,learner.num_iterations=3
+
+# 10. Smaller batches at equal tokens, with new weights after as many rollouts; and whether cutting helps then.
+compare batches --policies none --seeds 0-2 --budget tokens:100000 \
+    --variant batch_16:termination.policy=none,learner.batch_size=16,learner.weight_sync_steps=2 \
+    --variant batch_8:termination.policy=none,learner.batch_size=8,learner.weight_sync_steps=4 \
+    --variant batch_8_kat:termination.policy=kat,learner.batch_size=8,learner.weight_sync_steps=4 \
+    --variant batch_8_kat_inverse:termination.policy=kat_inverse,learner.batch_size=8,learner.weight_sync_steps=4

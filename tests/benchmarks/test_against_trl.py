@@ -200,5 +200,5 @@ def test_katana_s_race_keeps_every_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting_of_katana_s_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the nearest known one is 'learner.batch_size'"):
+    with pytest.raises(ConfigError, match=r"the nearest known one is 'learner.batch_size'"):
         katana_s(shipped(tmp_path), steps=9, every=2, settings=["learner.batch_sise=4"])

@@ -23,7 +23,7 @@ from ops.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = DEMO.parents[2]
-TOKENS = 9_000
+TOKENS = 6_500
 SMALL = (
     "learner.batch_size=16",
     "rollout.slots=16",
