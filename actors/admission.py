@@ -13,8 +13,7 @@ def in_time(limits: LearnerSettings, mean_length: float, long_length: float) -> 
     """How many rollouts may be written at a time, so that one of `long_length` tokens is trained before it is stale.
 
     While it is written, others are completed at the pace of the mean one: running / batch · long / mean steps are
-    made (Little's law), and it waits for up to one step more. At worst its weights are replaced after one step. At
-    least a batch.
+    made (Little's law), and it waits for up to one step more. At least a batch.
     """
     share = mean_length / max(mean_length, long_length, 1.0)
     return max(limits.batch_size, int(limits.batch_size * limits.steps_in_time * share))

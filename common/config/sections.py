@@ -600,9 +600,9 @@ class LearnerSettings(Section):
 
     @property
     def steps_in_time(self) -> int:
-        """Steps that may be made while a rollout is written, whenever it begins, so that it can wait for one more
-        before it is stale; 0 if there is no such time."""
-        return max(0, self.max_staleness * self.weight_sync_steps - 1)
+        """Steps that may be made while a rollout is written, so that it can wait for one more before it is stale: those
+        of max_staleness versions, less half of one, since its own may be nearly over, and at least one."""
+        return max(0, self.max_staleness * self.weight_sync_steps - max(1, self.weight_sync_steps // 2))
 
     def device_of(self, rank: int) -> str:
         """The device of one of its processes."""

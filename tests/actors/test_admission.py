@@ -63,7 +63,8 @@ def test_places_by_writers_and_by_staleness(now: dict[str, int], count: int) -> 
         (4, 1, 100, 1000, 32),  # at least a batch
         (0, 1, 100, 100, 32),
         (0, 4, 100, 100, 32),
-        (1, 4, 100, 100, 96),  # at worst its weights are replaced after one step, and the next ones last for four
+        (1, 4, 100, 100, 64),  # 32 · (4 - 2): half of the version in which it begins is over
+        (4, 4, 100, 100, 448),  # 32 · (16 - 2)
         (4, 1, 0, 0, 32),  # lengths of nothing
     ],
 )

@@ -63,7 +63,7 @@ def test_auto_by_the_config_alone() -> None:
     assert most("learner.batch_size=32", "learner.max_staleness=4") == 96
     assert most("learner.batch_size=32", "learner.max_staleness=4", "rollout.workers=3") == 32
     assert most("learner.batch_size=32", "learner.max_staleness=0") == 32
-    assert most("learner.batch_size=8", "learner.weight_sync_steps=4") == 120  # 8 · (4 · 4 - 1)
+    assert most("learner.batch_size=8", "learner.weight_sync_steps=4") == 112  # 8 · (4 · 4 - 2)
     assert most("learner.batch_size=32", "feeder.concurrency=50") == 50
     assert most("learner.batch_size=512", "learner.max_staleness=4") == 256
     assert most("learner.batch_size=32", "learner.max_staleness=4", "deterministic=true") == 32
