@@ -14,7 +14,7 @@ from small_redis import SHORT, leave_least
 from ops.reach.embedded import EmbeddedRedis
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-STEPS = 8
+STEPS = 12
 EXACT = (
     "deterministic=true",
     "learner.batch_size=8",
