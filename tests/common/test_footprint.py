@@ -35,8 +35,7 @@ def used(run: Run) -> int:
 
 
 def settled(run: Run, most: int) -> int:
-    """`used`, once it is at most `most`, or after three seconds: a buffer that has just grown is not yet in the count of
-    buffers."""
+    """`used`, once it is at most `most`, or after three seconds: a buffer that has just grown is not counted yet."""
     until = time.monotonic() + 3.0
     while (found := used(run)) > most and time.monotonic() < until:
         time.sleep(0.1)
