@@ -24,13 +24,12 @@ def places(
 ) -> int:
     """min(concurrency - running, steps · batch - waiting - running), but no more than the run can train.
 
-    steps: as many as what begins now is not stale in: max_staleness + 1 versions of weight_sync_steps steps each, less
-    those of this version that are over.
+    steps: as many as what begins now is not stale in: `fresh_steps`, less those of this version that are over.
     `running`: rollouts without a verdict; `open_rollouts`: admitted and not booked; `covered`: step of the checkpoint.
     Rollouts trained since the checkpoint are open, but neither waiting nor running. Counting from the checkpoint, not
     from all ever trained, stays right when a learner goes back to an older checkpoint. Below 1: admit none.
     """
-    fresh = (limits.max_staleness + 1) * limits.weight_sync_steps - step % limits.weight_sync_steps
+    fresh = limits.fresh_steps - step % limits.weight_sync_steps
     usable = min(fresh, limits.max_steps - step) * limits.batch_size
     in_flight = open_rollouts - (step - covered) * limits.batch_size
     return min(concurrency - running, usable - in_flight)

@@ -58,8 +58,7 @@ def most_bytes(config: Config) -> int:
     """Most bytes in use if nothing waits for memory: rollouts of full length, including those trained since the last
     checkpoint."""
     learner = config.learner
-    fresh = (learner.max_staleness + 1) * learner.weight_sync_steps
-    steps = min(fresh + config.checkpoints.every_steps, learner.max_steps)
+    steps = min(learner.fresh_steps + config.checkpoints.every_steps, learner.max_steps)
     return _SERVER_BYTES + (steps * learner.batch_size + RECORDS_AT_A_TIME) * rollout_bytes(config)
 
 

@@ -247,7 +247,7 @@ class SlotModel:
             if self.graphs:
                 length = in_few_sizes(longest, least=SHORTEST, most=self.capacity)
         elif width == 1:
-            length = self._with_gap(length)
+            length = self._read_by_one_query(length)
         # One transfer for all four.
         sent, placed, written, owners = self._send(
             np.stack([tokens, positions, places, np.broadcast_to(slots[:, None], tokens.shape)])
@@ -255,7 +255,7 @@ class SlotModel:
         kept = torch.as_tensor(logits_at, dtype=torch.int64, device=self.device)
         return run(of_cache, owners[:, :1], written, sent, placed, self._places[:length], kept)
 
-    def _with_gap(self, length: int) -> int:
+    def _read_by_one_query(self, length: int) -> int:
         """How far to read for one query a row, at least `length`. On a CPU short pieces of memory with gaps between
         them are read at half the speed of one piece (DECISIONS 146): there all, if that is at most half as much
         again."""

@@ -599,10 +599,16 @@ class LearnerSettings(Section):
     )
 
     @property
+    def fresh_steps(self) -> int:
+        """Steps in which a rollout may be trained before it is stale, if it begins with the first of its version."""
+        return (self.max_staleness + 1) * self.weight_sync_steps
+
+    @property
     def steps_in_time(self) -> int:
         """Steps that may be made while a rollout is written, so that it can wait for one more before it is stale: those
-        of max_staleness versions, less half of one, since its own may be nearly over, and at least one."""
-        return max(0, self.max_staleness * self.weight_sync_steps - max(1, self.weight_sync_steps // 2))
+        of max_staleness versions, less half of one, since its own may be nearly over, and at least one. Below 1: none.
+        """
+        return self.max_staleness * self.weight_sync_steps - max(1, self.weight_sync_steps // 2)
 
     def device_of(self, rank: int) -> str:
         """The device of one of its processes."""

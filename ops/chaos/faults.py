@@ -266,7 +266,7 @@ def _at_stake(cluster: Cluster) -> set[str]:
     Without a cursor Redis has just lost the run, and the rollouts at stake were recorded then.
     """
     learner, plane = cluster.config.learner, cluster.plane
-    soon = 2 * (learner.max_staleness + 1) * learner.weight_sync_steps * learner.batch_size
+    soon = 2 * learner.fresh_steps * learner.batch_size
     counts = [part.client.get(part.key("cursor")) for part in plane.parts]
     cursors = Cursors([int(count or 0) for count in counts], lambda number: plane.place_of(rid_of(number)))
     coming = range(cursors.next, cursors.end + soon) if any(counts) else range(0)
