@@ -29,14 +29,13 @@ _FIRST = 3  # rollouts that make streams, groups and scripts grow to their size
 
 
 def used(run: Run) -> int:
-    """Bytes of data: a connection's buffers, which Redis gives back when it comes to it, are counted in used_memory."""
-    memory = run.plane.memory()
-    return int(memory["used_memory"]) - int(memory["mem_clients_normal"])
+    return int(run.plane.memory()["used_memory"])
 
 
 def settled(run: Run, most: int) -> int:
-    """`used`, once it is at most `most`, or after three seconds: a buffer that has just grown is not counted yet."""
-    until = time.monotonic() + 3.0
+    """`used`, once it is at most `most`, or after six seconds: the buffers of a connection are counted too, and Redis
+    gives them back only when it has been idle for two."""
+    until = time.monotonic() + 6.0
     while (found := used(run)) > most and time.monotonic() < until:
         time.sleep(0.1)
     return found
